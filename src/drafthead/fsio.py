@@ -1,0 +1,143 @@
+"""Small, safe file operations: whole files or nothing, and one run in a folder at a time."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from drafthead.errors import DraftheadError
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turn what the file system refuses into an error that names the path and the mend.
+
+    Raises:
+        DraftheadError: disk full, quota, no permission, read-only file system.
+    """
+    try:
+        yield
+    except OSError as error:
+        mends = {
+            errno.ENOSPC: "the disk is full; free some space or move the run, then run again",
+            errno.EDQUOT: "your disk quota is used up; free some space, then run again",
+            errno.EACCES: "no permission; choose a folder you may write to",
+            errno.EROFS: "the file system is read-only; choose another folder",
+        }
+        if error.errno in mends:
+            raise DraftheadError(f"{error.filename or path}: {mends[error.errno]}") from error
+        raise
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file so that after any crash it is either the old or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write ``obj`` as indented JSON, atomically. NaN is refused: no reader could trust it."""
+    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """Read a JSON file; ``what`` says what it is, for the error.
+
+    Raises:
+        DraftheadError: missing, unreadable, or not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DraftheadError(f"{path}: not found; it should hold {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DraftheadError(f"{path}: cannot be read as {what}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise DraftheadError(
+            f"{path}, line {error.lineno}: broken JSON in {what}: {error.msg}"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_dir(final: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``final`` when the block ends without an error.
+
+    An older ``final`` is replaced; a leftover of a killed run is swept away first.
+    """
+    final = Path(final)
+    temporary = final.with_name(f".{final.name}.tmp")
+    with disk_errors(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            old = final.with_name(f".{final.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():
+                os.rename(final, old)
+            os.rename(temporary, final)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(obj: Any) -> str:
+    """A short stable name (16 hex digits) of a JSON-able object, in whatever order its keys."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class RunLock:
+    """Holds a run's folder for one process; the kernel lets go of it when the process dies."""
+
+    def __init__(self, folder: Path | str):
+        self.path = Path(folder) / ".lock"
+        self._file: Any = None
+
+    def __enter__(self) -> "RunLock":
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise DraftheadError(
+                f"{self.path.parent}: another drafthead run (process {holder}) is at work in this "
+                "folder; wait for it, or give this run another name"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()

@@ -1,0 +1,289 @@
+"""One typed description of a whole run. Every default says why it is what it is.
+
+A recipe is a YAML file. Unknown or misspelt keys are refused, with the nearest right one.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from drafthead.errors import DraftheadError
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TargetSection(Section):
+    """The model being sped up."""
+
+    path: str
+    """Folder or hub id of the target, exactly as you serve it (quantized if you serve it so)."""
+    revision: str | None = None
+    """Hub revision; None is the default branch."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the target. Off: say so by name if you mean it."""
+
+
+class Source(Section):
+    """One place that prompts come from: exactly one of ``path`` and ``dataset``."""
+
+    path: str | None = None
+    """A JSONL or Parquet file. Records hold `messages`, `conversations` or a plain `prompt`."""
+    dataset: str | None = None
+    """A data set on the hub (or a folder that `datasets` reads)."""
+    split: str = "train"
+    """Split of `dataset`."""
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """At most this many conversations of this source; None takes all."""
+    name: str | None = None
+    """What reports call this source (chat, code, maths, …); None takes the file's name."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Source":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of `path` and `dataset`")
+        return self
+
+
+class PromptsSection(Section):
+    """What the target is asked."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Where the prompts come from. Use what your users ask: a head learns your traffic."""
+    heldout: Annotated[int, Field(gt=0)] = 64
+    """Conversations kept out of training, for evaluation, verify and bench. 64 gives the
+    acceptance a standard error of about one point with answers of 100 tokens."""
+    seed: int = 0
+    """Seed of the split. The split is by conversation, by a hash of its text: adding prompts
+    later does not move old ones between the sides."""
+
+
+class GenerateSection(Section):
+    """The target writes the answers itself: a head learns the target's own words."""
+
+    max_new_tokens: Annotated[int, Field(gt=0)] = 512
+    """Longest answer. Long enough for the model's usual answer; a cut one is still used."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy: the words that greedy serving will see. Raise it (0.7) for more variety
+    when prompts are few."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of sampling; only matters when `temperature` > 0."""
+    seed: int = 0
+    """Seed of sampling, a request's own seed follows from it and the conversation."""
+    chunk: Annotated[int, Field(gt=0)] = 256
+    """Conversations in one unit of work: a unit is finished or redone whole, so that a killed
+    run ends with the same bytes. Larger keeps the engine busier, smaller loses less."""
+
+
+class CaptureSection(Section):
+    """Hidden states of the target, taken out of the running engine."""
+
+    aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Ids of the auxiliary layers: id i is the residual stream that enters layer i. None is
+    vLLM's own default (2, n//2, n-3)."""
+    format: Literal["bf16", "fp8", "fp32"] = "bf16"
+    """How states lie on disk: bf16 (exact for a bf16 target), fp8 (e4m3 with a scale for each
+    token and layer; half the disk), fp32 (exact for an fp32 target)."""
+    shard_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 30
+    """Size of a shard: a gigabyte is large enough to stream and small enough to redo."""
+    mode: Literal["generate", "prefill"] = "generate"
+    """`generate`: one pass writes answers and states, the states are those of decoding.
+    `prefill`: a second pass over the finished answers; use it for answers you already have."""
+
+
+class VocabSection(Section):
+    """The tokens that the head may draft."""
+
+    size: Annotated[int, Field(gt=0)] = 32000
+    """Rows of the head's LM head. Each row is read at every draft step; 32,000 cover about
+    99.8 % of what a model with 128,000 tokens writes."""
+
+
+class HeadSection(Section):
+    """The shape of the draft head. None takes the target's own figure."""
+
+    hidden_size: Annotated[int, Field(gt=0)] | None = None
+    """Width. vLLM shares the target's embedding, so it must be the target's unless the head
+    brings its own."""
+    intermediate_size: Annotated[int, Field(gt=0)] | None = None
+    """Width of the MLP; None is 4 x hidden, rounded to 128 (the published head's ratio)."""
+    num_attention_heads: Annotated[int, Field(gt=0)] | None = None
+    """Query heads; None is the target's."""
+    num_key_value_heads: Annotated[int, Field(gt=0)] | None = None
+    """Key and value heads; None is the target's."""
+    norm_before_residual: bool = False
+    """Take the residual after the norm of the hidden state rather than before."""
+    norm_before_fc: bool = False
+    """RMS-norm the joined auxiliary states before `fc`."""
+    fc_norm: bool = False
+    """RMS-norm each auxiliary state by itself before `fc`."""
+
+
+class TrainSection(Section):
+    """Training of the head."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training states; the published head took 3."""
+    ttt_steps: Annotated[int, Field(ge=1, le=8)] = 3
+    """Steps of training-time test: the head learns from its own states as it will at draft
+    position 1..n. 1 is the published recipe (fit for k=1 only)."""
+    ttt_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Weight of step t is decay**t: later drafts count only if earlier ones were accepted."""
+    loss: Literal["kl", "ce+smoothl1"] = "kl"
+    """`kl`: against the target's distribution over the draft vocabulary. `ce+smoothl1`: the
+    published head's loss."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """A head sees each token a few times only: no decay needed."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moments; 0.95 forgets spikes faster than 0.999."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps that the learning rate rises over, before the cosine."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    tokens_per_step: Annotated[int, Field(gt=0)] = 8192
+    """Tokens of one packed row, the unit of a step and a process."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Rows of one optimizer step, for each process."""
+    eval_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between held-out evaluations; None is ten times in a run."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations without a better accepted length; None never stops."""
+    seed: int = 0
+    """Seed of initialisation and of the order of the data."""
+
+
+class EngineSection(Section):
+    """How vLLM runs the target, the same for capture, verify, bench and serve."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Computation type. On a CPU float32 makes greedy outputs exact."""
+    max_model_len: Annotated[int, Field(gt=0)] | None = None
+    """Longest sequence; None is the target's own."""
+    max_num_seqs: Annotated[int, Field(gt=0)] = 64
+    """Sequences at once when generating."""
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """GPUs that share the target."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that an engine may take."""
+    kv_cache_memory_bytes: Annotated[int, Field(gt=0)] | None = None
+    """KV cache in bytes; None lets vLLM decide on a GPU and takes 1 GiB on a CPU."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's `LLM`, by their own names."""
+
+
+class ServeSection(Section):
+    """How the head is served."""
+
+    num_speculative_tokens: Annotated[int, Field(ge=1)] = 3
+    """Tokens drafted a step (k)."""
+
+
+class VerifySection(Section):
+    """The proof that the head changes no token."""
+
+    prompts: Annotated[int, Field(gt=0)] | None = None
+    """Held-out prompts to check; None is all."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 128
+    """Tokens of each answer."""
+
+
+class BenchSection(Section):
+    """The measurement of speed."""
+
+    prompts: Annotated[int, Field(gt=0)] = 24
+    """Held-out prompts timed, each with and without the head."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 128
+    """Tokens of each answer; the published page took 256."""
+    warmup: Annotated[int, Field(ge=0)] = 2
+    """Prompts run first on both engines and not counted."""
+    repeats: Annotated[int, Field(ge=1)] = 1
+    """Times each pair is run."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's name: its folder is `runs/NAME`."""
+    target: TargetSection
+    prompts: PromptsSection
+    generate: GenerateSection = GenerateSection()
+    capture: CaptureSection = CaptureSection()
+    vocab: VocabSection = VocabSection()
+    head: HeadSection = HeadSection()
+    train: TrainSection = TrainSection()
+    engine: EngineSection = EngineSection()
+    serve: ServeSection = ServeSection()
+    verify: VerifySection = VerifySection()
+    bench: BenchSection = BenchSection()
+
+
+def _nearest(location: tuple, found: str) -> str:
+    """The right key nearest to a misspelt one, looking at the section that it stands in."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, int) or not hasattr(model, "model_fields"):
+            continue
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if part == "sources":
+            annotation = Source
+        model = annotation
+    known = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+
+
+def parse_recipe(data: Any, where: str) -> Recipe:
+    """Check a recipe that is already read; ``where`` names it in errors.
+
+    Raises:
+        DraftheadError: one line for each wrong field.
+    """
+    if not isinstance(data, dict):
+        raise DraftheadError(
+            f"{where}: a recipe is a mapping of sections, found {type(data).__name__}"
+        )
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            field = ".".join(str(part) for part in item["loc"]) or "recipe"
+            if item["type"] == "extra_forbidden":
+                lines.append(
+                    f"{where}: unknown key `{field}`; {_nearest(item['loc'], str(item['loc'][-1]))}"
+                )
+            elif item["type"] == "missing":
+                lines.append(f"{where}: `{field}` is missing; add it")
+            else:
+                lines.append(f"{where}: `{field}`: {item['msg']}, found {item['input']!r}")
+        raise DraftheadError("\n".join(lines)) from None
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read a recipe. Relative file paths in it are relative to the folder it is run from.
+
+    Raises:
+        DraftheadError: no such file, not YAML, or a wrong field.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DraftheadError(
+            f"{path}: no such recipe; `drafthead init TARGET` writes one, examples lie in recipes/"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DraftheadError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise DraftheadError(f"{path}: not YAML: {error}") from error
+    return parse_recipe(data, str(path))

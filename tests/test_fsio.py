@@ -1,0 +1,64 @@
+"""Whole files or nothing; one run in a folder at a time."""
+
+import errno
+import os
+
+import pytest
+
+from drafthead import fsio
+from drafthead.errors import DraftheadError
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    fsio.write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DraftheadError, match="disk is full"):
+        fsio.write_json(path, {"a": 2})
+    assert fsio.read_json(path, "a test") == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_nan_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="Out of range"):
+        fsio.write_json(tmp_path / "a.json", {"a": float("nan")})
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{\n"a": }')
+    with pytest.raises(DraftheadError, match=r"a\.json, line 2"):
+        fsio.read_json(path, "a test")
+    with pytest.raises(DraftheadError, match="not found"):
+        fsio.read_json(tmp_path / "b.json", "a test")
+
+
+def test_atomic_dir_keeps_the_old_folder_on_error(tmp_path):
+    final = tmp_path / "out"
+    with fsio.atomic_dir(final) as folder:
+        (folder / "x").write_text("1")
+    with pytest.raises(RuntimeError), fsio.atomic_dir(final) as folder:
+        (folder / "x").write_text("2")
+        raise RuntimeError
+    assert (final / "x").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_second_run_in_a_folder_is_refused(tmp_path):
+    with (
+        fsio.RunLock(tmp_path),
+        pytest.raises(DraftheadError, match=f"process {os.getpid()}"),
+        fsio.RunLock(tmp_path),
+    ):
+        pass
+    with fsio.RunLock(tmp_path):
+        pass
+
+
+def test_fingerprint_ignores_the_order_of_keys():
+    assert fsio.fingerprint({"a": 1, "b": 2}) == fsio.fingerprint({"b": 2, "a": 1})
+    assert fsio.fingerprint({"a": 1}) != fsio.fingerprint({"a": 2})

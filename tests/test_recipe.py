@@ -1,0 +1,81 @@
+"""The recipe: what it refuses, and how it says so."""
+
+import pytest
+import yaml
+
+from drafthead.errors import DraftheadError
+from drafthead.recipe import Recipe, load_recipe
+
+GOOD = {
+    "name": "r",
+    "target": {"path": "some/target"},
+    "prompts": {"sources": [{"path": "prompts.jsonl"}]},
+}
+
+
+def _load(tmp_path, data):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return load_recipe(path)
+
+
+def test_minimal_recipe_has_every_default(tmp_path):
+    recipe = _load(tmp_path, GOOD)
+    assert recipe.serve.num_speculative_tokens == 3
+    assert recipe.prompts.sources[0].path == "prompts.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "right"),
+    [
+        ("train", "learning_rat", "learning_rate"),
+        ("engine", "max_num_seq", "max_num_seqs"),
+        ("capture", "aux_layer", "aux_layers"),
+    ],
+)
+def test_misspelt_key_names_the_nearest(tmp_path, section, wrong, right):
+    with pytest.raises(DraftheadError, match=f"{section}.{wrong}.*did you mean `{right}`"):
+        _load(tmp_path, GOOD | {section: {wrong: 1}})
+
+
+def test_misspelt_section_and_source_key(tmp_path):
+    with pytest.raises(DraftheadError, match="did you mean `train`"):
+        _load(tmp_path, GOOD | {"trian": {}})
+    with pytest.raises(DraftheadError, match="did you mean `limit`"):
+        _load(tmp_path, GOOD | {"prompts": {"sources": [{"path": "a", "limt": 3}]}})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "mapping of sections"),
+        (GOOD | {"name": "../up"}, "`name`"),
+        (GOOD | {"prompts": {"sources": []}}, "prompts.sources"),
+        (GOOD | {"prompts": {"sources": [{}]}}, "exactly one of"),
+        ({"name": "r"}, "`target` is missing"),
+        (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
+    ],
+)
+def test_wrong_recipes_are_refused_in_words(tmp_path, data, words):
+    with pytest.raises(DraftheadError, match=words):
+        _load(tmp_path, data)
+
+
+def test_missing_recipe_names_the_mend(tmp_path):
+    with pytest.raises(DraftheadError, match="drafthead init"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_every_field_says_why():
+    """A default without its reason is a default nobody can judge."""
+
+    def undocumented(model, path):
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if hasattr(inner, "model_fields"):
+                yield from undocumented(inner, f"{path}{name}.")
+            elif not field.description:
+                yield f"{path}{name}"
+
+    assert list(undocumented(Recipe, "")) == []
