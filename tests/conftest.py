@@ -1,1 +1,32 @@
-"""Shared fixtures."""
+"""Shared fixtures: tiny targets, made once a session. Set before any test imports vLLM or torch."""
+
+import os
+
+# One engine in this process; a thread a process, since two cores run the suite.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Folder of a tiny random Llama."""
+    return tiny.tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def lfm2_moe(tmp_path_factory):
+    """Folder of a tiny random LFM2-MoE."""
+    return tiny.tiny_lfm2_moe(tmp_path_factory.mktemp("lfm2_moe"))
+
+
+@pytest.fixture(scope="session")
+def lfm2(tmp_path_factory):
+    """Folder of a tiny random dense LFM2."""
+    return tiny.tiny_lfm2(tmp_path_factory.mktemp("lfm2"))

@@ -1,0 +1,8 @@
+"""What differs between targets: where norm, LM head and embedding live, layer kinds, quantization.
+
+Everything is read from the checkpoint's own files; nothing is guessed from a model's name.
+"""
+
+from drafthead.targets.target import Target, load_target
+
+__all__ = ["Target", "load_target"]

@@ -1,0 +1,290 @@
+"""One target: its configuration, and the few of its tensors that a head needs."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import fingerprint, sha256_file
+from drafthead.targets.safetensors_folder import SafetensorsFolder
+
+# Where the three tensors that a head needs live, by the suffix of their names. LFM2 calls its
+# final norm `embedding_norm`. Prefixes differ (`model.`, `language_model.model.`).
+_EMBEDDING = ("model.embed_tokens.weight", "embed_tokens.weight")
+_LM_HEAD = ("lm_head.weight",)
+_FINAL_NORM = ("model.norm.weight", "model.embedding_norm.weight")
+
+# Fields by which an architecture changes its logits after the LM head. A teacher that left them
+# out would be wrong without a word, so a target that sets one is refused.
+_LOGIT_FIELDS = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model being sped up, as it lies on disk."""
+
+    path: Path
+    """Folder of the checkpoint."""
+    config: Any
+    """The text model's transformers configuration."""
+    tensors: SafetensorsFolder
+    quantization: dict | None
+    """The checkpoint's own `quantization_config` (ModelOpt's `hf_quant_config.json` counts)."""
+    architectures: tuple[str, ...]
+    trust_remote_code: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The kind of each layer; plain transformers name none, all their layers attend."""
+        kinds = getattr(self.config, "layer_types", None)
+        return tuple(kinds) if kinds else ("full_attention",) * self.num_layers
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary embedding, wherever this version of the configuration keeps it."""
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        parameters = parameters.get("full_attention", parameters)
+        theta = parameters.get("rope_theta", getattr(self.config, "rope_theta", None))
+        return float(theta if theta is not None else 10000.0)
+
+    @property
+    def rms_norm_eps(self) -> float:
+        for field in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"):
+            if (eps := getattr(self.config, field, None)) is not None:
+                return float(eps)
+        raise DraftheadError(f"{self.path}/config.json: no `rms_norm_eps` or `norm_eps`")
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return (
+            getattr(self.config, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        )
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the LM head is the embedding: no LM head of its own in the checkpoint."""
+        return self._find(_LM_HEAD) is None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the unquantized weights are stored in."""
+        return self.tensors.tensor(self._name(_FINAL_NORM, "final norm")).dtype
+
+    @functools.cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the generation configuration's, else the configuration's."""
+        found = getattr(self.config, "eos_token_id", None)
+        generation = self.path / "generation_config.json"
+        if generation.exists():
+            found = json.loads(generation.read_text()).get("eos_token_id", found)
+        ids = found if isinstance(found, list) else [found]
+        return tuple(int(i) for i in ids if i is not None)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the exact checkpoint: from the SHA-256 of its weights, configuration, tokenizer."""
+        files = [*self.tensors.files, *self.path.glob("*.json"), *self.path.glob("*.jinja")]
+        return fingerprint({file.name: sha256_file(file) for file in sorted(set(files))})
+
+    def tokenizer(self) -> Any:
+        """The target's own tokenizer.
+
+        Raises:
+            DraftheadError: none in the folder, or it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:
+            raise DraftheadError(
+                f"{self.path}: its tokenizer cannot be loaded ({error}); put the target's "
+                "tokenizer files into the folder"
+            ) from error
+
+    def default_aux_layers(self) -> tuple[int, ...]:
+        """vLLM's own choice (2, n//2, n-3), ascending, each once: what it reads when told none."""
+        n = self.num_layers
+        return tuple(sorted({min(2, n - 1), n // 2, max(n - 3, 0)}))
+
+    def check_aux_layers(self, layers: list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+        """The auxiliary layers to capture, ascending as vLLM sorts them.
+
+        Raises:
+            DraftheadError: an id outside 0..num_layers, or twice the same.
+        """
+        if layers is None:
+            return self.default_aux_layers()
+        wrong = [i for i in layers if not 0 <= i <= self.num_layers]
+        if wrong or not layers:
+            raise DraftheadError(
+                f"capture.aux_layers: {wrong or 'empty'}: {self.path} has {self.num_layers} "
+                f"layers; ids run from 0 to {self.num_layers} (id i is what enters layer i)"
+            )
+        if len(set(layers)) != len(layers):
+            raise DraftheadError(f"capture.aux_layers: {list(layers)} names a layer twice")
+        return tuple(sorted(layers))
+
+    def embedding(self) -> torch.Tensor:
+        """The input embedding [vocab_size, hidden_size]."""
+        return self._weight(_EMBEDDING, "embedding")
+
+    def lm_head(self) -> torch.Tensor:
+        """The LM head's rows [vocab_size, hidden_size]; the embedding when they are tied."""
+        return self.embedding() if self.tied_embeddings else self._weight(_LM_HEAD, "LM head")
+
+    def final_norm(self) -> tuple[torch.Tensor, float]:
+        """Weight [hidden_size] and eps of the RMS norm before the LM head."""
+        return self._weight(_FINAL_NORM, "final norm"), self.rms_norm_eps
+
+    def _find(self, suffixes: tuple[str, ...]) -> str | None:
+        for suffix in suffixes:
+            if suffix in self.tensors:
+                return suffix
+        for suffix in suffixes:
+            names = [name for name in self.tensors.where if name.endswith("." + suffix)]
+            if len(names) == 1:
+                return names[0]
+        return None
+
+    def _name(self, suffixes: tuple[str, ...], what: str) -> str:
+        name = self._find(suffixes)
+        if name is None:
+            raise DraftheadError(
+                f"{self.path}: no {what} found (looked for {', '.join(suffixes)}); "
+                "drafthead does not know this architecture"
+            )
+        return name
+
+    def _weight(self, suffixes: tuple[str, ...], what: str) -> torch.Tensor:
+        """A weight in floating point, expanded if the checkpoint quantizes it."""
+        name = self._name(suffixes, what)
+        weight = self.tensors.tensor(name)
+        scale = name + "_scale"
+        if weight.dtype in (torch.bfloat16, torch.float32, torch.float16):
+            return weight
+        if weight.dtype == torch.float8_e4m3fn and scale in self.tensors:
+            scales = self.tensors.tensor(scale).float()
+            return weight.float() * (scales if scales.ndim < 1 else scales.view(-1, 1))
+        if weight.dtype == torch.uint8 and scale in self.tensors:
+            from drafthead.targets.nvfp4 import dequantize
+
+            return dequantize(
+                weight, self.tensors.tensor(scale), self.tensors.tensor(name + "_scale_2")
+            )
+        raise DraftheadError(
+            f"{self.path}: the {what} ({name}) is quantized as {weight.dtype}, which drafthead "
+            "cannot read; leave it out of quantization, as quantizers do by default"
+        )
+
+
+def _local_folder(path_or_id: str, revision: str | None) -> Path:
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DraftheadError(f"{folder}: a target is a folder, this is a file")
+    if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
+        raise DraftheadError(f"{path_or_id}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path_or_id,
+                revision=revision,
+                allow_patterns=[
+                    "*.json",
+                    "*.safetensors",
+                    "*.model",
+                    "*.txt",
+                    "*.jinja",
+                    "LICENSE*",
+                ],
+            )
+        )
+    except Exception as error:
+        raise DraftheadError(
+            f"{path_or_id}: neither a folder here nor to be had from the hub ({error})"
+        ) from error
+
+
+def load_target(
+    path_or_id: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> Target:
+    """Look at a target: read its configuration and check that its weights are whole.
+
+    Args:
+        path_or_id: a checkpoint folder, or a hub id that is fetched.
+        revision: hub revision.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
+
+    Raises:
+        DraftheadError: missing, unreadable, truncated, or an architecture whose teacher
+            cannot be computed from norm and LM head alone.
+    """
+    from transformers import AutoConfig
+
+    path = _local_folder(str(path_or_id), revision)
+    if not (path / "config.json").is_file():
+        raise DraftheadError(f"{path}: no config.json there; a target is a transformers checkpoint")
+    try:
+        raw = json.loads((path / "config.json").read_text())
+        outer = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise DraftheadError(f"{path}/config.json: cannot be read: {error}") from error
+    config = outer.get_text_config()
+    for field, neutral in _LOGIT_FIELDS.items():
+        if getattr(config, field, None) not in neutral:
+            raise DraftheadError(
+                f"{path}/config.json: `{field}` is set: this architecture changes its logits after "
+                "the LM head, which drafthead's teacher does not do yet"
+            )
+    if config.model_type.startswith("gemma"):
+        raise DraftheadError(f"{path}: {config.model_type}'s final norm is not handled yet")
+    quantization = raw.get("quantization_config")
+    modelopt = path / "hf_quant_config.json"
+    if quantization is None and modelopt.exists():
+        quantization = json.loads(modelopt.read_text())
+    return Target(
+        path=path,
+        config=config,
+        tensors=SafetensorsFolder(path),
+        quantization=quantization,
+        architectures=tuple(raw.get("architectures") or ()),
+        trust_remote_code=trust_remote_code,
+    )

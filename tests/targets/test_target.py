@@ -1,0 +1,129 @@
+"""A target as it lies on disk: what is read from it, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from drafthead.errors import DraftheadError
+from drafthead.targets import load_target
+from tests import tiny
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2", "lfm2_moe"])
+def test_teacher_from_disk_is_transformers_logits(kind, request):
+    """Norm and LM head read from the files give the model's own logits."""
+    folder = request.getfixturevalue(kind)
+    target = load_target(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(5, 25)[None]
+    last = {}
+    norm = model.model.embedding_norm if kind != "llama" else model.model.norm
+    norm.register_forward_hook(lambda _m, args, _out: last.update(x=args[0]))
+    logits = model(ids).logits
+    weight, eps = target.final_norm()
+    x = last["x"]
+    normed = weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+    torch.testing.assert_close(normed @ target.lm_head().T, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target.embedding(), model.get_input_embeddings().weight)
+
+
+def test_reads_the_shape(llama, lfm2_moe):
+    target = load_target(llama)
+    assert (target.num_layers, target.hidden_size, target.vocab_size) == (6, 64, tiny.VOCAB)
+    assert (target.num_attention_heads, target.num_key_value_heads, target.head_dim) == (4, 2, 16)
+    assert target.default_aux_layers() == (2, 3)
+    assert target.eos_token_ids == (4,)
+    assert not target.tied_embeddings
+    hybrid = load_target(lfm2_moe)
+    assert hybrid.layer_types == ("conv", "conv", "full_attention") * 2
+    assert hybrid.tied_embeddings
+    assert hybrid.rms_norm_eps == 1e-5
+    assert hybrid.rope_theta == 1_000_000.0
+
+
+def test_fingerprint_changes_with_one_weight(tmp_path, llama):
+    copy = tmp_path / "copy"
+    shutil.copytree(llama, copy)
+    assert load_target(copy).fingerprint == load_target(llama).fingerprint
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert load_target(copy).fingerprint != load_target(llama).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [([7], "0 to 6"), ([-1], "0 to 6"), ([], "empty"), ([2, 2], "twice")]
+)
+def test_wrong_aux_layers(llama, layers, words):
+    with pytest.raises(DraftheadError, match=words):
+        load_target(llama).check_aux_layers(layers)
+
+
+def test_aux_layers_are_sorted_as_vllm_sorts_them(llama):
+    assert load_target(llama).check_aux_layers([5, 1]) == (1, 5)
+
+
+@pytest.fixture
+def copy(tmp_path, llama):
+    folder = tmp_path / "target"
+    shutil.copytree(llama, folder)
+    return folder
+
+
+def test_missing_folder_and_files(tmp_path, copy):
+    with pytest.raises(DraftheadError, match="no such folder"):
+        load_target(tmp_path / "nowhere")
+    with pytest.raises(DraftheadError, match="a target is a folder"):
+        load_target(copy / "config.json")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(DraftheadError, match="safetensors"):
+        load_target(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(DraftheadError, match=r"no config\.json"):
+        load_target(copy)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000])
+def test_truncated_weights(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DraftheadError, match=r"model\.safetensors.*(truncated|whole|broken)"):
+        load_target(copy)
+
+
+def test_broken_config_and_missing_shard(copy):
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
+    with pytest.raises(DraftheadError, match="shards are missing: model-00001"):
+        load_target(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(DraftheadError, match=r"config\.json"):
+        load_target(copy)
+
+
+def test_scaled_logits_are_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["logits_scaling"] = 8.0
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftheadError, match="logits_scaling"):
+        load_target(copy)
+
+
+def test_unknown_architecture_is_refused(copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.other_norm.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DraftheadError, match="no final norm found"):
+        load_target(copy).final_norm()
+
+
+def test_tokenizer_missing(copy):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    with pytest.raises(DraftheadError, match="tokenizer"):
+        load_target(copy).tokenizer()
