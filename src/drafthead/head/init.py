@@ -1,0 +1,83 @@
+"""Where training starts: a head made from the target's own weights."""
+
+import torch
+from torch import Tensor, nn
+
+from drafthead.errors import DraftheadError
+from drafthead.head.config import HeadConfig
+from drafthead.head.model import Eagle3Head
+
+STD = 0.02  # Llama's initializer_range
+
+
+@torch.no_grad()
+def init_from_target(
+    config: HeadConfig,
+    d2t: Tensor,
+    lm_head: Tensor,
+    final_norm: Tensor,
+    *,
+    fc: str = "deepest",
+    layer: dict[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Eagle3Head:
+    """A float32 head whose vocabulary side is the target's.
+
+    d2t int64 [Vd]: the draft vocabulary. lm_head [V, Ht]: the target's; its rows at the draft
+    vocabulary become the head's. final_norm [Ht]: weight of the target's last norm.
+    fc: "deepest" passes the deepest aux state through and adds small random weights from the
+    others, "random" draws all of it. layer: tensors of one Llama-like layer of the target
+    (`self_attn.q_proj.weight` [heads * d, Ht] …, without prefix); those whose shape fits take the
+    place of random ones, q, k and v on the side of the hidden state. Head and target widths must
+    be equal for everything but `fc="random"` with neither.
+
+    Raises `DraftheadError` on widths that do not fit.
+    """
+    h, ht, a = config.hidden_size, config.target_hidden_size, config.num_aux_hidden_states
+    if lm_head.shape != (config.vocab_size, h) or final_norm.shape != (h,):
+        raise DraftheadError(
+            f"the target's LM head {list(lm_head.shape)} and norm {list(final_norm.shape)} do not "
+            f"fit a head of hidden_size {h} and vocab_size {config.vocab_size}"
+        )
+    head = Eagle3Head(config)
+    head.set_vocab(d2t)
+    generator = torch.Generator().manual_seed(seed)
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0.0, STD, generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()
+    if fc == "deepest":
+        if h != ht:
+            raise DraftheadError(f"fc init 'deepest' needs equal widths, head {h}, target {ht}")
+        # A fan-in of (A-1) * Ht random inputs would drown the state passed through at full STD.
+        head.fc.weight[:, : (a - 1) * ht] *= 0.1
+        head.fc.weight[:, (a - 1) * ht :] = torch.eye(h)
+    elif fc != "random":
+        raise DraftheadError(f"fc init {fc!r}; known are 'deepest' and 'random'")
+    head.lm_head.weight.copy_(lm_head[head.target_ids()])
+    head.norm.weight.copy_(final_norm)
+    if layer is not None:
+        _copy_layer(head, layer)
+    return head
+
+
+def _copy_layer(head: Eagle3Head, tensors: dict[str, Tensor]) -> None:
+    """Copy what fits of a target layer into the head's first one; raise if nothing does."""
+    own = dict(head.layers[0].named_parameters())
+    renamed = {"input_layernorm.weight": "hidden_norm.weight"}  # it normed the hidden state there
+    taken = 0
+    for name, tensor in tensors.items():
+        parameter = own.get(renamed.get(name, name))
+        if parameter is None:
+            continue
+        if name.split(".")[1] in ("q_proj", "k_proj", "v_proj") and tensor.dim() == 2:
+            wide = (parameter.shape[0], parameter.shape[1] // 2)
+            if tensor.shape == wide:
+                parameter[:, wide[1] :] = tensor
+                taken += 1
+        elif tensor.shape == parameter.shape:
+            parameter.copy_(tensor)
+            taken += 1
+    if not taken:
+        raise DraftheadError("no tensor of the target's layer has a shape that fits the head")

@@ -1,0 +1,77 @@
+"""All positions at once draft what the server would, one by one."""
+
+import pytest
+import torch
+
+from drafthead.errors import DraftheadError
+from drafthead.head import drafting
+from drafthead.head.drafting import draft_at, draft_chain, prefix_attention
+
+from .conftest import small_head, states
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_before_residual": True, "norm_output": True},
+        {"norm_before_fc": True, "fc_norm": True, "attention_bias": True},
+        {"num_hidden_layers": 2, "num_key_value_heads": 1},
+    ],
+    ids=["plain", "residual_output", "fc_bias", "two_layers"],
+)
+def test_all_positions_equal_one_by_one(changes):
+    head = small_head(**changes)
+    embedding, aux, ids = states(head, 19)
+    fast = draft_chain(head, embedding, aux, ids, 4)
+    slow = torch.stack([draft_at(head, embedding, aux, ids, i, 4) for i in range(18)])
+    assert fast.tolist() == slow.tolist()
+    assert len(fast.unique()) > 5, "a head that always drafts the same would prove nothing"
+
+
+def test_some_rows_equal_all_rows(head):
+    embedding, aux, ids = states(head, 19)
+    rows = torch.tensor([3, 4, 11])
+    every = draft_chain(head, embedding, aux, ids, 3)
+    assert draft_chain(head, embedding, aux, ids, 3, rows).tolist() == every[rows].tolist()
+
+
+def test_chunks_change_nothing(head, monkeypatch):
+    embedding, aux, ids = states(head, 40)
+    whole = draft_chain(head, embedding, aux, ids, 3)
+    monkeypatch.setattr(drafting, "SCORE_BYTES", 3 * 4 * 4 * 39)
+    monkeypatch.setattr(drafting, "LOGIT_BYTES", 5 * 4 * head.config.draft_vocab_size)
+    assert draft_chain(head, embedding, aux, ids, 3).tolist() == whole.tolist()
+
+
+def test_drafts_do_not_look_ahead(head):
+    embedding, aux, ids = states(head, 12)
+    before = draft_chain(head, embedding, aux, ids, 3)[:6]
+    aux[6:] += 1.0
+    ids[7:] = 0
+    assert draft_chain(head, embedding, aux, ids, 3)[:6].tolist() == before.tolist()
+
+
+def test_drafts_lie_in_the_draft_vocabulary(head):
+    embedding, aux, ids = states(head, 12)
+    assert head.t2d[draft_chain(head, embedding, aux, ids, 3)].all()
+
+
+def test_prefix_attention_is_softmax_over_what_is_seen():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, h, 8, generator=g) for h in (4, 2, 2))
+    own_k, own_v = ([torch.randn(2, 2, 8, generator=g)] for _ in range(2))
+    rows = torch.tensor([0, 3])
+    out = prefix_attention(q[:2], rows, k, v, own_k, own_v)
+    for m, row in enumerate(rows.tolist()):
+        keys = torch.cat([k[: row + 1], own_k[0][m : m + 1]])
+        values = torch.cat([v[: row + 1], own_v[0][m : m + 1]])
+        for h in range(4):
+            weights = (keys[:, h // 2] @ q[m, h] / 8**0.5).softmax(0)
+            torch.testing.assert_close(out[m, h], weights @ values[:, h // 2])
+
+
+def test_rows_without_states_are_refused(head):
+    embedding, aux, ids = states(head, 8)
+    with pytest.raises(DraftheadError, match="cannot draft"):
+        draft_chain(head, embedding, aux, ids, 2, torch.tensor([7]))
