@@ -1,0 +1,7 @@
+"""The store that the target's hidden states lie in: format, writer, reader, check."""
+
+from drafthead.states.format import Encoding, Sample, StoreMeta
+from drafthead.states.reader import StateReader
+from drafthead.states.writer import StateWriter
+
+__all__ = ["Encoding", "Sample", "StateReader", "StateWriter", "StoreMeta"]

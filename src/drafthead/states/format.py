@@ -1,0 +1,249 @@
+"""How states lie on disk. A store is a folder:
+
+    meta.json                      what the states are of: layers, width, encoding, inputs
+    unit-000012.json               index of one finished unit of work; written last, so it commits
+    unit-000012-00.safetensors     its samples one after the other; more shards if they are large
+
+A unit belongs to one writer and is finished or redone whole. Its index holds each sample's
+lengths and place and each shard's size and SHA-256, and its own SHA-256, so that it can be read
+and trusted without the shards. Tensors of a shard, n and m being the sums of its samples' T and T':
+
+    ids        int32 [n]           token ids, prompt and answer
+    loss_mask  bool [n]            True where the target wrote the token
+    states     [m, L, Ht]          bf16, fp32, or e4m3 with ``scale`` fp32 [m, L]
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import disk_errors, fingerprint, read_json, write_json
+
+VERSION = 1
+Encoding = Literal["bf16", "fp8", "fp32"]
+E4M3_MAX = 448.0
+
+_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}
+_NAMES = {
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence and the target's states over it. T' is T or T-1: the last token that a target
+    writes is never an input.
+
+    ``states`` is the residual stream entering each layer of ``layers`` (ascending; the last one,
+    ``num_layers``, is the stream before the final norm), in bf16 or fp32.
+    """
+
+    ids: torch.Tensor
+    """int32 [T]: prompt and answer exactly as generated."""
+    loss_mask: torch.Tensor
+    """bool [T]: True where the target wrote the token at that index."""
+    states: torch.Tensor
+    """[T', L, Ht]."""
+    num_aux: int
+    """A: the first A of the L layers are the auxiliary ones."""
+    prompt_len: int
+    conversation: str
+    split: str
+    """``train`` or ``heldout``."""
+
+    @property
+    def aux(self) -> torch.Tensor:
+        """[T', A, Ht]: the auxiliary states."""
+        return self.states[:, : self.num_aux]
+
+    @property
+    def last(self) -> torch.Tensor:
+        """[T', Ht]: the stream before the final norm."""
+        return self.states[:, -1]
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What the states of a store are of."""
+
+    aux_layers: tuple[int, ...]
+    """Ascending layer ids, vLLM's convention: id i is the residual stream that enters layer i."""
+    num_layers: int
+    """Layers of the target; as a layer id, the stream before the final norm."""
+    hidden_size: int
+    """Ht."""
+    encoding: Encoding
+    inputs: dict[str, Any]
+    """What the content follows from (target, template, prompts, engine, …), JSON-able."""
+
+    def __post_init__(self) -> None:
+        if list(self.aux_layers) != sorted(set(self.aux_layers)) or not self.aux_layers:
+            raise DraftheadError(
+                f"capture.aux_layers: {list(self.aux_layers)} must ascend without repeats"
+            )
+        bad = [i for i in self.aux_layers if not 0 <= i <= self.num_layers]
+        if bad:
+            raise DraftheadError(
+                f"capture.aux_layers: {bad} out of range; this target has layer ids "
+                f"0 to {self.num_layers}"
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The L layer ids on disk: ``aux_layers`` and ``num_layers``."""
+        return tuple(sorted({*self.aux_layers, self.num_layers}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the states decode to: fp32 from fp32, else bf16."""
+        return torch.float32 if self.encoding == "fp32" else torch.bfloat16
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes on disk for one token's states, ids and mask not counted."""
+        per_layer = self.hidden_size * _DTYPES[self.encoding].itemsize
+        return len(self.layers) * (per_layer + (4 if self.encoding == "fp8" else 0))
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(asdict(self))
+
+    def save(self, store: Path) -> None:
+        record = {"format": "drafthead-states", "version": VERSION, **asdict(self)}
+        write_json(store / "meta.json", record | {"fingerprint": self.fingerprint})
+
+    @classmethod
+    def load(cls, store: Path) -> "StoreMeta":
+        """Read ``meta.json``.
+
+        Raises:
+            DraftheadError: missing, broken, of a later version, or altered.
+        """
+        path = store / "meta.json"
+        record = read_any_json(path, "the description of a state store")
+        check_version(path, record)
+        try:
+            meta = cls(**{field.name: record[field.name] for field in fields(cls)})
+            meta = cls(**(asdict(meta) | {"aux_layers": tuple(int(i) for i in meta.aux_layers)}))
+            if meta.encoding not in get_args(Encoding) or not 0 < meta.hidden_size < 1 << 20:
+                raise ValueError("impossible encoding or hidden_size")
+        except (KeyError, TypeError, ValueError, DraftheadError) as error:
+            raise DraftheadError(f"{path}: not a description of a state store: {error}") from None
+        if record.get("fingerprint") != meta.fingerprint:
+            raise DraftheadError(f"{path}: was altered: its fingerprint does not fit its content")
+        return meta
+
+
+def read_any_json(path: Path, what: str) -> dict:
+    """``read_json`` that survives hostile files too (nesting, giant numbers) and wants a dict."""
+    try:
+        record = read_json(path, what)
+    except (ValueError, RecursionError) as error:
+        raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from None
+    if not isinstance(record, dict):
+        raise DraftheadError(f"{path}: not {what}: found a {type(record).__name__}")
+    return record
+
+
+def check_version(path: Path, record: dict) -> None:
+    version = record.get("version")
+    if record.get("format") != "drafthead-states" or type(version) is not int or version < 1:
+        raise DraftheadError(f"{path}: not part of a state store (no format and version in it)")
+    if version > VERSION:
+        raise DraftheadError(
+            f"{path}: version {version}, written by a later drafthead; this one reads up to "
+            f"{VERSION}: upgrade drafthead"
+        )
+
+
+def encode(states: torch.Tensor, encoding: Encoding) -> dict[str, torch.Tensor]:
+    """States [m, L, Ht] as the tensors that go to disk.
+
+    fp8 is e4m3 with scale = max|x| / 448 over Ht, for each token and layer by itself: layers
+    differ in size by orders of magnitude, and so do a sequence's first tokens from the rest.
+    """
+    if encoding != "fp8":
+        return {"states": states.to(_DTYPES[encoding])}
+    wide = states.float()
+    scale = wide.abs().amax(-1) / E4M3_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    return {"states": (wide / scale[..., None]).to(torch.float8_e4m3fn), "scale": scale}
+
+
+def decode(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The inverse of ``encode``: [m, L, Ht] in fp32 for fp32, else bf16."""
+    states = tensors["states"]
+    if "scale" not in tensors:
+        return states
+    return (states.float() * tensors["scale"][..., None]).to(torch.bfloat16)
+
+
+def shard_tensors(meta: StoreMeta, tokens: int, states: int) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (safetensors dtype, shape) of a shard that holds so many tokens and states."""
+    layers = len(meta.layers)
+    out = {
+        "ids": ("I32", [tokens]),
+        "loss_mask": ("BOOL", [tokens]),
+        "states": (_NAMES[_DTYPES[meta.encoding]], [states, layers, meta.hidden_size]),
+    }
+    if meta.encoding == "fp8":
+        out["scale"] = ("F32", [states, layers])
+    return out
+
+
+def write_shard(path: Path, name: str, tensors: dict[str, list[torch.Tensor]]) -> tuple[int, str]:
+    """Write lists of tensors, each list joined along its first axis, as one safetensors file.
+
+    By hand rather than with ``save_file``: pieces go to disk without being joined in memory, the
+    checksum is of the very bytes handed to the kernel, and a full disk is an ``OSError``.
+
+    Returns:
+        The file's size and SHA-256.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "drafthead": name}}
+    offset = 0
+    for key, parts in tensors.items():
+        size = sum(part.numel() * part.element_size() for part in parts)
+        header[key] = {
+            "dtype": _NAMES[parts[0].dtype],
+            "shape": [sum(part.shape[0] for part in parts), *parts[0].shape[1:]],
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def pieces() -> Iterable[Any]:
+        yield len(text).to_bytes(8, "little") + text
+        for parts in tensors.values():
+            for part in parts:
+                yield part.contiguous().flatten().view(torch.uint8).numpy().data
+
+    digest, size = hashlib.sha256(), 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                for piece in pieces():
+                    view = memoryview(piece)
+                    digest.update(view)
+                    size += len(view)
+                    while view:
+                        view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return size, digest.hexdigest()

@@ -1,0 +1,189 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from drafthead.errors import DraftheadError
+from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
+from drafthead.states.format import decode, encode
+
+META = StoreMeta((1, 2), 4, 16, "fp32", {"target": "tiny"})
+
+
+def make_sample(seed: int, tokens: int = 9, states: int | None = None) -> Sample:
+    g = torch.Generator().manual_seed(seed)
+    return Sample(
+        ids=torch.randint(0, 99, (tokens,), generator=g, dtype=torch.int32),
+        loss_mask=torch.arange(tokens) >= 3,
+        states=torch.randn(tokens - 1 if states is None else states, 3, 16, generator=g),
+        num_aux=2,
+        prompt_len=3,
+        conversation=f"c{seed}",
+        split="heldout" if seed % 4 == 0 else "train",
+    )
+
+
+def write(path, meta=META, units=3, per_unit=5, shard_bytes=1 << 30):
+    samples = [make_sample(i, tokens=5 + i % 7) for i in range(units * per_unit)]
+    with StateWriter(path, meta, shard_bytes) as writer:
+        for unit in range(units):
+            writer.submit(unit, samples[unit * per_unit : (unit + 1) * per_unit], {"n": unit})
+    return samples
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 1 << 11])
+def test_round_trip_is_exact_in_fp32(tmp_path, shard_bytes):
+    samples = write(tmp_path, shard_bytes=shard_bytes)
+    reader = StateReader(tmp_path)
+    assert len(reader) == len(samples)
+    assert (len(reader.shards) > 3) == (shard_bytes < 1 << 30)
+    for index, sample in enumerate(samples):
+        found = reader[index]
+        assert torch.equal(found.ids, sample.ids)
+        assert found.ids.dtype == torch.int32
+        assert torch.equal(found.loss_mask, sample.loss_mask)
+        assert torch.equal(found.aux, sample.states[:, :2])
+        assert torch.equal(found.last, sample.states[:, 2])
+        assert (found.prompt_len, found.conversation, found.split) == (
+            sample.prompt_len,
+            sample.conversation,
+            sample.split,
+        )
+    assert reader.tokens.tolist() == [len(s.ids) for s in samples]
+    assert reader.states.tolist() == [len(s.states) for s in samples]
+    assert reader.units[2].checks == {"n": 2}
+    assert [reader.split[i] for i in reader.indices("heldout")] == ["heldout"] * 4
+    with pytest.raises(IndexError):
+        reader[len(samples)]
+
+
+def test_bf16_is_exact_for_bf16_states(tmp_path):
+    sample = make_sample(1)
+    states = sample.states.bfloat16()
+    meta = StoreMeta((1, 2), 4, 16, "bf16", {})
+    with StateWriter(tmp_path, meta) as writer:
+        writer.submit(0, [Sample(**(vars(sample) | {"states": states}))])
+    assert torch.equal(StateReader(tmp_path)[0].states, states)
+
+
+def test_fp8_has_a_scale_for_each_token_and_layer(tmp_path):
+    states = make_sample(2, tokens=40).states * torch.tensor([1e-3, 1.0, 1e4])[None, :, None]
+    states[5] *= 1000  # a massive first token must not cost the others their precision
+    states[7] = 0
+    decoded = decode(encode(states, "fp8"))
+    # e4m3 keeps 3 bits of mantissa: half a step is 1/16 of the value, or of the row's smallest
+    # normal number (2**-6 of 448 in scale units)
+    row = states.abs().amax(-1, keepdim=True)
+    assert ((decoded.float() - states).abs() <= states.abs() / 15 + row * 2**-9 / 448).all()
+    meta = StoreMeta((1, 2), 4, 16, "fp8", {})
+    sample = Sample(**(vars(make_sample(2, tokens=40)) | {"states": states}))
+    with StateWriter(tmp_path, meta) as writer:
+        writer.submit(0, [sample])
+    found = StateReader(tmp_path)[0].states
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, decoded)
+
+
+def test_order_is_a_seeded_shuffle_across_shards(tmp_path):
+    write(tmp_path, units=12, per_unit=6)
+    reader = StateReader(tmp_path)
+    order = reader.order(seed=3, pool=4)
+    assert sorted(order.tolist()) == list(range(72))
+    assert np.array_equal(order, reader.order(seed=3, pool=4))
+    assert not np.array_equal(order, reader.order(seed=4, pool=4))
+    # at most `pool` shards are in play at a time, and they are mixed
+    shards = order // 6
+    assert all(len(set(part)) == 4 for part in np.split(shards, 3))
+    assert len(set(shards[:6])) > 1
+    train = reader.order(seed=3, split="train")
+    assert set(train.tolist()) == set(reader.indices("train").tolist())
+    names = [sample.conversation for sample in reader.stream(train, ahead=3)]
+    assert names == [f"c{i}" for i in train]
+
+
+def test_layers_out_of_range_or_order():
+    for bad in [(2, 1), (1, 5), ()]:
+        with pytest.raises(DraftheadError, match="aux_layers"):
+            StoreMeta(bad, 4, 16, "fp32", {})
+    assert StoreMeta((1, 4), 4, 16, "fp32", {}).layers == (1, 4)
+
+
+def test_a_store_of_other_inputs_is_refused_by_field(tmp_path):
+    write(tmp_path)
+    with pytest.raises(DraftheadError, match="target differ"):
+        StateWriter(tmp_path, StoreMeta((1, 2), 4, 16, "fp32", {"target": "other"}))
+
+
+def test_full_disk_says_so_and_keeps_what_was_finished(tmp_path, monkeypatch):
+    write(tmp_path, units=2)
+    real = os.fsync
+
+    def full(fd):
+        if "unit-000002-00" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(DraftheadError, match="disk is full"),
+        StateWriter(tmp_path, META) as writer,
+    ):
+        writer.submit(2, [make_sample(9)])
+    monkeypatch.undo()
+    assert len(StateReader(tmp_path)) == 10
+    assert not list(tmp_path.glob(".*.tmp"))
+    with StateWriter(tmp_path, META) as writer:
+        assert writer.has(1)
+        assert not writer.has(2)
+        writer.submit(2, [make_sample(9)])
+    assert len(StateReader(tmp_path)) == 11
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, "tests/states")
+    from test_store import META, make_sample
+    from drafthead.states import StateWriter
+    calls = 0
+    def kill_at(target, real):
+        def call(*args):
+            global calls
+            calls += 1
+            if calls == target:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        return call
+    os.replace = kill_at(int(sys.argv[2]), os.replace)
+    os.fsync = kill_at(int(sys.argv[2]), os.fsync)
+    with StateWriter(sys.argv[1], META, pending=1) as writer:
+        for unit in range(3):
+            if not writer.has(unit):
+                writer.submit(unit, [make_sample(unit * 2), make_sample(unit * 2 + 1)])
+"""
+
+
+def test_killed_at_every_step_and_started_again_the_store_is_the_same(tmp_path):
+    whole = tmp_path / "whole"
+    with StateWriter(whole, META) as writer:
+        for unit in range(3):
+            writer.submit(unit, [make_sample(unit * 2), make_sample(unit * 2 + 1)])
+    store = tmp_path / "killed"
+    script = tmp_path / "writer.py"
+    script.write_text(textwrap.dedent(KILLED))
+    deaths = 0
+    for step in [2, 3, 4, 5, 2, 3, 6, 99]:  # before and after each fsync and rename
+        done = subprocess.run([sys.executable, script, store, str(step)], check=False)
+        deaths += done.returncode == -signal.SIGKILL
+        if (store / "meta.json").exists():
+            seen = StateReader(store)  # whatever is visible is whole
+            assert all(len(seen[i].ids) for i in range(len(seen)))
+    assert deaths >= 5
+    names = sorted(p.name for p in whole.iterdir())
+    assert sorted(p.name for p in store.iterdir() if not p.name.startswith(".")) == names
+    for name in names:
+        assert (store / name).read_bytes() == (whole / name).read_bytes()
