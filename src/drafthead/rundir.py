@@ -1,9 +1,11 @@
 """Where a run leaves what it makes. One folder, the same names in every run."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafthead.fsio import fingerprint, read_json, write_json
+from drafthead.errors import DraftheadError
+from drafthead.fsio import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,61 @@ class RunDir:
     def report_html(self) -> Path:
         return self.root / "report.html"
 
-    def _stage_file(self, stage: str) -> Path:
-        return self.root / ".stages" / f"{stage}.json"
+    def _record(self, stage: str, state: str) -> Path:
+        return self.root / ".stages" / f"{stage}.{state}.json"
 
-    def finished(self, stage: str, inputs: object) -> dict | None:
+    def finished(self, stage: str, inputs: dict) -> dict | None:
         """The summary of ``stage`` if it ended before with the same ``inputs``, else None."""
-        path = self._stage_file(stage)
+        path = self._record(stage, "done")
         if not path.exists():
             return None
         record = read_json(path, f"the record of stage {stage}")
-        if record.get("inputs") != fingerprint(inputs):
-            return None
-        return record["summary"]
+        return record["summary"] if record["inputs"] == inputs else None
 
-    def finish(self, stage: str, inputs: object, summary: dict) -> None:
+    def begin(self, stage: str, inputs: dict, overwrite: bool) -> None:
+        """Start or go on with ``stage``. Output made with other inputs is swept away first.
+
+        Raises:
+            DraftheadError: there is such output and ``overwrite`` is off.
+        """
+        path = self._record(stage, "begun")
+        if path.exists():
+            before = read_json(path, f"the record of stage {stage}")
+            if before != inputs:
+                if not overwrite:
+                    raise DraftheadError(
+                        f"{self.root}: its {stage} stage was made with other settings "
+                        f"({', '.join(_differences(before, inputs))}); give this run another name, "
+                        "or pass --overwrite to make it anew"
+                    )
+                for output in self._outputs(stage):
+                    shutil.rmtree(output, ignore_errors=True)
+                self._record(stage, "done").unlink(missing_ok=True)
+        write_json(path, inputs)
+
+    def finish(self, stage: str, inputs: dict, summary: dict) -> None:
         """Record that ``stage`` ended with these ``inputs``."""
-        write_json(self._stage_file(stage), {"inputs": fingerprint(inputs), "summary": summary})
+        write_json(self._record(stage, "done"), {"inputs": inputs, "summary": summary})
+
+    def _outputs(self, stage: str) -> list[Path]:
+        return {
+            # The states belong to the answers, whichever of the two stages wrote them.
+            "generate": [self.answers, self.states],
+            "vocab": [self.vocab],
+            "train": [self.train],
+            "export": [self.head],
+        }.get(stage, [])
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
+    """The fields that differ, as `section.field: old -> new`."""
+    found = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return found

@@ -1,0 +1,5 @@
+"""``python -m drafthead`` is the command ``drafthead``."""
+
+from drafthead.cli import main
+
+main()

@@ -1,0 +1,196 @@
+"""The command line: one thin function a command, no logic.
+
+With ``--json`` a command prints one object on stdout; what people read goes to stderr.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from drafthead import __version__
+from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.recipe import load_recipe
+
+app = typer.Typer(
+    name="drafthead",
+    help="Make an EAGLE-3 draft head for the model you serve, serve it in vLLM, prove it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(stderr=True)
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+RunsDir = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace output made with other settings.")
+]
+
+
+def _emit(result: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    elif result is not None:
+        console.print_json(json.dumps(result))
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"drafthead {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: drafthead init ./my-model --prompts chats.jsonl")
+def init(
+    target: Annotated[str, typer.Argument(help="Target folder or hub id.")],
+    prompts: Annotated[str, typer.Option(help="Your prompts: JSONL or Parquet.")] = "prompts.jsonl",
+    out: Annotated[Path, typer.Option(help="Where to write the recipe.")] = Path("recipe.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Look at a target and write a commented recipe fit for it."""
+    from drafthead.init import write_recipe
+
+    _emit(write_recipe(target, prompts, out), as_json)
+    console.print(f"wrote {out}; read it, then: drafthead run {out}")
+
+
+@app.command(epilog="Example: drafthead run recipe.yaml --from train --to export")
+def run(
+    recipe: RecipeFile,
+    first: Annotated[str, typer.Option("--from", help="First stage.")] = "generate",
+    last: Annotated[str, typer.Option("--to", help="Last stage.")] = "report",
+    runs: RunsDir = Path("runs"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do the whole job: generate, capture, vocab, train, export, verify, bench, report."""
+    from drafthead.run import execute
+
+    result = execute(
+        load_recipe(recipe), runs, first=first, last=last, overwrite=overwrite, console=console
+    )
+    if as_json:
+        _emit(result, as_json)
+
+
+def _one_stage(name: str, recipe: Path, runs: Path, overwrite: bool, as_json: bool) -> None:
+    from drafthead.run import execute
+
+    result = execute(
+        load_recipe(recipe), runs, first=name, last=name, overwrite=overwrite, console=console
+    )
+    _emit(result[name], as_json)
+
+
+def _add_stage(name: str, help_text: str) -> None:
+    def command(
+        recipe: RecipeFile,
+        runs: RunsDir = Path("runs"),
+        overwrite: Overwrite = False,
+        as_json: AsJson = False,
+    ) -> None:
+        _one_stage(name, recipe, runs, overwrite, as_json)
+
+    app.command(name, help=help_text, epilog=f"Example: drafthead {name} recipe.yaml")(command)
+
+
+for _name, _help in (
+    ("generate", "Let the target write the answers (and capture its states in the same pass)."),
+    ("capture", "Take the target's hidden states for the answers, and check them."),
+    ("vocab", "Choose the draft vocabulary from what the target wrote."),
+    ("train", "Train the head; under torchrun, on many GPUs."),
+    ("export", "Write the folder that vLLM serves."),
+    ("verify", "Prove that greedy output is the same with the head as without."),
+    ("bench", "Measure the speed with the head against the speed without."),
+    ("report", "Write the report and the model card of a finished run."),
+):
+    _add_stage(_name, _help)
+
+
+@app.command(epilog="Example: drafthead inspect runs/demo/head --target ./my-model")
+def inspect(
+    head: Annotated[Path, typer.Argument(help="Head folder, vLLM or speculators format.")],
+    target: Annotated[str | None, typer.Option(help="Target to hold the head against.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a head is, and what is wrong with a broken one."""
+    from drafthead.head.inspect import inspect_head
+    from drafthead.targets import load_target
+
+    found = inspect_head(head, load_target(target) if target else None)
+    _emit(found, as_json)
+    if found["problems"]:
+        raise typer.Exit(DraftheadError.exit_code)
+
+
+@app.command(
+    epilog="Example: drafthead serve recipe.yaml --print -- --port 8001",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(
+    context: typer.Context,
+    recipe: RecipeFile,
+    runs: RunsDir = Path("runs"),
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Print the command, each flag explained; start nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve target and head with vLLM. Unknown arguments are passed on to it."""
+    from drafthead.serve import serve_plan
+
+    plan = serve_plan(load_recipe(recipe), runs, extra=context.args)
+    if as_json:
+        _emit(plan.as_dict(), as_json)
+    elif print_only:
+        print(plan.text())
+    if not print_only:
+        os.execvpe(plan.command[0], plan.command, os.environ | plan.environment)
+
+
+@app.command(epilog="Example: drafthead doctor recipe.yaml")
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe to check the disk against.")] = None,
+    runs: RunsDir = Path("runs"),
+    url: Annotated[str | None, typer.Option(help="A live server to diagnose, http://…")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check Python, PyTorch, vLLM, plugin, GPU and disk; say how to mend each fault."""
+    from drafthead.doctor import diagnose
+
+    found = diagnose(load_recipe(recipe) if recipe else None, runs, url=url, console=console)
+    if as_json:
+        _emit(found, as_json)
+    if not found["healthy"]:
+        raise typer.Exit(DraftheadError.exit_code)
+
+
+def main() -> None:
+    """Run the command line; errors a user can mend are one line and an exit code, no traceback."""
+    try:
+        app()
+    except ClaimFailed as error:
+        console.print(f"[red]claim failed:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except DraftheadError as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on")
+        sys.exit(130)

@@ -1,0 +1,190 @@
+"""The stages of the main job in order: what each reads, what makes it stale, how it resumes."""
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.fsio import RunLock, fingerprint, sha256_file
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+from drafthead.targets import load_target
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: where its function lives and what, when it changes, makes its output stale."""
+
+    name: str
+    does: str
+    function: str
+    """`module:name`, imported when the stage runs: vLLM takes seconds to import."""
+    sections: tuple[str, ...]
+    """The recipe's sections that the stage reads."""
+    after: str | None
+    """The stage whose output it reads; stale input makes it stale too."""
+    costly: bool = False
+    """Hours of work: never thrown away without `--overwrite`."""
+
+
+STAGES = (
+    Stage(
+        "generate",
+        "the target writes the answers (and, in the same pass, the states)",
+        "drafthead.data.generate:generate",
+        ("target", "prompts", "generate", "capture", "engine"),
+        None,
+        costly=True,
+    ),
+    Stage(
+        "capture",
+        "the target's hidden states for those answers, checked",
+        "drafthead.capture:capture",
+        (),
+        "generate",
+    ),
+    Stage("vocab", "the draft vocabulary", "drafthead.vocab:vocab", ("vocab",), "generate"),
+    Stage(
+        "train",
+        "the head, and its held-out acceptance",
+        "drafthead.train:train",
+        ("vocab", "head", "train"),
+        "capture",
+        costly=True,
+    ),
+    Stage("export", "the folder that vLLM serves", "drafthead.head.export:export", (), "train"),
+    Stage(
+        "verify",
+        "the same tokens with the head as without it",
+        "drafthead.prove.verify:verify",
+        ("serve", "verify"),
+        "export",
+    ),
+    Stage(
+        "bench",
+        "the speed with the head against the speed without it",
+        "drafthead.prove.bench:bench",
+        ("serve", "bench"),
+        "export",
+    ),
+    Stage("report", "report and model card", "drafthead.prove.report:report", ("verify",), "bench"),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def stage_named(name: str) -> Stage:
+    """The stage called ``name``.
+
+    Raises:
+        DraftheadError: there is none.
+    """
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise DraftheadError(f"no stage is called {name!r}; they are, in order: {', '.join(NAMES)}")
+
+
+def stage_inputs(recipe: Recipe) -> dict[str, dict]:
+    """What each stage depends on: equal inputs mean that a finished output still holds."""
+    target = load_target(
+        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
+    )
+    files = [source.path for source in recipe.prompts.sources if source.path]
+    missing = [path for path in files if not Path(path).is_file()]
+    if missing:
+        raise DraftheadError(f"prompts.sources: {missing[0]}: no such file")
+    dumped = recipe.model_dump(mode="json")
+    inputs: dict[str, dict] = {}
+    for stage in STAGES:
+        own = {section: dumped[section] for section in stage.sections}
+        if stage.after is None:
+            own["target_files"] = target.fingerprint
+            own["prompt_files"] = {path: sha256_file(path) for path in files}
+        else:
+            own["after"] = fingerprint(inputs[stage.after])
+        inputs[stage.name] = own
+    return inputs
+
+
+def _load(function: str) -> Callable[..., dict]:
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _run_stage(
+    stage: Stage, recipe: Recipe, run: RunDir, inputs: dict, overwrite: bool, console: Console
+) -> dict:
+    done = run.finished(stage.name, inputs)
+    if done is not None:
+        console.print(f"[dim]{stage.name}: done before[/dim]")
+        return done
+    run.begin(stage.name, inputs, overwrite=overwrite or not stage.costly)
+    console.print(f"[bold]{stage.name}[/bold]: {stage.does}")
+    start = time.monotonic()
+    summary = _load(stage.function)(recipe, run, console=console)
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    run.finish(stage.name, inputs, summary)
+    return summary
+
+
+def execute(
+    recipe: Recipe,
+    runs_dir: Path,
+    *,
+    first: str = NAMES[0],
+    last: str = NAMES[-1],
+    overwrite: bool = False,
+    console: Console,
+) -> dict[str, dict]:
+    """Run the stages from ``first`` to ``last``; what is finished is not done again.
+
+    A claim that fails in verify or bench does not keep the later stages from running: the report
+    must show it. It is raised at the end.
+
+    Args:
+        recipe: the run's recipe.
+        runs_dir: folder of all runs; this one's is ``runs_dir / recipe.name``.
+        first: name of the first stage to run.
+        last: name of the last one.
+        overwrite: let answers, states or training made with other settings be replaced.
+        console: where people read what happens.
+
+    Returns:
+        Each stage's summary, by its name.
+
+    Raises:
+        DraftheadError: wrong input, or a stage before ``first`` has not been run.
+        ClaimFailed: not lossless.
+    """
+    wanted = NAMES[NAMES.index(stage_named(first).name) : NAMES.index(stage_named(last).name) + 1]
+    if not wanted:
+        raise DraftheadError(f"--from {first} comes after --to {last}")
+    run = RunDir(runs_dir / recipe.name)
+    inputs = stage_inputs(recipe)
+    summaries: dict[str, dict] = {}
+    failed: ClaimFailed | None = None
+    with RunLock(run.root):
+        for stage in STAGES:
+            if stage.name not in wanted:
+                continue
+            before = stage.after
+            if before and before not in wanted and run.finished(before, inputs[before]) is None:
+                raise DraftheadError(
+                    f"{run.root}: stage {stage.name} needs {before}, which has not ended with this "
+                    f"recipe; run `drafthead run --from {before}`"
+                )
+            try:
+                summaries[stage.name] = _run_stage(
+                    stage, recipe, run, inputs[stage.name], overwrite, console
+                )
+            except ClaimFailed as error:
+                console.print(f"[red]{stage.name}: {escape(str(error))}[/red]")
+                failed = error
+    if failed is not None:
+        raise failed
+    return summaries

@@ -1,0 +1,38 @@
+"""`drafthead init`: the recipe that it writes is a good recipe, and says why."""
+
+import pytest
+
+from drafthead.errors import DraftheadError
+from drafthead.init import write_recipe
+from drafthead.recipe import Recipe, load_recipe
+
+
+def test_written_recipe_loads_and_fits_the_target(tmp_path, lfm2_moe):
+    out = tmp_path / "recipe.yaml"
+    found = write_recipe(str(lfm2_moe), "chats.jsonl", out)
+    recipe = load_recipe(out)
+    assert found["layer_kinds"] == {"conv": 4, "full_attention": 2}
+    assert recipe.capture.aux_layers == [2, 3]
+    assert recipe.vocab.size == 512
+    assert recipe.engine.max_model_len == 512
+    assert recipe.prompts.sources[0].path == "chats.jsonl"
+    # What was not fitted is the default, unchanged by writing and reading.
+    minimal = Recipe.model_validate(
+        {
+            "name": recipe.name,
+            "target": {"path": str(lfm2_moe)},
+            "prompts": {"sources": [{"path": "chats.jsonl"}]},
+        }
+    )
+    assert recipe.train == minimal.train
+    assert recipe.generate == minimal.generate
+    text = out.read_text()
+    assert "# Peak learning rate of AdamW." in text
+
+
+def test_existing_recipe_is_kept(tmp_path, llama):
+    out = tmp_path / "recipe.yaml"
+    out.write_text("mine")
+    with pytest.raises(DraftheadError, match="exists already"):
+        write_recipe(str(llama), "chats.jsonl", out)
+    assert out.read_text() == "mine"
