@@ -1,0 +1,39 @@
+# make demo   the whole job on this machine, with a real pretrained target
+# make test   the whole suite, the real engine included
+# Both set up everything in .venv first.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: setup demo demo-hybrid test lint docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml tools/setup.sh
+	bash tools/setup.sh $(VENV)
+	touch $@
+
+demo: $(READY)
+	$(PY) recipes/demo_prompts.py build/demo/prompts.jsonl
+	$(PY) -m drafthead.targets.smollm2 build/demo/SmolLM2-135M-Instruct
+	$(VENV)/bin/drafthead run recipes/demo.yaml
+
+demo-hybrid: $(READY)
+	$(PY) recipes/demo_prompts.py build/demo/prompts.jsonl
+	$(VENV)/bin/drafthead run recipes/demo-hybrid.yaml
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Two workers: the suite's engines and models run one thread each.
+test: lint
+	$(PY) -m pytest -n 2 --dist loadfile
+
+docs: $(READY)
+	$(VENV)/bin/mkdocs build --strict
+
+clean:
+	rm -rf build site runs/demo runs/demo-hybrid
