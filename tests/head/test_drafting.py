@@ -6,8 +6,7 @@ import torch
 from drafthead.errors import DraftheadError
 from drafthead.head import drafting
 from drafthead.head.drafting import draft_at, draft_chain, prefix_attention
-
-from .conftest import small_head, states
+from tests.heads import small_head, states
 
 
 @pytest.mark.parametrize(

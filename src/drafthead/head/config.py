@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from drafthead.errors import DraftheadError
+from drafthead.recipe import HeadSection
+from drafthead.targets.target import Target
 
 ROPE_SCALINGS = ("llama3", "linear")
 
@@ -96,3 +98,37 @@ class HeadConfig:
     @property
     def num_aux_hidden_states(self) -> int:
         return len(self.aux_layer_ids)
+
+
+def head_config(
+    section: HeadSection, target: Target, aux_layer_ids: tuple[int, ...], draft_vocab_size: int
+) -> HeadConfig:
+    """The head that a recipe's `head` section asks for, for this target.
+
+    What the section leaves open is the target's own figure; the MLP is 4 x hidden, rounded up to
+    128. vLLM shares the target's embedding with the head, so another width than the target's is
+    refused (`DraftheadError`).
+    """
+    hidden = section.hidden_size or target.hidden_size
+    if hidden != target.hidden_size:
+        raise DraftheadError(
+            f"recipe: head.hidden_size is {hidden}, the target's is {target.hidden_size}; the head "
+            "reads the target's embedding, so leave it out"
+        )
+    return HeadConfig(
+        hidden_size=hidden,
+        intermediate_size=section.intermediate_size or -(-4 * hidden // 128) * 128,
+        num_attention_heads=section.num_attention_heads or target.num_attention_heads,
+        num_key_value_heads=section.num_key_value_heads or target.num_key_value_heads,
+        head_dim=target.head_dim,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        target_hidden_size=target.hidden_size,
+        aux_layer_ids=aux_layer_ids,
+        max_position_embeddings=target.max_position_embeddings,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_theta=target.rope_theta,
+        norm_before_residual=section.norm_before_residual,
+        norm_before_fc=section.norm_before_fc,
+        fc_norm=section.fc_norm,
+    )

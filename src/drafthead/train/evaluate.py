@@ -1,0 +1,151 @@
+"""Held-out acceptance as it would be served.
+
+A head's accuracy over all positions is not what a server sees: the server drafts only where the
+last draft ended, and counts position 2 only if position 1 was right. So each held-out answer is
+walked the way vLLM decodes it, and counted the way its counters count
+(`vllm/v1/core/sched/scheduler.py`, `SpecDecodingStats`):
+
+- The prefill yields the answer's first token, which no draft has a part in. If the answer ends
+  there, no step follows.
+- Every later step verifies k drafts, all counted as drafted, and ends with one token of the
+  target's own. The count is of drafts, not of tokens delivered: a draft accepted together with
+  the end of the answer still counts.
+- What the target would have said after the end of the answer is not known here. A draft reaching
+  there counts as a miss; `past_end` says how many did, so the engine's own counters lie between
+  `acceptance` and that plus `past_end / steps`. Position 1 never reaches past the end.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from drafthead.errors import DraftheadError
+from drafthead.head.drafting import ChainAttention, draft_chain, prefix_attention
+from drafthead.head.model import Eagle3Head
+
+
+class Acceptance:
+    """Counts of a walk over answers with k drafts a step; position j is at index j - 1.
+
+    `known` counts drafts that were reached (all before them accepted) and whose true token is
+    known, `accepted` those that were right, `outside` those that could not be right because the
+    true token is outside the draft vocabulary, `past_end` those reached beyond the answer's end.
+    """
+
+    def __init__(self, k: int):
+        self.k = k
+        self.steps = 0
+        self.known = np.zeros(k, dtype=np.int64)
+        self.accepted = np.zeros(k, dtype=np.int64)
+        self.outside = np.zeros(k, dtype=np.int64)
+        self.past_end = np.zeros(k, dtype=np.int64)
+
+    def add(self, other: "Acceptance") -> None:
+        """Add another walk's counts (same k)."""
+        self.steps += other.steps
+        self.known += other.known
+        self.accepted += other.accepted
+        self.outside += other.outside
+        self.past_end += other.past_end
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens a step, the target's own included: 1 + accepted drafts / steps."""
+        return 1.0 + float(self.accepted.sum()) / max(1, self.steps)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Accepted at each position over all steps, as vLLM's per-position counters give it."""
+        return (self.accepted / max(1, self.steps)).tolist()
+
+    @property
+    def conditional(self) -> list[float]:
+        """Accepted at each position, given that all before it were and that the truth is known."""
+        return (self.accepted / np.maximum(1, self.known)).tolist()
+
+    def summary(self) -> dict:
+        """JSON-able: rates, and the counts that they come from."""
+        return {
+            "k": self.k,
+            "steps": self.steps,
+            "accepted_length": self.accepted_length,
+            "acceptance_by_position": self.acceptance,
+            "conditional_acceptance_by_position": self.conditional,
+            "accepted": self.accepted.tolist(),
+            "outside_draft_vocabulary": self.outside.tolist(),
+            "past_end": self.past_end.tolist(),
+        }
+
+
+def walk(chains: np.ndarray, answer: np.ndarray, drafted: np.ndarray) -> Acceptance:
+    """Decode one answer as the server would.
+
+    chains int [n - 1, k]: row c holds the drafts for answer[c + 1], answer[c + 2], …; answer
+    int [n]; drafted bool [V]: the draft vocabulary (`t2d`).
+    """
+    n, k = len(answer), chains.shape[1]
+    counts = Acceptance(k)
+    current = 0  # the last token that is settled; the prefill settles the first
+    while current < n - 1:
+        counts.steps += 1
+        j = 0
+        while j < k:
+            if current + 1 + j >= n:
+                counts.past_end[j] += 1
+                break
+            truth = answer[current + 1 + j]
+            counts.known[j] += 1
+            if chains[current, j] != truth:
+                counts.outside[j] += not drafted[truth]
+                break
+            counts.accepted[j] += 1
+            j += 1
+        current += j + 1
+    return counts
+
+
+@dataclass(frozen=True)
+class HeldoutSample:
+    """One held-out sequence: ids int [T] (prompt, then answer), states aux [T', A, Ht]."""
+
+    ids: Tensor
+    prompt_len: int
+    aux: Tensor
+
+
+def evaluate(
+    head: Eagle3Head,
+    embedding: Tensor,
+    samples: Iterable[HeldoutSample],
+    k: int | Sequence[int],
+    attend: ChainAttention = prefix_attention,
+) -> list[Acceptance]:
+    """Walk every sample, once for each k asked for (chains are drafted once, at the largest).
+
+    embedding [V, H]: the target's. Raises `DraftheadError` if states are missing or no answer is
+    long enough for one step.
+    """
+    ks = [k] if isinstance(k, int) else list(k)
+    totals = [Acceptance(n) for n in ks]
+    drafted = head.t2d.cpu().numpy()
+    for sample in samples:
+        length, start = len(sample.ids), sample.prompt_len
+        if start < 1 or len(sample.aux) < length - 1:
+            raise DraftheadError(
+                f"held-out sample of {length} tokens: prompt_len {start}, states for "
+                f"{len(sample.aux)} positions, {length - 1} needed; capture it again"
+            )
+        if length - start < 2:
+            continue
+        rows = sample.ids.new_tensor(range(start - 1, length - 2)).long()
+        chains = draft_chain(head, embedding, sample.aux, sample.ids, max(ks), rows, attend).numpy(
+            force=True
+        )
+        answer = sample.ids[start:].numpy(force=True)
+        for total in totals:
+            total.add(walk(chains[:, : total.k], answer, drafted))
+    if not totals[0].steps:
+        raise DraftheadError("held-out evaluation: no answer has two tokens or more")
+    return totals

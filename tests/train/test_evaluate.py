@@ -1,0 +1,108 @@
+"""The walk counts what a server counts."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafthead.errors import DraftheadError
+from drafthead.head.drafting import draft_at
+from drafthead.train.evaluate import Acceptance, HeldoutSample, evaluate, walk
+from tests.heads import small_head, states
+
+ALL = np.ones(10, dtype=bool)
+
+
+def test_a_walk_by_hand():
+    answer = np.array([1, 2, 3, 4, 5, 6])
+    chains = np.array(
+        [
+            [2, 3],  # after 1: both right, then the target's own 4
+            [0, 0],  # never visited: the step above jumped over it
+            [0, 0],
+            [9, 6],  # after 4: the first is wrong, so the second does not count
+            [6, 7],  # after 5: right, then past the end
+        ]
+    )
+    counts = walk(chains, answer, ALL)
+    assert counts.steps == 3
+    assert counts.accepted.tolist() == [2, 1]
+    assert counts.known.tolist() == [3, 1]
+    assert counts.past_end.tolist() == [0, 1]
+    assert counts.accepted_length == 2.0
+    assert counts.acceptance == pytest.approx([2 / 3, 1 / 3])
+    assert counts.conditional == pytest.approx([2 / 3, 1.0])
+
+
+def test_tokens_outside_the_draft_vocabulary_are_misses():
+    drafted = np.array([True, True, False])
+    counts = walk(np.array([[1], [0]]), np.array([0, 2, 1]), drafted)
+    assert counts.accepted.tolist() == [0]
+    assert counts.outside.tolist() == [1]
+
+
+def test_an_answer_of_one_token_takes_no_step():
+    assert walk(np.zeros((0, 3)), np.array([5]), ALL).steps == 0
+
+
+@given(st.data())
+def test_every_token_is_settled_once(data):
+    """Each step settles its accepted drafts and one token more, up to the end of the answer."""
+    n, k = data.draw(st.integers(2, 12)), data.draw(st.integers(1, 5))
+    tokens = st.integers(0, 2)
+    answer = np.array(data.draw(st.lists(tokens, min_size=n, max_size=n)))
+    rows = st.lists(st.lists(tokens, min_size=k, max_size=k), min_size=n - 1, max_size=n - 1)
+    counts = walk(np.array(data.draw(rows)), answer, np.ones(3, dtype=bool))
+    settled = counts.steps + int(counts.accepted.sum())
+    overshoot = settled - (n - 1)  # the last step's own token may lie past the end
+    assert overshoot in (0, 1)
+    assert overshoot == int(counts.past_end.sum()) or counts.accepted[-1] > 0
+    assert counts.known[0] == counts.steps, "position 1 never reaches past the end"
+    assert (counts.known + counts.past_end)[1:].tolist() == counts.accepted[:-1].tolist()
+    assert (counts.accepted <= counts.known).all()
+
+
+def serve(head, embedding, sample, k) -> Acceptance:
+    """Decode step by step, drafting with the slow twin."""
+    counts, truth = Acceptance(k), sample.ids.tolist()
+    settled = sample.prompt_len
+    while settled < len(truth) - 1:
+        counts.steps += 1
+        chain = draft_at(head, embedding, sample.aux, sample.ids, settled - 1, k).tolist()
+        matched = 0
+        while matched < k and truth[settled + 1 + matched :][:1] == [chain[matched]]:
+            counts.accepted[matched] += 1
+            matched += 1
+        settled += matched + 1
+    return counts
+
+
+def test_evaluation_equals_serving_step_by_step():
+    head = small_head(vocab_size=6, draft_vocab_size=4)
+    samples = []
+    for seed, (length, prompt) in enumerate([(30, 4), (24, 1), (25, 23), (9, 8)]):
+        embedding, aux, ids = states(head, length, seed=seed + 5)
+        # Write what the head would draft here and there, so that chains are accepted.
+        for i in range(prompt - 1, length - 2):
+            if (i * 7 + seed) % 3:
+                ids[i + 2] = draft_at(head, embedding, aux, ids, i, 1)[0]
+        samples.append(HeldoutSample(ids, prompt, aux[: length - 1]))
+    embedding = states(head, 1)[0]
+    one, three = evaluate(head, embedding, samples, [1, 3])
+    for total in (one, three):
+        expected = Acceptance(total.k)
+        for sample in samples:
+            expected.add(serve(head, embedding, sample, total.k))
+        assert total.steps == expected.steps
+        assert total.accepted.tolist() == expected.accepted.tolist()
+    assert three.accepted[2] > 0
+    assert three.outside.sum() > 0
+
+
+def test_missing_states_are_refused():
+    head = small_head()
+    embedding, aux, ids = states(head, 9)
+    with pytest.raises(DraftheadError, match="8 needed"):
+        evaluate(head, embedding, [HeldoutSample(ids, 3, aux[:7])], 2)
+    with pytest.raises(DraftheadError, match="no answer"):
+        evaluate(head, embedding, [HeldoutSample(ids, 8, aux)], 2)
