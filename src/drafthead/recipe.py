@@ -184,6 +184,9 @@ class ServeSection(Section):
 
     num_speculative_tokens: Annotated[int, Field(ge=1)] = 3
     """Tokens drafted a step (k)."""
+    tensor_parallel_size: Annotated[int, Field(ge=1)] | None = None
+    """GPUs to serve on; None is the engine's if it is above 1, else the fewest that hold the
+    weights."""
 
 
 class VerifySection(Section):
@@ -193,6 +196,16 @@ class VerifySection(Section):
     """Held-out prompts to check; None is all."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer."""
+    num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
+    """Each k to prove; None is the one that is served."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests at once; None is the engine's `max_num_seqs`, so that the proof is under load."""
+    mixed_lengths: bool = False
+    """Also cut prompts and answers to random lengths, from one token up: the batches in which
+    faults of speculation have hidden."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Answers sampled at each context, with and without the head, to compare their distributions;
+    0 leaves that test out. 500 detect a shift of a tenth of the probability."""
 
 
 class BenchSection(Section):
@@ -206,6 +219,12 @@ class BenchSection(Section):
     """Prompts run first on both engines and not counted."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Times each pair is run."""
+    num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
+    """Each k to measure; None is the one that is served. The first is the headline's."""
+    concurrency: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
+    """Requests at once, each a column of the grid; the first is the headline's."""
+    temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
+    """Sampling temperatures of the grid; the first is the headline's."""
 
 
 class Recipe(Section):

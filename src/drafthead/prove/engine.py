@@ -1,0 +1,249 @@
+"""vLLM engines, each in a process of its own, driven from this one.
+
+A process per engine gives its memory back for certain, keeps one engine's failure from the
+other, and lets two engines (with and without the head) live side by side for paired timing.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from drafthead.errors import DraftheadError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine wrote for one prompt."""
+
+    ids: list[int]
+    """Generated token ids."""
+    seconds: float
+    """From giving the request in to its last token."""
+    first_token_s: float
+    """From giving the request in to its first token."""
+    finish_reason: str
+    """``stop`` (end of text) or ``length``."""
+    logprobs: list[dict[int, float]]
+    """For each generated token, log-probabilities of the likeliest tokens, if asked for."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What an engine wrote for a list of prompts, in their order."""
+
+    completions: list[Completion]
+    wall_s: float
+    """From the first request given in to the last one ended."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(completion.ids) for completion in self.completions)
+
+
+@dataclass(frozen=True)
+class SpecCounters:
+    """The engine's own counts of speculation."""
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+
+    def since(self, earlier: "SpecCounters") -> "SpecCounters":
+        """Counts between ``earlier`` and now."""
+        before = earlier.accepted_per_position or [0] * len(self.accepted_per_position)
+        return SpecCounters(
+            self.drafts - earlier.drafts,
+            self.draft_tokens - earlier.draft_tokens,
+            self.accepted_tokens - earlier.accepted_tokens,
+            [a - b for a, b in zip(self.accepted_per_position, before, strict=True)],
+        )
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Mean tokens a verification step yields: 1 (the target's own) + accepted drafts."""
+        return 1 + self.accepted_tokens / self.drafts if self.drafts else None
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of drafts whose token at position 1, 2, … was accepted (unconditional)."""
+        return [n / self.drafts for n in self.accepted_per_position] if self.drafts else []
+
+
+class EngineProcess:
+    """One vLLM engine in a child process; a context manager that leaves nothing behind.
+
+    The child dies with its parent, even when the parent is killed. What vLLM prints goes to
+    ``log``; errors quote its end.
+
+    Args:
+        args: arguments of ``vllm.LLM``, from :func:`drafthead.serve.engine_args`.
+        env: environment variables to add, from :func:`drafthead.serve.engine_env`.
+        log: file for what the engine prints; appended to.
+        name: what errors call this engine.
+
+    Raises:
+        DraftheadError: the engine did not start, refused a request, or died.
+    """
+
+    def __init__(self, args: dict[str, Any], *, env: dict[str, str], log: Path, name: str):
+        self.args, self.name, self.log = args, name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        mine, theirs = socket.socketpair()
+        life_read, self._life = os.pipe()
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "drafthead.prove.engine_worker",
+                    str(theirs.fileno()),
+                    str(life_read),
+                ],
+                env={**os.environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs.fileno(), life_read),
+                start_new_session=True,
+            )
+        theirs.close()
+        os.close(life_read)
+        self._connection = Connection(mine.detach())
+        self.info: dict[str, Any] = {}
+        self._started = False
+
+    def start(self) -> "EngineProcess":
+        """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
+        self._send({"op": "start", "args": {**self.args, "disable_log_stats": False}})
+        self._started = True
+        return self
+
+    def wait_ready(self) -> "EngineProcess":
+        """Wait until the engine can answer."""
+        if not self._started:
+            self.start()
+        self.info = self._receive("did not start")
+        return self
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int],
+        concurrency: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+    ) -> Generation:
+        """Let the engine answer prompts of token ids, at most ``concurrency`` at once.
+
+        ``max_tokens`` is one limit for all or one for each prompt; ``seed`` + index seeds each.
+        """
+        self._send(
+            {
+                "op": "generate",
+                "prompts": [list(map(int, prompt)) for prompt in prompts],
+                "max_tokens": max_tokens if isinstance(max_tokens, int) else list(max_tokens),
+                "concurrency": concurrency,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+                "ignore_eos": ignore_eos,
+                "logprobs": logprobs,
+            }
+        )
+        answer = self._receive("failed while generating")
+        completions = [
+            Completion(
+                ids=result["ids"],
+                seconds=result["seconds"],
+                first_token_s=result["first_token_s"],
+                finish_reason=result["finish_reason"],
+                logprobs=[{int(k): v for k, v in row.items()} for row in result["logprobs"]],
+            )
+            for result in answer["results"]
+        ]
+        return Generation(completions, answer["wall_s"])
+
+    def counters(self) -> SpecCounters:
+        """Speculation counters since the engine's start (all zero without speculation)."""
+        self._send({"op": "counters"})
+        return SpecCounters(**self._receive("failed while reading its counters"))
+
+    def close(self) -> None:
+        """End the engine and everything that it started."""
+        with contextlib.suppress(OSError):
+            self._connection.close()
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def __enter__(self) -> "EngineProcess":
+        try:
+            return self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _send(self, message: dict) -> None:
+        try:
+            self._connection.send_bytes(json.dumps(message).encode())
+        except OSError:
+            raise self._death("died") from None
+
+    def _receive(self, failure: str) -> dict:
+        try:
+            answer = json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise self._death(failure) from None
+        if "error" in answer:
+            raise DraftheadError(
+                f"{self.name}: vLLM {failure}: {answer['error']}\n{self._log_tail()}"
+            )
+        return answer["ok"]
+
+    def _death(self, failure: str) -> DraftheadError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)
+        code = self._process.returncode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return DraftheadError(
+            f"{self.name}: the vLLM process {failure} ({how}{hint})\n{self._log_tail()}"
+        )
+
+    def _log_tail(self, lines: int = 15) -> str:
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            tail = file.read()[-16384:].decode(errors="replace").splitlines()[-lines:]
+        return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in tail)
+
+
+@contextlib.contextmanager
+def engine_pair(base: EngineProcess, drafted: EngineProcess):
+    """Both engines ready, ended together. They load one after the other: while two load at once,
+    vLLM's memory profiling on a GPU would count the other's allocations."""
+    try:
+        yield base.wait_ready(), drafted.wait_ready()
+    finally:
+        base.close()
+        drafted.close()

