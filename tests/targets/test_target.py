@@ -34,7 +34,7 @@ def test_teacher_from_disk_is_transformers_logits(kind, request):
 def test_reads_the_shape(llama, lfm2_moe):
     target = load_target(llama)
     assert (target.num_layers, target.hidden_size, target.vocab_size) == (6, 64, tiny.VOCAB)
-    assert (target.num_attention_heads, target.num_key_value_heads, target.head_dim) == (4, 2, 16)
+    assert (target.num_attention_heads, target.num_key_value_heads, target.head_dim) == (2, 1, 32)
     assert target.default_aux_layers() == (2, 3)
     assert target.eos_token_ids == (4,)
     assert not target.tied_embeddings

@@ -217,7 +217,7 @@ class EngineProcess:
             raise self._death(failure) from None
         if "error" in answer:
             raise DraftheadError(
-                f"{self.name}: vLLM {failure}: {answer['error']}\n{self._log_tail()}"
+                f"{self.name}: vLLM {failure}: {answer['error']} (its log: {self.log})"
             )
         return answer["ok"]
 

