@@ -1,0 +1,204 @@
+"""What a head is trained on: the loss of every step of training-time test, over supervised rows.
+
+Shapes: T steps, M supervised tokens, H head width, Ht target width, Vd draft vocabulary. Row (t, m)
+is the head's state at step t from which token m is to be predicted; all T rows of a token share one
+teacher row, the target's last hidden state that predicted the same token.
+
+Losses of a row, z its logits over the draft vocabulary, s the teacher's:
+
+- `kl`: KL(p || q) with q = softmax(z) and p = softmax(s), the target's distribution restricted to
+  the draft vocabulary. What the target puts outside is dropped (p is renormalised) unless the token
+  served there is itself outside: no draft can be accepted then, and the row weighs nothing. EAGLE-3
+  masks by the target's argmax in the same way (arXiv 2503.01840, its reference code).
+- `ce`: cross-entropy against the token that the target served, rows outside the vocabulary as
+  above. With greedy answers that token is the target's argmax. Together with `hidden_regression` it
+  is the published head's "reduced-vocab CE + SmoothL1 hidden-regression".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LossKind = Literal["kl", "ce"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The target's own next-token distribution, recomputed from its last hidden states.
+
+    norm_weight [Ht] and eps: the target's final RMSNorm. head [Vd, Ht]: the rows of its LM head
+    that belong to the draft vocabulary, in the draft vocabulary's order.
+    """
+
+    norm_weight: Tensor
+    eps: float
+    head: Tensor
+
+    def normed(self, last: Tensor) -> Tensor:
+        """Last hidden states before the final norm [M, Ht] -> what the LM head reads [M, Ht]."""
+        return F.rms_norm(
+            last.to(self.norm_weight.dtype), last.shape[-1:], self.norm_weight, self.eps
+        )
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Last hidden states [M, Ht] -> logits over the draft vocabulary [M, Vd], fp32 or better.
+
+        The products are bf16 on a GPU, but their sums leave it in fp32: rounding the logits
+        themselves to bf16 would move probabilities by several per cent.
+        """
+        return matmul_fp32(self.normed(last), self.head)
+
+
+def matmul_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, K] @ weight [V, K].T -> [N, V] in fp32 (fp64 stays fp64)."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    out = x @ weight.t()
+    return out if out.dtype == torch.float64 else out.float()
+
+
+def row_loss(logits: Tensor, teacher: Tensor | None, labels: Tensor, kind: LossKind) -> Tensor:
+    """The plain loss of each row.
+
+    logits [..., N, Vd]; teacher [N, Vd] logits (`kl` only); labels int64 [N], the served token as a
+    draft id or -1 outside the draft vocabulary. Returns [..., N], zero where the label is -1.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logq = logits.log_softmax(-1)
+    if kind == "ce":
+        index = labels.clamp(min=0).expand(logits.shape[:-1])[..., None]
+        loss = -logq.gather(-1, index)[..., 0]
+    else:
+        assert teacher is not None
+        logp = teacher.to(logits.dtype).log_softmax(-1)
+        loss = (logp.exp() * (logp - logq)).sum(-1)
+    return torch.where(labels >= 0, loss, 0.0)
+
+
+def hidden_regression(normed: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """SmoothL1 between the states that the two LM heads read, mean over width (EAGLE-1's second
+    loss, arXiv 2401.15077; the published head's "SmoothL1 hidden-regression").
+
+    normed [T, M, H] after the head's final norm; target [M, H] after the target's; weights [T, M].
+    Returns the weighted sum. Head and target must be equally wide.
+    """
+    loss = F.smooth_l1_loss(normed.float(), target.float().expand_as(normed), reduction="none")
+    return (loss.mean(-1) * weights).sum()
+
+
+def plain_loss(
+    normed: Tensor,
+    lm_head: Tensor,
+    last: Tensor,
+    teacher: Teacher,
+    labels: Tensor,
+    weights: Tensor,
+    kind: LossKind,
+) -> tuple[Tensor, Tensor]:
+    """The loss as its definition says: all logits at once. Arguments as for `fused_loss`."""
+    logits = normed @ lm_head.t()
+    soft = teacher.logits(last) if kind == "kl" else None
+    loss = (row_loss(logits, soft, labels, kind) * weights).sum()
+    correct = (logits.argmax(-1) == labels) & (weights > 0)
+    return loss, correct.sum(-1)
+
+
+def row_gradients(
+    logits: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, kind: LossKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradient of a chunk in closed form; may overwrite `logits` with the gradient.
+
+    logits [T, R, Vd], teacher [R, Vd] or None, labels int64 [R], weights fp32 [T, R].
+    Returns weighted losses [T, R], d loss / d logits [T, R, Vd], predicted draft ids [T, R].
+
+    d/dz KL(softmax(s) || softmax(z)) = q - p; cross-entropy the same with p one-hot.
+    """
+    predicted = logits.argmax(-1)
+    weights = weights * (labels >= 0)
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    lse = z.logsumexp(-1)
+    gradient = (z - lse[..., None]).exp_()
+    if kind == "ce":
+        index = labels.clamp(min=0).expand(z.shape[:-1])[..., None]
+        loss = lse - z.gather(-1, index)[..., 0]
+        gradient.scatter_add_(-1, index, gradient.new_tensor(-1.0).expand_as(index))
+    else:
+        assert teacher is not None
+        logp = teacher.to(z.dtype).log_softmax(-1)
+        p = logp.exp()
+        # sum p (log p - z + lse): the entropy once for all T rows, the cross term as a product
+        loss = (p * logp).sum(-1) - torch.einsum("rv,trv->tr", p, z) + lse
+        gradient -= p
+    gradient *= weights[..., None]
+    return loss * weights, gradient.to(logits.dtype), predicted
+
+
+def gradient_rule(device: torch.device) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`row_gradients`, as one Triton kernel on a GPU."""
+    if device.type == "cuda":
+        from drafthead.train.kernels import row_gradients as fused
+
+        return fused
+    return row_gradients
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, normed, lm_head, last, teacher, labels, weights, kind, chunk_rows):
+        steps, tokens, width = normed.shape
+        rule = gradient_rule(normed.device)
+        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        d_normed = torch.empty_like(normed) if wants_grad else None
+        d_head = torch.zeros_like(lm_head) if wants_grad else None
+        loss = torch.zeros((), dtype=weights.dtype, device=normed.device)
+        correct = torch.zeros(steps, dtype=torch.int64, device=normed.device)
+        chunk = max(1, chunk_rows // steps)
+        for at in range(0, tokens, chunk):
+            part = slice(at, at + chunk)
+            rows = normed[:, part].reshape(-1, width)
+            logits = (rows @ lm_head.t()).view(steps, -1, lm_head.shape[0])
+            soft = teacher.logits(last[part]) if kind == "kl" else None
+            losses, gradient, predicted = rule(logits, soft, labels[part], weights[:, part], kind)
+            loss += losses.sum()
+            correct += ((predicted == labels[part]) & (weights[:, part] > 0)).sum(-1)
+            if wants_grad:
+                gradient = gradient.view(-1, lm_head.shape[0])
+                d_normed[:, part] = (gradient @ lm_head).view(steps, -1, width)
+                d_head.addmm_(gradient.t(), rows)
+        ctx.save_for_backward(d_normed, d_head)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        d_normed, d_head = ctx.saved_tensors
+        # The buffers are ours alone: scaling them in place spares a second copy.
+        return d_normed.mul_(d_loss), d_head.mul_(d_loss), None, None, None, None, None, None
+
+
+def fused_loss(
+    normed: Tensor,
+    lm_head: Tensor,
+    last: Tensor,
+    teacher: Teacher,
+    labels: Tensor,
+    weights: Tensor,
+    kind: LossKind,
+    chunk_rows: int = 4096,
+) -> tuple[Tensor, Tensor]:
+    """LM head and loss in chunks, gradients computed on the way: no logits outlive their chunk.
+
+    normed [T, M, H]: the head's states after its final norm. lm_head [Vd, H]. last [M, Ht]: the
+    target's last hidden states before its final norm, of the positions that predicted the M tokens.
+    labels int64 [M]: the served tokens as draft ids, -1 outside. weights fp32 [T, M]: 0 where the
+    step has no row for the token. A chunk is `chunk_rows` rows of `normed`, all T steps of as many
+    tokens as fit, so that the teacher's logits are computed once for all steps.
+
+    Returns the weighted sum of the losses (differentiable, once) and, for each step, how many rows
+    predicted the served token: int64 [T].
+    """
+    return _FusedLoss.apply(normed, lm_head, last, teacher, labels, weights, kind, chunk_rows)

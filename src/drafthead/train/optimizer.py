@@ -1,0 +1,146 @@
+"""AdamW with exact fp32 masters that cost two bytes a weight instead of four.
+
+A bf16 weight is the upper half of its fp32 master, rounded to nearest; the lower half lies beside
+it as int16. Nothing is stored twice, and a step reads and writes each number once. fp32 weights (on
+a CPU) are their own masters.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> (bf16 rounded to nearest, ties away from zero; int16 of what is missing)."""
+    bits = master.view(torch.int32)
+    top = (bits + 0x8000) >> 16
+    return top.to(torch.int16).view(torch.bfloat16), (bits - (top << 16)).to(torch.int16)
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 master of a weight: undoes `split` exactly."""
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def update(
+    master: Tensor, grad: Tensor, mean: Tensor, square: Tensor, scale: Tensor,
+    rate: float, beta1: float, beta2: float, eps: float, decay: float, correct1: float,
+    correct2: float,
+) -> None:  # fmt: skip
+    """One AdamW step (arXiv 1711.05101, algorithm 2) in place, all fp32.
+
+    The gradient is multiplied by `scale` (a scalar tensor) first; a NaN there leaves everything as
+    it is. correct1 and correct2 are 1 - beta ** step.
+    """
+    if scale.isnan():
+        return
+    grad = grad.float() * scale
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    master.mul_(1 - rate * decay)
+    master.addcdiv_(mean, (square / correct2).sqrt_().add_(eps), value=-rate / correct1)
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """Hyperparameters; the learning rate comes with each step."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+class AdamW:
+    """Steps named parameters, clipped by global norm, without waiting for the device.
+
+    parameters: (name, bf16 or fp32 parameter). Vectors (norm weights) get no weight decay.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], settings: AdamWSettings):
+        self.parameters = dict(parameters)
+        self.settings = settings
+        self.steps = 0
+        zeros = lambda p, dtype: torch.zeros_like(p, dtype=dtype)
+        self.mean = {n: zeros(p, torch.float32) for n, p in self.parameters.items()}
+        self.square = {n: zeros(p, torch.float32) for n, p in self.parameters.items()}
+        self.low = {
+            n: zeros(p, torch.int16)
+            for n, p in self.parameters.items()
+            if p.dtype == torch.bfloat16
+        }
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are, in the parameters' order."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    @torch.no_grad()
+    def step(self, rate: float, count: Tensor) -> Tensor:
+        """One step with gradients that are sums over `count` rows (a scalar tensor).
+
+        Divides by `count`, clips to the global norm, and leaves all weights as they are where that
+        norm is not finite. Returns the norm before clipping, a scalar fp32 tensor.
+        """
+        s, self.steps = self.settings, self.steps + 1
+        norms = torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / count
+        scale = torch.clamp(s.max_grad_norm / (norm + 1e-6), max=1.0) / count
+        scale = torch.where(norm.isfinite(), scale, torch.nan)
+        corrections = 1 - s.beta1**self.steps, 1 - s.beta2**self.steps
+        for name, p in self.parameters.items():
+            if p.grad is None:
+                continue
+            decay = s.weight_decay if p.dim() > 1 else 0.0
+            moments = self.mean[name], self.square[name]
+            numbers = rate, s.beta1, s.beta2, s.eps, decay, *corrections
+            if name not in self.low:
+                update(p.data, p.grad, *moments, scale, *numbers)
+            elif p.is_cuda:
+                from drafthead.train.kernels import split_adamw
+
+                split_adamw(p.data, self.low[name], p.grad, *moments, scale, *numbers)
+            else:
+                master = join(p.data, self.low[name])
+                update(master, p.grad, *moments, scale, *numbers)
+                p.data[...], self.low[name][...] = split(master)
+            p.grad = None
+        return norm
+
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 weights by name."""
+        return {
+            n: join(p.data, self.low[n]) if n in self.low else p.data.float()
+            for n, p in self.parameters.items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters and moments as fp32 tensors, the same on every device and in every dtype."""
+        return {
+            **{f"master.{n}": t for n, t in self.masters().items()},
+            **{f"mean.{n}": t for n, t in self.mean.items()},
+            **{f"square.{n}": t for n, t in self.square.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor], steps: int) -> None:
+        """Take what `state_dict` gave after `steps` steps, weights included."""
+        self.steps = steps
+        for name in self.parameters:
+            self.mean[name].copy_(state[f"mean.{name}"])
+            self.square[name].copy_(state[f"square.{name}"])
+            self.load_master(name, state[f"master.{name}"])
+
+    @torch.no_grad()
+    def load_master(self, name: str, master: Tensor) -> None:
+        """Set a weight from its fp32 master."""
+        p = self.parameters[name]
+        if name in self.low:
+            high, low = split(master.to(p.device, torch.float32).contiguous())
+            p.data.copy_(high)
+            self.low[name].copy_(low)
+        else:
+            p.data.copy_(master)

@@ -1,0 +1,60 @@
+"""Attention of training-time test against one dense mask, forward and gradients."""
+
+import pytest
+import torch
+
+from drafthead.train.attention import Documents, attention, plain_attention
+
+
+def problem(dtype, diagonals, heads=6, groups=2, d=4):
+    documents = Documents.of([3, 5, 1], [7, 5, 2])
+    n, keys = sum(documents.q_lengths), sum(documents.k_lengths)
+    g = torch.Generator().manual_seed(diagonals)
+    shapes = [(n, heads, d), (keys, groups, d), (keys, groups, d)]
+    shapes += [(diagonals, n, groups, d)] * 2
+    tensors = [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
+    return [t.requires_grad_() for t in tensors], documents
+
+
+@pytest.mark.parametrize("diagonals", [0, 1, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_attention_is_the_dense_one(diagonals, dtype, tolerance):
+    tensors, documents = problem(dtype, diagonals)
+    expected = plain_attention(*tensors, documents)
+    fast = tensors if diagonals else [*tensors[:3], None, None]
+    found = attention(*fast, documents)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+    direction = torch.randn_like(expected)
+    used = tensors[: 5 if diagonals else 3]
+    ours = torch.autograd.grad((found * direction).sum(), used)
+    theirs = torch.autograd.grad((expected * direction).sum(), used)
+    for a, b in zip(ours, theirs):
+        assert b.abs().max() > 0.01
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_gradcheck():
+    tensors, documents = problem(torch.float64, 2, heads=2, groups=1, d=2)
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, documents), tensors)
+
+
+def test_a_document_sees_nothing_of_the_next():
+    tensors, documents = problem(torch.float64, 2)
+    before = attention(*tensors, documents)
+    with torch.no_grad():
+        tensors[1][7:] += 1.0
+        tensors[2][7:] += 1.0
+    after = attention(*tensors, documents)
+    assert torch.equal(before[:3], after[:3])
+    assert not torch.equal(before[3:], after[3:])
+
+
+def test_queries_are_the_last_positions_of_their_document():
+    tensors, documents = problem(torch.float64, 1)
+    before = attention(*tensors, documents)
+    with torch.no_grad():
+        tensors[2][5] += 1.0  # key 5 of 7: seen by queries at 5 and 6, not by the one at 4
+    after = attention(*tensors, documents)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])

@@ -1,0 +1,73 @@
+"""Triton kernels against their plain twins: on a GPU, or under Triton's interpreter
+(`TRITON_INTERPRET=1`, any machine with Triton)."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from drafthead.train import attention, kernels, losses, optimizer  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [50, 5000])
+def test_row_gradients(kind, dtype, width):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 3, width, device=DEVICE)).to(dtype)
+    teacher = 3 * torch.randn(3, width, device=DEVICE)
+    labels = torch.tensor([1, -1, width - 1], device=DEVICE)
+    weights = torch.tensor([[1.0, 1.0, 0.5], [0.8, 0.8, 0.0]], device=DEVICE)
+    expected = losses.row_gradients(logits.clone(), teacher, labels, weights, kind)
+    found = kernels.row_gradients(logits.clone(), teacher, labels, weights, kind)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=1e-6)
+    assert torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("scale", [0.3, float("nan")])
+def test_split_adamw(scale):
+    torch.manual_seed(0)
+    master = torch.randn(5000, device=DEVICE)
+    high, low = optimizer.split(master)
+    grad = torch.randn(5000, device=DEVICE).bfloat16()
+    mean, square = 0.1 * torch.randn_like(master), torch.rand_like(master)
+    factor = torch.tensor(scale, device=DEVICE)
+    numbers = 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5, 0.4
+    plain = master.clone(), grad, mean.clone(), square.clone(), factor
+    optimizer.update(*plain, *numbers)
+    kernels.split_adamw(high, low, grad, mean, square, factor, *numbers)
+    torch.testing.assert_close(optimizer.join(high, low), plain[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(mean, plain[2], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(square, plain[3], rtol=1e-6, atol=1e-7)
+    assert torch.equal(high, optimizer.split(optimizer.join(high, low))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 1), (2, 2)])
+def test_merge(dtype, heads, groups):
+    torch.manual_seed(0)
+    n, d, steps = 11, 16, 3
+    randn = lambda *shape: torch.randn(*shape, device=DEVICE).to(dtype)
+    q, out, d_out, dq = (randn(n, heads, d) for _ in range(4))
+    k, v = randn(steps, n, groups, d), randn(steps, n, groups, d)
+    lse = torch.randn(heads, n, device=DEVICE)
+    merged, total = attention.merge(out, lse, q, k, v)
+    found, found_total = kernels.merge(out, lse, q, k, v)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, merged, **close)
+    torch.testing.assert_close(found_total, total, **close)
+    plain_dq, fused_dq = dq.clone(), dq.clone()
+    expected = attention.merge_backward(d_out, merged, total, q, k, v, plain_dq)
+    gradients = kernels.merge_backward(d_out, merged, total, q, k, v, fused_dq)
+    torch.testing.assert_close(fused_dq, plain_dq, **close)
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs, **close)

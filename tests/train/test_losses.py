@@ -1,0 +1,96 @@
+"""The chunked loss against its plain twin, value and gradients."""
+
+import pytest
+import torch
+
+from drafthead.train.losses import (
+    Teacher,
+    fused_loss,
+    hidden_regression,
+    plain_loss,
+    row_gradients,
+    row_loss,
+)
+
+
+def problem(dtype, steps=3, tokens=11, width=8, target_width=6, vocab=13):
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, vocab, (tokens,), generator=g)
+    labels[2] = -1
+    weights = torch.tensor([0.8**t for t in range(steps)])[:, None].repeat(1, tokens)
+    weights[2, 0] = 0
+    teacher = Teacher(1 + 0.1 * randn(target_width), 1e-5, 2 * randn(vocab, target_width))
+    normed = (3 * randn(steps, tokens, width)).requires_grad_()
+    lm_head = randn(vocab, width).requires_grad_()
+    return normed, lm_head, randn(tokens, target_width), teacher, labels, weights.to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("chunk_rows", [1, 9, 10_000])
+def test_fused_loss_is_the_plain_loss(kind, dtype, tolerance, chunk_rows):
+    arguments = problem(dtype)
+    plain, plain_correct = plain_loss(*arguments, kind)
+    expected = torch.autograd.grad(2 * plain, arguments[:2])
+    fused, correct = fused_loss(*arguments, kind, chunk_rows)
+    gradients = torch.autograd.grad(2 * fused, arguments[:2])
+    torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
+    assert torch.equal(correct, plain_correct)
+    for ours, theirs in zip(gradients, expected):
+        assert theirs.abs().max() > 0.1
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_closed_form_gradient_is_that_of_autograd(kind):
+    normed, lm_head, last, teacher, labels, weights = problem(torch.float64)
+    logits = (normed @ lm_head.t()).detach().requires_grad_()
+    soft = teacher.logits(last)
+    loss = row_loss(logits, soft, labels, kind) * weights
+    (expected,) = torch.autograd.grad(loss.sum(), logits)
+    losses, gradient, predicted = row_gradients(
+        logits.detach().clone(), soft, labels, weights, kind
+    )
+    torch.testing.assert_close(losses, loss.detach())
+    torch.testing.assert_close(gradient, expected)
+    assert torch.equal(predicted, logits.argmax(-1))
+
+
+def test_kl_is_zero_where_the_head_equals_the_teacher_and_rows_outside_weigh_nothing():
+    logits = torch.randn(4, 9)
+    labels = torch.tensor([3, -1, 0, 8])
+    assert row_loss(logits, logits + 2.0, labels, "kl").abs().max() < 1e-6
+    outside = row_loss(logits, torch.randn(4, 9), labels, "kl")
+    assert outside[1] == 0
+    assert (outside[[0, 2, 3]] > 0).all()
+
+
+def test_kl_drops_what_the_target_puts_outside_the_draft_vocabulary():
+    full = torch.randn(5, 20, dtype=torch.float64)
+    inside = torch.arange(3, 15)
+    logits = torch.randn(5, 12, dtype=torch.float64)
+    p = full.softmax(-1)[:, inside]
+    p = p / p.sum(-1, keepdim=True)
+    by_hand = (p * (p.log() - logits.log_softmax(-1))).sum(-1)
+    ours = row_loss(logits, full[:, inside], torch.zeros(5, dtype=torch.long), "kl")
+    torch.testing.assert_close(ours, by_hand)
+
+
+def test_hidden_regression_is_the_weighted_sum_of_smooth_l1():
+    normed = torch.randn(2, 3, 4, dtype=torch.float32)
+    target = torch.randn(3, 4)
+    weights = torch.tensor([[1.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
+    difference = (normed - target).abs()
+    by_hand = torch.where(difference < 1, difference**2 / 2, difference - 0.5).mean(-1)
+    torch.testing.assert_close(
+        hidden_regression(normed, target, weights), (by_hand * weights).sum()
+    )
+
+
+def test_no_gradient_no_buffers():
+    arguments = problem(torch.float32)
+    with torch.no_grad():
+        loss, _ = fused_loss(*arguments, "kl")
+    plain, _ = plain_loss(*arguments, "kl")
+    torch.testing.assert_close(loss, plain.detach())

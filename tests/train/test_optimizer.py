@@ -1,0 +1,82 @@
+"""AdamW with split masters against PyTorch's own on fp32 weights."""
+
+import pytest
+import torch
+
+from drafthead.train.optimizer import AdamW, AdamWSettings, join, split
+
+
+def test_split_joins_back_to_the_same_bits_and_rounds_to_nearest():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32)
+    master = bits.view(torch.float32)
+    master = master[master.isfinite() & (master.abs() < 3e38)]
+    high, low = split(master)
+    assert torch.equal(join(high, low).view(torch.int32), master.view(torch.int32))
+    error = (high.float() - master).abs()
+    assert (error <= (master.bfloat16().float() - master).abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_follows_torch_adamw(dtype):
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(5)]
+    ours = [torch.nn.Parameter(t.to(dtype)) for t in start]
+    theirs = [torch.nn.Parameter(t.clone()) for t in start]
+    optimizer = AdamW(
+        [("matrix", ours[0]), ("vector", ours[1])],
+        AdamWSettings(weight_decay=0.1, max_grad_norm=1.0),
+    )
+    for name, t in zip(("matrix", "vector"), start):
+        optimizer.load_master(name, t)
+    reference = torch.optim.AdamW(
+        [
+            {"params": [theirs[0]], "weight_decay": 0.1},
+            {"params": [theirs[1]], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    count = torch.tensor(4.0)
+    for step in range(20):
+        rate = 1e-2 / (step + 1)
+        gradients = [torch.randn(t.shape).to(dtype) for t in start]
+        for p, q, g in zip(ours, theirs, gradients):
+            p.grad, q.grad = g.clone(), g.float() / 4
+        norm = optimizer.step(rate, count)
+        expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        torch.testing.assert_close(norm, expected)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+    for name, q in zip(("matrix", "vector"), theirs):
+        torch.testing.assert_close(optimizer.masters()[name], q.data, rtol=1e-5, atol=1e-6)
+        assert (
+            torch.equal(
+                optimizer.parameters[name].data, split(optimizer.masters()[name])[0].to(dtype)
+            )
+            or dtype == torch.float32
+        )
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_shows_in_the_norm():
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = AdamW([("p", p)], AdamWSettings())
+    p.grad = torch.tensor([1.0, float("nan"), 1.0], dtype=torch.bfloat16)
+    norm = optimizer.step(0.1, torch.tensor(1.0))
+    assert not norm.isfinite()
+    assert torch.equal(p.data, torch.ones_like(p))
+    assert not optimizer.mean["p"].any()
+    assert not optimizer.square["p"].any()
+
+
+def test_state_survives_a_change_of_dtype():
+    torch.manual_seed(0)
+    master = torch.randn(4, 3)
+    first = AdamW([("p", torch.nn.Parameter(master.bfloat16()))], AdamWSettings())
+    first.load_master("p", master)
+    first.parameters["p"].grad = torch.randn(4, 3).bfloat16()
+    first.step(0.1, torch.tensor(1.0))
+    second = AdamW([("p", torch.nn.Parameter(torch.zeros(4, 3)))], AdamWSettings())
+    second.load_state_dict(first.state_dict(), steps=1)
+    assert torch.equal(second.masters()["p"], first.masters()["p"])
+    assert torch.equal(second.mean["p"], first.mean["p"])
