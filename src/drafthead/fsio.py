@@ -75,6 +75,8 @@ def read_json(path: Path | str, what: str) -> Any:
         raise DraftheadError(
             f"{path}, line {error.lineno}: broken JSON in {what}: {error.msg}"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from drafthead.errors import DraftheadError
 from drafthead.recipe import HeadSection
 from drafthead.targets.target import Target
 
+LARGEST = 1 << 24  # no width or vocabulary comes near; keeps a hostile config from taking memory
 ROPE_SCALINGS = ("llama3", "linear")
 
 
@@ -60,12 +61,14 @@ class HeadConfig:
             "num_hidden_layers",
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise DraftheadError(f"head: {name} is {value!r}, must be a positive integer")
+            if type(value) is not int or not 1 <= value <= LARGEST:
+                raise DraftheadError(f"head: {name} is {value!r:.80}, must be in 1..{LARGEST}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise DraftheadError(f"head: {name} is {value!r}, must be a positive number")
+            if type(value) not in (int, float) or not 0 < value < 1e15:
+                raise DraftheadError(f"head: {name} is {value!r:.80}, must be a positive number")
+        if self.num_hidden_layers > 64:
+            raise DraftheadError(f"head: num_hidden_layers is {self.num_hidden_layers}, at most 64")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DraftheadError(
                 f"head: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -79,20 +82,22 @@ class HeadConfig:
                 f"vocab_size {self.vocab_size}"
             )
         ids = self.aux_layer_ids
-        if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise DraftheadError(f"head: aux layer ids {list(ids)} must be integers >= 0")
+        if not 1 <= len(ids) <= 64 or any(type(i) is not int or not 0 <= i < LARGEST for i in ids):
+            raise DraftheadError(f"head: aux layer ids {list(ids)!r:.80} must be integers >= 0")
         if list(ids) != sorted(set(ids)):
             raise DraftheadError(
                 f"head: aux layer ids {list(ids)} must ascend without repeats (vLLM hands the "
                 "states over sorted, whatever the order written here)"
             )
         if self.hidden_act != "silu":
-            raise DraftheadError(f"head: hidden_act {self.hidden_act!r}; vLLM's head has only silu")
+            raise DraftheadError(
+                f"head: hidden_act {self.hidden_act!r:.80}; vLLM's head has only silu"
+            )
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
             if kind not in ROPE_SCALINGS:
                 raise DraftheadError(
-                    f"head: rope_type {kind!r}; known are default, {', '.join(ROPE_SCALINGS)}"
+                    f"head: rope_type {kind!r:.80}; known are default, {', '.join(ROPE_SCALINGS)}"
                 )
 
     @property
@@ -131,4 +136,51 @@ def head_config(
         norm_before_residual=section.norm_before_residual,
         norm_before_fc=section.norm_before_fc,
         fc_norm=section.fc_norm,
+    )
+
+
+@dataclass(frozen=True)
+class DraftCost:
+    """What drafting with a head costs, counted from its shapes (not measured)."""
+
+    parameters: int
+    """Weights of the head, without the target's embedding."""
+    bytes_per_draft_step: int
+    """Weights read for one draft token at batch 1, LM head included: at small batches a step is
+    bound by memory, so this over the card's bandwidth is its least time."""
+    bytes_first_step: int
+    """The same for the first draft of a chain, which also reads `fc`."""
+    flops_per_draft_token: int
+    """Multiplications and additions (2 per weight) of one draft token, attention scores left
+    out: 4 * heads * head_dim for each position of context."""
+    lm_head_share: float
+    """Share of `bytes_per_draft_step` that the draft vocabulary's rows take."""
+    kv_bytes_per_token: int
+    """Cache that the head adds for each token of context."""
+
+
+def estimate_cost(config: HeadConfig, weight_bytes: int = 2, kv_bytes: int = 2) -> DraftCost:
+    """Count what a head costs. `weight_bytes`, `kv_bytes`: bytes of a weight, of a cached value."""
+    h, d = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
+    fc = config.num_aux_hidden_states * config.target_hidden_size * h
+    mlp = 3 * h * config.intermediate_size
+    first = (q + 2 * kv) * 2 * h + q * h + mlp
+    other = (q + 2 * kv) * h + q * h + mlp
+    step = first + (config.num_hidden_layers - 1) * other
+    lm_head = config.draft_vocab_size * h
+    norms = (2 + 2 * config.num_hidden_layers) * h
+    if config.norm_before_fc:
+        norms += config.num_aux_hidden_states * config.target_hidden_size
+    if config.fc_norm:
+        norms += config.num_aux_hidden_states * config.target_hidden_size
+    biases = (q + 2 * kv + h) * config.num_hidden_layers * config.attention_bias
+    read = (step + lm_head + norms + biases) * weight_bytes
+    return DraftCost(
+        parameters=fc + step + lm_head + norms + biases,
+        bytes_per_draft_step=read,
+        bytes_first_step=read + fc * weight_bytes,
+        flops_per_draft_token=2 * (step + lm_head),
+        lm_head_share=lm_head * weight_bytes / read,
+        kv_bytes_per_token=2 * kv * kv_bytes * config.num_hidden_layers,
     )

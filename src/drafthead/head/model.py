@@ -113,11 +113,18 @@ class Eagle3Head(nn.Module):
         )
         self.norm = nn.RMSNorm(h, eps=eps)
         self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
-        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-        self.t2d[: config.draft_vocab_size] = True
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """(Re)make the buffers on the current default device; the vocabulary is the first Vd ids.
+
+        For a head built on the meta device, which has none.
+        """
+        c = self.config
+        self.register_buffer("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.arange(c.vocab_size) < c.draft_vocab_size)
         # Kept as bits: `.to(bfloat16)` would round a float buffer, and far positions with it.
-        bits = inverse_frequencies(config).view(torch.int32)
+        bits = inverse_frequencies(c).view(torch.int32)
         self.register_buffer("inv_freq_bits", bits, persistent=False)
 
     def set_vocab(self, d2t: Tensor) -> None:

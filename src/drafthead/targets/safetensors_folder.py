@@ -28,8 +28,16 @@ def check_file(path: Path) -> list[str]:
         try:
             header = json.loads(file.read(length))
             names = [name for name in header if name != "__metadata__"]
-            end = max((header[name]["data_offsets"][1] for name in names), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            end = max((int(header[name]["data_offsets"][1]) for name in names), default=0)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise DraftheadError(
                 f"{path}: broken safetensors header ({error}); fetch or save it again"
             ) from error
@@ -55,7 +63,7 @@ class SafetensorsFolder:
         if index.exists():
             try:
                 wanted = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise DraftheadError(f"{index}: broken index: {error}") from error
             missing = sorted(wanted - {file.name for file in files})
             if missing:

@@ -1,0 +1,165 @@
+"""What a head is, and what is wrong with a broken one."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafthead.errors import DraftheadError
+from drafthead.head.checkpoint import HeadFiles, expected_shapes, read_folder
+from drafthead.head.config import HeadConfig, estimate_cost
+from drafthead.head.formats import ReadConfig
+from drafthead.targets import Target
+
+SIZES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def inspect_head(path: Path | str, target: Target | None = None) -> dict[str, Any]:
+    """Look at a head without running it; broken files give `problems`, never an exception.
+
+    Returns a JSON-able dict: `ok`, `problems` (it cannot be served, or would draft nonsense),
+    `notes` (assumptions and suspicions), and as much as could be read of `format`, `config`,
+    `parameters`, `bytes`, `own_embedding`, `cost` (see `DraftCost`), `provenance`. With `target`
+    it is also compared with the model that it is meant for.
+    """
+    folder = Path(path)
+    problems: list[str] = []
+    notes: list[str] = []
+    result: dict[str, Any] = {"path": str(folder), "problems": problems, "notes": notes}
+    files: HeadFiles | None = None
+    read: ReadConfig | None = None
+    try:
+        files = HeadFiles(folder)
+    except DraftheadError as error:
+        problems.append(str(error))
+    if folder.is_dir():
+        try:
+            read = read_folder(folder, target)
+        except DraftheadError as error:
+            problems.append(str(error))
+    if files is not None:
+        result |= _weights(files)
+    if read is not None:
+        notes += read.notes
+        cost = estimate_cost(read.config, weight_bytes=_weight_bytes(files))
+        result |= {
+            "format": read.format,
+            "config": {**asdict(read.config), "aux_layer_ids": list(read.config.aux_layer_ids)},
+            "cost": asdict(cost),
+            "provenance": _provenance(read),
+        }
+    if files is not None and read is not None:
+        wrong = files.problems(read.config)
+        problems += wrong
+        if not wrong:
+            problems += _values(files, read.config)
+            _vocabulary(files, read.config, target, problems, notes)
+    if read is not None and target is not None:
+        _compare(read, target, problems, notes)
+    result["ok"] = not problems
+    return result
+
+
+def _weights(files: HeadFiles) -> dict[str, Any]:
+    sizes = {name: torch.Size(shape).numel() for name, shape in files.shapes.items()}
+    return {
+        "tensors": len(sizes),
+        "parameters": sum(
+            n for name, n in sizes.items() if name not in ("d2t", "t2d", "embed_tokens.weight")
+        ),
+        "bytes": sum(file.stat().st_size for file in files.files.files),
+        "dtypes": sorted(set(files.dtypes.values())),
+        "own_embedding": "embed_tokens.weight" in sizes,
+    }
+
+
+def _weight_bytes(files: HeadFiles | None) -> int:
+    return SIZES.get(files.dtypes.get("lm_head.weight", ""), 2) if files else 2
+
+
+def _provenance(read: ReadConfig) -> dict[str, str]:
+    """The plain strings of what the head says about itself, cut short, safe to print."""
+    known = ("drafthead_version", "target", "target_fingerprint")
+    about = read.provenance or {}
+    return {
+        key: about[key][:200].encode("ascii", "backslashreplace").decode()
+        for key in known
+        if isinstance(about.get(key), str)
+    }
+
+
+def _values(files: HeadFiles, config: HeadConfig) -> list[str]:
+    """Weights that no training leaves behind."""
+    found = []
+    for name in expected_shapes(config):
+        try:
+            tensor = files.tensor(name)
+        except DraftheadError as error:
+            found.append(str(error))
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            found.append(f"{name} holds NaN or infinity")
+        elif not bool(tensor.any()) and not name.endswith(".bias"):
+            found.append(f"{name} is all zero")
+    return found
+
+
+def _vocabulary(
+    files: HeadFiles,
+    config: HeadConfig,
+    target: Target | None,
+    problems: list[str],
+    notes: list[str],
+) -> None:
+    try:
+        d2t = files.d2t(config)
+        ids = torch.arange(config.draft_vocab_size) + d2t
+        if "t2d" in files.shapes:
+            marked = files.tensor("t2d").bool().nonzero().flatten()
+            if not torch.equal(marked, ids):
+                notes.append("t2d marks other ids than d2t leads to (vLLM reads only d2t)")
+    except DraftheadError as error:
+        problems.append(str(error))
+        return
+    if target is not None and target.vocab_size == config.vocab_size:
+        missing = sorted(set(target.eos_token_ids) - set(ids.tolist()))
+        if missing:
+            notes.append(
+                f"end tokens {missing} are not in the draft vocabulary: the last token of an "
+                "answer is always a miss"
+            )
+
+
+def _compare(read: ReadConfig, target: Target, problems: list[str], notes: list[str]) -> None:
+    """Does the head fit the target?"""
+    config = read.config
+    other = "; this is the head of another target"
+    if config.target_hidden_size != target.hidden_size:
+        problems.append(
+            f"target_hidden_size is {config.target_hidden_size}, {target.path} has "
+            f"{target.hidden_size}{other}"
+        )
+    if config.vocab_size != target.vocab_size:
+        problems.append(
+            f"vocab_size is {config.vocab_size}, {target.path} has {target.vocab_size}{other}"
+        )
+    ids = list(config.aux_layer_ids)
+    if ids[-1] > target.num_layers:
+        problems.append(
+            f"aux layer ids {ids}: {target.path} has {target.num_layers} layers, ids run from 0 "
+            f"to {target.num_layers}{other}"
+        )
+    default = list(target.default_aux_layers())
+    for step, who in ((1, "SpecForge and ModelOpt count outputs, one lower"), (-1, "one too high")):
+        if ids != default and [i + step for i in ids] == default:
+            notes.append(
+                f"aux layer ids {ids} are vLLM's default {default} for this target moved by one "
+                f"({who}): if acceptance is poor, try {default}"
+            )
+    made_for = _provenance(read).get("target_fingerprint")
+    if made_for and made_for != target.fingerprint:
+        notes.append(
+            f"made for a target with fingerprint {made_for}, this one's is {target.fingerprint}: "
+            "other files (another quantization?); acceptance may be lower than reported"
+        )

@@ -1,0 +1,378 @@
+"""Heads on disk: two formats, others' dialects, and everything that can be wrong with them."""
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from drafthead.errors import DraftheadError
+from drafthead.head.checkpoint import load_head, save_head
+from drafthead.head.config import estimate_cost
+from drafthead.head.formats import Provenance
+from drafthead.head.inspect import inspect_head
+from drafthead.targets import load_target
+from tests.heads import small_head
+
+MADE = Provenance(target="some/target", target_fingerprint="f" * 16, target_architectures=("X",))
+FLAGS = {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True}
+
+
+def saved(folder: Path, head=None, **options) -> Path:
+    save_head(head or small_head(), folder, MADE, **options)
+    return folder
+
+
+def edit(folder: Path, **changes) -> None:
+    """Change `config.json`; None takes a key away."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    """`change` maps the dict of tensors to another."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize("format", ["vllm", "speculators"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        FLAGS,
+        {"fc_norm": True, "attention_bias": True, "num_hidden_layers": 2, "aux_layer_ids": (0, 3)},
+        {"rope_theta": 5e6, "draft_vocab_size": 61},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ],
+    ids=["plain", "flags", "two_layers", "whole_vocabulary", "llama3_rope"],
+)
+def test_what_is_saved_comes_back(tmp_path, format, changes):
+    head = small_head(**changes)
+    saved(tmp_path / "head", head, format=format)
+    loaded = load_head(tmp_path / "head")
+    assert loaded.head.config == head.config
+    assert loaded.read.format == format
+    assert loaded.read.provenance["target_fingerprint"] == "f" * 16
+    assert loaded.embedding is None
+    back = dict(loaded.head.named_parameters())
+    for name, parameter in head.named_parameters():
+        assert back[name].dtype == torch.bfloat16
+        assert torch.equal(back[name], parameter.bfloat16())
+    for name in ("d2t", "t2d", "inv_freq_bits"):
+        assert torch.equal(getattr(loaded.head, name), getattr(head, name))
+    assert inspect_head(tmp_path / "head")["problems"] == []
+
+
+def test_the_config_says_what_vllm_reads(tmp_path):
+    config = json.loads((saved(tmp_path / "h") / "config.json").read_text())
+    assert config["architectures"] == ["Eagle3LlamaForCausalLM"]
+    assert config["model_type"] == "llama"
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 4]
+    assert config["num_aux_hidden_states"] == 3
+    assert config["eagle_config"] == {"use_aux_hidden_state": True}
+    assert config["tie_word_embeddings"] is False
+    assert config["dtype"] == "bfloat16"
+
+
+def test_an_embedding_of_its_own_comes_back(tmp_path):
+    head = small_head(hidden_size=16)
+    own = torch.randn(61, 16)
+    saved(tmp_path / "h", head, embedding=own)
+    assert torch.equal(load_head(tmp_path / "h").embedding, own.bfloat16())
+    saved(tmp_path / "without", head)
+    with pytest.raises(DraftheadError, match="embed_tokens"):
+        load_head(tmp_path / "without")
+
+
+def test_other_spellings_of_names(tmp_path):
+    saved(tmp_path / "h")
+
+    def rename(tensors):
+        names = {n: "model." + n.replace("layers.0.", "midlayer.") for n in tensors}
+        kept = {n: n for n in ("d2t", "t2d", "lm_head.weight")}
+        return {{**names, **kept}[n]: t for n, t in tensors.items()}
+
+    before = load_head(tmp_path / "h").head.state_dict()
+    edit_tensors(tmp_path / "h", rename)
+    edit(tmp_path / "h", architectures=["LlamaForCausalLMEagle3"])
+    after = load_head(tmp_path / "h").head.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_missing_norm_before_residual_means_true_in_speculators(tmp_path):
+    saved(tmp_path / "h", format="speculators")
+    edit(tmp_path / "h", norm_before_residual=None)
+    loaded = load_head(tmp_path / "h")
+    assert loaded.head.config.norm_before_residual is True
+    assert "norm_before_residual" in loaded.read.notes[0]
+
+
+def test_nested_layer_outputs_become_vllm_ids(tmp_path, llama):
+    """SpecForge and ModelOpt: layer outputs inside eagle_config, (1, 2, 2) for six layers."""
+    saved(tmp_path / "h", small_head(aux_layer_ids=(2, 9, 15)))
+    nested = {"eagle_aux_hidden_state_layer_ids": [1, 8, 14], "use_aux_hidden_state": True}
+    edit(tmp_path / "h", eagle_aux_hidden_state_layer_ids=None, eagle_config=nested)
+    loaded = load_head(tmp_path / "h")
+    assert loaded.head.config.aux_layer_ids == (2, 9, 15)
+    assert "layer outputs" in loaded.read.notes[0]
+    nested["eagle_aux_hidden_state_layer_ids"] = [2, 8, 14]
+    edit(tmp_path / "h", eagle_config=nested)
+    assert load_head(tmp_path / "h").head.config.aux_layer_ids == (2, 8, 14)
+
+
+def test_missing_layer_ids_need_the_target(tmp_path, llama):
+    target = load_target(llama)
+    default = target.default_aux_layers()
+    saved(tmp_path / "h", small_head(aux_layer_ids=default))
+    edit(tmp_path / "h", eagle_aux_hidden_state_layer_ids=None)
+    with pytest.raises(DraftheadError, match="which target"):
+        load_head(tmp_path / "h")
+    assert load_head(tmp_path / "h", target).head.config.aux_layer_ids == default
+
+
+def test_logit_scale_is_folded_into_the_lm_head(tmp_path):
+    head = small_head()
+    saved(tmp_path / "h", head)
+    edit(tmp_path / "h", logit_scale=0.5)
+    loaded = load_head(tmp_path / "h").head
+    assert torch.equal(loaded.lm_head.weight, head.lm_head.weight.bfloat16() * 0.5)
+
+
+def drop(*names):
+    return lambda tensors: {n: t for n, t in tensors.items() if n not in names}
+
+
+def replace(name, tensor):
+    return lambda tensors: {**tensors, name: tensor}
+
+
+BROKEN = {
+    "d2t missing": (drop("d2t"), "d2t is missing"),
+    "d2t holds ids": (replace("d2t", torch.arange(38, 61)), "not offsets"),
+    "d2t descends": (replace("d2t", torch.arange(23).flip(0)), "must ascend"),
+    "d2t repeats": (replace("d2t", -torch.arange(23)), "must ascend"),
+    "d2t negative": (replace("d2t", torch.full((23,), -1)), "outside the vocabulary"),
+    "d2t too short": (replace("d2t", torch.zeros(22, dtype=torch.int64)), r"d2t is \[22\]"),
+    "d2t float": (replace("d2t", torch.zeros(23)), "d2t is F32"),
+    "lm_head rows": (replace("lm_head.weight", torch.ones(24, 32)), "draft_vocab_size rows"),
+    "fc width": (replace("fc.weight", torch.ones(32, 64)), "3 aux layers of width 32"),
+    "tensor missing": (drop("layers.0.mlp.up_proj.weight"), "up_proj.weight is missing"),
+    "tensor too many": (replace("layers.0.self_attn.q_norm.weight", torch.ones(8)), "not part"),
+    "quantized": (replace("fc.weight", torch.ones(32, 96, dtype=torch.int8)), "is I8"),
+    "t2d of another": (replace("t2d", torch.ones(60, dtype=torch.bool)), "target's vocab_size"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_tensors_are_named(tmp_path, case):
+    change, message = BROKEN[case]
+    saved(tmp_path / "h")
+    edit_tensors(tmp_path / "h", change)
+    with pytest.raises(DraftheadError, match=message):
+        load_head(tmp_path / "h")
+    found = inspect_head(tmp_path / "h")
+    assert not found["ok"]
+    assert any(re.search(message, problem) for problem in found["problems"])
+
+
+BROKEN_CONFIG = {
+    "no eagle": ({"architectures": ["LlamaModel"]}, "architectures"),
+    "eagle 1": ({"eagle_config": {"use_aux_hidden_state": False}}, "EAGLE-1"),
+    "unsorted": ({"eagle_aux_hidden_state_layer_ids": [4, 2, 1]}, "ascend"),
+    "negative layer": ({"eagle_aux_hidden_state_layer_ids": [-1, 2, 4]}, ">= 0"),
+    "draft larger": ({"draft_vocab_size": 62}, "larger than the target's"),
+    "heads": ({"num_key_value_heads": 3}, "multiple"),
+    "gelu": ({"hidden_act": "gelu"}, "silu"),
+    "huge": ({"vocab_size": 10**15}, "must be in 1"),
+    "text": ({"hidden_size": "wide"}, "hidden_size|configuration"),
+    "many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    "qwen": ({"model_type": "qwen3"}, "Llama-like"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
+    "sliding": ({"layer_types": ["sliding_attention"]}, "full attention"),
+    "flag": ({"fc_norm": "yes"}, "true or false"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CONFIG)
+def test_broken_configs_are_named(tmp_path, case):
+    changes, message = BROKEN_CONFIG[case]
+    saved(tmp_path / "h")
+    edit(tmp_path / "h", **changes)
+    with pytest.raises(DraftheadError, match=message):
+        load_head(tmp_path / "h")
+    assert not inspect_head(tmp_path / "h")["ok"]
+
+
+def test_values_that_no_training_leaves(tmp_path):
+    saved(tmp_path / "h")
+    edit_tensors(tmp_path / "h", replace("norm.weight", torch.full((32,), float("nan"))))
+    assert "norm.weight holds NaN" in inspect_head(tmp_path / "h")["problems"][0]
+    edit_tensors(tmp_path / "h", replace("norm.weight", torch.zeros(32)))
+    assert inspect_head(tmp_path / "h")["problems"] == ["norm.weight is all zero"]
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    saved(tmp_path / "h")
+    (tmp_path / "h" / "model.safetensors").rename(tmp_path / "h" / "pytorch_model.bin")
+    with pytest.raises(DraftheadError, match="pickle"):
+        load_head(tmp_path / "h")
+
+
+def test_not_there(tmp_path):
+    with pytest.raises(DraftheadError, match="no such head"):
+        load_head(tmp_path / "nowhere")
+    assert not inspect_head(tmp_path / "nowhere")["ok"]
+
+
+def fitting(target, **changes):
+    """A small head with the widths, vocabulary and default layers of a target."""
+    return small_head(
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        **{"aux_layer_ids": target.default_aux_layers(), **changes},
+    )
+
+
+def test_a_head_is_compared_with_its_target(tmp_path, llama):
+    target = load_target(llama)
+    made = Provenance(target=str(llama), target_fingerprint=target.fingerprint)
+    head = fitting(target)
+    head.set_vocab(torch.zeros(23, dtype=torch.int64))
+    save_head(head, tmp_path / "h", made)
+    assert inspect_head(tmp_path / "h", target)["notes"] == []
+    saved(tmp_path / "other")
+    problems = " ".join(inspect_head(tmp_path / "other", target)["problems"])
+    assert "target_hidden_size is 32" in problems
+    assert "vocab_size is 61" in problems
+    saved(tmp_path / "deep", fitting(target, aux_layer_ids=(1, 2, 7)))
+    assert "has 6 layers" in inspect_head(tmp_path / "deep", target)["problems"][0]
+    lower = tuple(i - 1 for i in target.default_aux_layers())
+    saved(tmp_path / "lower", fitting(target, aux_layer_ids=lower))
+    notes = " ".join(inspect_head(tmp_path / "lower", target)["notes"])
+    assert "moved by one" in notes
+    assert "other files" in notes
+
+
+def test_cost_counts_the_parameters():
+    for changes in ({}, FLAGS, {"fc_norm": True, "attention_bias": True, "num_hidden_layers": 2}):
+        head = small_head(**changes)
+        cost = estimate_cost(head.config)
+        assert cost.parameters == sum(p.numel() for p in head.parameters())
+        fc = head.fc.weight.numel()
+        norms_of_fc = cost.bytes_first_step - cost.bytes_per_draft_step - 2 * fc
+        assert norms_of_fc == 0
+        assert cost.lm_head_share == pytest.approx(
+            2 * head.lm_head.weight.numel() / cost.bytes_per_draft_step
+        )
+
+
+class Whole(tuple):
+    """`config.json` and `model.safetensors` of a sound head; short in hypothesis' reports."""
+
+    def __repr__(self) -> str:
+        return "<a sound head>"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[bytes, bytes]:
+    folder = saved(tmp_path_factory.mktemp("whole") / "h")
+    files = (folder / "config.json", folder / "model.safetensors")
+    return Whole(file.read_bytes() for file in files)
+
+
+def check_survives(folder: Path, config: bytes, weights: bytes) -> dict:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes(config)
+    (folder / "model.safetensors").write_bytes(weights)
+    found = inspect_head(folder)
+    json.dumps(found).encode()
+    if not found["ok"]:
+        return found
+    load_head(folder)
+    return found
+
+
+def test_truncation_anywhere_is_seen(tmp_path, whole):
+    config, weights = whole
+    header = struct.unpack("<Q", weights[:8])[0]
+    for cut in (0, 4, 8, 9, 8 + header - 1, 8 + header, 8 + header + 1, len(weights) - 1):
+        assert not check_survives(tmp_path / "h", config, weights[:cut])["ok"], cut
+    assert not check_survives(tmp_path / "h", config, weights + b"\0")["ok"]
+
+
+FUZZ = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@FUZZ
+@given(length=st.integers(0, 2**64 - 1), body=st.binary(max_size=64))
+def test_hostile_header_sizes(tmp_path, whole, length, body):
+    assert not check_survives(tmp_path / "h", whole[0], struct.pack("<Q", length) + body)["ok"]
+
+
+@FUZZ
+@given(st.data())
+def test_changed_header_bytes_never_crash(tmp_path, whole, data):
+    config, weights = whole
+    size = struct.unpack("<Q", weights[:8])[0]
+    changed = bytearray(weights)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, 8 + size - 1))] = data.draw(st.integers(0, 255))
+    check_survives(tmp_path / "h", config, bytes(changed))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+@FUZZ
+@given(st.data())
+def test_any_value_in_the_config_never_crashes(tmp_path, whole, data):
+    config = json.loads(whole[0])
+    for key in data.draw(st.sets(st.sampled_from(sorted(config)), min_size=1, max_size=3)):
+        config[key] = data.draw(JSON)
+    check_survives(tmp_path / "h", json.dumps(config).encode(), whole[1])
+
+
+@FUZZ
+@given(st.data())
+def test_any_header_never_crashes(tmp_path, whole, data):
+    size = struct.unpack("<Q", whole[1][:8])[0]
+    header = json.loads(whole[1][8 : 8 + size])
+    entry = st.fixed_dictionaries(
+        {}, optional={"dtype": JSON, "shape": JSON, "data_offsets": JSON}
+    ) | st.just({"dtype": "F32", "shape": [2**62, 4], "data_offsets": ["a", "b"]})
+    tensors = sorted(set(header) - {"__metadata__"})
+    for key in data.draw(st.sets(st.sampled_from(tensors), min_size=1, max_size=3)):
+        header[key] = data.draw(entry | JSON)
+    text = json.dumps(header).encode()
+    weights = struct.pack("<Q", len(text)) + text + whole[1][8 + size :]
+    assert not check_survives(tmp_path / "h", whole[0], weights)["ok"]
+
+
+@pytest.mark.parametrize(
+    "config", [b"", b"[" * 100_000, b"1" * 5000, b"\xff\xfe", b'{"architectures": "\\ud800"}']
+)
+def test_configs_that_are_no_json(tmp_path, whole, config):
+    assert not check_survives(tmp_path / "h", config, whole[1])["ok"]
