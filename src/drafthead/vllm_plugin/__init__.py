@@ -1,5 +1,53 @@
-"""What stock vLLM lacks for EAGLE-3 on these targets, registered as a general plugin."""
+"""What stock vLLM lacks for EAGLE-3 on hybrid (short-conv) targets.
+
+vLLM calls :func:`register` in every process it starts, through the entry-point group
+``vllm.general_plugins``. Each mend is a module here with an ``apply()`` that first looks whether
+the installed vLLM still has the fault. ``docs/upstream/`` has a page for each fault.
+
+``DRAFTHEAD_SKIP_MENDS=name,name`` (names as in ``MENDS``, or ``all``) leaves mends out, to see a
+fault again or to find out which mend is to blame.
+"""
+
+import importlib
+import os
+
+SUPPORTED_VLLM = "0.32."
+
+# Applied at once: they concern the scheduler and the KV cache planner, which run in processes
+# that may never import the model. All of them act on hybrid models only.
+MENDS = ("placeholder_drafts",)
+# Applied when an LFM2 class is imported (lfm2.py), so that no other model sees them.
+MODEL_MENDS = ("accepted_counts", "batch_order", "cpu_rope", "cpu_short_conv")
+
+
+def skipped(name: str) -> bool:
+    """Whether ``DRAFTHEAD_SKIP_MENDS`` leaves the mend ``name`` out."""
+    names = os.environ.get("DRAFTHEAD_SKIP_MENDS", "").split(",")
+    return name in names or "all" in names
+
+
+def apply(names: tuple[str, ...]) -> None:
+    """Apply the mends ``names`` (modules of this package); a second call changes nothing."""
+    for name in names:
+        if not skipped(name):
+            importlib.import_module(f"{__name__}.{name}").apply()
 
 
 def register() -> None:
-    """Entry point of the group ``vllm.general_plugins``; called in every vLLM process."""
+    """Entry point of the group ``vllm.general_plugins``; may be called more than once."""
+    import vllm
+    from vllm import ModelRegistry
+
+    from .patch import log
+
+    if not vllm.__version__.startswith(SUPPORTED_VLLM):
+        log.warning_once(
+            "drafthead's mends were written for vLLM %sx; this is %s. Each still looks whether "
+            "it is needed, but check losslessness (drafthead verify) before you trust them.",
+            SUPPORTED_VLLM,
+            vllm.__version__,
+        )
+    if not skipped("aux_states"):
+        for architecture in ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"):
+            ModelRegistry.register_model(architecture, f"{__name__}.lfm2:{architecture}")
+    apply(MENDS)

@@ -1,0 +1,111 @@
+"""LFM2 and LFM2-MoE with EAGLE-3's auxiliary hidden states, and with states of the right size.
+
+Registered in place of vLLM's own classes, which are their bases; imported only when such a model
+is served, and then applies the mends that concern it alone.
+"""
+
+from itertools import islice
+
+import torch
+from vllm.compilation.decorators import support_torch_compile
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
+from vllm.model_executor.models import lfm2, lfm2_moe
+from vllm.model_executor.models.interfaces import (
+    EagleModelMixin,
+    SupportsEagle3,
+    supports_eagle3,
+)
+from vllm.sequence import IntermediateTensors
+
+from . import MODEL_MENDS, apply
+from .patch import log
+
+
+class _AuxStates(EagleModelMixin):
+    """The forward of both decoders; it also returns the residual stream entering given layers."""
+
+    supports_aux_hidden_states_over_pp = True
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Hidden states [tokens, hidden]; with aux layers set, also a list of the same shape.
+
+        Aux id i is the residual stream that enters layer i; id ``num_layers`` is the final stream
+        before the last norm.
+        """
+        aux_states: list[torch.Tensor] = []
+        if get_pp_group().is_first_rank:
+            hidden = inputs_embeds if inputs_embeds is not None else self.embed_input_ids(input_ids)
+            residual = None
+            if 0 in self.aux_hidden_state_layers:
+                # The first layer's fused add and norm writes into this very tensor.
+                aux_states.append(hidden.clone())
+        else:
+            assert intermediate_tensors is not None
+            hidden = intermediate_tensors["hidden_states"]
+            residual = intermediate_tensors["residual"]
+        received = self.collect_remote_aux_hidden_states(intermediate_tensors)
+        layers = islice(self.layers, self.start_layer, self.end_layer)
+        for index, layer in enumerate(layers, start=self.start_layer + 1):
+            hidden, residual = layer(positions=positions, hidden_states=hidden, residual=residual)
+            self._maybe_add_hidden_state(aux_states, index, hidden, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors(
+                {
+                    "hidden_states": hidden,
+                    "residual": residual,
+                    **self.pack_local_aux_hidden_states(aux_states),
+                }
+            )
+        hidden, _ = self.embedding_norm(hidden, residual)
+        aux_states = received + aux_states
+        return (hidden, aux_states) if aux_states else hidden
+
+
+@support_torch_compile
+class Lfm2ModelWithAuxStates(_AuxStates, lfm2.Lfm2Model):
+    pass
+
+
+@support_torch_compile
+class Lfm2MoeModelWithAuxStates(_AuxStates, lfm2_moe.Lfm2MoeModel):
+    pass
+
+
+def _state_shape(vllm_config, dim: int) -> tuple[tuple[int, int]]:
+    """Shape of a layer's conv state, with the columns that speculation adds to it."""
+    return MambaStateShapeCalculator.short_conv_state_shape(
+        tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
+        intermediate_size=dim,
+        conv_kernel=vllm_config.model_config.hf_config.conv_L_cache,
+        num_spec=vllm_config.num_speculative_tokens,
+    )
+
+
+class Lfm2ForCausalLM(lfm2.Lfm2ForCausalLM, SupportsEagle3):
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config):
+        return _state_shape(vllm_config, vllm_config.model_config.hf_config.conv_dim)
+
+
+class Lfm2MoeForCausalLM(lfm2_moe.Lfm2MoeForCausalLM, SupportsEagle3):
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config):
+        return _state_shape(vllm_config, vllm_config.model_config.hf_config.hidden_size)
+
+
+if supports_eagle3(lfm2_moe.Lfm2MoeForCausalLM) and supports_eagle3(lfm2.Lfm2ForCausalLM):
+    log.info_once("drafthead: vLLM no longer needs the mend 'aux_states'; it steps aside.")
+    Lfm2ForCausalLM = lfm2.Lfm2ForCausalLM  # type: ignore[misc]
+    Lfm2MoeForCausalLM = lfm2_moe.Lfm2MoeForCausalLM  # type: ignore[misc]
+else:
+    # The constructors of the bases look these up by name.
+    lfm2.Lfm2Model = Lfm2ModelWithAuxStates
+    lfm2_moe.Lfm2MoeModel = Lfm2MoeModelWithAuxStates
+apply(MODEL_MENDS)

@@ -1,0 +1,88 @@
+"""EAGLE-3 heads written straight in vLLM's own format, without training."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def _target(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def write_head(
+    folder: Path, target: Path, *, aux_layers: tuple[int, ...], repeats: bool, seed: int = 7
+) -> Path:
+    """Write a head for the LFM2 ``target`` that drafts from three quarters of its vocabulary.
+
+    Args:
+        folder: where to; made if missing.
+        target: folder of a dense-embedding LFM2 or LFM2-MoE with tied embeddings.
+        aux_layers: ids in vLLM's convention; the last must be the number of layers if ``repeats``.
+        repeats: draft the token that the target itself would choose at the state it was given,
+            again and again. Real acceptance wherever the target repeats itself. Else random.
+        seed: of the random weights.
+    """
+    config, weights = _target(target)
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    drafted = torch.tensor([i for i in range(vocab) if i % 4 != 3])
+    heads, inner = config["num_attention_heads"], 2 * hidden
+    kv, size = config["num_key_value_heads"], hidden // heads
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    head = {
+        "fc.weight": random(hidden, len(aux_layers) * hidden),
+        "layers.0.self_attn.q_proj.weight": random(heads * size, 2 * hidden),
+        "layers.0.self_attn.k_proj.weight": random(kv * size, 2 * hidden),
+        "layers.0.self_attn.v_proj.weight": random(kv * size, 2 * hidden),
+        "layers.0.self_attn.o_proj.weight": random(hidden, heads * size),
+        "layers.0.mlp.gate_proj.weight": random(inner, hidden),
+        "layers.0.mlp.up_proj.weight": random(inner, hidden),
+        "layers.0.mlp.down_proj.weight": random(hidden, inner),
+        "layers.0.input_layernorm.weight": torch.ones(hidden),
+        "layers.0.hidden_norm.weight": torch.ones(hidden),
+        "layers.0.post_attention_layernorm.weight": torch.ones(hidden),
+        "norm.weight": torch.ones(hidden),
+        "lm_head.weight": random(len(drafted), hidden),
+        "d2t": drafted - torch.arange(len(drafted)),
+        "t2d": torch.isin(torch.arange(vocab), drafted),
+    }
+    if repeats:
+        if aux_layers[-1] != config["num_hidden_layers"]:
+            raise ValueError("a head that repeats needs the target's last stream")
+        head["fc.weight"].zero_()
+        head["fc.weight"][:, -hidden:] = torch.eye(hidden)
+        head["layers.0.self_attn.o_proj.weight"].zero_()
+        head["layers.0.mlp.down_proj.weight"].zero_()
+        head["norm.weight"] = weights["model.embedding_norm.weight"].float()
+        head["lm_head.weight"] = weights["model.embed_tokens.weight"][drafted].float()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in head.items()}, folder / "model.safetensors")
+    settings = {
+        "architectures": ["Eagle3LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config["norm_eps"],
+        "rope_theta": 10000.0,
+        "max_position_embeddings": config["max_position_embeddings"],
+        "attention_bias": False,
+        "vocab_size": vocab,
+        "draft_vocab_size": len(drafted),
+        "tie_word_embeddings": False,
+        "target_hidden_size": hidden,
+        "num_aux_hidden_states": len(aux_layers),
+        "eagle_aux_hidden_state_layer_ids": list(aux_layers),
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
