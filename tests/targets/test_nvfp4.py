@@ -1,0 +1,151 @@
+"""NVFP4 read by its definition, worked out here in exact fractions, value by value."""
+
+import json
+import struct
+from fractions import Fraction
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from drafthead.errors import DraftheadError
+from drafthead.targets import nvfp4
+from drafthead.targets.target import load_target
+
+
+def minifloat(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> Fraction:
+    """Any small IEEE-like float, from its bits."""
+    sign = -1 if code >> (exponent_bits + mantissa_bits) else 1
+    exponent = code >> mantissa_bits & (1 << exponent_bits) - 1
+    mantissa = Fraction(code & (1 << mantissa_bits) - 1, 1 << mantissa_bits)
+    if exponent == 0:
+        return sign * mantissa * Fraction(2) ** (1 - bias)
+    return sign * (1 + mantissa) * Fraction(2) ** (exponent - bias)
+
+
+def to_fp32(value: Fraction) -> float:
+    """Nearest fp32, ties to even: `float` rounds to fp64, so the rounding is done on integers."""
+    if value == 0:
+        return 0.0
+    exponent = 0
+    magnitude = abs(value)
+    while magnitude >= 1 << 24:
+        magnitude, exponent = magnitude / 2, exponent + 1
+    while magnitude < 1 << 23 and exponent > -149:
+        magnitude, exponent = magnitude * 2, exponent - 1
+    return float(round(magnitude) * Fraction(2) ** exponent) * (1 if value > 0 else -1)
+
+
+def by_definition(packed, scale, scale_2) -> list[list[float]]:
+    """W[n, k] = e2m1 · e4m3 · fp32, exactly, rounded to fp32 once."""
+    rows, half = packed.shape
+    scales = scale.view(torch.uint8)
+    out = []
+    for n in range(rows):
+        row = []
+        for k in range(half * 2):
+            byte = int(packed[n, k // 2])
+            code = byte >> 4 if k % 2 else byte & 15
+            product = minifloat(code, 2, 1, bias=1) * minifloat(int(scales[n, k // 16]), 4, 3, 7)
+            row.append(to_fp32(product * Fraction(scale_2.item())))
+        out.append(row)
+    return out
+
+
+@pytest.mark.parametrize("scale_2", [1.0, 3.14159e-3, 1.7e-5, 2.0**-30 / 3])
+def test_every_code_with_every_scale(scale_2):
+    codes = torch.arange(256, dtype=torch.uint8)  # each pair of codes, in both halves
+    packed = codes.view(32, 8).repeat(8, 1)  # [256, 8]: one block of 16 a row
+    scales = torch.arange(256, dtype=torch.uint8)
+    scales[[0x7F, 0xFF]] = 0  # NaN is no scale
+    scale = scales.view(256, 1).view(torch.float8_e4m3fn)
+    scale_2 = torch.tensor(scale_2)
+    found = nvfp4.dequantize(packed, scale, scale_2)
+    expected = torch.tensor(by_definition(packed, scale, scale_2))
+    assert torch.equal(found, expected)
+    assert found.unique().numel() > 400
+
+
+def test_stacked_experts_have_a_scale_each():
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (3, 4, 16), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(3, 4, 2, generator=generator).to(torch.float8_e4m3fn)
+    scale_2 = torch.tensor([0.1, 0.01, 7.0])
+    found = nvfp4.dequantize(packed, scale, scale_2)
+    for expert in range(3):
+        assert torch.equal(
+            found[expert], nvfp4.dequantize(packed[expert], scale[expert], scale_2[expert])
+        )
+        expected = by_definition(packed[expert], scale[expert], scale_2[expert])
+        assert torch.equal(found[expert], torch.tensor(expected))
+
+
+def test_what_is_not_nvfp4_is_refused():
+    packed, scale = torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 2)
+    with pytest.raises(DraftheadError, match="not NVFP4"):
+        nvfp4.dequantize(packed, scale, torch.tensor(1.0))
+    with pytest.raises(DraftheadError, match="not NVFP4"):
+        nvfp4.dequantize(packed, scale[:, :1].to(torch.float8_e4m3fn), torch.tensor(1.0))
+
+
+def quantization(ignore):
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ignore}
+
+
+def test_what_is_excluded_comes_from_the_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert nvfp4.quantization_of(tmp_path) is None
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": quantization(["lm_head", "a*"])})
+    )
+    expected = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["a*", "lm_head"]}
+    assert nvfp4.quantization_of(tmp_path) == expected
+    inner = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["a*", "lm_head"]}
+    beside = tmp_path / "hf_quant_config.json"
+    beside.write_text(json.dumps({"quantization": inner}))
+    assert nvfp4.quantization_of(tmp_path) == expected
+    beside.write_text(json.dumps({"quantization": inner | {"exclude_modules": ["lm_head"]}}))
+    with pytest.raises(DraftheadError, match="disagree"):
+        nvfp4.quantization_of(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert nvfp4.quantization_of(tmp_path)["exclude_modules"] == ["lm_head"]
+
+
+def test_expanded_checkpoint_and_quantized_lm_head(llama, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    weights = load_file(llama / "model.safetensors")
+    name = "lm_head.weight"
+    rows, columns = weights[name].shape
+    packed = torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(rows, columns // 16, generator=generator).to(torch.float8_e4m3fn)
+    scale_2 = torch.tensor(0.003)
+    source = tmp_path / "nvfp4"
+    source.mkdir()
+    changed = {name: packed, f"{name}_scale": scale, f"{name}_scale_2": scale_2}
+    save_file(
+        weights | changed | {"lm_head.input_scale": torch.tensor(1.0)},
+        source / "model.safetensors",
+    )
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (source / file).write_bytes((llama / file).read_bytes())
+    with pytest.raises(DraftheadError, match="not NVFP4"):
+        nvfp4.expand(source, tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = quantization(["model.*"])
+    (source / "config.json").write_text(json.dumps(config))
+
+    values = nvfp4.dequantize(packed, scale, scale_2)
+    assert torch.equal(load_target(source).lm_head(), values)
+    nvfp4.expand(source, tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert dense.keys() == weights.keys()
+    assert torch.equal(dense.pop(name), values)
+    assert all(torch.equal(dense[n], weights[n]) for n in dense)
+    assert load_target(tmp_path / "dense").quantization is None
+    assert (tmp_path / "dense" / "tokenizer.json").is_file()
+
+
+def test_the_fraction_arithmetic_itself():
+    """The twin above is checked against struct, which rounds to fp32 in hardware."""
+    for value in (Fraction(1, 3), Fraction(2, 3) * 2**-40, Fraction(10**9 + 7, 13)):
+        assert to_fp32(value) == struct.unpack("f", struct.pack("f", float(value)))[0]
