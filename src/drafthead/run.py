@@ -1,6 +1,8 @@
 """The stages of the main job in order: what each reads, what makes it stale, how it resumes."""
 
+import contextlib
 import importlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ class Stage:
     """The stage whose output it reads; stale input makes it stale too."""
     costly: bool = False
     """Hours of work: never thrown away without `--overwrite`."""
+    reads_all: bool = False
+    """Tells of every stage, so it runs again after any of them did."""
 
 
 STAGES = (
@@ -72,7 +76,14 @@ STAGES = (
         ("serve", "bench"),
         "export",
     ),
-    Stage("report", "report and model card", "drafthead.prove.report:report", ("verify",), "bench"),
+    Stage(
+        "report",
+        "report and model card",
+        "drafthead.prove.report:report",
+        ("verify",),
+        "bench",
+        reads_all=True,
+    ),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -119,10 +130,9 @@ def _load(function: str) -> Callable[..., dict]:
 def _run_stage(
     stage: Stage, recipe: Recipe, run: RunDir, inputs: dict, overwrite: bool, console: Console
 ) -> dict:
-    done = run.finished(stage.name, inputs)
-    if done is not None:
-        console.print(f"[dim]{stage.name}: done before[/dim]")
-        return done
+    if int(os.environ.get("RANK", 0)) > 0:
+        # A further process of torchrun: the first one keeps the records.
+        return _load(stage.function)(recipe, run, console=Console(quiet=True))
     run.begin(stage.name, inputs, overwrite=overwrite or not stage.costly)
     console.print(f"[bold]{stage.name}[/bold]: {stage.does}")
     start = time.monotonic()
@@ -168,10 +178,18 @@ def execute(
     inputs = stage_inputs(recipe)
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
-    with RunLock(run.root):
+    anything_ran = False
+    first_process = int(os.environ.get("RANK", 0)) == 0
+    with RunLock(run.root) if first_process else contextlib.nullcontext():
         for stage in STAGES:
             if stage.name not in wanted:
                 continue
+            done = run.finished(stage.name, inputs[stage.name])
+            if done is not None and not (stage.reads_all and anything_ran):
+                console.print(f"[dim]{stage.name}: done before[/dim]")
+                summaries[stage.name] = done
+                continue
+            anything_ran = True
             before = stage.after
             if before and before not in wanted and run.finished(before, inputs[before]) is None:
                 raise DraftheadError(

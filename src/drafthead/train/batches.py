@@ -1,0 +1,210 @@
+"""Batches: documents packed into rows without padding, the same for the same seed and step.
+
+A row is what one pass through the head takes: documents one after the other, as many as fit. Index
+arithmetic is done here, on the host, so that the device never has to be asked for a size.
+
+Of a document with tokens x[0..T-1] and states for 0..T'-1, position i takes the embedding of
+x[i+1+t] at step t and predicts x[i+2+t], whose teacher row is `last[i+1+t]`. Let p be the indices of
+the supervised tokens (loss mask set, 2 <= p <= T'): positions 0..p_last-2 are packed, everything
+after them is of no use to any row. Of these, the positions that some supervised row lies on or
+between, p_first-2-(T-1)..p_last-2, are *live*: only they run through queries and MLP, the rest are
+keys. Training-time test of T steps has one row (t, p) at position p-2-t for each step and token.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drafthead.states import Sample
+from drafthead.train.attention import Documents
+
+OPEN_ROWS = 16  # rows that packing fills at once: more fill better and mix less
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed row. N positions, n of them live, M supervised tokens, T steps; int is int64."""
+
+    names: tuple[str, ...]
+    """The conversations in it, for messages."""
+    next_ids: Tensor
+    """int [N]: the token after each position."""
+    positions: Tensor
+    """int [N]: index of each position in its document."""
+    aux: Tensor
+    """[N, A, Ht]: the target's auxiliary states."""
+    live: Tensor
+    """int [n]: the live positions, ascending."""
+    live_of: Tensor
+    """int [N]: which live position each is, -1 for the others (the inverse of `live`)."""
+    documents: Documents
+    """Documents by live positions (queries) and positions (keys)."""
+    last: Tensor
+    """[M, Ht]: the target's last hidden state that predicted each supervised token."""
+    labels: Tensor
+    """int [M]: the supervised tokens as draft ids, -1 outside the draft vocabulary."""
+    student: Tensor
+    """int [T, M]: the live position of each row; 0 where the token has no row at that step."""
+    student_of: Tensor
+    """int [T, n]: the supervised token of each live position at each step, -1 for none."""
+    has_row: Tensor
+    """bool [T, M]: False where the token has no row at that step (it stands too early)."""
+
+    @property
+    def tokens(self) -> int:
+        """N: the positions that are packed."""
+        return len(self.next_ids)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed."""
+        tensors = {
+            f.name: change(value)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        docs = self.documents
+        docs = replace(docs, cu_q=change(docs.cu_q), cu_k=change(docs.cu_k))
+        return replace(self, documents=docs, **tensors)
+
+
+def pack(lengths: np.ndarray, order: Iterable[int], tokens: int) -> list[list[int]]:
+    """Put documents of `lengths`, taken in `order`, into rows of at most `tokens` positions.
+
+    First fit into a few open rows; a document longer than a row fills one alone (and is cut when
+    assembled). Documents without a position to train on (length < 1) are left out.
+    """
+    done: list[list[int]] = []
+    rows: list[tuple[int, list[int]]] = []
+    for index in order:
+        length = min(int(lengths[index]), tokens)
+        if length < 1:
+            continue
+        for place, (used, row) in enumerate(rows):
+            if used + length <= tokens:
+                rows[place] = used + length, [*row, int(index)]
+                break
+        else:
+            rows.append((length, [int(index)]))
+            if len(rows) > OPEN_ROWS:
+                fullest = max(range(len(rows)), key=lambda place: rows[place][0])
+                done.append(rows.pop(fullest)[1])
+    return done + [row for _, row in rows]
+
+
+def draft_ids(target_ids: Tensor, vocab_size: int) -> Tensor:
+    """Target ids of the draft vocabulary int [Vd] -> draft id of each target id, or -1: int [V]."""
+    ids = torch.full((vocab_size,), -1, dtype=torch.int64)
+    ids[target_ids.cpu()] = torch.arange(len(target_ids))
+    return ids
+
+
+def assemble(samples: list[Sample], steps: int, to_draft: Tensor, tokens: int) -> Batch | None:
+    """Pack samples for `steps` of training-time test; None if nothing in them is supervised.
+
+    to_draft int [V] (see `draft_ids`). Of a document only the first `tokens` positions are used.
+    """
+    names, next_ids, positions, aux, last, labels = [], [], [], [], [], []
+    live, student, q_lengths, k_lengths = [], [], [], []
+    start = first_live = 0
+    for sample in samples:
+        known = min(len(sample.ids) - 1, len(sample.last), tokens + 1)
+        supervised = sample.loss_mask[: known + 1].nonzero()[:, 0]
+        supervised = supervised[supervised >= 2]
+        if not len(supervised):
+            continue
+        count = int(supervised[-1]) - 1
+        begin = max(0, int(supervised[0]) - 1 - steps)
+        names.append(sample.conversation)
+        next_ids.append(sample.ids[1 : count + 1].long())
+        positions.append(torch.arange(count))
+        aux.append(sample.aux[:count])
+        last.append(sample.last[supervised - 1])
+        labels.append(to_draft[sample.ids[supervised].long()])
+        live.append(torch.arange(start + begin, start + count))
+        at = supervised - 2 - torch.arange(steps)[:, None]
+        student.append(torch.where(at >= 0, at - begin + first_live, -1))
+        q_lengths.append(count - begin)
+        k_lengths.append(count)
+        start, first_live = start + count, first_live + count - begin
+    if not names:
+        return None
+    rows = torch.cat(student, dim=1)
+    live_rows, total = torch.cat(live), rows.shape[1]
+    live_of = torch.full((start,), -1)
+    live_of[live_rows] = torch.arange(len(live_rows))
+    student_of = torch.full((steps, len(live_rows) + 1), -1)  # the last column takes the -1
+    student_of.scatter_(1, rows % (len(live_rows) + 1), torch.arange(total).expand(steps, -1))
+    return Batch(
+        names=tuple(names),
+        next_ids=torch.cat(next_ids),
+        positions=torch.cat(positions),
+        aux=torch.cat(aux),
+        live=live_rows,
+        live_of=live_of,
+        documents=Documents.of(q_lengths, k_lengths),
+        last=torch.cat(last),
+        labels=torch.cat(labels),
+        student=rows.clamp(min=0),
+        student_of=student_of[:, :-1],
+        has_row=rows >= 0,
+    )
+
+
+def prefetch(
+    make: Callable[[int], Batch | None],
+    numbers: Iterable[int],
+    device: torch.device,
+    depth: int = 3,
+) -> Iterator[Batch | None]:
+    """`make(number)` for each number, up to `depth` ahead, in a thread, on the device.
+
+    On a GPU the copy runs on its own stream from pinned memory, beside the computation.
+    """
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def put(item: object) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for number in numbers:
+                batch = make(number)
+                copied = None
+                if batch is not None and stream is not None:
+                    pinned = batch.map(Tensor.pin_memory)
+                    with torch.cuda.stream(stream):
+                        batch = pinned.map(lambda x: x.to(device, non_blocking=True))
+                        copied = stream.record_event()
+                put((batch, copied))
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, copied = item
+            if copied is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(copied)
+                batch.map(lambda x: (x.record_stream(current), x)[1])
+            yield batch
+    finally:
+        stopped.set()
+        thread.join()

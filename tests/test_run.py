@@ -1,0 +1,135 @@
+"""The order of the stages: nothing done twice, nothing stale used, nothing costly thrown away."""
+
+import json
+
+import pytest
+import yaml
+from rich.console import Console
+
+from drafthead import run as run_module
+from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.recipe import load_recipe
+from drafthead.run import NAMES, execute
+from drafthead.rundir import RunDir
+
+CONSOLE = Console(quiet=True)
+
+
+@pytest.fixture
+def job(tmp_path, llama, monkeypatch):
+    """A recipe whose stages only note that they ran; ``job.ran`` lists them."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Hello"}) + "\n")
+
+    class Job:
+        def __init__(self):
+            self.ran, self.fail = [], None
+
+        def recipe(self, **sections):
+            path = tmp_path / "recipe.yaml"
+            base = {
+                "name": "job",
+                "target": {"path": str(llama)},
+                "prompts": {"sources": [{"path": str(prompts)}]},
+            }
+            path.write_text(yaml.safe_dump(base | sections))
+            return load_recipe(path)
+
+        def execute(self, recipe, **options):
+            self.ran.clear()
+            return execute(recipe, tmp_path / "runs", console=CONSOLE, **options)
+
+    job = Job()
+    job.root = tmp_path / "runs" / "job"
+    job.prompts = prompts
+
+    def load(function):
+        name = function.split(":")[1]
+
+        def stage(recipe, run, *, console):
+            job.ran.append(name)
+            if job.fail == name:
+                raise ClaimFailed("not lossless")
+            if name == "generate":
+                run.answers.mkdir(exist_ok=True)
+                (run.answers / "part").write_text("answers")
+            return {"made": name}
+
+        return stage
+
+    monkeypatch.setattr(run_module, "_load", load)
+    return job
+
+
+def test_runs_in_order_once(job):
+    recipe = job.recipe()
+    assert list(job.execute(recipe)) == list(NAMES)
+    assert job.ran == list(NAMES)
+    result = job.execute(recipe)
+    assert job.ran == []
+    assert result["train"]["made"] == "train"
+
+
+def test_a_change_redoes_only_what_depends_on_it(job):
+    job.execute(job.recipe())
+    job.execute(job.recipe(serve={"num_speculative_tokens": 5}))
+    assert job.ran == ["verify", "bench", "report"]
+
+
+def test_costly_output_is_kept_unless_told(job):
+    job.execute(job.recipe())
+    changed = job.recipe(generate={"max_new_tokens": 7})
+    with pytest.raises(DraftheadError, match=r"max_new_tokens: 512 -> 7.*--overwrite"):
+        job.execute(changed)
+    assert (job.root / "answers" / "part").exists()
+    assert job.ran == []
+    job.execute(changed, overwrite=True)
+    assert job.ran == list(NAMES)
+
+
+def test_changed_prompts_or_target_make_answers_stale(job):
+    recipe = job.recipe()
+    job.execute(recipe)
+    job.prompts.write_text(json.dumps({"prompt": "Bye"}) + "\n")
+    with pytest.raises(DraftheadError, match="prompt_files"):
+        job.execute(recipe)
+
+
+def test_from_and_to(job):
+    recipe = job.recipe()
+    job.execute(recipe, last="vocab")
+    assert job.ran == ["generate", "capture", "vocab"]
+    with pytest.raises(DraftheadError, match="needs train"):
+        job.execute(recipe, first="export")
+    with pytest.raises(DraftheadError, match="comes after"):
+        job.execute(recipe, first="train", last="vocab")
+    with pytest.raises(DraftheadError, match="no stage is called 'trian'"):
+        job.execute(recipe, first="trian")
+
+
+def test_a_failed_claim_still_writes_the_report_and_is_told(job):
+    recipe = job.recipe()
+    job.fail = "verify"
+    with pytest.raises(ClaimFailed):
+        job.execute(recipe)
+    assert job.ran[-3:] == ["verify", "bench", "report"]
+    job.fail = None
+    job.execute(recipe)
+    assert job.ran == ["verify", "report"]
+
+
+def test_missing_prompts_file(job):
+    recipe = job.recipe()
+    job.prompts.unlink()
+    with pytest.raises(DraftheadError, match="no such file"):
+        job.execute(recipe)
+
+
+def test_broken_record_is_named(job):
+    recipe = job.recipe()
+    job.execute(recipe)
+    record = next((job.root / ".stages").glob("vocab.done.json"))
+    record.write_text("{")
+    with pytest.raises(DraftheadError, match=r"vocab\.done\.json"):
+        job.execute(recipe)
+    assert RunDir(job.root).answers.exists()
