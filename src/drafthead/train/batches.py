@@ -3,14 +3,15 @@
 A row is what one pass through the head takes: documents one after the other, as many as fit. Index
 arithmetic is done here, on the host, so that the device never has to be asked for a size.
 
-Of a document with tokens x[0..T-1] and states for 0..T'-1, position i takes the embedding of
-x[i+1+t] at step t and predicts x[i+2+t], whose teacher row is `last[i+1+t]`. Let p be the indices of
-the supervised tokens (loss mask set, 2 <= p <= T'): positions 0..p_last-2 are packed, everything
-after them is of no use to any row. Of these, the positions that some supervised row lies on or
-between, p_first-2-(T-1)..p_last-2, are *live*: only they run through queries and MLP, the rest are
-keys. Training-time test of T steps has one row (t, p) at position p-2-t for each step and token.
+Of a document with tokens x[0..L-1] and states for 0..L'-1, position i takes the embedding of
+x[i+1+t] at step t and predicts x[i+2+t], whose teacher row is `last[i+1+t]`. Let p be the indices
+of the supervised tokens (loss mask set, 2 <= p <= L'). Positions 0..p_last-2 are packed; what comes
+after them is of no use to any row. Those from p_first-2-(T-1) on are *live*: only they run through
+queries and MLP, the others are keys. Each step t < T and token p has one row, at position p-2-t.
 """
 
+import contextlib
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -171,10 +172,9 @@ def prefetch(
 
     def put(item: object) -> None:
         while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
 
     def work() -> None:
         try:
@@ -203,8 +203,13 @@ def prefetch(
             if copied is not None:
                 current = torch.cuda.current_stream(device)
                 current.wait_event(copied)
-                batch.map(lambda x: (x.record_stream(current), x)[1])
+                batch.map(functools.partial(_used_on, current))
             yield batch
     finally:
         stopped.set()
         thread.join()
+
+
+def _used_on(stream: torch.cuda.Stream, x: Tensor) -> Tensor:
+    x.record_stream(stream)
+    return x

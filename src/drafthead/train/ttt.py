@@ -1,8 +1,8 @@
 """Training-time test: the head's own steps over a packed row, as the server will take them.
 
-Step t at position i reads the embedding of x[i+1+t], the head's own state of step t-1 there (at step
-0 the fused aux states) and RoPE position i+t; its attention is that of `attention.py`. All positions
-give keys and values at step 0; only live ones have queries, MLP and later steps.
+Step t at position i reads the embedding of x[i+1+t], the head's own state of step t-1 there (at
+step 0 the fused aux states) and RoPE position i+t; its attention is that of `attention.py`. All
+positions give keys and values at step 0; only live ones have queries, MLP and later steps.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,14 @@ def take_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     return _TakeRows.apply(x, rows, inverse)
 
 
-def first_inputs(
-    head: Eagle3Head, aux: Tensor, embeds: Tensor
-) -> tuple[Tensor, Tensor]:
+def first_inputs(head: Eagle3Head, aux: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
     """aux [N, A, Ht], embeds [N, H] -> the first layer's projection input and residual."""
     return head.layers[0].inputs(embeds, head.fuse(aux))
+
+
+def next_inputs(layer: DecoderLayer, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A later layer's, or a later step's, projection input and residual."""
+    return layer.inputs(embeds, hidden)
 
 
 def project(
@@ -92,7 +95,7 @@ class TrainingTimeTest:
         self._first_inputs, self._project, self._project_live = map(
             wrap, (first_inputs, project, project_live)
         )
-        self._outputs, self._select, self._next = map(wrap, (outputs, select, self._next_inputs))
+        self._outputs, self._select, self._next = map(wrap, (outputs, select, next_inputs))
 
     def __call__(self, batch: Batch) -> Tensor:
         """The states that the LM head reads: [T, M, H], rows as in `batch.student`."""
@@ -110,7 +113,7 @@ class TrainingTimeTest:
             if index == 0:
                 x, residual = self._first_inputs(head, batch.aux.to(dtype), embeds)
             else:
-                x, residual = layer.inputs(embeds, hidden)
+                x, residual = self._next(layer, embeds, hidden)
             if index == final:
                 q, k, v, residual = self._project_live(
                     layer, x, residual, cos, sin, live, batch.live_of
@@ -135,14 +138,8 @@ class TrainingTimeTest:
                 diagonals = (torch.stack(kept) for kept in own[index])
                 attended = attention(q, *prefix[index], *diagonals, docs)
                 hidden = self._outputs(layer, attended, residual)
-            states.append(
-                self._select(head, hidden, batch.student[step], batch.student_of[step])
-            )
+            states.append(self._select(head, hidden, batch.student[step], batch.student_of[step]))
         return torch.stack(states)
-
-    @staticmethod
-    def _next_inputs(layer: DecoderLayer, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return layer.inputs(embeds, hidden)
 
 
 def _all_rows(docs: Documents) -> Documents:
