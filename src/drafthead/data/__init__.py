@@ -1,0 +1,1 @@
+"""Chats in, token ids and loss mask out; the answers that the target wrote."""

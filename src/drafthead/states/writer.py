@@ -1,7 +1,7 @@
 """Writes a state store in the background, a unit of work at a time."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,15 @@ class StateWriter:
         return unit_path(self.path, unit).exists()
 
     def submit(
-        self, unit: int, samples: Sequence[Sample], checks: dict[str, Any] | None = None
+        self, unit: int, samples: Iterable[Sample], checks: dict[str, Any] | None = None
     ) -> None:
-        """Write ``samples`` as ``unit``, replacing what it held before."""
+        """Write ``samples`` as ``unit``, replacing what it held before. They are drawn, and
+        ``checks`` is read after the last of them, in a thread of the writer's."""
         self._raise_failed()
+        checks = {} if checks is None else checks  # an empty one is filled while it is written
         self._slots.acquire()
         future = self._threads.submit(
-            write_unit, self.path, self.meta, unit, samples, checks or {}, self.shard_bytes
+            write_unit, self.path, self.meta, unit, samples, checks, self.shard_bytes
         )
         future.add_done_callback(lambda _: self._slots.release())
         self._futures.append(future)
@@ -95,7 +97,7 @@ def write_unit(
     store: Path,
     meta: StoreMeta,
     number: int,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     checks: dict[str, Any],
     shard_bytes: int,
 ) -> Unit:

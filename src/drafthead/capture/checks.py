@@ -1,0 +1,112 @@
+"""Every capture is checked before it counts: silent zeros and mixed-up rows have cost others weeks."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from drafthead.errors import DraftheadError
+from drafthead.states import Sample, StoreMeta
+from drafthead.targets import Target
+
+MIN_AGREEMENT = 0.9
+"""Below this share of greedy tokens that the states explain, they are not the served ones. Rounding
+(bf16 logits, quantized kernels) moves single near-ties, not one token in ten."""
+_VOCAB_BLOCK = 16384
+
+
+def teacher_argmax(
+    last: torch.Tensor, norm: torch.Tensor, eps: float, lm_head: torch.Tensor
+) -> torch.Tensor:
+    """The target's most likely next token at each position, ``lm_head(final_norm(last))``.
+
+    Args:
+        last: [n, Ht], the stream before the final norm.
+        norm: [Ht], weight of the final RMS norm.
+        eps: of that norm.
+        lm_head: [V, Ht].
+
+    Returns:
+        int64 [n].
+    """
+    hidden = last.float()
+    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * norm.float()
+    best = torch.full((len(hidden),), -torch.inf)
+    token = torch.zeros(len(hidden), dtype=torch.int64)
+    for start in range(0, len(lm_head), _VOCAB_BLOCK):
+        block = hidden @ lm_head[start : start + _VOCAB_BLOCK].float().T
+        value, index = block.max(-1)
+        better = value > best
+        best = torch.where(better, value, best)
+        token = torch.where(better, index + start, token)
+    return token
+
+
+class Checker:
+    """Checks the samples of a unit on their way to the store.
+
+    Args:
+        target: whose final norm and LM head are the teacher.
+        positions: tokens of each answer compared with the teacher's, evenly spread.
+        greedy: whether the answers are greedy, so that teacher and answer must agree.
+    """
+
+    def __init__(self, target: Target, positions: int, greedy: bool):
+        self.positions, self.greedy = positions, greedy
+        self._norm, self._eps = target.final_norm()
+        self._lm_head = target.lm_head()
+
+    def watch(
+        self, samples: Iterable[Sample], meta: StoreMeta, checks: dict[str, Any]
+    ) -> Iterator[Sample]:
+        """The same samples; after the last, ``checks`` says what was found: ``samples``,
+        ``tokens`` (of states), ``greedy_checked``, ``greedy_agree``.
+
+        Raises:
+            DraftheadError: states that are not finite, zero, or not those of the served tokens.
+        """
+        last, served = [], []
+        checks.update(samples=0, tokens=0, greedy_checked=0, greedy_agree=0)
+        for sample in samples:
+            check_values(sample, meta)
+            at = self._spread(sample)
+            last.append(sample.last[at])
+            served.append(sample.ids[at + 1].long())
+            checks["samples"] += 1
+            checks["tokens"] += len(sample.states)
+            yield sample
+        if self.greedy and served:
+            predicted = teacher_argmax(torch.cat(last), self._norm, self._eps, self._lm_head)
+            agree = int((predicted == torch.cat(served)).sum())
+            checks.update(greedy_checked=len(predicted), greedy_agree=agree)
+            if agree < MIN_AGREEMENT * len(predicted):
+                raise DraftheadError(
+                    f"captured states explain only {agree} of {len(predicted)} tokens that the "
+                    "target served greedily: rows or layers are mixed up, or the final norm or LM "
+                    "head differ from the engine's. Nothing of this unit was kept"
+                )
+
+    def _spread(self, sample: Sample) -> torch.Tensor:
+        """Positions whose next token the target wrote last, at most ``positions``, ascending."""
+        first, stop = sample.prompt_len - 1, min(len(sample.states), len(sample.ids) - 1)
+        count = max(0, min(self.positions, stop - first))
+        return torch.linspace(first, max(first, stop - 1), count).round().long()
+
+
+def check_values(sample: Sample, meta: StoreMeta) -> None:
+    """Every state finite, and none zero.
+
+    Raises:
+        DraftheadError: names the layer and position of the first that is not.
+    """
+    low, high = torch.aminmax(sample.states, dim=-1)  # NaN wherever one is in the row
+    zero = (low == 0) & (high == 0)
+    if meta.layers[0] == 0:
+        zero[:, 0] = False  # what enters layer 0 is the embedding; a padding token's may be zero
+    for bad, what in ((~(low.isfinite() & high.isfinite()), "not finite"), (zero, "all zero")):
+        if bad.any():
+            position, layer = bad.nonzero()[0].tolist()
+            raise DraftheadError(
+                f"captured states of {sample.conversation} are {what} at position {position}, "
+                f"layer {meta.layers[layer]} ({int(bad.sum())} of {bad.numel()} rows)"
+            )

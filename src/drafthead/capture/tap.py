@@ -1,0 +1,199 @@
+"""Collects hidden states step by step as an engine computes them, without ever blocking it.
+
+Each engine step computes states for rows of several sequences at once. On a GPU a step's rows are
+staged in a fresh device tensor, copied on a stream of their own into a ring of pinned memory, and
+from there by a thread into ordinary memory. Only when the ring is full does the engine wait. What
+row belongs to which position of which sequence is noted as numbers and resolved at the end.
+"""
+
+import queue
+import threading
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+
+from drafthead.errors import DraftheadError
+
+SEGMENT_ROWS = 8192
+"""Rows of one piece of the host's memory: large enough to copy in bulk, small enough to grow by."""
+
+
+class Captured:
+    """The rows of finished steps, by sequence. Row r of position p is the last one recorded for
+    it: a preempted sequence computes its positions again."""
+
+    def __init__(self, num_layers: int, hidden_size: int, dtype: torch.dtype):
+        self.shape, self.dtype = (num_layers, hidden_size), dtype
+        self.segments: list[torch.Tensor] = []
+        self.rows = 0
+        self._layout: dict[Hashable, list[tuple[int, int, int]]] = {}
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Add rows [n, L, Ht] of the host's memory, copied."""
+        done = 0
+        while done < len(rows):
+            at = self.rows % SEGMENT_ROWS
+            if at == 0:
+                self.segments.append(torch.empty(SEGMENT_ROWS, *self.shape, dtype=self.dtype))
+            n = min(SEGMENT_ROWS - at, len(rows) - done)
+            self.segments[-1][at : at + n] = rows[done : done + n]
+            done += n
+            self.rows += n
+
+    def note(self, key: Hashable, row: int, start: int, count: int) -> None:
+        """Rows ``row`` and on are positions ``start`` and on of sequence ``key``."""
+        self._layout.setdefault(key, []).append((row, start, count))
+
+    def states(self, key: Hashable, length: int) -> torch.Tensor:
+        """[length, L, Ht]: the states of positions 0..length-1.
+
+        Raises:
+            DraftheadError: a position was never computed (served from a prefix cache, say).
+        """
+        rows = np.full(length, -1, np.int64)
+        for row, start, count in self._layout.get(key, ()):
+            n = min(count, length - start)
+            if n > 0:
+                rows[start : start + n] = np.arange(row, row + n)
+        if length and rows.min() < 0:
+            raise DraftheadError(
+                f"sequence {key}: no states at position {int(rows.argmin())} of {length}: the "
+                "engine did not compute it. Mend: capture with prefix caching off"
+            )
+        out = torch.empty(length, *self.shape, dtype=self.dtype)
+        for number in np.unique(rows // SEGMENT_ROWS):
+            here = rows // SEGMENT_ROWS == number
+            index = torch.from_numpy(rows[here] % SEGMENT_ROWS)
+            out[torch.from_numpy(here)] = self.segments[number].index_select(0, index)
+        return out
+
+
+class Ring:
+    """Pinned rows [capacity, L, Ht], handed out and given back in order."""
+
+    def __init__(self, capacity: int, shape: tuple[int, int], dtype: torch.dtype):
+        self.rows = torch.empty(capacity, *shape, dtype=dtype, pin_memory=True)
+        self._head = 0
+        self._used: list[tuple[int, int]] = []
+        self._change = threading.Condition()
+        self.waits = 0
+
+    def take(self, n: int) -> tuple[int, int]:
+        """A free run of ``n`` rows as (start, stop); waits while there is none."""
+        capacity = len(self.rows)
+        with self._change:
+            waited = False
+            while True:
+                oldest = self._used[0][0] if self._used else None
+                if oldest is None:
+                    self._head = 0
+                    start = 0
+                elif self._head > oldest:
+                    start = self._head if self._head + n <= capacity else 0
+                    if start == 0 and n >= oldest:
+                        start = -1
+                else:
+                    start = self._head if self._head + n < oldest else -1
+                if start >= 0:
+                    break
+                self.waits += not waited
+                waited = True
+                self._change.wait()
+            self._head = start + n
+            self._used.append((start, start + n))
+            return start, start + n
+
+    def give(self) -> None:
+        """Free the run handed out first."""
+        with self._change:
+            self._used.pop(0)
+            self._change.notify()
+
+
+class Tap:
+    """Records the states of every step of one engine.
+
+    Args:
+        num_layers: L, tensors that each step hands over.
+        hidden_size: Ht.
+        dtype: of those tensors.
+        device: where they lie.
+        max_rows: the most rows of one step.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rows: int,
+    ):
+        self._new = lambda: Captured(num_layers, hidden_size, dtype)
+        self._current = self._new()
+        self._rows = 0
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._ring = Ring(2 * max_rows, (num_layers, hidden_size), dtype)
+            self._stream = torch.cuda.Stream(device)
+            self._queue: queue.SimpleQueue = queue.SimpleQueue()
+            self._idle = threading.Semaphore(0)
+            self._failed: Exception | None = None
+            threading.Thread(target=self._drain, name="tap", daemon=True).start()
+
+    @property
+    def waits(self) -> int:
+        """Times that the engine had to wait for room in pinned memory."""
+        return self._ring.waits if self._cuda else 0
+
+    def record(
+        self, layers: Sequence[torch.Tensor], sequences: Sequence[tuple[Hashable, int, int]]
+    ) -> None:
+        """One step: ``layers`` are L tensors [>= n, Ht]; ``sequences`` lists, in the order of
+        their rows, (key or None, first position, rows); n is the sum of the last."""
+        row = self._rows
+        for key, start, count in sequences:
+            if key is not None:
+                self._current.note(key, row, start, count)
+            row += count
+        n = row - self._rows
+        self._rows = row
+        stacked = torch.stack([layer[:n] for layer in layers], dim=1)
+        if not self._cuda:
+            self._current.append(stacked)
+            return
+        # The step's own tensors live in CUDA graph memory that the next step overwrites; the
+        # stacked copy is ours, so the way to the host can take its time.
+        start, stop = self._ring.take(n)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._ring.rows[start:stop].copy_(stacked, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        stacked.record_stream(self._stream)
+        self._queue.put((done, start, stop, self._current))
+
+    def take(self) -> Captured:
+        """What was recorded since the last call, once all of it has reached the host."""
+        if self._cuda:
+            self._queue.put(None)
+            self._idle.acquire()
+            if self._failed is not None:
+                raise self._failed
+        done, self._current, self._rows = self._current, self._new(), 0
+        return done
+
+    def _drain(self) -> None:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                self._idle.release()
+                continue
+            done, start, stop, captured = item
+            try:
+                done.synchronize()
+                captured.append(self._ring.rows[start:stop])
+            except Exception as error:  # the host is out of memory: `take` says so
+                self._failed = error
+            self._ring.give()

@@ -1,0 +1,161 @@
+"""vLLM workers that hand over hidden states while the engine serves as it always does.
+
+Named by `worker_cls`, a vLLM setting; nothing of vLLM is patched. The target's own EAGLE-3 outputs
+(`set_aux_hidden_state_layers`) are switched on without a draft model, so no draft token is
+scheduled, no KV memory is spent on states, and decoding runs the kernels that serving runs.
+Works with both of vLLM's GPU model runners and with the CPU's.
+
+The layers come in `additional_config["drafthead"]["layers"]`, which is part of vLLM's compilation
+cache key: a graph compiled without these outputs is never mistaken for one with them.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from drafthead.capture.checks import Checker
+from drafthead.capture.tap import Captured, Tap
+from drafthead.errors import DraftheadError
+from drafthead.states import Sample, StateWriter, StoreMeta
+from drafthead.targets import load_target
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+# `SamplingParams.extra_args[KEY]` names the sequence whose states are wanted.
+KEY = "drafthead"
+
+
+class _Capture:
+    """What the workers share; the rank 0 of tensor parallel holds the whole residual stream."""
+
+    _tap: Tap | None = None
+    _writer: StateWriter | None = None
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
+        config, runner = self.vllm_config, self.model_runner  # type: ignore[attr-defined]
+        if config.parallel_config.pipeline_parallel_size > 1:
+            raise RuntimeError(
+                "capture does not work with pipeline parallel: the layers lie in several "
+                "processes. Mend: engine.tensor_parallel_size instead"
+            )
+        model = runner.get_model()
+        if not supports_eagle3(model):
+            raise RuntimeError(
+                f"{type(model).__name__} cannot hand out its hidden states in this vLLM (no "
+                "SupportsEagle3); drafthead's plugin adds it for LFM2 and LFM2-MoE"
+            )
+        layers = tuple(config.additional_config[KEY]["layers"])
+        model.set_aux_hidden_state_layers(layers)
+        runner.use_aux_hidden_state_outputs = True
+        self._keys: dict[str, Any] = {}
+        if get_tensor_model_parallel_rank() == 0:
+            self._tap = Tap(
+                len(layers),
+                config.model_config.get_hidden_size(),
+                config.model_config.dtype,
+                self.device,  # type: ignore[attr-defined]
+                config.scheduler_config.max_num_batched_tokens,
+            )
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        if self._tap is not None and scheduler_output.total_num_scheduled_tokens:
+            self._record(scheduler_output)
+        return output
+
+    def _record(self, step: "SchedulerOutput") -> None:
+        known = step.scheduled_cached_reqs
+        starts = dict(zip(known.req_ids, known.num_computed_tokens))
+        for request in step.scheduled_new_reqs:
+            starts[request.req_id] = request.num_computed_tokens
+            extra = request.sampling_params and request.sampling_params.extra_args
+            if extra and KEY in extra:
+                self._keys[request.req_id] = extra[KEY]
+        for finished in step.finished_req_ids:
+            self._keys.pop(finished, None)
+        counts = step.num_scheduled_tokens
+        if not any(request in self._keys for request in counts):
+            return
+        runner = self.model_runner  # type: ignore[attr-defined]
+        state = runner.execute_model_state
+        # The order of rows: the newer runner's batch travels with its state, the older one's is
+        # the runner's own.
+        batch = getattr(state, "input_batch", None) or runner.input_batch
+        order = batch.req_ids[: len(counts)]
+        sequences = [(self._keys.get(r), starts[r], counts[r]) for r in order]
+        assert self._tap is not None
+        self._tap.record(state.aux_hidden_states, sequences)
+
+    # What `LLM.collective_rpc` calls; ranks other than 0 have nothing to do.
+
+    def drafthead_open(self, store: str, meta: dict, target: str, options: dict) -> None:
+        """Write to ``store`` from now on. ``meta``: of ``StoreMeta``; ``options``: of the writer
+        (``shard_bytes``) and the checks (``positions``, ``greedy``)."""
+        if self._tap is None:
+            return
+        fields = meta | {"aux_layers": tuple(meta["aux_layers"])}
+        self._writer = StateWriter(Path(store), StoreMeta(**fields), options["shard_bytes"])
+        loaded = load_target(target)
+        self._checker = Checker(loaded, options["positions"], options["greedy"])
+
+    def drafthead_unit(self, unit: int, manifest: list[dict]) -> str | None:
+        """Hand what was recorded for ``manifest``'s sequences to the writer, as ``unit``.
+
+        Returns:
+            What went wrong with this or an earlier unit, or None.
+        """
+        if self._tap is None:
+            return None
+        assert self._writer is not None
+        try:
+            captured, meta = self._tap.take(), self._writer.meta
+            samples = (_sample(item, captured, len(meta.aux_layers)) for item in manifest)
+            checks: dict[str, Any] = {}
+            self._writer.submit(unit, self._checker.watch(samples, meta, checks), checks)
+        except DraftheadError as error:
+            return str(error)
+        return None
+
+    def drafthead_flush(self) -> str | None:
+        """Wait until every unit is on disk; returns what went wrong, or None."""
+        if self._writer is None:
+            return None
+        try:
+            self._writer.flush()
+        except DraftheadError as error:
+            return str(error)
+        return None
+
+    def drafthead_stats(self) -> dict | None:
+        """Times that the engine waited for room to copy states into."""
+        return None if self._tap is None else {"waits": self._tap.waits}
+
+
+def _sample(item: dict, captured: Captured, num_aux: int) -> Sample:
+    """A sample from its line of the manifest: ``key``, ``ids``, ``loss_mask``, ``prompt_len``,
+    ``conversation``, ``split``. The last token was never an input, so it has no state."""
+    return Sample(
+        ids=torch.tensor(item["ids"], dtype=torch.int32),
+        loss_mask=torch.tensor(item["loss_mask"], dtype=torch.bool),
+        states=captured.states(item["key"], len(item["ids"]) - 1),
+        num_aux=num_aux,
+        prompt_len=item["prompt_len"],
+        conversation=item["conversation"],
+        split=item["split"],
+    )
+
+
+class CaptureWorker(_Capture, Worker):
+    """vLLM's GPU worker that also captures."""
+
+
+class CaptureCPUWorker(_Capture, CPUWorker):
+    """vLLM's CPU worker that also captures."""

@@ -1,0 +1,112 @@
+"""The answers that the target wrote, as Parquet parts of one unit of work each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import write_bytes
+
+_SCHEMA = pa.schema(
+    [
+        ("conversation", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("prompt_mask", pa.list_(pa.bool_())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One conversation, ended by what the target wrote last."""
+
+    conversation: str
+    source: str
+    split: str
+    """``train`` or ``heldout``."""
+    prompt_ids: np.ndarray
+    """int32 [n]: the rendered prompt, earlier turns included."""
+    prompt_mask: np.ndarray
+    """bool [n]: True where the target wrote the token, in earlier turns."""
+    answer_ids: np.ndarray
+    """int32 [m]: as generated, the end token included if there was one."""
+    finish_reason: str
+    """``stop`` (the target ended) or ``length`` (cut)."""
+    text: str
+    """The answer in words, for people."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 [T]: prompt and answer."""
+        return np.concatenate([self.prompt_ids, self.answer_ids])
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """bool [T]: True where the target wrote the token."""
+        return np.concatenate([self.prompt_mask, np.ones(len(self.answer_ids), bool)])
+
+
+def part_path(folder: Path, unit: int) -> Path:
+    return folder / f"part-{unit:06d}.parquet"
+
+
+def write_part(folder: Path, unit: int, answers: Sequence[Answer]) -> None:
+    """Write one unit's answers, whole or not at all.
+
+    Raises:
+        DraftheadError: the disk is full or refuses.
+    """
+    columns = {
+        field.name: [getattr(answer, field.name) for answer in answers] for field in fields(Answer)
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="zstd")
+    write_bytes(part_path(folder, unit), sink.getvalue().to_pybytes())
+
+
+def read_part(path: Path) -> list[Answer]:
+    """The answers of one part.
+
+    Raises:
+        DraftheadError: missing, broken, or of another form.
+    """
+    try:
+        table = pq.read_table(path, schema=_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        raise DraftheadError(
+            f"{path}: not a readable part of the answers: {error}; delete it and run "
+            "`drafthead generate` again"
+        ) from None
+    rows = []
+    for row in table.to_pylist():
+        arrays = {
+            "prompt_ids": np.array(row["prompt_ids"], np.int32),
+            "prompt_mask": np.array(row["prompt_mask"], bool),
+            "answer_ids": np.array(row["answer_ids"], np.int32),
+        }
+        rows.append(Answer(**(row | arrays)))
+    return rows
+
+
+def read_answers(folder: Path, split: str | None = None) -> Iterator[Answer]:
+    """All answers of a run, in their order; of ``train`` or ``heldout`` only, if named.
+
+    Raises:
+        DraftheadError: there are none, or a part is broken.
+    """
+    parts = sorted(folder.glob("part-*.parquet")) if folder.is_dir() else []
+    if not parts:
+        raise DraftheadError(f"{folder}: no answers there; `drafthead generate RECIPE` makes them")
+    for path in parts:
+        for answer in read_part(path):
+            if split is None or answer.split == split:
+                yield answer
