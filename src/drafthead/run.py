@@ -40,7 +40,7 @@ STAGES = (
     Stage(
         "generate",
         "the target writes the answers (and, in the same pass, the states)",
-        "drafthead.data.generate:generate",
+        "drafthead.capture.stages:generate",
         ("target", "prompts", "generate", "capture", "engine"),
         None,
         costly=True,
@@ -48,7 +48,7 @@ STAGES = (
     Stage(
         "capture",
         "the target's hidden states for those answers, checked",
-        "drafthead.capture:capture",
+        "drafthead.capture.stages:capture",
         (),
         "generate",
     ),

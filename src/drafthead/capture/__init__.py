@@ -1,0 +1,1 @@
+"""Hidden states out of the running target, while it answers."""

@@ -1,4 +1,4 @@
-"""Every capture is checked before it counts: silent zeros and mixed-up rows have cost others weeks."""
+"""Every capture is checked before it counts: silent zeros have cost others weeks."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -15,6 +15,8 @@ import torch
 
 from drafthead.errors import DraftheadError
 
+KEY = "drafthead"
+"""`SamplingParams.extra_args[KEY]` names a sequence whose states are wanted."""
 SEGMENT_ROWS = 8192
 """Rows of one piece of the host's memory: large enough to copy in bulk, small enough to grow by."""
 

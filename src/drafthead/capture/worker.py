@@ -19,16 +19,13 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from drafthead.capture.checks import Checker
-from drafthead.capture.tap import Captured, Tap
+from drafthead.capture.tap import KEY, Captured, Tap
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-
-# `SamplingParams.extra_args[KEY]` names the sequence whose states are wanted.
-KEY = "drafthead"
 
 
 class _Capture:

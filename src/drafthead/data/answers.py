@@ -1,5 +1,6 @@
 """The answers that the target wrote, as Parquet parts of one unit of work each."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -59,8 +60,11 @@ def part_path(folder: Path, unit: int) -> Path:
     return folder / f"part-{unit:06d}.parquet"
 
 
-def write_part(folder: Path, unit: int, answers: Sequence[Answer]) -> None:
-    """Write one unit's answers, whole or not at all.
+def write_part(
+    folder: Path, unit: int, answers: Sequence[Answer], left_out: dict[str, list[str]]
+) -> None:
+    """Write one unit's answers, whole or not at all; ``left_out`` names, by reason, the
+    conversations of the unit that have none.
 
     Raises:
         DraftheadError: the disk is full or refuses.
@@ -69,7 +73,8 @@ def write_part(folder: Path, unit: int, answers: Sequence[Answer]) -> None:
         field.name: [getattr(answer, field.name) for answer in answers] for field in fields(Answer)
     }
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="zstd")
+    schema = _SCHEMA.with_metadata({"left_out": json.dumps(left_out)})
+    pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
     write_bytes(part_path(folder, unit), sink.getvalue().to_pybytes())
 
 
@@ -95,6 +100,16 @@ def read_part(path: Path) -> list[Answer]:
         }
         rows.append(Answer(**(row | arrays)))
     return rows
+
+
+def read_left_out(folder: Path) -> dict[str, list[str]]:
+    """Reason -> the conversations of a run that have no answer."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("part-*.parquet")):
+        metadata = pq.read_schema(path).metadata or {}
+        for reason, names in json.loads(metadata.get(b"left_out", b"{}")).items():
+            found.setdefault(reason, []).extend(names)
+    return found
 
 
 def read_answers(folder: Path, split: str | None = None) -> Iterator[Answer]:

@@ -84,6 +84,8 @@ class StoreMeta:
     hidden_size: int
     """Ht."""
     encoding: Encoding
+    units: int
+    """Units that the whole store has."""
     inputs: dict[str, Any]
     """What the content follows from (target, template, prompts, engine, …), JSON-able."""
 
@@ -136,8 +138,9 @@ class StoreMeta:
         try:
             meta = cls(**{field.name: record[field.name] for field in fields(cls)})
             meta = cls(**(asdict(meta) | {"aux_layers": tuple(int(i) for i in meta.aux_layers)}))
-            if meta.encoding not in get_args(Encoding) or not 0 < meta.hidden_size < 1 << 20:
-                raise ValueError("impossible encoding or hidden_size")
+            sizes = (meta.num_layers, meta.hidden_size, meta.units)
+            if meta.encoding not in get_args(Encoding) or any(type(n) is not int for n in sizes):
+                raise ValueError("impossible encoding or size")
         except (KeyError, TypeError, ValueError, DraftheadError) as error:
             raise DraftheadError(f"{path}: not a description of a state store: {error}") from None
         if record.get("fingerprint") != meta.fingerprint:

@@ -81,8 +81,8 @@ def load_unit(store: Path, meta: StoreMeta, number: int) -> Unit:
         raise DraftheadError(f"{path}: was altered: its checksum does not fit its content")
     if record.get("store") != meta.fingerprint:
         raise DraftheadError(f"{path}: belongs to another store (the fingerprints differ)")
-    if record.get("unit") != number:
-        raise DraftheadError(f"{path}: is the index of unit {record.get('unit')}")
+    if record.get("unit") != number or number >= meta.units:
+        raise DraftheadError(f"{path}: is the index of unit {record.get('unit')} of {meta.units}")
     try:
         shards = [Shard(**shard) for shard in record["shards"]]
         for part, shard in enumerate(shards):

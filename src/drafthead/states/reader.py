@@ -32,21 +32,29 @@ class StateReader:
 
     ``reader[i]`` gives a ``Sample`` whose tensors are private or memory-mapped read-only pages:
     do not write to them. Thread-safe. A shard's checksum is verified when it is first touched
-    (``verify=False`` leaves that out: only after `drafthead states check`).
+    (``verify=False`` leaves that out: only after `drafthead states check`). A store that lacks
+    units is refused, unless ``partial``.
 
     Raises:
         DraftheadError: no store there, or any part of it missing, altered, swapped or broken;
             the message names the file.
     """
 
-    def __init__(self, path: Path | str, *, verify: bool = True):
+    def __init__(self, path: Path | str, *, verify: bool = True, partial: bool = False):
         self.path = Path(path)
         if not self.path.is_dir():
             raise DraftheadError(
                 f"{self.path}: no such state store; `drafthead capture RECIPE` makes one"
             )
         self.meta = StoreMeta.load(self.path)
-        self.units = [load_unit(self.path, self.meta, n) for n in unit_numbers(self.path)]
+        numbers = unit_numbers(self.path)
+        missing = sorted(set(range(self.meta.units)) - set(numbers))
+        if missing and not partial:
+            raise DraftheadError(
+                f"{self.path}: {len(missing)} of {self.meta.units} units are missing (the first is "
+                f"{missing[0]}); `drafthead capture RECIPE` goes on where it stopped"
+            )
+        self.units = [load_unit(self.path, self.meta, number) for number in numbers]
         self.shards = [shard for unit in self.units for shard in unit.shards]
         for shard in self.shards:
             check_size(self.path, shard)

