@@ -227,6 +227,13 @@ def test_values_that_no_training_leaves(tmp_path):
     assert inspect_head(tmp_path / "h")["problems"] == ["norm.weight is all zero"]
 
 
+def test_d2t_of_a_whole_vocabulary_is_refused_by_vllm(tmp_path):
+    saved(tmp_path / "h", small_head(draft_vocab_size=61))
+    edit_tensors(tmp_path / "h", replace("d2t", torch.zeros(61, dtype=torch.int64)))
+    load_head(tmp_path / "h")
+    assert "whole vocabulary" in inspect_head(tmp_path / "h")["problems"][0]
+
+
 def test_a_pickle_is_not_opened(tmp_path):
     saved(tmp_path / "h")
     (tmp_path / "h" / "model.safetensors").rename(tmp_path / "h" / "pytorch_model.bin")

@@ -47,7 +47,8 @@ def save_head(
 ) -> None:
     """Write `folder` (replaced whole). embedding [V, H]: only if the head has its own."""
     tensors = {name: p.detach().to("cpu", dtype) for name, p in head.named_parameters()}
-    tensors |= {"d2t": head.d2t.cpu(), "t2d": head.t2d.cpu()}
+    if head.config.draft_vocab_size < head.config.vocab_size:  # else vLLM refuses d2t
+        tensors |= {"d2t": head.d2t.cpu(), "t2d": head.t2d.cpu()}
     if embedding is not None:
         tensors["embed_tokens.weight"] = embedding.detach().to("cpu", dtype)
     config = write_config(head.config, format, provenance, speculative_tokens)

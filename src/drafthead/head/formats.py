@@ -91,9 +91,9 @@ def write_config(
             **common,
             "eagle_config": {"use_aux_hidden_state": True},
         }
+    # No `model_type` at the top: with one, vLLM does not see that this is speculators' format.
     return {
         "architectures": ["Eagle3Speculator"],
-        "model_type": "speculator_model",
         "speculators_model_type": "eagle3",
         "speculators_version": "0.9.0",
         "speculators_config": {

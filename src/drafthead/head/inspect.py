@@ -112,6 +112,8 @@ def _vocabulary(
     problems: list[str],
     notes: list[str],
 ) -> None:
+    if "d2t" in files.shapes and config.draft_vocab_size == config.vocab_size:
+        problems.append("d2t: the head drafts the whole vocabulary, and vLLM then refuses a d2t")
     try:
         d2t = files.d2t(config)
         ids = torch.arange(config.draft_vocab_size) + d2t
