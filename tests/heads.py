@@ -4,6 +4,7 @@ import torch
 
 from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
+from drafthead.states import Sample
 
 SMALL = {
     "hidden_size": 32,
@@ -39,3 +40,16 @@ def states(head: Eagle3Head, tokens: int, seed: int = 1):
     aux = torch.randn(tokens, len(c.aux_layer_ids), c.target_hidden_size, generator=generator)
     ids = torch.randint(0, c.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
     return embedding, aux, ids
+
+
+def sample(ids: torch.Tensor, prompt_len: int, aux: torch.Tensor) -> Sample:
+    """A held-out sample: ids [T], aux [T', A, Ht]; its last states are zero."""
+    return Sample(
+        ids=ids,
+        loss_mask=torch.arange(len(ids)) >= prompt_len,
+        states=torch.cat([aux, torch.zeros_like(aux[:, :1])], dim=1),
+        num_aux=aux.shape[1],
+        prompt_len=prompt_len,
+        conversation="some",
+        split="heldout",
+    )

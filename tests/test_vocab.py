@@ -7,11 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 
 from drafthead import vocab
+from drafthead.data.answers import Answer, write_part
 from drafthead.errors import DraftheadError
 from drafthead.head.model import check_d2t
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
 from tests.tiny import tiny_tokenizer
 
 
@@ -74,3 +78,32 @@ def test_special_tokens_come_from_the_tokenizer(tmp_path):
     inside = vocab.always_in(tokenizer, [7])
     names = ["<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert inside == {7, *tokenizer.convert_tokens_to_ids(names)}
+
+
+def test_the_stage_counts_what_the_target_wrote(tmp_path, llama):
+    def answer(split, prompt, mask, ids):
+        return Answer(
+            "c", "s", split, np.array(prompt, np.int32), np.array(mask, bool), np.array(ids), "", ""
+        )
+
+    run = RunDir(tmp_path / "run")
+    parts = [
+        answer("train", [50, 60, 61], [False, True, True], [60, 70, 4]),
+        answer("heldout", [90], [False], [91, 60, 60, 70]),
+    ]
+    write_part(run.answers, 0, parts, {})
+    recipe = parse_recipe(
+        {
+            "name": "x",
+            "target": {"path": str(llama)},
+            "prompts": {"sources": [{"path": "none.jsonl"}]},
+            "vocab": {"size": 7},
+        },
+        "recipe",
+    )
+    about = vocab.vocab(recipe, run, console=Console(quiet=True))
+    tensors = load_file(run.vocab / "vocab.safetensors")
+    assert tensors["counts"].nonzero().flatten().tolist() == [4, 60, 61, 70]
+    assert tensors["t2d"].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 60, 61]
+    assert about["coverage"] == 4 / 5
+    assert about["heldout_coverage"] == 2 / 4

@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drafthead.data.answers import read_answers
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, write_json
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+from drafthead.targets import load_target
 
 CURVE = (500, 1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 48000, 64000, 96000, 128000)
 
@@ -82,8 +87,17 @@ def always_in(tokenizer: Any, eos_token_ids: Iterable[int]) -> set[int]:
     return special | set(tokenizer.all_special_ids) | set(eos_token_ids)
 
 
-def save_vocab(folder: Path, counts: np.ndarray, size: int, always: Iterable[int]) -> dict:
-    """Choose and write `vocab.safetensors` and `coverage.json`; returns what the latter says."""
+def save_vocab(
+    folder: Path,
+    counts: np.ndarray,
+    size: int,
+    always: Iterable[int],
+    heldout: np.ndarray | None = None,
+) -> dict:
+    """Choose and write `vocab.safetensors` and `coverage.json`; returns what the latter says.
+
+    counts, heldout int64 [V]: the second is not counted, only its coverage is told.
+    """
     forced = set(always)
     chosen = choose(counts, size, forced)
     t2d = torch.zeros(len(counts), dtype=torch.bool)
@@ -94,6 +108,7 @@ def save_vocab(folder: Path, counts: np.ndarray, size: int, always: Iterable[int
         "tokens": int(counts.sum()),
         "distinct": int((counts > 0).sum()),
         "coverage": coverage(counts, chosen),
+        "heldout_coverage": None if heldout is None else coverage(heldout, chosen),
         "always_in": sorted(forced),
         "curve": coverage_curve(counts, forced, size),
     }
@@ -102,3 +117,32 @@ def save_vocab(folder: Path, counts: np.ndarray, size: int, always: Iterable[int
         save_file(tensors, temporary / "vocab.safetensors")
         write_json(temporary / "coverage.json", about)
     return about
+
+
+def vocab(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
+    """Stage: choose the draft vocabulary from the training answers in `run.answers`.
+
+    Writes `run.vocab`: `vocab.safetensors` (`d2t` int64 [Vd], `t2d` bool [V], `counts` int64 [V])
+    and `coverage.json`. Returns what the latter says, without the list of forced ids.
+
+    Raises:
+        DraftheadError: no answers, or a vocabulary larger than the target's.
+    """
+    target = load_target(
+        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
+    )
+    always = always_in(target.tokenizer(), target.eos_token_ids)
+    counts, heldout = (
+        count_tokens(
+            (answer.ids[answer.loss_mask] for answer in read_answers(run.answers, split)),
+            target.vocab_size,
+        )
+        for split in ("train", "heldout")
+    )
+    about = save_vocab(run.vocab, counts, recipe.vocab.size, always, heldout)
+    unseen = about["heldout_coverage"]
+    console.print(
+        f"{about['size']} of {about['vocab_size']} tokens cover {about['coverage']:.2%} of what "
+        f"the target wrote" + ("" if unseen is None else f", {unseen:.2%} of the held-out answers")
+    )
+    return {key: value for key, value in about.items() if key != "always_in"}

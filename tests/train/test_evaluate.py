@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from drafthead.errors import DraftheadError
 from drafthead.head.drafting import draft_at
-from drafthead.train.evaluate import Acceptance, HeldoutSample, evaluate, walk
-from tests.heads import small_head, states
+from drafthead.train.evaluate import Acceptance, evaluate, walk
+from tests.heads import sample, small_head, states
 
 ALL = np.ones(10, dtype=bool)
 
@@ -62,13 +62,13 @@ def test_every_token_is_settled_once(data):
     assert (counts.accepted <= counts.known).all()
 
 
-def serve(head, embedding, sample, k) -> Acceptance:
+def serve(head, embedding, held, k) -> Acceptance:
     """Decode step by step, drafting with the slow twin."""
-    counts, truth = Acceptance(k), sample.ids.tolist()
-    settled = sample.prompt_len
+    counts, truth = Acceptance(k), held.ids.tolist()
+    settled = held.prompt_len
     while settled < len(truth) - 1:
         counts.steps += 1
-        chain = draft_at(head, embedding, sample.aux, sample.ids, settled - 1, k).tolist()
+        chain = draft_at(head, embedding, held.aux, held.ids, settled - 1, k).tolist()
         matched = 0
         while matched < k and truth[settled + 1 + matched :][:1] == [chain[matched]]:
             counts.accepted[matched] += 1
@@ -86,13 +86,13 @@ def test_evaluation_equals_serving_step_by_step():
         for i in range(prompt - 1, length - 2):
             if (i * 7 + seed) % 3:
                 ids[i + 2] = draft_at(head, embedding, aux, ids, i, 1)[0]
-        samples.append(HeldoutSample(ids, prompt, aux[: length - 1]))
+        samples.append(sample(ids, prompt, aux[: length - 1]))
     embedding = states(head, 1)[0]
     one, three = evaluate(head, embedding, samples, [1, 3])
     for total in (one, three):
         expected = Acceptance(total.k)
-        for sample in samples:
-            expected.add(serve(head, embedding, sample, total.k))
+        for held in samples:
+            expected.add(serve(head, embedding, held, total.k))
         assert total.steps == expected.steps
         assert total.accepted.tolist() == expected.accepted.tolist()
     assert three.accepted[2] > 0
@@ -103,6 +103,6 @@ def test_missing_states_are_refused():
     head = small_head()
     embedding, aux, ids = states(head, 9)
     with pytest.raises(DraftheadError, match="8 needed"):
-        evaluate(head, embedding, [HeldoutSample(ids, 3, aux[:7])], 2)
+        evaluate(head, embedding, [sample(ids, 3, aux[:7])], 2)
     with pytest.raises(DraftheadError, match="no answer"):
-        evaluate(head, embedding, [HeldoutSample(ids, 8, aux)], 2)
+        evaluate(head, embedding, [sample(ids, 8, aux)], 2)

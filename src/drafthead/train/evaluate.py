@@ -16,7 +16,6 @@ walked the way vLLM decodes it, and counted the way its counters count
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from drafthead.errors import DraftheadError
 from drafthead.head.drafting import ChainAttention, draft_chain, prefix_attention
 from drafthead.head.model import Eagle3Head
+from drafthead.states import Sample
 
 
 class Acceptance:
@@ -106,19 +106,10 @@ def walk(chains: np.ndarray, answer: np.ndarray, drafted: np.ndarray) -> Accepta
     return counts
 
 
-@dataclass(frozen=True)
-class HeldoutSample:
-    """One held-out sequence: ids int [T] (prompt, then answer), states aux [T', A, Ht]."""
-
-    ids: Tensor
-    prompt_len: int
-    aux: Tensor
-
-
 def evaluate(
     head: Eagle3Head,
     embedding: Tensor,
-    samples: Iterable[HeldoutSample],
+    samples: Iterable[Sample],
     k: int | Sequence[int],
     attend: ChainAttention = prefix_attention,
 ) -> list[Acceptance]:
@@ -134,8 +125,9 @@ def evaluate(
         length, start = len(sample.ids), sample.prompt_len
         if start < 1 or len(sample.aux) < length - 1:
             raise DraftheadError(
-                f"held-out sample of {length} tokens: prompt_len {start}, states for "
-                f"{len(sample.aux)} positions, {length - 1} needed; capture it again"
+                f"held-out conversation {sample.conversation}, {length} tokens: prompt_len "
+                f"{start}, states of {len(sample.aux)} positions, {length - 1} needed; capture it "
+                "again"
             )
         if length - start < 2:
             continue
