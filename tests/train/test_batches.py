@@ -6,24 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafthead.states import Sample
 from drafthead.train.batches import OPEN_ROWS, assemble, draft_ids, pack, prefetch
+from tests.train.samples import sample
 
 TO_DRAFT = draft_ids(torch.arange(0, 50, 2), 50)
-
-
-def sample(length, prompt_len, name="a", seed=0, states=None, mask=None):
-    g = torch.Generator().manual_seed(seed)
-    loss_mask = torch.arange(length) >= prompt_len if mask is None else torch.tensor(mask)
-    return Sample(
-        ids=torch.randint(0, 50, (length,), generator=g, dtype=torch.int32),
-        loss_mask=loss_mask,
-        states=torch.randn(states or length - 1, 3, 4, generator=g),
-        num_aux=2,
-        prompt_len=prompt_len,
-        conversation=name,
-        split="train",
-    )
 
 
 @given(st.lists(st.integers(-2, 130), max_size=60), st.integers(1, 100))

@@ -9,7 +9,7 @@ from drafthead.head.model import Eagle3Head
 from drafthead.train.batches import assemble
 from drafthead.train.ttt import TrainingTimeTest, take_rows
 from tests.heads import small_head
-from tests.train.test_batches import sample
+from tests.train.samples import sample
 
 STEPS = 3
 

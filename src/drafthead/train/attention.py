@@ -70,10 +70,15 @@ def plain_attention(
     )
 
 
+def _has_kernels(q: Tensor) -> bool:
+    """Whether q is what the GPU kernels take."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
 def _prefix_forward(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> tuple[Tensor, ...]:
     """Causal attention inside documents: output [n, h, d], log-sum-exp fp32 [h, n], and two tensors
     that the backward of the GPU kernel wants back."""
-    if q.is_cuda:
+    if _has_kernels(q):
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, docs.cu_q, docs.cu_k, max(docs.q_lengths), max(docs.k_lengths), 0.0, True,
             False, scale=q.shape[-1] ** -0.5,
@@ -81,7 +86,7 @@ def _prefix_forward(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> tuple[T
         return out, lse, state, unused
     out = torch.empty_like(q)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=wide)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
     for rows, keys in docs.spans():
         scores = _scores(q[rows], k[keys])
         lse[:, rows] = scores.logsumexp(-1).flatten(0, 1)
@@ -95,7 +100,7 @@ def _prefix_backward(
     extra: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v through the prefix, given the output and log-sum-exp of the whole."""
-    if q.is_cuda:
+    if _has_kernels(q):
         return torch.ops.aten._flash_attention_backward(
             d_out, q, k, v, out, lse, docs.cu_q, docs.cu_k, max(docs.q_lengths),
             max(docs.k_lengths), 0.0, True, *extra, scale=q.shape[-1] ** -0.5,
@@ -126,7 +131,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     a, b = len(q), len(k)
     scores = _by_group(q, k.shape[1]) @ k.permute(1, 2, 0)[:, None]
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * q.shape[-1] ** -0.5
-    hidden = torch.ones(a, b, dtype=torch.bool).triu(b - a + 1)
+    hidden = torch.ones(a, b, dtype=torch.bool, device=q.device).triu(b - a + 1)
     return scores.masked_fill_(hidden, -torch.inf)
 
 
@@ -194,7 +199,7 @@ class _Attention(torch.autograd.Function):
 
 def _merge_rules(q: Tensor):
     """`merge` and `merge_backward`, as Triton kernels on a GPU."""
-    if q.is_cuda:
+    if _has_kernels(q):
         from drafthead.train import kernels
 
         return kernels.merge, kernels.merge_backward

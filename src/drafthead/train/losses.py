@@ -137,9 +137,9 @@ def row_gradients(
     return loss * weights, gradient.to(logits.dtype), predicted
 
 
-def gradient_rule(device: torch.device) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def gradient_rule(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`row_gradients`, as one Triton kernel on a GPU."""
-    if device.type == "cuda":
+    if x.is_cuda and x.dtype != torch.float64:
         from drafthead.train.kernels import row_gradients as fused
 
         return fused
@@ -150,7 +150,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, normed, lm_head, last, teacher, labels, weights, kind, chunk_rows):
         steps, tokens, width = normed.shape
-        rule = gradient_rule(normed.device)
+        rule = gradient_rule(normed)
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_normed = torch.empty_like(normed) if wants_grad else None
         d_head = torch.zeros_like(lm_head) if wants_grad else None

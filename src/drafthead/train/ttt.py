@@ -5,6 +5,7 @@ step 0 the fused aux states) and RoPE position i+t; its attention is that of `at
 positions give keys and values at step 0; only live ones have queries, MLP and later steps.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -91,7 +92,8 @@ class TrainingTimeTest:
 
     def __init__(self, head: Eagle3Head, embedding: Tensor, steps: int, compiled: bool = False):
         self.head, self.embedding, self.steps = head, embedding, steps
-        wrap: Callable = (lambda f: torch.compile(f, dynamic=True)) if compiled else (lambda f: f)
+        wrap: Callable = functools.partial(torch.compile, dynamic=True, fullgraph=True)
+        wrap = wrap if compiled else lambda f: f
         self._first_inputs, self._project, self._project_live = map(
             wrap, (first_inputs, project, project_live)
         )

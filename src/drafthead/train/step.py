@@ -1,0 +1,74 @@
+"""One packed row through head and loss: gradients and the numbers that logs want."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from drafthead.head.model import Eagle3Head
+from drafthead.train.batches import Batch
+from drafthead.train.losses import Teacher, fused_loss, hidden_regression
+from drafthead.train.ttt import TrainingTimeTest
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: sum over steps t of decay ** t times the mean loss of step t's rows."""
+
+    loss: Literal["kl", "ce+smoothl1"] = "kl"
+    steps: int = 3
+    decay: float = 0.8
+    regression_weight: float = 1.0
+    """Weight of SmoothL1 beside cross-entropy (`ce+smoothl1` only)."""
+    chunk_rows: int = 4096
+    """Rows whose logits exist at once: large enough for full speed, 262 MB at 32,000 in bf16."""
+
+
+class TrainStep:
+    """Adds one row's gradients to the head's parameters.
+
+    embedding [V, H]: the target's, frozen. teacher: the target's norm and LM-head rows, in the
+    head's dtype. Everything lives on one device.
+    """
+
+    def __init__(
+        self,
+        head: Eagle3Head,
+        embedding: Tensor,
+        teacher: Teacher,
+        objective: Objective,
+        compiled: bool = False,
+    ):
+        self.head, self.teacher, self.objective = head, teacher, objective
+        self.states = TrainingTimeTest(head, embedding, objective.steps, compiled)
+        device = embedding.device
+        self.step_weights = objective.decay ** torch.arange(objective.steps, device=device).float()
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss summed over the row's tokens, and the correct predictions of each step [T]."""
+        objective = self.objective
+        normed = self.states(batch)
+        weights = self.step_weights[:, None] * batch.has_row
+        last = batch.last.to(normed.dtype)
+        kind: Literal["kl", "ce"] = "kl" if objective.loss == "kl" else "ce"
+        loss, correct = fused_loss(
+            normed,
+            self.head.lm_head.weight,
+            last,
+            self.teacher,
+            batch.labels,
+            weights,
+            kind,
+            objective.chunk_rows,
+        )
+        if kind == "ce":
+            target = self.teacher.normed(last)
+            loss = loss + objective.regression_weight * hidden_regression(normed, target, weights)
+        return loss, correct
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Accumulate gradients of the summed loss; returns (loss, correct [T]) detached."""
+        loss, correct = self.loss(batch)
+        loss.backward()
+        return loss.detach(), correct

@@ -1,0 +1,94 @@
+"""What only a GPU can show: flash attention, kernels and compiled pieces against the plain step."""
+
+import pytest
+import torch
+
+from drafthead.train.attention import Documents, attention, plain_attention
+from drafthead.train.batches import assemble, draft_ids
+from drafthead.train.losses import Teacher
+from drafthead.train.optimizer import AdamW, AdamWSettings
+from drafthead.train.step import Objective, TrainStep
+from tests.heads import small_head
+from tests.train.samples import sample
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("diagonals", [0, 1, 6])
+@pytest.mark.parametrize(("heads", "groups"), [(32, 8), (9, 3), (4, 4)])
+def test_flash_attention_with_diagonals(diagonals, heads, groups):
+    torch.manual_seed(0)
+    documents = Documents.of([300, 17, 64], [411, 17, 200], "cuda")
+    n, keys = 381, 628
+    shapes = [(n, heads, 64), (keys, groups, 64), (keys, groups, 64)]
+    shapes += [(diagonals, n, groups, 64)] * 2
+    tensors = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    used = 5 if diagonals else 3
+    found = attention(*(tensors if diagonals else [*tensors[:3], None, None]), documents)
+    expected = plain_attention(*exact, documents)
+    assert relative(found, expected) < 6e-3
+    direction = torch.randn_like(found)
+    ours = torch.autograd.grad((found * direction).sum(), tensors[:used])
+    theirs = torch.autograd.grad((expected * direction.double()).sum(), exact[:used])
+    for a, b in zip(ours, theirs):
+        assert relative(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_step_on_the_gpu_is_the_plain_step(loss, compiled):
+    changes = {"hidden_size": 128, "target_hidden_size": 128, "head_dim": 32, "vocab_size": 512}
+    head = small_head(**changes, draft_vocab_size=256, intermediate_size=256)
+    with torch.no_grad():
+        for name, p in head.named_parameters():
+            if "norm" not in name:
+                p.mul_(0.3)
+            p.copy_(p.bfloat16())
+    g = torch.Generator().manual_seed(0)
+    embedding = torch.randn(512, 128, generator=g).bfloat16()
+    to_draft = draft_ids(head.target_ids(), 512)
+    samples = [sample(n, n // 3, str(n), n) for n in (150, 40, 77)]
+    for s in samples:
+        object.__setattr__(s, "states", torch.randn(len(s.ids), 4, 128, generator=g).bfloat16())
+        object.__setattr__(s, "num_aux", 3)
+    batch = assemble(samples, 3, to_draft, 1000)
+    weights = torch.ones(128), 1e-5, torch.randn(256, 128, generator=g).bfloat16()
+    objective = Objective(loss, 3, 0.8, chunk_rows=100)
+
+    plain = TrainStep(
+        head.double(),
+        embedding.double(),
+        Teacher(weights[0].double(), weights[1], weights[2].double()),
+        objective,
+    )
+    wide = batch.map(lambda x: x.double() if x.is_floating_point() else x)
+    expected, correct = plain.backward(wide)
+    gradients = {n: p.grad for n, p in head.named_parameters()}
+    fast = small_head(**changes, draft_vocab_size=256, intermediate_size=256)
+    fast.load_state_dict(head.state_dict())
+    fast = fast.to("cuda", torch.bfloat16)
+    step = TrainStep(
+        fast,
+        embedding.cuda(),
+        Teacher(weights[0].cuda().bfloat16(), weights[1], weights[2].cuda()),
+        objective,
+        compiled,
+    )
+    on_gpu = batch.map(lambda x: x.cuda())
+    torch.cuda.set_sync_debug_mode("default" if compiled else "error")
+    try:
+        found, found_correct = step.backward(on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative(found, expected) < 1e-2
+    assert (found_correct.cpu() - correct).abs().max() <= 3
+    for name, p in fast.named_parameters():
+        assert relative(p.grad.cpu(), gradients[name]) < 5e-2, name
+    optimizer = AdamW(fast.named_parameters(), AdamWSettings())
+    norm = optimizer.step(1e-3, torch.tensor(3.0, device="cuda"))
+    assert norm.isfinite()
