@@ -18,6 +18,7 @@ Writes OUT/train_step.json after every case.
 
 import argparse
 import dataclasses
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
@@ -230,23 +231,28 @@ def find_peers(folder: Path | None) -> None:
     """Make speculators importable from `folder`, what it never calls from nothing."""
     if folder:
         sys.path.insert(0, str(folder))
-    for name in NOT_CALLED:
-        if importlib.util.find_spec(name) is None:
-            sys.modules[name] = _Nothing(name)
+    missing = [name for name in NOT_CALLED if importlib.util.find_spec(name) is None]
+    sys.meta_path.append(_Nothings(missing))
 
 
-class _Nothing(types.ModuleType):
-    """A module whose every name is a class that does nothing."""
+class _Nothings(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules of the given names whose every member is an empty class."""
 
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        self.__path__: list[str] = []
+    def __init__(self, names: list[str]):
+        self.names = names
 
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def member(name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__dict__["__getattr__"] = member
 
 
 def synchronize(device) -> None:

@@ -191,6 +191,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = _prefix_backward(d_out, q, k, v, out, lse, ctx.documents, tuple(extra))
         d_diagonal_k = d_diagonal_v = None
         if diagonal_k is not None:
+            dq = dq.contiguous()
             d_diagonal_k, d_diagonal_v = _merge_rules(q)[1](
                 d_out, out, lse, q, diagonal_k, diagonal_v, dq
             )
