@@ -68,6 +68,17 @@ class SpecCounters:
             [a - b for a, b in zip(self.accepted_per_position, before, strict=True)],
         )
 
+    @classmethod
+    def total(cls, parts: Sequence["SpecCounters"]) -> "SpecCounters":
+        """The sum of several counts."""
+        columns = zip(*(part.accepted_per_position for part in parts), strict=True)
+        return cls(
+            sum(part.drafts for part in parts),
+            sum(part.draft_tokens for part in parts),
+            sum(part.accepted_tokens for part in parts),
+            [sum(column) for column in columns],
+        )
+
     @property
     def accepted_length(self) -> float | None:
         """Mean tokens a verification step yields: 1 (the target's own) + accepted drafts."""
@@ -147,10 +158,20 @@ class EngineProcess:
         seed: int | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        prefix_cache: bool = True,
     ) -> Generation:
         """Let the engine answer prompts of token ids, at most ``concurrency`` at once.
 
-        ``max_tokens`` is one limit for all or one for each prompt; ``seed`` + index seeds each.
+        Args:
+            prompts: token ids of each prompt.
+            max_tokens: one limit for all answers, or one for each.
+            concurrency: requests in the engine at once.
+            temperature: 0 is greedy.
+            top_p: nucleus of sampling.
+            seed: with its index added, each request's own; None leaves it to the engine.
+            ignore_eos: go on past the end of text.
+            logprobs: likeliest tokens to give log-probabilities of, at each position.
+            prefix_cache: let prompts that were met before come out of the engine's cache.
         """
         self._send(
             {
@@ -163,6 +184,7 @@ class EngineProcess:
                 "seed": seed,
                 "ignore_eos": ignore_eos,
                 "logprobs": logprobs,
+                "prefix_cache": prefix_cache,
             }
         )
         answer = self._receive("failed while generating")

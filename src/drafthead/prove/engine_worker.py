@@ -71,6 +71,7 @@ def generate(llm: Any, request: dict) -> dict:
             seed=None if request["seed"] is None else request["seed"] + i,
             ignore_eos=request["ignore_eos"],
             logprobs=request["logprobs"],
+            skip_reading_prefix_cache=not request["prefix_cache"],
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )

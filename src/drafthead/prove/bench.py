@@ -1,0 +1,175 @@
+"""Stage bench: the speed with the head against the speed without it."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from drafthead.fsio import read_json, write_json
+from drafthead.machine import Machine, this_machine
+from drafthead.prove.engine import EngineProcess
+from drafthead.prove.pairing import Point, run_pairs, summarize
+from drafthead.prove.prompts import heldout_prompts
+from drafthead.prove.proof import command_line, now
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+from drafthead.serve import Plan, engine_plan, existing_head
+from drafthead.targets import load_target
+
+_METHOD = (
+    "measured; the same prompts on both engines, alternating which goes first, warm-up left out; "
+    "tokens/s is all generated tokens over all seconds, prefill included and never from a prefix "
+    "cache; ratio over pairs with a 95 % percentile bootstrap interval; acceptance from the "
+    "engine's own counters"
+)
+_SUMMARY = (
+    "base_tokens_per_s",
+    "drafted_tokens_per_s",
+    "speedup",
+    "speedup_ci95",
+    "verdict",
+    "accepted_length",
+    "acceptance_by_position",
+    "predicted_acceptance_by_position",
+)
+
+
+def shared(plan: Plan, machine: Machine) -> dict:
+    """Arguments of an engine that shares its GPU with one other: half of the memory each."""
+    args = plan.args
+    if machine.vllm_device == "cuda" and "kv_cache_memory_bytes" not in args:
+        args["gpu_memory_utilization"] = args["gpu_memory_utilization"] / 2
+    return args
+
+
+def grid(recipe: Recipe) -> list[Point]:
+    """The points to measure, those of one k together; the first is the headline's."""
+    ks = recipe.bench.num_speculative_tokens or [recipe.serve.num_speculative_tokens]
+    return [
+        Point(k, concurrency, temperature, recipe.bench.max_new_tokens)
+        for k in ks
+        for temperature in recipe.bench.temperature
+        for concurrency in recipe.bench.concurrency
+    ]
+
+
+def _line(cell: dict) -> str:
+    low, high = cell["speedup_ci95"]
+    return (
+        f"bench: k={cell['num_speculative_tokens']}, {cell['concurrency']} at once, temperature "
+        f"{cell['temperature']:g}: {cell['base_tokens_per_s']:.1f} -> "
+        f"{cell['drafted_tokens_per_s']:.1f} tokens/s, {cell['speedup']:.2f}x "
+        f"[{low:.2f}, {high:.2f}], {cell['verdict']}"
+    )
+
+
+def predicted(run: RunDir, k: int) -> dict:
+    """What training's held-out evaluation predicts for the first ``k`` positions; empty for a
+    head that was not trained in this run."""
+    path = run.train / "evaluation.json"
+    if not path.exists():
+        return {}
+    evaluation = read_json(path, "the held-out evaluation that train writes")
+    rates = [float(rate) for rate in evaluation["acceptance_by_position"][:k]]
+    return {"acceptance_by_position": rates, "accepted_length": 1 + sum(rates)}
+
+
+def measure(
+    recipe: Recipe,
+    run: RunDir,
+    points: list[Point],
+    *,
+    head: Path | str | None,
+    speculative_config: dict | None = None,
+    console: Console,
+) -> list[dict]:
+    """Measure points of the grid on one target, with a head or another drafter.
+
+    Both engines live side by side, one working at a time.
+
+    Args:
+        recipe: the run's recipe.
+        run: where the held-out prompts lie.
+        points: what to measure; the drafted engine is started once for each k.
+        head: folder or hub id of the head.
+        speculative_config: in place of a head, another drafter of vLLM's.
+        console: where people read what happens.
+
+    Returns:
+        What :func:`drafthead.prove.pairing.summarize` gives for each point.
+
+    Raises:
+        DraftheadError: an engine does not run.
+    """
+    target = load_target(
+        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
+    )
+    machine = this_machine()
+    prompts = [(p.ids, p.source) for p in heldout_prompts(run, recipe.bench.prompts)]
+    base_plan = engine_plan(recipe, head=None, target=target)
+    cells = []
+    with EngineProcess(
+        shared(base_plan, machine),
+        env=base_plan.environment,
+        log=run.root / "logs" / "bench-target.log",
+        name="target alone",
+    ) as base:
+        for k in dict.fromkeys(point.num_speculative_tokens for point in points):
+            plan = engine_plan(
+                recipe,
+                head=head,
+                target=target,
+                num_speculative_tokens=k,
+                speculative_config=speculative_config,
+            )
+            with EngineProcess(
+                shared(plan, machine),
+                env=plan.environment,
+                log=run.root / "logs" / f"bench-k{k}.log",
+                name=f"with head, k={k}",
+            ) as drafted:
+                for point in points:
+                    if point.num_speculative_tokens == k:
+                        blocks = run_pairs(
+                            base,
+                            drafted,
+                            prompts,
+                            point,
+                            repeats=recipe.bench.repeats,
+                            warmup=recipe.bench.warmup,
+                        )
+                        cells.append(summarize(point, blocks))
+                        console.print(_line(cells[-1]))
+    return cells
+
+
+def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
+    """Measure the speed with the head against the speed without, and write ``bench.json``.
+
+    A head that turns out slower is a result, not an error: it is written, and said.
+
+    Args:
+        recipe: the run's recipe.
+        run: a run whose head is exported.
+        console: where people read what happens.
+
+    Returns:
+        The headline: the first point of the grid.
+
+    Raises:
+        DraftheadError: an engine does not run.
+    """
+    points = grid(recipe)
+    prediction = predicted(run, points[0].num_speculative_tokens)
+    cells = measure(recipe, run, points, head=existing_head(run.head), console=console)
+    result = {
+        **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
+        "predicted_acceptance_by_position": prediction.get("acceptance_by_position"),
+        "predicted_accepted_length": prediction.get("accepted_length"),
+        "method": _METHOD,
+        "grid": cells,
+        "command": command_line(),
+        "machine": this_machine().as_dict(),
+        "date": now(),
+    }
+    write_json(run.bench_json, result)
+    return {name: result[name] for name in _SUMMARY}

@@ -1,0 +1,192 @@
+"""Is what the drafted engine wrote what the target alone writes? Token for token, greedy.
+
+In exact arithmetic it must be: a draft is kept only where it is the target's own choice. In bf16
+two batches of other shapes round differently, so where the target's two likeliest tokens are as
+close as that noise, either may come out. Such a place is told from a fault by measuring both: the
+target's gap between the two tokens, computed anew by the target alone, and the noise of this
+target on this machine. After a tie the comparison goes on, from the drafted token, so that a tie
+hides nothing that comes later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from drafthead.prove.engine import Completion, EngineProcess
+
+TOP = 20
+"""Likeliest tokens that vLLM gives log-probabilities of, by default at most."""
+NOISE_MARGIN = 2.0
+"""A flip needs |gap| <= max(noise of run 1, noise of run 2); the largest noise seen at a few
+hundred positions may fall short of the largest among many thousands, hence twice it."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A position at which the two engines wrote different tokens."""
+
+    prompt: int
+    """Index into the prompts."""
+    position: int
+    """Index into the answer."""
+    base_token: int | None
+    """None: the target alone had ended there."""
+    drafted_token: int | None
+    gap: float | None
+    """How far below the target's likeliest token the worse of the two lies, in log-probability;
+    None if it is not among the likeliest 20, or one side had ended."""
+    verdict: str
+    """``tie within numeric noise`` or ``not lossless``."""
+
+    @property
+    def is_tie(self) -> bool:
+        return self.verdict == TIE
+
+
+TIE, NOT_LOSSLESS = "tie within numeric noise", "not lossless"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much the target's own log-probability gaps move with the shape of the computation."""
+
+    positions: int
+    """Positions at which one prefix was computed twice."""
+    largest: float
+    """Largest change of the gap between the two likeliest tokens, in log-probability."""
+
+    @property
+    def tolerance(self) -> float:
+        return NOISE_MARGIN * self.largest
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first token in which ``a`` and ``b`` differ (or one has ended), else None."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def measure_noise(
+    base: EngineProcess, prompts: Sequence[Sequence[int]], *, positions: int = 256, seed: int = 0
+) -> Noise:
+    """The numeric noise of a target: each prefix decoded token by token, and computed at once.
+
+    These are the two ways in which a target meets a position when it is served with a head:
+    speculation checks several tokens in one forward pass.
+    """
+    rng = np.random.default_rng(seed)
+    few = [prompts[i] for i in rng.permutation(len(prompts))[:16]]
+    steps = -(-positions // len(few))
+    decoded = base.generate(few, max_tokens=steps, concurrency=len(few), logprobs=TOP)
+    prefixes, tops = [], []
+    for prompt, completion in zip(few, decoded.completions, strict=True):
+        for i, row in enumerate(completion.logprobs):
+            prefixes.append([*prompt, *completion.ids[:i]])
+            tops.append(sorted(row.items(), key=lambda item: -item[1])[:2])
+    at_once = base.generate(prefixes, max_tokens=1, concurrency=len(few), logprobs=TOP)
+    changes = []
+    for top, completion in zip(tops, at_once.completions, strict=True):
+        row = completion.logprobs[0]
+        (first, p), (second, q) = top
+        if first in row and second in row:
+            changes.append(abs((p - q) - (row[first] - row[second])))
+    return Noise(len(changes), max(changes, default=0.0))
+
+
+class Examiner:
+    """Tells ties from faults, with the target alone. Measures its noise once it is needed."""
+
+    def __init__(self, base: EngineProcess, prompts: Sequence[Sequence[int]]):
+        self.base, self.prompts = base, prompts
+        self.noise: Noise | None = None
+
+    def examine(
+        self, index: int, base: Completion, drafted: Completion, max_tokens: int
+    ) -> list[Difference]:
+        """Every difference of one answer, each followed past if it is a tie.
+
+        Args:
+            index: which prompt.
+            base: what the target alone wrote.
+            drafted: what it wrote with the head.
+            max_tokens: the limit that both had.
+
+        Returns:
+            Empty if they are the same; the last one is the only one that may be no tie.
+        """
+        found: list[Difference] = []
+        reference = base.ids
+        while (at := first_difference(reference, drafted.ids)) is not None:
+            difference = self._judge(index, at, reference, drafted.ids)
+            found.append(difference)
+            if not difference.is_tie:
+                break
+            done = drafted.ids[: at + 1]
+            rest: list[int] = []
+            stopped = drafted.finish_reason == "stop" and len(done) == len(drafted.ids)
+            if len(done) < max_tokens and not stopped:
+                resumed = self.base.generate(
+                    [[*self.prompts[index], *done]], max_tokens=max_tokens - len(done)
+                )
+                rest = resumed.completions[0].ids
+            reference = done + rest
+        return found
+
+    def _judge(self, index: int, at: int, base: list[int], drafted: list[int]) -> Difference:
+        if at >= len(base) or at >= len(drafted):
+            a, b = (ids[at] if at < len(ids) else None for ids in (base, drafted))
+            return Difference(index, at, a, b, gap=None, verdict=NOT_LOSSLESS)
+        if self.noise is None:
+            self.noise = measure_noise(self.base, self.prompts)
+        prefix = [*self.prompts[index], *drafted[:at]]
+        row = self.base.generate([prefix], max_tokens=1, logprobs=TOP).completions[0].logprobs[0]
+        gap = None
+        if base[at] in row and drafted[at] in row:
+            gap = max(row.values()) - min(row[base[at]], row[drafted[at]])
+        tie = gap is not None and gap <= self.noise.tolerance
+        verdict = TIE if tie else NOT_LOSSLESS
+        return Difference(index, at, base[at], drafted[at], gap, verdict)
+
+
+def compare(
+    base: EngineProcess,
+    prompts: Sequence[Sequence[int]],
+    base_answers: Sequence[Completion],
+    drafted_answers: Sequence[Completion],
+    max_tokens: Sequence[int],
+) -> dict:
+    """Compare all answers of two engines and examine each that differs.
+
+    Args:
+        base: the target alone, alive, for the examination.
+        prompts: token ids of each prompt.
+        base_answers: what the target alone wrote.
+        drafted_answers: what it wrote with the head.
+        max_tokens: the limit of each answer.
+
+    Returns:
+        ``prompts`` = ``identical`` + ``ties`` + ``differences`` (answers), ``lossless``,
+        ``tokens`` compared, ``noise`` if it was needed, and ``examined``: each difference.
+    """
+    examiner = Examiner(base, prompts)
+    examined: list[Difference] = []
+    identical = ties = differences = 0
+    for i, (a, b) in enumerate(zip(base_answers, drafted_answers, strict=True)):
+        found = examiner.examine(i, a, b, max_tokens[i])
+        examined += found
+        identical += not found
+        ties += bool(found) and found[-1].is_tie
+        differences += bool(found) and not found[-1].is_tie
+    return {
+        "lossless": differences == 0,
+        "prompts": len(prompts),
+        "identical": identical,
+        "ties": ties,
+        "differences": differences,
+        "tokens": sum(len(answer.ids) for answer in drafted_answers),
+        "noise": examiner.noise and asdict(examiner.noise),
+        "examined": [asdict(difference) for difference in examined],
+    }

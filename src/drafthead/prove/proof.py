@@ -1,0 +1,110 @@
+"""The signed-off file: what was proved, of which files, on what, with which outcome.
+
+``proof.json`` carries the SHA-256 of every file of target and head, and a seal over itself, so
+that card and report can quote it and anyone can see whether the head in hand is the head proved.
+"""
+
+import datetime
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from drafthead import __version__
+from drafthead.errors import DraftheadError
+from drafthead.fsio import read_json, sha256_file, write_json
+from drafthead.prove.prompts import Prompt
+from drafthead.rundir import RunDir
+from drafthead.targets import Target
+
+# Written next to the head after the proof, hence never part of what was proved.
+_NOT_PROVED = ("README.md", "LICENSE")
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    return shlex.join(["drafthead", *sys.argv[1:]])
+
+
+def now() -> str:
+    """The time, in UTC, for records."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model's folder, by its relative name."""
+    return {
+        str(path.relative_to(folder)): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not path.name.startswith((".", *_NOT_PROVED))
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+def seal(record: dict[str, Any]) -> str:
+    """SHA-256 over a proof's content in any order of its keys; ``seal`` itself is left out."""
+    content = {key: value for key, value in record.items() if key != "seal"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_proof(
+    run: RunDir, target: Target, outcome: dict, served: dict[int, dict], prompts: Sequence[Prompt]
+) -> dict:
+    """Write ``proof.json`` of a run and return it.
+
+    Args:
+        run: the run; its head is the one proved.
+        target: the target that it was proved on.
+        outcome: verify's result, the claim held or not.
+        served: for each k, how the engine was run.
+        prompts: what was asked.
+    """
+    asked = json.dumps([prompt.ids for prompt in prompts])
+    record: dict[str, Any] = {
+        "format": "drafthead-proof",
+        "version": 1,
+        "date": now(),
+        "drafthead": __version__,
+        "lossless": outcome["lossless"],
+        "claim": "greedy output with the head equals greedy output without, token for token, "
+        "except where the target's own choice is a tie within its numeric noise",
+        "outcome": {k: v for k, v in outcome.items() if k not in ("machine", "command")},
+        "target": {"path": str(target.path), "sha256": hash_folder(target.path)},
+        "head": {"sha256": hash_folder(run.head)},
+        "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
+        "served": {str(k): how for k, how in served.items()},
+        "machine": outcome["machine"],
+        "command": outcome["command"],
+    }
+    record["seal"] = seal(record)
+    write_json(proof_path(run), record)
+    return record
+
+
+def proof_path(run: RunDir) -> Path:
+    return run.root / "proof.json"
+
+
+def read_proof(run: RunDir) -> dict:
+    """The proof of a run, after checking that it is whole and of the head that lies there.
+
+    Raises:
+        DraftheadError: missing, altered after it was signed off, or of another head.
+    """
+    path = proof_path(run)
+    record = read_json(path, "the proof that verify signs off")
+    if record.get("seal") != seal(record):
+        raise DraftheadError(f"{path}: altered after it was signed off; run verify again")
+    found = hash_folder(run.head)
+    if record["head"]["sha256"] != found:
+        proved = record["head"]["sha256"]
+        names = sorted(n for n in {*found, *proved} if found.get(n) != proved.get(n))
+        raise DraftheadError(
+            f"{path}: signed off for another head ({', '.join(names)} differ); run verify again"
+        )
+    return record

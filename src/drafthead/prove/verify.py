@@ -1,0 +1,177 @@
+"""Stage verify: the same tokens with the head as without it, proved and signed off."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from drafthead.errors import ClaimFailed
+from drafthead.fsio import write_json
+from drafthead.machine import this_machine
+from drafthead.prove.engine import Completion, EngineProcess, SpecCounters
+from drafthead.prove.lossless import NOT_LOSSLESS, compare
+from drafthead.prove.prompts import Prompt, heldout_prompts
+from drafthead.prove.proof import command_line, write_proof
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+from drafthead.serve import Plan, engine_plan, existing_head
+from drafthead.targets import load_target
+
+# Lengths that faults of speculation have hidden at: one-token prompts, a block's edge, chunks.
+_PROMPT_LENGTHS = (1, 1, 2, 3, 4, 5, 8, 20, 60, 130, 200)
+_ANSWER_LENGTHS = (1, 2, 5, 17, 40)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts with a limit for each answer, and how many run at once."""
+
+    name: str
+    prompts: list[list[int]]
+    max_tokens: list[int]
+    concurrency: int
+
+
+def mixed_lengths(prompts: Sequence[Sequence[int]], seed: int = 0) -> tuple[list, list[int]]:
+    """Cut prompts and answers to lengths drawn from short and odd ones, from one token up.
+
+    Returns:
+        Prompts and, for each, the limit of its answer.
+    """
+    rng = np.random.default_rng(seed)
+    cut = [list(p[: rng.choice(_PROMPT_LENGTHS)]) for p in prompts]
+    return cut, [int(n) for n in rng.choice(_ANSWER_LENGTHS, len(cut))]
+
+
+def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> list[Workload]:
+    """What verify runs: the held-out prompts and, if asked for, the same at mixed lengths."""
+    section = recipe.verify
+    concurrency = section.concurrency or recipe.engine.max_num_seqs
+    ids = [p.ids for p in prompts if len(p.ids) < max_model_len]
+    limits = [min(section.max_new_tokens, max_model_len - len(p)) for p in ids]
+    found = [Workload("held-out", ids, limits, concurrency)]
+    if section.mixed_lengths:
+        found.append(Workload("mixed lengths", *mixed_lengths(ids), concurrency))
+    return found
+
+
+def _answers(engine: EngineProcess, work: Sequence[Workload]) -> list[list[Completion]]:
+    return [
+        engine.generate(w.prompts, max_tokens=w.max_tokens, concurrency=w.concurrency).completions
+        for w in work
+    ]
+
+
+def prove_lossless(
+    drafted: dict[int, Plan], base: Plan, prompts: Sequence[Prompt], recipe: Recipe, logs: Path
+) -> list[dict]:
+    """Run each drafted engine, then the target alone, and compare.
+
+    One engine at a time, so that each has the machine to itself. The target alone comes last and
+    stays for the examination of what differs; it computes everything anew, nothing of it comes
+    out of a prefix cache.
+
+    Args:
+        drafted: a plan for each number of tokens drafted a step.
+        base: the plan of the target alone.
+        prompts: the held-out prompts.
+        recipe: limits and load.
+        logs: folder for what the engines print.
+
+    Returns:
+        For each k and workload, what :func:`drafthead.prove.lossless.compare` found, with
+        ``num_speculative_tokens``, ``workload``, ``concurrency`` and the speculation counters.
+    """
+    work: list[Workload] = []
+    written: dict[int, tuple[list[list[Completion]], SpecCounters]] = {}
+    for k, plan in drafted.items():
+        with EngineProcess(
+            plan.args, env=plan.environment, log=logs / f"verify-k{k}.log", name=f"head, k={k}"
+        ) as engine:
+            work = work or workloads(recipe, prompts, engine.info["max_model_len"])
+            written[k] = _answers(engine, work), engine.counters()
+    alone = EngineProcess(
+        {**base.args, "enable_prefix_caching": False},
+        env=base.environment,
+        log=logs / "verify-target.log",
+        name="target alone",
+    )
+    with alone as engine:
+        wanted = _answers(engine, work)
+        return [
+            {
+                "num_speculative_tokens": k,
+                "workload": w.name,
+                "concurrency": w.concurrency,
+                **compare(engine, w.prompts, wanted[i], answers[i], w.max_tokens),
+                "accepted_length_with_all_workloads": counters.accepted_length,
+            }
+            for k, (answers, counters) in written.items()
+            for i, w in enumerate(work)
+        ]
+
+
+def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
+    """Prove that greedy output is the same with the head as without, for each k asked for.
+
+    Writes ``verify.json`` and ``proof.json`` whether the claim holds or not.
+
+    Args:
+        recipe: the run's recipe.
+        run: a run whose head is exported.
+        console: where people read what happens.
+
+    Returns:
+        ``lossless, prompts, identical, ties, differences`` over all k and workloads, and each
+        one's own under ``runs``.
+
+    Raises:
+        DraftheadError: an engine does not run.
+        ClaimFailed: a difference that is no tie.
+    """
+    target = load_target(
+        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
+    )
+    head = existing_head(run.head)
+    prompts = heldout_prompts(run, recipe.verify.prompts)
+    ks = recipe.verify.num_speculative_tokens or [recipe.serve.num_speculative_tokens]
+    base = engine_plan(recipe, head=None, target=target)
+    drafted = {
+        k: engine_plan(recipe, head=head, target=target, num_speculative_tokens=k) for k in ks
+    }
+    console.print(f"verify: {len(prompts)} held-out prompts, k = {', '.join(map(str, ks))}")
+    runs = prove_lossless(drafted, base, prompts, recipe, run.root / "logs")
+    result = {
+        "lossless": all(r["lossless"] for r in runs),
+        **{
+            name: sum(r[name] for r in runs)
+            for name in ("prompts", "identical", "ties", "differences", "tokens")
+        },
+        "runs": runs,
+        "command": command_line(),
+        "machine": this_machine().as_dict(),
+    }
+    write_json(run.verify_json, result)
+    write_proof(run, target, result, {k: plan.as_dict() for k, plan in drafted.items()}, prompts)
+    console.print(
+        f"verify: {result['identical']} of {result['prompts']} answers identical"
+        + (f", {result['ties']} ties within numeric noise" if result["ties"] else "")
+    )
+    if not result["lossless"]:
+        raise ClaimFailed(_failure(runs, run))
+    return {key: result[key] for key in ("lossless", "prompts", "identical", "ties", "differences")}
+
+
+def _failure(runs: list[dict], run: RunDir) -> str:
+    failed = next(r for r in runs if not r["lossless"])
+    fault = next(d for d in failed["examined"] if d["verdict"] == NOT_LOSSLESS)
+    gap = "not even likely" if fault["gap"] is None else f"{fault['gap']:.4g} below its likeliest"
+    return (
+        f"not lossless: {sum(r['differences'] for r in runs)} of "
+        f"{sum(r['prompts'] for r in runs)} answers differ; first (k="
+        f"{failed['num_speculative_tokens']}, {failed['workload']}) prompt {fault['prompt']} at "
+        f"token {fault['position']}: the target alone wrote {fault['base_token']}, with the head "
+        f"{fault['drafted_token']}, {gap}; see {run.verify_json}"
+    )

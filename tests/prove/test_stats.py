@@ -1,0 +1,59 @@
+"""Ratios, their intervals, and the blocks they are taken over."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafthead.prove.engine import SpecCounters
+from drafthead.prove.pairing import MIN_PAIRS, blocks_of
+from drafthead.prove.stats import conditional, speedup
+
+
+def test_ratio_is_of_totals_and_pairs_cancel_what_both_share():
+    rng = np.random.default_rng(1)
+    slow = rng.uniform(1, 20, 40)  # prompts and moments differ twentyfold
+    found = speedup(np.full(40, 100), slow, np.full(40, 100), slow / 2)
+    assert found.ratio == pytest.approx(2)
+    assert found.ci95 == pytest.approx((2, 2))
+    assert found.verdict == "faster"
+    assert found.base_tokens_per_s == pytest.approx(4000 / slow.sum())
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    hits = 0
+    for seed in range(200):
+        base, drafted = rng.lognormal(0, 0.3, (2, 40))
+        found = speedup(np.ones(40), base, np.ones(40), drafted, resamples=1000, seed=seed)
+        hits += found.ci95[0] <= 1 <= found.ci95[1]
+        assert (found.verdict.startswith("not")) == (found.ci95[0] <= 1 <= found.ci95[1])
+    # 95 % of 200 are 190; a percentile bootstrap of 40 pairs falls a little short.
+    assert 178 <= hits <= 199
+
+
+def test_slower_is_said():
+    rng = np.random.default_rng(3)
+    noise = rng.uniform(0.95, 1.05, 30)
+    assert speedup(np.ones(30), noise, np.ones(30), 1.5 * noise[::-1]).verdict == "slower"
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 3))
+def test_every_prompt_is_timed_equally_often(count, concurrency, repeats):
+    blocks = blocks_of(count, concurrency, repeats)
+    counts = np.bincount([i for block in blocks for i in block], minlength=count)
+    assert len(counts) == count
+    assert len(set(counts)) == 1
+    assert counts[0] >= repeats
+    assert len(blocks) >= MIN_PAIRS
+
+
+def test_counters_add_and_subtract():
+    a, b = SpecCounters(2, 6, 3, [2, 1, 0]), SpecCounters(4, 12, 9, [4, 3, 2])
+    assert SpecCounters.total([a, b]) == SpecCounters(6, 18, 12, [6, 4, 2])
+    assert b.since(a) == SpecCounters(2, 6, 6, [2, 2, 2])
+    assert b.since(SpecCounters()) == b
+    assert b.accepted_length == 3.25
+    assert SpecCounters().accepted_length is None
+    assert conditional(b.acceptance_by_position) == pytest.approx([1, 3 / 4, 2 / 3])
+    assert conditional([0.5, 0.0, 0.0]) == [0.5, 0.0, 0.0]

@@ -1,0 +1,167 @@
+"""verify and bench with the real engine, on a target and head whose every token is known."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from drafthead.data.answers import Answer, write_part
+from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.fsio import read_json, write_json
+from drafthead.prove.bench import bench
+from drafthead.prove.engine import EngineProcess
+from drafthead.prove.lossless import TIE
+from drafthead.prove.proof import read_proof
+from drafthead.prove.verify import verify
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.serve import engine_plan
+from tests.prove import crafted
+
+QUIET = Console(quiet=True)
+PROMPTS = {"repeats": [1, 7, 50], "alternates": [1, 7, 150], "rings": [1, 7, 203]}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return crafted.target(tmp_path_factory.mktemp("crafted") / "target")
+
+
+@pytest.fixture(scope="module")
+def recipe(target):
+    data = {
+        "name": "r",
+        "target": {"path": str(target)},
+        "prompts": {"sources": [{"path": "p.jsonl"}]},
+        "engine": {"dtype": "float32", "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 4},
+        "verify": {"max_new_tokens": 24, "mixed_lengths": True},
+        "bench": {"max_new_tokens": 25, "warmup": 1, "concurrency": [1, 2]},
+    }
+    return parse_recipe(data, "test")
+
+
+@pytest.fixture
+def run(tmp_path, target):
+    run = RunDir(tmp_path / "r")
+    answers = [
+        Answer(f"c{i}", name, "heldout", *_arrays(ids), np.zeros(0, np.int32), "stop", "")
+        for i, (name, ids) in enumerate(PROMPTS.items())
+    ]
+    write_part(run.answers, 0, answers, {})
+    crafted.head(run.head, target)
+    return run
+
+
+def _arrays(ids):
+    return np.array(ids, np.int32), np.zeros(len(ids), bool)
+
+
+def test_verify_proves_and_signs_off(recipe, run):
+    summary = verify(recipe, run, console=QUIET)
+    assert summary == {
+        "lossless": True,
+        "prompts": 6,
+        "identical": 6,
+        "ties": 0,
+        "differences": 0,
+    }
+    assert read_json(run.verify_json, "")["tokens"] > 3 * 24
+    proof = read_proof(run)
+    assert proof["lossless"] is True
+    assert proof["head"]["sha256"].keys() == {"config.json", "model.safetensors"}
+    config = run.head / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(DraftheadError, match=r"another head \(config.json differ\)"):
+        read_proof(run)
+
+
+def test_bench_counts_what_is_known_beforehand(recipe, run):
+    write_json(run.train / "evaluation.json", {"acceptance_by_position": [0.5, 0.25, 0.125, 0.1]})
+    summary = bench(recipe, run, console=QUIET)
+    result = read_json(run.bench_json, "")
+    # 24 tokens after the first: 6 drafts of repeats (all right), 12 of alternates (the first
+    # right), 24 of rings (all wrong).
+    assert summary["acceptance_by_position"] == [18 / 42, 6 / 42, 6 / 42]
+    assert summary["accepted_length"] == pytest.approx(1 + 30 / 42)
+    assert result["predicted_acceptance_by_position"] == [0.5, 0.25, 0.125]
+    single, double = result["grid"]
+    assert {s: f["accepted_length"] for s, f in single["by_source"].items()} == {
+        "repeats": 4.0,
+        "alternates": 2.0,
+        "rings": 1.0,
+    }
+    assert (single["answers"], single["same_tokens"]) == (9, 9)
+    assert single["pairs_timed"] >= 8
+    assert double["concurrency"] == 2
+    low, high = summary["speedup_ci95"]
+    assert low <= summary["speedup"] <= high
+    assert (low > 1) == (summary["verdict"] == "faster")
+    pairs = single["pairs"]
+    tokens, seconds = (sum(p[f"base_{x}"] for p in pairs) for x in ("tokens", "s"))
+    assert summary["base_tokens_per_s"] == pytest.approx(tokens / seconds)
+    assert result["machine"]["cores"] >= 1
+
+
+def _change_lm_head(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors["lm_head.weight"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_tie_is_told_from_a_fault(recipe, run, tmp_path, monkeypatch):
+    """The drafted engine is put on another target, so that the proof must fail: after 203 comes
+    another token (a fault), after 150 one that the true target finds exactly as likely (a tie)."""
+
+    def tied(lm_head):
+        lm_head[400] = lm_head[151]
+
+    def other(lm_head):
+        tied(lm_head)
+        lm_head[151] *= 0.9
+        lm_head[[204, 299]] = lm_head[[299, 204]]
+
+    def on(folder):
+        update = {
+            "target": recipe.target.model_copy(update={"path": str(folder)}),
+            "verify": recipe.verify.model_copy(update={"mixed_lengths": False}),
+        }
+        return recipe.model_copy(update=update)
+
+    true = on(_change_lm_head(crafted.target(tmp_path / "true"), tied))
+    false = on(_change_lm_head(crafted.target(tmp_path / "false"), other))
+
+    def plan(recipe, *, head, target, **rest):
+        return engine_plan(recipe if head is None else false, head=head, **rest)
+
+    monkeypatch.setattr("drafthead.prove.verify.engine_plan", plan)
+    with pytest.raises(ClaimFailed, match=r"not lossless: 1 of 3 .* wrote 204, with the head 299"):
+        verify(true, run, console=QUIET)
+    result = read_json(run.verify_json, "")
+    assert (result["identical"], result["ties"], result["differences"]) == (1, 1, 1)
+    assert result["lossless"] is False
+    (outcome,) = result["runs"]
+    tie, fault = outcome["examined"]
+    assert (tie["base_token"], tie["drafted_token"], tie["verdict"]) == (151, 400, TIE)
+    assert tie["gap"] == pytest.approx(0, abs=1e-4)
+    assert fault["position"] == 0
+    assert outcome["noise"]["positions"] > 100
+    assert outcome["noise"]["largest"] < 1e-3
+    assert read_proof(run)["lossless"] is False
+
+
+def test_an_engine_that_cannot_start_or_dies_is_a_clear_error(target, tmp_path):
+    args = {"model": str(tmp_path / "nowhere")}
+    engine = EngineProcess(args, env={}, log=tmp_path / "log", name="target alone")
+    with pytest.raises(DraftheadError, match=r"target alone: vLLM did not start: .*nowhere"):
+        engine.__enter__()
+    assert engine._process.poll() is not None
+    engine = EngineProcess(args, env={}, log=tmp_path / "log", name="target alone")
+    engine.start()
+    os.kill(engine._process.pid, signal.SIGKILL)
+    with pytest.raises(DraftheadError, match=r"signal 9.*out of memory"):
+        engine.wait_ready()
+    engine.close()
