@@ -102,8 +102,13 @@ class Plan:
         explained = self.explain()
         width = min(max(len(flag) for flag, _ in explained), 48)
         comments = [f"# {flag:<{width}}  {why}" for flag, why in explained]
+        return "\n".join([*comments, self.shell()])
+
+    def shell(self) -> str:
+        """The command as one types it into a shell, its environment before it."""
         words = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return "\n".join([*comments, " ".join([*words, shlex.join(self.command)])])
+        program = "python" if self.command[0] == sys.executable else self.command[0]
+        return " ".join([*words, shlex.join([program, *self.command[1:]])])
 
     def as_dict(self) -> dict:
         """JSON-able: command, environment, arguments of ``LLM``, reasons."""

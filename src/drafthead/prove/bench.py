@@ -6,6 +6,7 @@ from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
 from drafthead.machine import Machine, this_machine
+from drafthead.prove.costmodel import analyse
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.pairing import Point, run_pairs, summarize
 from drafthead.prove.prompts import heldout_prompts
@@ -62,15 +63,14 @@ def _line(cell: dict) -> str:
     )
 
 
-def predicted(run: RunDir, k: int) -> dict:
-    """What training's held-out evaluation predicts for the first ``k`` positions; empty for a
-    head that was not trained in this run."""
+def predicted_curve(run: RunDir) -> list[float] | None:
+    """Acceptance by position that training's held-out evaluation predicts; None for a head that
+    was not trained in this run."""
     path = run.train / "evaluation.json"
     if not path.exists():
-        return {}
+        return None
     evaluation = read_json(path, "the held-out evaluation that train writes")
-    rates = [float(rate) for rate in evaluation["acceptance_by_position"][:k]]
-    return {"acceptance_by_position": rates, "accepted_length": 1 + sum(rates)}
+    return [float(rate) for rate in evaluation["acceptance_by_position"]]
 
 
 def measure(
@@ -159,14 +159,16 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: an engine does not run.
     """
     points = grid(recipe)
-    prediction = predicted(run, points[0].num_speculative_tokens)
+    curve = predicted_curve(run)
     cells = measure(recipe, run, points, head=existing_head(run.head), console=console)
+    expected = curve and curve[: points[0].num_speculative_tokens]
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
-        "predicted_acceptance_by_position": prediction.get("acceptance_by_position"),
-        "predicted_accepted_length": prediction.get("accepted_length"),
+        "predicted_acceptance_by_position": expected,
+        "predicted_accepted_length": 1 + sum(expected) if expected else None,
         "method": _METHOD,
         "grid": cells,
+        "cost_model": analyse([c for c in cells if not c["temperature"]], curve),
         "command": command_line(),
         "machine": this_machine().as_dict(),
         "date": now(),

@@ -117,6 +117,7 @@ def figures(blocks: Sequence[Block]) -> dict:
         "acceptance_by_position": by_position,
         "conditional_acceptance_by_position": conditional(by_position),
         "drafts": counters.drafts,
+        "step_s": step_seconds(blocks, counters),
         "latency": {
             "base": latencies([b.base for b in blocks]),
             "drafted": latencies([b.drafted for b in blocks]),
@@ -154,6 +155,28 @@ def summarize(point: Point, blocks: Sequence[Block]) -> dict:
             }
             for b in blocks
         ],
+    }
+
+
+def step_seconds(blocks: Sequence[Block], counters: SpecCounters) -> dict[str, float | None]:
+    """Mean wall-clock seconds of one decoding step, as a request meets it.
+
+    After its first token, a request goes through one step of the engine for each further token
+    (target alone) or for each draft (with the head), whatever else shares the step.
+    """
+
+    def decoding(generations: list[Generation]) -> tuple[float, int]:
+        completions = [c for g in generations for c in g.completions]
+        return (
+            sum(c.seconds - c.first_token_s for c in completions),
+            sum(len(c.ids) - 1 for c in completions),
+        )
+
+    base_s, base_steps = decoding([b.base for b in blocks])
+    drafted_s, _ = decoding([b.drafted for b in blocks])
+    return {
+        "base": base_s / base_steps if base_steps else None,
+        "drafted": drafted_s / counters.drafts if counters.drafts else None,
     }
 
 

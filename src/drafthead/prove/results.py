@@ -1,0 +1,115 @@
+"""Everything that a run measured, read back from its files: what report, card and table quote.
+
+No figure comes from anywhere else; what a run did not measure is None and is left out.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import read_json
+from drafthead.prove.proof import read_proof
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished run, as its files tell it."""
+
+    recipe: Recipe
+    run: RunDir
+    verify: dict
+    bench: dict
+    proof: dict
+    evaluation: dict | None
+    coverage: dict | None
+    metrics: list[dict]
+    """Training's log, a record a step logged."""
+    stages: dict[str, dict]
+    """Each stage's summary."""
+    head_config: dict
+
+    @property
+    def target_name(self) -> str:
+        return Path(self.recipe.target.path).name
+
+    @property
+    def k(self) -> int:
+        """Tokens drafted a step in the headline."""
+        return self.bench["num_speculative_tokens"]
+
+    @property
+    def recommended_k(self) -> int:
+        """The k that the cost model chooses at one request at a time, else the headline's."""
+        for fit in self.bench.get("cost_model") or []:
+            measured = {p["num_speculative_tokens"] for p in fit["points"]}
+            if fit["concurrency"] == 1 and len(measured) > 1:
+                return fit["best_num_speculative_tokens"]
+        return self.k
+
+    @property
+    def commands(self) -> list[tuple[str, str]]:
+        """What was measured or made, and the command that did it."""
+        found = [
+            ("lossless", self.verify["command"]),
+            ("speed and acceptance", self.bench["command"]),
+        ]
+        return [(what, command) for what, command in found if command]
+
+    @property
+    def recipe_yaml(self) -> str:
+        """The recipe, defaults left out."""
+        data = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Training's JSONL log; a last line cut off by a kill is left out.
+
+    Raises:
+        DraftheadError: a broken line before the last.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise DraftheadError(f"{path}, line {number}: broken JSON: {error.msg}") from None
+    return records
+
+
+def read_results(recipe: Recipe, run: RunDir) -> Results:
+    """Read a run that has been verified and benched.
+
+    Raises:
+        DraftheadError: verify or bench has not been run, or the proof is of another head.
+    """
+
+    def optional(path: Path, what: str) -> dict | None:
+        return read_json(path, what) if path.exists() else None
+
+    summaries = {}
+    for path in sorted((run.root / ".stages").glob("*.done.json")):
+        record = read_json(path, "the record of a stage")
+        summaries[path.name.split(".")[0]] = record["summary"]
+    return Results(
+        recipe=recipe,
+        run=run,
+        verify=read_json(run.verify_json, "the outcome of `drafthead verify`"),
+        bench=read_json(run.bench_json, "the figures of `drafthead bench`"),
+        proof=read_proof(run),
+        evaluation=optional(run.train / "evaluation.json", "the held-out evaluation"),
+        coverage=optional(run.vocab / "coverage.json", "the draft vocabulary's coverage"),
+        metrics=read_metrics(run.train / "metrics.jsonl"),
+        stages=summaries,
+        head_config=read_json(run.head / "config.json", "the head's configuration"),
+    )

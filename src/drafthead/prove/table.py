@@ -1,0 +1,56 @@
+"""The table that a run ends with."""
+
+from rich.table import Table
+
+from drafthead.prove.results import Results
+
+
+def verdict_words(results: Results) -> str:
+    """In words what the interval of the headline allows to say."""
+    bench = results.bench
+    if bench["verdict"] == "faster":
+        return "faster with the head"
+    if bench["verdict"] == "slower":
+        return "slower with the head on this machine"
+    return "no difference that this measurement can tell: the interval spans 1"
+
+
+def lossless_words(verify: dict) -> str:
+    """In words what verify found."""
+    words = f"{verify['identical']} of {verify['prompts']} answers identical, token for token"
+    if verify["ties"]:
+        words += f"; {verify['ties']} part at a tie within numeric noise"
+    if verify["differences"]:
+        words += f"; {verify['differences']} differ: NOT LOSSLESS"
+    return words
+
+
+def results_table(results: Results) -> Table:
+    """Target alone and with the head: speed, ratio with interval, acceptance, losslessness."""
+    bench, run = results.bench, results.run
+    title = f"{results.target_name}: EAGLE-3 head, {results.k} drafts a step"
+    table = Table(title=title, caption=f"measured on {bench['machine']['summary']}")
+    table.add_column("")
+    table.add_column("predicted", justify="right")
+    table.add_column("served", justify="right")
+    table.add_row("target alone, tokens/s", "", f"{bench['base_tokens_per_s']:.1f}")
+    table.add_row("with the head, tokens/s", "", f"{bench['drafted_tokens_per_s']:.1f}")
+    low, high = bench["speedup_ci95"]
+    ratio = f"{bench['speedup']:.2f}× [{low:.2f}, {high:.2f}]"
+    table.add_row("ratio, 95 % interval", "", ratio)
+    table.add_row("", "", verdict_words(results), end_section=True)
+    expected = bench["predicted_acceptance_by_position"] or []
+    for i, served in enumerate(bench["acceptance_by_position"]):
+        predicted = f"{expected[i]:.1%}" if i < len(expected) else "–"
+        table.add_row(f"accepted at position {i + 1}", predicted, f"{served:.1%}")
+    length = bench["predicted_accepted_length"]
+    table.add_row(
+        "mean accepted length",
+        f"{length:.2f}" if length else "–",
+        f"{bench['accepted_length']:.2f}" if bench["accepted_length"] else "–",
+        end_section=True,
+    )
+    table.add_row("lossless", "", lossless_words(results.verify))
+    table.add_row("head", "", str(run.head))
+    table.add_row("report", "", str(run.report_html))
+    return table

@@ -1,0 +1,137 @@
+"""A finished run with figures made from a seed, for what reads runs: report, card, table."""
+
+import json
+
+import numpy as np
+
+from drafthead.fsio import write_json
+from drafthead.machine import Gpu, Machine
+from drafthead.prove.costmodel import analyse
+from drafthead.prove.engine import Completion, Generation, SpecCounters
+from drafthead.prove.pairing import Block, Point, summarize
+from drafthead.prove.prompts import Prompt
+from drafthead.prove.proof import write_proof
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.targets import load_target
+from tests.prove import crafted
+
+ACCEPTANCE = [0.71, 0.48, 0.31, 0.2, 0.12]
+_VERSIONS = {"python": "3.12.4", "vllm": "0.32.0", "torch": "2.11.0", "drafthead": "0.1.0"}
+_GPU = Gpu("NVIDIA H100 80GB HBM3", 80 << 30)
+MACHINE = Machine("Linux", "a processor", 16, 128 << 30, (_GPU,), True, "570.1", _VERSIONS)
+
+
+def _completion(tokens, step_s):
+    return Completion(list(range(tokens)), 0.03 + (tokens - 1) * step_s, 0.03, "length", [])
+
+
+def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
+    """A point of the grid whose drafted engine is as fast as acceptance and cost make it."""
+    rng = np.random.default_rng(seed + 10 * k + concurrency)
+    plain = 0.003 * (1 + 0.05 * concurrency)
+    length = 1 + sum(ACCEPTANCE[:k])
+    step = (plain * 1.15 + 0.00035 * k) / gain
+    blocks = []
+    for i in range(24):
+        tokens = 128 * concurrency
+        noise = rng.lognormal(0, 0.04, 2)
+        base = [_completion(128, plain * noise[0])] * concurrency
+        fast = [_completion(128, step / length * noise[1])] * concurrency
+        drafts = round(tokens / length)
+        per = [round(drafts * p) for p in ACCEPTANCE[:k]]
+        blocks.append(
+            Block(
+                [("code", "chat")[i % 2]] * concurrency,
+                Generation(base, base[0].seconds),
+                Generation(fast, fast[0].seconds),
+                SpecCounters(drafts, k * drafts, sum(per), per),
+            )
+        )
+    return summarize(Point(k, concurrency, temperature, 128), blocks)
+
+
+def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5)):
+    """Write the run and return recipe and run."""
+    target = crafted.target(folder / "SmolLM2-135M-Instruct")
+    recipe = parse_recipe(
+        {
+            "name": "made",
+            "target": {"path": str(target)},
+            "prompts": {"sources": [{"path": "prompts.jsonl"}]},
+        },
+        "test",
+    )
+    run = RunDir(folder / "runs" / "made")
+    crafted.head(run.head, target)
+    cells = [cell(k, c, gain) for k in ks for c in (1, 4, 16)]
+    curve = [0.72, 0.49, 0.33, 0.21, 0.13, 0.08, 0.05][: max(ks)]
+    bench = {
+        **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
+        "predicted_acceptance_by_position": curve[: ks[0]],
+        "predicted_accepted_length": 1 + sum(curve[: ks[0]]),
+        "method": "made",
+        "grid": cells,
+        "cost_model": analyse(cells, curve),
+        "command": "drafthead bench recipe.yaml",
+        "machine": MACHINE.as_dict(),
+        "date": "2026-11-24T06:00:00+00:00",
+    }
+    write_json(run.bench_json, bench)
+    differences = 0 if lossless else 2
+    one = {
+        "num_speculative_tokens": 3,
+        "workload": "held-out",
+        "concurrency": 64,
+        "lossless": lossless,
+        "prompts": 64,
+        "identical": 63 - differences,
+        "ties": 1,
+        "differences": differences,
+        "tokens": 8123,
+        "noise": None,
+        "examined": [],
+    }
+    names = ("lossless", "prompts", "identical", "ties", "differences", "tokens")
+    verify = {
+        **{name: one[name] for name in names},
+        "runs": [one],
+        "command": "drafthead verify recipe.yaml",
+        "machine": MACHINE.as_dict(),
+    }
+    write_json(run.verify_json, verify)
+    write_proof(run, load_target(target), verify, {3: {}}, [Prompt([1, 2], "c", "chat")])
+    write_json(run.train / "evaluation.json", {"acceptance_by_position": curve})
+    sizes = [64, 256, 1024, 4096, 8192, 16384, 32000, 49152]
+    write_json(
+        run.vocab / "coverage.json",
+        {
+            "size": 8192,
+            "coverage": 0.991,
+            "heldout_coverage": 0.987,
+            "curve": [{"size": s, "coverage": min(1.0, 0.42 + 0.145 * np.log10(s))} for s in sizes],
+        },
+    )
+    log = [{"step": i, "loss": 2.4 * i**-0.25 + 0.4} for i in range(1, 400)]
+    for i in range(39, 399, 40):
+        log[i]["accepted_length"] = 2.3 - 1.1 * (i + 1) ** -0.4
+    (run.train / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    done = {
+        "generate": {
+            "conversations": 2100,
+            "heldout": 64,
+            "answer_tokens": 260_123,
+            "seconds": 310,
+        },
+        "capture": {
+            "tokens": 301_000,
+            "bytes": 1_390_000_000,
+            "format": "bf16",
+            "greedy_agreement": 0.9991,
+            "seconds": 2,
+        },
+        "train": {"seconds": 240},
+    }
+    for name, summary in done.items():
+        run.finish(name, {}, summary)
+    return recipe, run

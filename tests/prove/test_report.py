@@ -1,0 +1,100 @@
+"""The report says what was measured, whatever came out, and needs nothing from outside."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from rich.console import Console
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import read_json, write_json
+from drafthead.prove import charts
+from drafthead.prove.report import report
+from tests.prove import made_run
+
+
+def written(recipe, run):
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    report(recipe, run, console=console)
+    html = run.report_html.read_text()
+    return html, (run.root / "report.md").read_text(), console.export_text()
+
+
+def test_every_form_quotes_the_measured_figures(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    bench = read_json(run.bench_json, "")
+    ratio = f"{bench['speedup']:.2f}×"
+    low, high = (f"{v:.2f}" for v in bench["speedup_ci95"])
+    for text in written(recipe, run):
+        assert ratio in text
+        assert low in text
+        assert high in text
+        assert f"{bench['base_tokens_per_s']:.1f}" in text
+        assert "63 of 64 answers identical" in text
+        assert "faster with the head" in text
+
+
+def test_page_is_self_contained_and_its_charts_are_well_formed(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    html, _, _ = written(recipe, run)
+    assert not re.search(r"<script|<link|<img|<iframe|@import|url\(|src=|href=|https?://", html)
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(drawings) == 7
+    for drawing in drawings:
+        root = ET.fromstring(drawing)
+        assert len(root.attrib["aria-label"]) > 20
+        assert "nan" not in drawing
+        assert "style=" not in drawing  # colours are the page's, light or dark
+
+
+def test_slower_and_not_lossless_are_said_first(tmp_path):
+    recipe, run = made_run.make(tmp_path, gain=0.4, lossless=False)
+    for text in written(recipe, run):
+        assert "slower with the head on this machine" in text
+        assert "NOT LOSSLESS" in text
+        assert "faster" not in text
+
+
+def test_an_interval_over_one_is_said(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    bench = read_json(run.bench_json, "")
+    bench |= {"speedup": 1.01, "speedup_ci95": [0.97, 1.05], "verdict": "not distinguishable"}
+    bench["grid"][0] |= {name: bench[name] for name in ("speedup", "speedup_ci95", "verdict")}
+    write_json(run.bench_json, bench)
+    for text in written(recipe, run):
+        assert "the interval spans 1" in text
+        assert "faster" not in text
+
+
+def test_a_head_without_training_here_has_a_report_too(tmp_path):
+    recipe, run = made_run.make(tmp_path, ks=(3,))
+    (run.train / "evaluation.json").unlink()
+    (run.train / "metrics.jsonl").unlink()
+    (run.vocab / "coverage.json").unlink()
+    bench = read_json(run.bench_json, "")
+    bench |= {"predicted_acceptance_by_position": None, "predicted_accepted_length": None}
+    write_json(run.bench_json, bench)
+    html, _, _ = written(recipe, run)
+    assert html.count("<svg") == 3
+    assert "Served as predicted" not in html
+
+
+def test_names_are_escaped_and_another_head_is_refused(tmp_path):
+    recipe, run = made_run.make(tmp_path / "<b>&")
+    html, _, _ = written(recipe, run)
+    assert "<b>&" not in html
+    assert "&lt;b&gt;&amp;" in html
+    write_json(run.head / "config.json", read_json(run.head / "config.json", "") | {"a": 1})
+    with pytest.raises(DraftheadError, match="another head"):
+        report(recipe, run, console=Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.31, 0.97), (2.05, 2.2), (0, 49152), (-3, 3), (5, 5), (0, 1e-4)]
+)
+def test_ticks_are_round_and_cover(low, high):
+    found = charts.ticks(low, high)
+    assert found[0] <= low + 1e-9
+    assert found[-1] >= high - 1e-9
+    assert 2 <= len(found) <= 8
+    assert all(len(f"{tick:.10g}") <= 7 for tick in found)
