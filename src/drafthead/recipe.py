@@ -179,6 +179,13 @@ class EngineSection(Section):
     """Further arguments of vLLM's `LLM`, by their own names."""
 
 
+class ExportSection(Section):
+    """What is written besides the head as vLLM reads it."""
+
+    speculators: bool = False
+    """Also write the head in the speculators library's format, beside the other."""
+
+
 class ServeSection(Section):
     """How the head is served."""
 
@@ -239,6 +246,7 @@ class Recipe(Section):
     vocab: VocabSection = VocabSection()
     head: HeadSection = HeadSection()
     train: TrainSection = TrainSection()
+    export: ExportSection = ExportSection()
     engine: EngineSection = EngineSection()
     serve: ServeSection = ServeSection()
     verify: VerifySection = VerifySection()

@@ -61,7 +61,13 @@ STAGES = (
         "capture",
         costly=True,
     ),
-    Stage("export", "the folder that vLLM serves", "drafthead.head.export:export", (), "train"),
+    Stage(
+        "export",
+        "the folder that vLLM serves",
+        "drafthead.head.export:export",
+        ("export",),
+        "train",
+    ),
     Stage(
         "verify",
         "the same tokens with the head as without it",

@@ -40,6 +40,11 @@ class RunDir:
         return self.root / "head"
 
     @property
+    def head_speculators(self) -> Path:
+        """The same head in the speculators library's format, if the recipe asks for it."""
+        return self.root / "head-speculators"
+
+    @property
     def verify_json(self) -> Path:
         return self.root / "verify.json"
 

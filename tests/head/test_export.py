@@ -1,0 +1,78 @@
+"""From a trained head to what is served and published."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from drafthead.errors import DraftheadError
+from drafthead.head.checkpoint import load_head, save_head
+from drafthead.head.export import export
+from drafthead.head.formats import Provenance
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.targets import load_target
+from tests.heads import small_head
+
+
+def recipe(llama, **sections):
+    base = {
+        "name": "x",
+        "target": {"path": str(llama)},
+        "prompts": {"sources": [{"path": "none.jsonl"}]},
+        "serve": {"num_speculative_tokens": 5},
+    }
+    return parse_recipe({**base, **sections}, "recipe")
+
+
+def trained(llama, run, **changes):
+    """A head of the target's widths where training leaves it."""
+    target = load_target(llama)
+    head = small_head(
+        **{
+            "hidden_size": 64,
+            "target_hidden_size": 64,
+            "vocab_size": target.vocab_size,
+            "aux_layer_ids": target.default_aux_layers(),
+            **changes,
+        }
+    )
+    made = Provenance(target=str(llama), target_fingerprint=target.fingerprint, trained={"step": 7})
+    save_head(head, run.train / "best", made)
+    return load_head(run.train / "best").head
+
+
+def test_both_formats_hold_the_trained_head(tmp_path, llama):
+    run = RunDir(tmp_path / "run")
+    best = trained(llama, run)
+    made = export(recipe(llama, export={"speculators": True}), run, console=Console(quiet=True))
+    for folder, format in ((run.head, "vllm"), (run.head_speculators, "speculators")):
+        loaded = load_head(folder)
+        assert loaded.read.format == format
+        assert loaded.read.provenance["trained"] == {"step": 7}
+        state = loaded.head.state_dict()
+        assert all(torch.equal(state[name], t) for name, t in best.state_dict().items())
+    config = json.loads((run.head_speculators / "config.json").read_text())["speculators_config"]
+    assert config["proposal_methods"][0]["speculative_tokens"] == 5
+    assert config["verifier"] == {"name_or_path": str(llama), "architectures": ["LlamaForCausalLM"]}
+    assert made["parameters"] == sum(p.numel() for p in best.parameters())
+    assert made["notes"] == [] or all("end tokens" in note for note in made["notes"])
+
+
+def test_only_what_is_asked_for(tmp_path, llama):
+    run = RunDir(tmp_path / "run")
+    trained(llama, run)
+    export(recipe(llama), run, console=Console(quiet=True))
+    assert sorted(p.name for p in run.root.iterdir()) == ["head", "train"]
+    assert sorted(p.name for p in run.head.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_nothing_trained_and_another_target(tmp_path, llama):
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(DraftheadError, match="drafthead train"):
+        export(recipe(llama), run, console=Console(quiet=True))
+    trained(llama, run, vocab_size=100)
+    with pytest.raises(DraftheadError, match="another target"):
+        export(recipe(llama), run, console=Console(quiet=True))
+    assert not run.head.exists()
