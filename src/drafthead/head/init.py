@@ -6,8 +6,15 @@ from torch import Tensor, nn
 from drafthead.errors import DraftheadError
 from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
+from drafthead.targets import Target
 
 STD = 0.02  # Llama's initializer_range
+LLAMA_LAYER = {
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+}
 
 
 @torch.no_grad()
@@ -26,10 +33,9 @@ def init_from_target(
     d2t int64 [Vd]: the draft vocabulary. lm_head [V, Ht]: the target's; its rows at the draft
     vocabulary become the head's. final_norm [Ht]: weight of the target's last norm.
     fc: "deepest" passes the deepest aux state through and adds small random weights from the
-    others, "random" draws all of it. layer: tensors of one Llama-like layer of the target
-    (`self_attn.q_proj.weight` [heads * d, Ht] …, without prefix); those whose shape fits take the
-    place of random ones, q, k and v on the side of the hidden state. Head and target widths must
-    be equal for everything but `fc="random"` with neither.
+    others, "random" draws all of it. layer: tensors of one Llama-like layer of the target (see
+    `target_layer`); those whose shape fits take the place of random ones, q, k and v on the side
+    of the hidden state.
 
     Raises `DraftheadError` on widths that do not fit.
     """
@@ -60,6 +66,26 @@ def init_from_target(
     if layer is not None:
         _copy_layer(head, layer)
     return head
+
+
+def target_layer(target: Target) -> dict[str, Tensor]:
+    """The target's last attention layer, for `init_from_target`: names without prefix, float32.
+
+    Only layers laid out as Llama's can be taken (no norms on queries and keys, one MLP, not
+    quantized); raises `DraftheadError` for others, saying what is different.
+    """
+    attending = [i for i, kind in enumerate(target.layer_types) if kind == "full_attention"]
+    if not attending:
+        raise DraftheadError(f"{target.path}: no full-attention layer to start the head from")
+    mark = f"layers.{attending[-1]}."
+    names = {n.partition(mark)[2]: n for n in target.tensors.where if mark in n}
+    odd = sorted(set(names) ^ LLAMA_LAYER)
+    if odd:
+        differs = ", ".join(odd[:4])
+        raise DraftheadError(
+            f"{target.path}: layer {attending[-1]} is not laid out as Llama's ({differs})"
+        )
+    return {short: target.tensors.tensor(name).float() for short, name in names.items()}
 
 
 def _copy_layer(head: Eagle3Head, tensors: dict[str, Tensor]) -> None:

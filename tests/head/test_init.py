@@ -1,0 +1,105 @@
+"""A new head is made of the target's own weights."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from drafthead.errors import DraftheadError
+from drafthead.head.config import HeadConfig, head_config
+from drafthead.head.init import init_from_target, target_layer
+from drafthead.head.model import Eagle3Head
+from drafthead.recipe import HeadSection
+from drafthead.targets import load_target
+
+D2T = torch.tensor([2, 2, 5, 90])  # target ids 2, 3, 7, 93
+
+
+@pytest.fixture
+def target(llama):
+    return load_target(llama)
+
+
+def config(target, **section) -> HeadConfig:
+    layers = target.default_aux_layers()
+    return head_config(HeadSection(intermediate_size=128, **section), target, layers, len(D2T))
+
+
+def make(target, **options) -> Eagle3Head:
+    weight, _ = target.final_norm()
+    return init_from_target(config(target), D2T, target.lm_head(), weight, **options)
+
+
+def test_the_recipe_leaves_open_what_the_target_says(target):
+    made = head_config(HeadSection(num_key_value_heads=1), target, (1, 2, 3), 100)
+    assert made.hidden_size == made.target_hidden_size == target.hidden_size
+    assert made.intermediate_size == 4 * target.hidden_size
+    assert (made.num_attention_heads, made.num_key_value_heads) == (2, 1)
+    assert made.rms_norm_eps == target.rms_norm_eps
+    assert made.rope_theta == target.rope_theta
+    assert made.draft_vocab_size == 100
+    with pytest.raises(DraftheadError, match="leave it out"):
+        head_config(HeadSection(hidden_size=32), target, (1, 2, 3), 100)
+
+
+def test_vocabulary_side_is_the_targets(target):
+    head = make(target)
+    assert torch.equal(head.lm_head.weight, target.lm_head()[[2, 3, 7, 93]].float())
+    assert torch.equal(head.norm.weight, target.final_norm()[0].float())
+    assert head.target_ids().tolist() == [2, 3, 7, 93]
+    assert head.t2d.nonzero().flatten().tolist() == [2, 3, 7, 93]
+
+
+def test_the_deepest_state_passes_through(target):
+    head = make(target)
+    aux = torch.randn(5, len(head.config.aux_layer_ids), target.hidden_size)
+    others = aux.clone()
+    others[:, :-1] = 0
+    assert torch.equal(head.fuse(others), aux[:, -1])
+    assert 0 < (head.fuse(aux) - aux[:, -1]).norm() < 0.2 * aux[:, -1].norm()
+
+
+def test_a_seed_is_a_head(target):
+    one, same, other = make(target), make(target), make(target, seed=1)
+    key = "layers.0.mlp.up_proj.weight"
+    assert torch.equal(one.state_dict()[key], same.state_dict()[key])
+    assert not torch.equal(one.state_dict()[key], other.state_dict()[key])
+    assert not torch.equal(make(target, fc="random").fc.weight, one.fc.weight)
+
+
+def test_with_the_targets_last_layer_a_head_computes_what_the_target_does(target, llama):
+    """Given the state that enters the last layer, blind to embeddings, head and target agree."""
+    head = make(target, layer=target_layer(target))
+    head.layers[0].self_attn.q_proj.weight.data[:, : target.hidden_size] = 0
+    head.layers[0].self_attn.k_proj.weight.data[:, : target.hidden_size] = 0
+    head.layers[0].self_attn.v_proj.weight.data[:, : target.hidden_size] = 0
+    ids = torch.tensor([[1, 40, 77, 200, 31, 8, 300]])
+    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True)
+
+        def causal(layer, q, k, v):
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            )
+            return mixed[0].transpose(0, 1)
+
+        entering = out.hidden_states[target.num_layers - 1][0]
+        decoded = head.decode(torch.randn(7, 64), entering, torch.arange(7), causal)
+        logits = head.logits(head.output(decoded))
+    torch.testing.assert_close(logits, out.logits[0][:, [2, 3, 7, 93]], atol=1e-4, rtol=1e-4)
+
+
+def test_layers_of_another_layout_are_refused(lfm2_moe):
+    with pytest.raises(DraftheadError, match="not laid out as Llama"):
+        target_layer(load_target(lfm2_moe))
+
+
+def test_what_does_not_fit_is_refused(target):
+    weight, _ = target.final_norm()
+    with pytest.raises(DraftheadError, match="do not fit"):
+        init_from_target(config(target), D2T, target.lm_head()[:100], weight)
+    with pytest.raises(DraftheadError, match="known are"):
+        make(target, fc="zero")
+    with pytest.raises(DraftheadError, match="no tensor"):
+        make(target, layer={"self_attn.q_proj.weight": torch.ones(3, 3)})
