@@ -14,8 +14,8 @@ import os
 SUPPORTED_VLLM = "0.32."
 
 # Applied at once: they concern the scheduler and the KV cache planner, which run in processes
-# that may never import the model. All of them act on hybrid models only.
-MENDS = ("placeholder_drafts",)
+# that may never import the model. They act on hybrid models and on NVFP4 checkpoints only.
+MENDS = ("placeholder_drafts", "nvfp4", "nvfp4_cpu")
 # Applied when an LFM2 class is imported (lfm2.py), so that no other model sees them.
 MODEL_MENDS = ("accepted_counts", "batch_order", "cpu_rope", "cpu_short_conv")
 

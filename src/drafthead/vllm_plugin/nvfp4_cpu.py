@@ -1,0 +1,79 @@
+"""NVFP4 checkpoints on the CPU: weights are expanded while they are loaded.
+
+vLLM has no NVFP4 kernel for the CPU and refuses such checkpoints. Here the model is built as if
+the checkpoint were dense, and the loader is handed dense tensors, each expanded from its packed
+weight and scales: the values of the format's definition, rounded once to the model's type.
+Activations are not quantized, as with Marlin's kernels on Hopper. It takes the memory of the dense
+model: meant for rehearsing a job, not for serving it.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+
+from .patch import log, wrap
+
+QUANTIZATION = "modelopt_fp4"
+_PARTS = ("weight", "weight_scale", "weight_scale_2")
+_UNUSED = ("input_scale", "k_scale", "v_scale")
+
+
+def apply() -> None:
+    if not current_platform.is_cpu():
+        return
+    wrap(VllmConfig, "_get_quantization_config", _none_for_nvfp4)
+    wrap(DefaultModelLoader, "get_all_weights", _expanded)
+
+
+def _none_for_nvfp4(stock):
+    def _get_quantization_config(model_config, load_config):
+        if model_config.quantization != QUANTIZATION:
+            return stock(model_config, load_config)
+        log.info_once(
+            "drafthead: no NVFP4 kernel on the CPU; %s is served with its weights expanded to %s.",
+            model_config.model,
+            model_config.dtype,
+        )
+        return None
+
+    return _get_quantization_config
+
+
+def _expanded(stock):
+    def get_all_weights(self, model_config, model):
+        weights = stock(self, model_config, model)
+        return expand(weights) if model_config.quantization == QUANTIZATION else weights
+
+    return get_all_weights
+
+
+def expand(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Replace each packed weight and its scales by the fp32 weight [N, K]; pass the rest on.
+
+    The three parts of a weight may come in any order and from different files.
+
+    Raises:
+        ValueError: a packed weight without its scales.
+    """
+    from drafthead.targets.nvfp4 import dequantize
+
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        module, _, part = name.rpartition(".")
+        if part in _UNUSED:
+            continue
+        if part not in _PARTS or (part == "weight" and tensor.dtype != torch.uint8):
+            yield name, tensor
+            continue
+        parts = waiting.setdefault(module, {})
+        parts[part] = tensor
+        if len(parts) == len(_PARTS):
+            del waiting[module]
+            yield f"{module}.weight", dequantize(*(parts[p] for p in _PARTS))
+    if waiting:
+        module, parts = next(iter(waiting.items()))
+        missing = ", ".join(p for p in _PARTS if p not in parts)
+        raise ValueError(f"{module}: not a whole NVFP4 weight, {missing} missing")
