@@ -80,6 +80,32 @@ def test_stacked_experts_have_a_scale_each():
         assert torch.equal(found[expert], torch.tensor(expected))
 
 
+def test_packing_takes_the_nearest_value_and_saturates():
+    generator = torch.Generator().manual_seed(2)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    evens = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]  # codes 0, 2, 2, 4, 4, 6, 6
+    exact = torch.zeros(2, 16)
+    exact[0, :7], exact[1, :7] = ties, -ties
+    exact[:, 15] = 6.0  # so that the block's scale is one
+    found = nvfp4.dequantize(*nvfp4.pack(exact, torch.tensor(1.0)), torch.tensor(1.0))
+    assert found[0, :7].tolist() == evens
+    assert found[1, :7].tolist() == [-v for v in evens]
+
+    values = torch.randn(64, 48, generator=generator) * torch.rand(64, 1, generator=generator)
+    values[3] = 0
+    scale_2 = values.abs().max() / (6 * 448)
+    packed, scale = nvfp4.pack(values, scale_2)
+    found = nvfp4.dequantize(packed, scale, scale_2)
+    steps = scale.float().repeat_interleave(16, 1) * scale_2
+    representable = nvfp4.E2M1.view(1, 1, -1) * steps.unsqueeze(-1)
+    nearest = (representable - values.unsqueeze(-1)).abs().amin(-1)
+    torch.testing.assert_close((found - values).abs(), nearest, rtol=0, atol=1e-6)
+    assert (found[3] == 0).all()
+    small = values.abs().max() / 4 / (6 * 448)  # calibrated on less than what came
+    saturated = nvfp4.dequantize(*nvfp4.pack(values, small), small)
+    assert saturated.abs().max() <= values.abs().max() / 4 * 1.001
+
+
 def test_what_is_not_nvfp4_is_refused():
     packed, scale = torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 2)
     with pytest.raises(DraftheadError, match="not NVFP4"):

@@ -1,4 +1,4 @@
-"""Reading NVFP4 checkpoints as NVIDIA ModelOpt writes them.
+"""NVFP4: the format itself, and checkpoints of it as NVIDIA ModelOpt writes them.
 
 The format, of a linear layer's weight W [N, K]:
 
@@ -17,6 +17,7 @@ same content, in `config.json`'s `quantization_config` (`ignore`); a quantized w
 that has a `weight_scale`.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -34,6 +35,7 @@ E4M3_MAX = 448.0
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
 """Value of each four-bit code [16], fp32."""
+_BETWEEN = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(_E2M1)])
 
 
 def dequantize(packed: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
@@ -67,6 +69,30 @@ def dequantize(packed: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor)
     values = (values * scale.float().unsqueeze(-1)).flatten(-2)
     scale_2 = scale_2.float()
     return values * (scale_2 if scale_2.ndim == 0 else scale_2.reshape(*scale_2.shape, 1, 1))
+
+
+def pack(values: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize to NVFP4: each block's largest value goes to ±6, ties to the even code.
+
+    Args:
+        values: [..., N, K], K a multiple of 16.
+        scale_2: fp32 scalar, amax / (6 · 448) for ordinary weights. Values beyond that amax
+            saturate.
+
+    Returns:
+        Packed uint8 [..., N, K/2] and float8_e4m3fn scales [..., N, K/16], for `dequantize`.
+    """
+    blocks = values.float().unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1) / (E2M1_MAX * scale_2)
+    scale = torch.where(scale == 0, 1.0, scale)  # a block of zeros, whatever its scale
+    scale = scale.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
+    scaled = (blocks / (scale.float() * scale_2).unsqueeze(-1)).flatten(-2)
+    size = scaled.abs()
+    bounds = _BETWEEN.to(size.device)
+    code = torch.bucketize(size, bounds)  # on a bound: the lower code
+    code += (size.unsqueeze(-1) == bounds[1::2]).any(-1)  # … unless that one is odd
+    code = (code | (scaled < 0).int() << 3).to(torch.uint8)
+    return code[..., ::2] | code[..., 1::2] << 4, scale
 
 
 def quantization_of(folder: Path) -> dict | None:

@@ -1,0 +1,249 @@
+"""An NVFP4 checkpoint of a target, made with NVIDIA ModelOpt and calibrated on your prompts.
+
+Weights and inputs of the linear layers become four-bit floats (W4A4): blocks of 16 with an E4M3
+scale, one fp32 scale a tensor, the inputs' fp32 scale calibrated. Routers, short convolutions,
+embedding and LM head stay as they are: they are small or they hurt most.
+
+Calibration needs text as the target meets it when it decodes, so the target answers the prompts
+first, sampled at temperature 1. Perplexity is that of held-out answers written the same way: the
+difference of its logarithms before and after is then an estimate of the KL divergence a token
+between the dense target and the quantized one.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafthead.data.chats import Chat
+from drafthead.data.template import Template
+from drafthead.errors import DraftheadError
+from drafthead.fsio import atomic_dir, fingerprint, read_json, write_json
+from drafthead.targets import Target, load_target, nvfp4
+
+EXCLUDE = ("lm_head", "embed_tokens", "conv", "gate", "router")
+"""Modules left in floating point, by a component of their name."""
+RECORD = "drafthead_quantize.json"
+
+
+def quantize(
+    target_path: Path | str,
+    out: Path,
+    calibration: Sequence[Chat],
+    heldout: Sequence[Chat],
+    *,
+    exclude: Sequence[str] = EXCLUDE,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    console: Any = None,
+) -> dict:
+    """Write the NVFP4 checkpoint of `target_path` to `out`; a finished one is left as it is.
+
+    Args:
+        target_path: a dense Llama or LFM2-MoE checkpoint (others that ModelOpt knows may do).
+        out: the new folder: weights, `hf_quant_config.json`, `quantization_config` in
+            `config.json`, tokenizer and everything else that lay in the target's folder.
+        calibration, heldout: conversations; the first turn of each is asked.
+        exclude: name components of the modules to leave unquantized.
+        max_new_tokens: longest answer.
+        console: prints the result when given (rich).
+
+    Returns:
+        `perplexity` and `perplexity_w4a4` (as Blackwell's kernels run it) and
+        `perplexity_w4a16` (weights alone: Marlin on Hopper, and the CPU), `same_argmax` of
+        W4A4, the answer tokens they were measured over, `bytes` before and after.
+
+    Raises:
+        DraftheadError: ModelOpt missing, target quantized already, or nothing to calibrate on.
+    """
+    if importlib.util.find_spec("modelopt") is None:
+        raise DraftheadError(
+            "package nvidia-modelopt is not installed: it does the quantizing. "
+            "Mend: pip install 'drafthead[quantize]'"
+        )
+    target = load_target(target_path)
+    if target.quantization is not None:
+        raise DraftheadError(f"{target.path}: quantized already; quantize the dense checkpoint")
+    if not calibration or not heldout:
+        raise DraftheadError("quantize: needs prompts to calibrate on and some held out")
+    made_of = fingerprint(
+        {
+            "target": target.fingerprint,
+            "chats": [[chat.id for chat in side] for side in (calibration, heldout)],
+            "settings": [list(exclude), max_new_tokens, seed],
+        }
+    )
+    if (out / RECORD).is_file():
+        record = read_json(out / RECORD, "what a quantized target was made of")
+        if record.get("made_of") == made_of:
+            _show(record, console)
+            return record
+        raise DraftheadError(f"{out}: holds a checkpoint made otherwise; remove it or name another")
+    record = _quantize(target, out, calibration, heldout, exclude, max_new_tokens, seed, made_of)
+    _show(record, console)
+    return record
+
+
+def _quantize(
+    target: Target,
+    out: Path,
+    calibration: Sequence[Chat],
+    heldout: Sequence[Chat],
+    exclude: Sequence[str],
+    max_new_tokens: int,
+    seed: int,
+    made_of: str,
+) -> dict:
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(target.path, dtype="auto").to(device).eval()
+    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    torch.manual_seed(seed)
+    texts, held = (
+        [_answered(model, template, chat, max_new_tokens) for chat in side]
+        for side in (calibration, heldout)
+    )
+    before, argmax = _perplexity(model, held)
+    with _quiet():
+        import modelopt
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.export import export_hf_checkpoint
+        from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
+
+        config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+        config["quant_cfg"] += [
+            {"quantizer_name": pattern, "enable": False}
+            for name in exclude
+            for pattern in (f"{name}.*", f"*.{name}.*")
+        ]
+
+        @torch.no_grad()
+        def calibrate(model: torch.nn.Module) -> None:
+            for ids, _ in texts:
+                model(ids[None].to(device))
+
+        model = mtq.quantize(model, config, calibrate)
+        # the export gives q/k/v and gate/up one scale; done now, so that it is what is measured
+        requantize_resmooth_fused_llm_layers(model)
+        with _simulated():
+            w4a4, argmax_w4a4 = _perplexity(model, held)
+            inputs = [m for n, m in model.named_modules() if n.endswith("input_quantizer")]
+            inputs = [quantizer for quantizer in inputs if quantizer.is_enabled]
+            for quantizer in inputs:
+                quantizer.disable()
+            w4a16, _ = _perplexity(model, held)
+            for quantizer in inputs:
+                quantizer.enable()  # their scales are exported
+        with atomic_dir(out) as fresh:
+            export_hf_checkpoint(model, export_dir=fresh)
+            for file in target.path.iterdir():
+                keep = file.is_file() and ".safetensors" not in file.name
+                if keep and not (fresh / file.name).exists():
+                    shutil.copy(file, fresh / file.name)
+            record = {
+                "target": str(target.path),
+                "format": "nvfp4",
+                "modelopt": modelopt.__version__,
+                "exclude_modules": read_json(
+                    fresh / "hf_quant_config.json", "ModelOpt's quantization"
+                )["quantization"]["exclude_modules"],
+                "calibration_tokens": sum(len(ids) for ids, _ in texts),
+                "heldout_tokens": sum(len(ids) - start for ids, start in held),
+                "perplexity": before,
+                "perplexity_w4a4": w4a4,
+                "perplexity_w4a16": w4a16,
+                "same_argmax": (argmax == argmax_w4a4).float().mean().item(),
+                "bytes_before": sum(file.stat().st_size for file in target.tensors.files),
+                "bytes": sum(file.stat().st_size for file in fresh.glob("*.safetensors")),
+                "made_of": made_of,
+            }
+            write_json(fresh / RECORD, record)
+    return record
+
+
+@torch.no_grad()
+def _answered(
+    model: Any, template: Template, chat: Chat, max_new_tokens: int
+) -> tuple[torch.Tensor, int]:
+    """Ids [T] of the first turn with the target's answer, sampled at temperature 1, and where the
+    answer starts."""
+    system = [{"role": "system", "content": chat.system}] if chat.system else []
+    ids, _ = template.encode([*system, {"role": "user", "content": chat.turns[0]}])
+    room = model.config.max_position_embeddings - max_new_tokens
+    prompt = torch.tensor([ids[-room:]], device=model.device)
+    # everything that a generation_config might say is set, so that the draw is the model's own
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=None,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+    )
+    return out[0], prompt.shape[1]
+
+
+@torch.no_grad()
+def _perplexity(
+    model: Any, texts: Sequence[tuple[torch.Tensor, int]]
+) -> tuple[float, torch.Tensor]:
+    """exp of the mean negative log-likelihood of the answers' tokens, and the model's most likely
+    token at each of them."""
+    loss, tokens, argmax = 0.0, 0, []
+    for ids, start in texts:
+        logits = model(ids[None]).logits[0, start - 1 : -1].float()
+        loss += torch.nn.functional.cross_entropy(logits, ids[start:], reduction="sum").item()
+        tokens += len(ids) - start
+        argmax.append(logits.argmax(-1))
+    return math.exp(loss / tokens), torch.cat(argmax)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ModelOpt prints what it does to stdout, which is kept for results."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _simulated() -> Iterator[None]:
+    """ModelOpt simulates NVFP4 with a CUDA kernel; here it takes the format's definition instead,
+    on any device."""
+    from modelopt.torch.quantization import tensor_quant
+
+    def simulate(values: torch.Tensor, block: int, amax: torch.Tensor, *_: int) -> torch.Tensor:
+        scale_2 = amax.float().amax() / (nvfp4.E2M1_MAX * nvfp4.E4M3_MAX)
+        packed, scale = nvfp4.pack(values, scale_2)
+        return nvfp4.dequantize(packed, scale, scale_2).to(values.dtype)
+
+    stock = tensor_quant.dynamic_block_quantize_op
+    tensor_quant.dynamic_block_quantize_op = simulate
+    try:
+        yield
+    finally:
+        tensor_quant.dynamic_block_quantize_op = stock
+
+
+def _show(record: dict, console: Any) -> None:
+    if console is None:
+        return
+    console.print(
+        f"perplexity over {record['heldout_tokens']} held-out answer tokens: "
+        f"{record['perplexity']:.3f} before, {record['perplexity_w4a4']:.3f} in NVFP4 (W4A4), "
+        f"{record['perplexity_w4a16']:.3f} with its weights alone (W4A16: Hopper, CPU); "
+        f"same most likely token at {record['same_argmax']:.1%}; "
+        f"{record['bytes_before'] / 1e6:.1f} MB before, {record['bytes'] / 1e6:.1f} MB after"
+    )

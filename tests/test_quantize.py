@@ -1,0 +1,108 @@
+"""NVFP4 checkpoints by ModelOpt: what they hold, bit for bit, and what is refused."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafthead.data.chats import Chat
+from drafthead.errors import DraftheadError
+from drafthead.quantize import RECORD, quantize
+from drafthead.targets import load_target, nvfp4
+
+CHATS = [Chat(None, (f"What is {a} times {b}?",), "test") for a in range(4) for b in range(3)]
+
+
+def made(target, folder):
+    record = quantize(target, folder, CHATS[:8], CHATS[8:], max_new_tokens=24)
+    return folder, record, load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def moe(lfm2_moe, tmp_path_factory):
+    return made(lfm2_moe, tmp_path_factory.mktemp("quantized") / "lfm2_moe")
+
+
+@pytest.fixture(scope="module")
+def dense(llama, tmp_path_factory):
+    return made(llama, tmp_path_factory.mktemp("quantized") / "llama")
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_weights_are_the_targets_packed(kind, request, lfm2_moe, llama):
+    folder, _, packed = request.getfixturevalue(kind)
+    source = load_file((lfm2_moe if kind == "moe" else llama) / "model.safetensors")
+    quantized = {name for name in source if f"{name}_scale" in packed}
+    plain = ("embed_tokens", "lm_head", "norm", ".conv.", "feed_forward.gate.", "expert_bias")
+    assert quantized == {name for name in source if not any(part in name for part in plain)}
+    for name, weight in source.items():
+        if name not in quantized:
+            assert torch.equal(packed[name], weight), name
+            continue
+        scale_2 = packed[f"{name}_scale_2"]
+        codes, scale = nvfp4.pack(weight, scale_2)
+        assert torch.equal(packed[name], codes), name
+        assert torch.equal(packed[f"{name}_scale"].view(torch.uint8), scale.view(torch.uint8))
+        assert packed[f"{name.removesuffix('.weight')}.input_scale"] > 0
+    # what vLLM fuses shares one scale, or its GPU kernels would change the values
+    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), (".w1.", ".w3."))
+    for group in groups:
+        for name in quantized:
+            if group[0] in name:
+                for other in group[1:]:
+                    for end in ("_scale_2",):
+                        pair = packed[name + end], packed[name.replace(group[0], other) + end]
+                        assert torch.equal(*pair), name
+    stated = nvfp4.quantization_of(folder)
+    assert stated["quant_algo"] == "NVFP4"
+    assert "lm_head" in stated["exclude_modules"]
+    assert (kind == "moe") == any("conv" in name for name in stated["exclude_modules"])
+    assert load_target(folder).tokenizer().chat_template
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_perplexity_is_that_of_the_checkpoint(kind, request, tmp_path, lfm2_moe, llama):
+    """The simulated figures, against the written checkpoint run by plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from drafthead import quantize as module
+    from drafthead.data.template import Template
+
+    folder, record, _ = request.getfixturevalue(kind)
+    target = load_target(lfm2_moe if kind == "moe" else llama)
+    model = AutoModelForCausalLM.from_pretrained(target.path, dtype="auto").eval()
+    template = Template(target.tokenizer(), target.eos_token_ids, "test")
+    torch.manual_seed(0)
+    held = [module._answered(model, template, chat, 24) for chat in CHATS][8:]
+    assert module._perplexity(model, held)[0] == pytest.approx(record["perplexity"], rel=1e-5)
+    nvfp4.expand(folder, tmp_path / "expanded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded", dtype="auto").eval()
+    found = module._perplexity(model, held)[0]
+    assert found == pytest.approx(record["perplexity_w4a16"], rel=1e-4)
+    assert not math.isclose(found, record["perplexity"], rel_tol=1e-3)
+    assert not math.isclose(found, record["perplexity_w4a4"], rel_tol=1e-3)
+    assert record["bytes"] < 0.6 * record["bytes_before"]
+
+
+def test_a_finished_checkpoint_is_left_alone(moe, lfm2_moe):
+    folder, record, _ = moe
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert quantize(lfm2_moe, folder, CHATS[:8], CHATS[8:], max_new_tokens=24) == record
+    assert json.loads((folder / RECORD).read_text()) == record
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(DraftheadError, match="made otherwise"):
+        quantize(lfm2_moe, folder, CHATS[:7], CHATS[8:], max_new_tokens=24)
+
+
+def test_what_cannot_be_quantized_is_refused(moe, llama, tmp_path, monkeypatch):
+    with pytest.raises(DraftheadError, match="quantized already"):
+        quantize(moe[0], tmp_path / "out", CHATS[:8], CHATS[8:])
+    with pytest.raises(DraftheadError, match="prompts"):
+        quantize(llama, tmp_path / "out", [], CHATS)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DraftheadError, match=r"drafthead\[quantize\]"):
+        quantize(llama, tmp_path / "out", CHATS, CHATS)
+    assert not (tmp_path / "out").exists()
