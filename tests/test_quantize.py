@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
-from drafthead.quantize import RECORD, quantize
+from drafthead.quantize import RECORD, chats_of, quantize
 from drafthead.targets import load_target, nvfp4
 
 CHATS = [Chat(None, (f"What is {a} times {b}?",), "test") for a in range(4) for b in range(3)]
@@ -95,6 +95,32 @@ def test_a_finished_checkpoint_is_left_alone(moe, lfm2_moe):
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(DraftheadError, match="made otherwise"):
         quantize(lfm2_moe, folder, CHATS[:7], CHATS[8:], max_new_tokens=24)
+
+
+def test_the_command_and_its_prompts(llama, tmp_path):
+    from typer.testing import CliRunner
+
+    from drafthead.cli import app
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(9)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: x\ntarget:\n  path: {llama}\n"
+        f"prompts:\n  heldout: 4\n  sources:\n    - path: {prompts}\n"
+    )
+    calibration, held = chats_of(recipe, 3, 16)
+    assert (len(calibration), len(held)) == (3, 4)
+    assert not {c.id for c in calibration} & {c.id for c in held}
+    arguments = ["quantize", str(llama), str(tmp_path / "out"), "--prompts", str(prompts), "--json"]
+    arguments += ["--samples", "3", "--heldout", "2", "--exclude", "q_proj", "--exclude", "lm_head"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["perplexity_w4a4"] > 1
+    packed = load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.0.self_attn.q_proj.weight_scale" not in packed
+    assert "model.layers.0.self_attn.k_proj.weight_scale" in packed
 
 
 def test_what_cannot_be_quantized_is_refused(moe, llama, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ With ``--json`` a command prints one object on stdout; what people read goes to 
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,6 +122,36 @@ for _name, _help in (
     ("report", "Write the report and the model card of a finished run."),
 ):
     _add_stage(_name, _help)
+
+
+class _Format(StrEnum):
+    nvfp4 = "nvfp4"
+
+
+@app.command(epilog="Example: drafthead quantize ./my-model ./my-model-nvfp4 --prompts r.yaml")
+def quantize(
+    target: Annotated[str, typer.Argument(help="Dense target folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The new checkpoint's folder.")],
+    prompts: Annotated[
+        Path, typer.Option(help="What to calibrate on: a recipe (.yaml), JSONL or Parquet.")
+    ],
+    to: Annotated[_Format, typer.Option("--format", help="The four-bit format.")] = _Format.nvfp4,
+    samples: Annotated[int, typer.Option(help="Conversations to calibrate on.", min=1)] = 64,
+    heldout: Annotated[int, typer.Option(help="Conversations to measure on.", min=1)] = 16,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave modules of this name unquantized; replaces the defaults."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a target with ModelOpt, calibrated on your prompts; print perplexity."""
+    from drafthead.quantize import EXCLUDE, chats_of
+    from drafthead.quantize import quantize as make
+
+    calibration, held = chats_of(prompts, samples, heldout)
+    record = make(target, out, calibration, held, exclude=exclude or EXCLUDE, console=console)
+    if as_json:
+        _emit(record, as_json)
 
 
 @app.command(epilog="Example: drafthead inspect runs/demo/head --target ./my-model")

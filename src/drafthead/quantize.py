@@ -23,15 +23,31 @@ from typing import Any
 
 import torch
 
-from drafthead.data.chats import Chat
+from drafthead.data.chats import Chat, load_chats
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, fingerprint, read_json, write_json
+from drafthead.recipe import PromptsSection, Source, load_recipe
 from drafthead.targets import Target, load_target, nvfp4
 
 EXCLUDE = ("lm_head", "embed_tokens", "conv", "gate", "router")
 """Modules left in floating point, by a component of their name."""
 RECORD = "drafthead_quantize.json"
+
+
+def chats_of(prompts: Path, samples: int, heldout: int) -> tuple[list[Chat], list[Chat]]:
+    """Conversations to calibrate on and held out, from a recipe or a prompts file.
+
+    A recipe's own split is kept: nothing it holds out is calibrated on.
+
+    Raises:
+        DraftheadError: neither a recipe nor prompts, or too few of them.
+    """
+    if prompts.suffix in (".yaml", ".yml"):
+        chats = load_chats(load_recipe(prompts).prompts)
+    else:
+        chats = load_chats(PromptsSection(sources=[Source(path=str(prompts))], heldout=heldout))
+    return chats.train[:samples], chats.heldout[:heldout]
 
 
 def quantize(
