@@ -17,7 +17,7 @@ SUPPORTED_VLLM = "0.32."
 # that may never import the model. They act on hybrid models and on NVFP4 checkpoints only.
 MENDS = ("placeholder_drafts", "nvfp4", "nvfp4_cpu")
 # Applied when an LFM2 class is imported (lfm2.py), so that no other model sees them.
-MODEL_MENDS = ("accepted_counts", "batch_order", "cpu_rope", "cpu_short_conv")
+MODEL_MENDS = ("accepted_counts", "batch_order", "cpu_rope", "cpu_short_conv", "cpu_state_copies")
 
 
 def skipped(name: str) -> bool:

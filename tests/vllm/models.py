@@ -1,10 +1,64 @@
-"""EAGLE-3 heads written straight in vLLM's own format, without training."""
+"""Random hybrid targets and EAGLE-3 heads for them in vLLM's own format, without training."""
 
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Lfm2Config, Lfm2ForCausalLM, Lfm2MoeConfig, Lfm2MoeForCausalLM
+
+
+def write_target(
+    folder: Path,
+    *,
+    moe: bool = True,
+    hidden: int = 64,
+    head_dim: int = 32,
+    kv_heads: int = 1,
+    layers: int = 6,
+    vocab: int = 512,
+    embedding_scale: float = 4.0,
+    seed: int = 0,
+) -> Path:
+    """Write a random LFM2-MoE (or dense LFM2) in fp32, without a tokenizer.
+
+    The larger ``embedding_scale``, the more the stream keeps of its own token, and the more often
+    the target repeats itself: at 1 hardly ever, at 4 in runs that end by and by (so that drafts
+    are accepted for a while and then rejected), at 8 for ever.
+    """
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // head_dim,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 1024,
+        "layer_types": ["full_attention" if i % 3 == 2 else "conv" for i in range(layers)],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": "float32",
+    }
+    if moe:
+        experts = {"moe_intermediate_size": hidden, "num_dense_layers": 2}
+        model = Lfm2MoeForCausalLM(
+            Lfm2MoeConfig(**sizes, **experts, num_experts=8, num_experts_per_tok=2)
+        )
+    else:
+        model = Lfm2ForCausalLM(Lfm2Config(**sizes, block_auto_adjust_ff_dim=False))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            scale = embedding_scale if "embed_tokens" in name else 1.0
+            std = 0.15 * (64 / hidden) ** 0.5 * scale
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.normal_(std=0.1, generator=generator)
+    model.save_pretrained(folder)
+    return folder
 
 
 def _target(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
