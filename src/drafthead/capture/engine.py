@@ -23,6 +23,8 @@ enough for a share to a tenth of a percent, at a fiftieth of the cost of all."""
 class Written:
     """What the target wrote for one prompt."""
 
+    key: int
+    """Names the sequence until the unit is saved."""
     ids: list[int]
     finish_reason: str
 
@@ -32,10 +34,10 @@ class Wanted:
     """One sequence whose states go to the store."""
 
     key: int
-    """As given to ``generate`` or ``prefill``."""
-    ids: list[int]
-    loss_mask: list[bool]
+    """From ``Written`` or ``prefill``."""
     prompt_len: int
+    prompt_mask: list[bool]
+    """True where the target wrote a token of the prompt; all after the prompt is the target's."""
     conversation: str
     split: str
 
@@ -68,8 +70,6 @@ class CaptureEngine:
             args |= {
                 "worker_cls": f"drafthead.capture.worker.{worker}",
                 "additional_config": {KEY: {"layers": list(meta.layers)}},
-                # Positions found in the cache are not computed, so they would have no states.
-                "enable_prefix_caching": False,
             }
         try:
             from vllm import LLM
@@ -82,6 +82,7 @@ class CaptureEngine:
             self.llm = LLM(**args)
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             raise DraftheadError(f"{target.path}: vLLM does not start: {error}") from error
+        self._sequences: dict[int, list[int]] = {}
         self.max_len: int = self.llm.llm_engine.vllm_config.model_config.max_model_len
         if store is not None:
             options = {
@@ -94,15 +95,13 @@ class CaptureEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        keys: Sequence[int | None],
         seeds: Sequence[int],
         progress: Callable[[int], None] | None = None,
     ) -> list[Written]:
-        """The target's answers. States are kept of those with a key; keys are never used twice.
+        """The target's answers.
 
         Args:
             prompts: token ids; each leaves room for one token at least.
-            keys: one a prompt.
             seeds: one a prompt, used when the recipe's temperature is above 0.
             progress: called with the number of tokens of each answer that ends.
         """
@@ -115,27 +114,27 @@ class CaptureEngine:
                 top_p=options.top_p,
                 seed=seed if options.temperature > 0 else None,
                 max_tokens=min(options.max_new_tokens, self.max_len - len(prompt)),
-                detokenize=False,
-                extra_args=None if key is None else {KEY: key},
             )
-            for prompt, key, seed in zip(prompts, keys, seeds, strict=True)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        return self._run(prompts, params, progress)
+        written = self._run(prompts, params, progress)
+        for prompt, answer in zip(prompts, written, strict=True):
+            self._sequences[answer.key] = [*prompt, *answer.ids]
+        return written
 
     def prefill(
         self,
         sequences: Sequence[Sequence[int]],
-        keys: Sequence[int],
         progress: Callable[[int], None] | None = None,
-    ) -> None:
-        """Compute the states of given sequences, the last token of each left out."""
+    ) -> list[int]:
+        """Compute the states of given sequences, the last token of each left out; returns keys."""
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(temperature=0, max_tokens=1, detokenize=False, extra_args={KEY: key})
-            for key in keys
-        ]
-        self._run([ids[:-1] for ids in sequences], params, progress)
+        params = [SamplingParams(temperature=0, max_tokens=1) for _ in sequences]
+        written = self._run([ids[:-1] for ids in sequences], params, progress)
+        for ids, answer in zip(sequences, written, strict=True):
+            self._sequences[answer.key] = list(ids)
+        return [answer.key for answer in written]
 
     def _run(
         self,
@@ -146,27 +145,28 @@ class CaptureEngine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
-        order: dict[str, int] = {}
-        written: list[Written | None] = [None] * len(prompts)
-        for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+        first = len(self._sequences)
+        written: dict[int, Written] = {}
+        for key, (prompt, param) in enumerate(zip(prompts, params, strict=True), first):
             param.output_kind = RequestOutputKind.FINAL_ONLY
-            order[str(index)] = index
-            engine.add_request(str(index), {"prompt_token_ids": [int(i) for i in prompt]}, param)
+            param.detokenize = False
+            param.extra_args = {KEY: key}
+            engine.add_request(str(key), {"prompt_token_ids": list(prompt)}, param)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if not output.finished:
                     continue
-                index = order[output.request_id]
-                if list(output.prompt_token_ids) != list(prompts[index]):
-                    raise DraftheadError(f"vLLM changed the token ids of prompt {index}")
+                key = int(output.request_id)
+                if output.prompt_token_ids != list(prompts[key - first]):
+                    raise DraftheadError(f"vLLM changed the token ids of prompt {key - first}")
                 answer = output.outputs[0]
-                written[index] = Written(list(answer.token_ids), str(answer.finish_reason))
+                ids = list(answer.token_ids)
+                written[key] = Written(key, ids, str(answer.finish_reason))
                 if progress is not None:
-                    progress(len(answer.token_ids))
-        lost = [index for index, answer in enumerate(written) if answer is None]
-        if lost:
-            raise DraftheadError(f"vLLM gave no answer to prompts {lost[:5]} of this unit")
-        return [answer for answer in written if answer is not None]
+                    progress(len(ids))
+        if len(written) < len(prompts):
+            raise DraftheadError(f"vLLM answered {len(written)} of {len(prompts)} prompts")
+        return [written[key] for key in sorted(written)]
 
     def save(self, unit: int, wanted: Sequence[Wanted]) -> None:
         """Hand the states of ``wanted`` to the store as ``unit``; all else captured since the last
@@ -175,7 +175,14 @@ class CaptureEngine:
         Raises:
             DraftheadError: of this unit or an earlier one: a check failed, or the disk is full.
         """
-        self._report(self._rpc("drafthead_unit", unit, [asdict(item) for item in wanted]))
+        sequences = list(self._sequences.items())
+        self._report(
+            self._rpc("drafthead_unit", unit, sequences, [asdict(item) for item in wanted])
+        )
+        # A unit stands for itself: what is found in the prefix cache was computed within it.
+        self._sequences.clear()
+        if not self.llm.reset_prefix_cache():
+            raise DraftheadError("vLLM could not empty its prefix cache between units of work")
 
     def flush(self) -> None:
         """Wait until everything saved is on disk.

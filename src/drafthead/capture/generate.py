@@ -23,7 +23,6 @@ _TURN_MARGIN = 64
 class Conversation:
     """One conversation on its way through the turns."""
 
-    key: int
     chat: Chat
     split: str
     messages: list[Message] = field(default_factory=list)
@@ -44,7 +43,6 @@ class Unit:
 def answer_unit(
     plan: WorkPlan,
     engine: CaptureEngine,
-    first_key: int,
     chats: list[tuple[Chat, str]],
     progress: Callable[[int], None] | None = None,
 ) -> Unit:
@@ -54,14 +52,12 @@ def answer_unit(
     shows them. The last turn's prompt and answer are the sample; only its states are kept. A
     conversation ends early where one more turn might not fit the model.
     """
-    done: dict[int, tuple[Conversation, Written]] = {}
+    done: dict[str, tuple[Conversation, Written]] = {}
     left_out: dict[str, list[str]] = {}
-    live = []
-    for offset, (chat, split) in enumerate(chats):
-        conversation = Conversation(first_key + offset, chat, split)
-        if chat.system is not None:
-            conversation.messages.append({"role": "system", "content": chat.system})
-        live.append(conversation)
+    live = [Conversation(chat, split) for chat, split in chats]
+    for conversation in live:
+        if conversation.chat.system is not None:
+            conversation.messages.append({"role": "system", "content": conversation.chat.system})
     while live:
         asked = []
         for conversation in live:
@@ -76,22 +72,22 @@ def answer_unit(
             asked.append((conversation, _is_last(plan, conversation)))
         written = engine.generate(
             [conversation.prompt_ids for conversation, _ in asked],
-            [conversation.key if last else None for conversation, last in asked],
             [_seed(plan, conversation) for conversation, _ in asked],
             progress,
         )
         live = []
         for (conversation, last), answer in zip(asked, written, strict=True):
             if last:
-                done[conversation.key] = (conversation, answer)
+                done[conversation.chat.id] = (conversation, answer)
                 continue
             text = plan.template.answer_text(answer.ids)
             conversation.messages.append({"role": "assistant", "content": text})
             live.append(conversation)
     answers, wanted = [], []
-    for key in sorted(done):
-        answers.append(_as_answer(plan, *done[key]))
-        wanted.append(as_wanted(key, answers[-1]))
+    for chat, _ in chats:
+        if chat.id in done:
+            answers.append(_as_answer(plan, *done[chat.id]))
+            wanted.append(as_wanted(done[chat.id][1].key, answers[-1]))
     return Unit(answers, wanted, left_out)
 
 
@@ -126,9 +122,8 @@ def as_wanted(key: int, answer: Answer) -> Wanted:
     """The line of a unit's manifest that asks for an answer's states."""
     return Wanted(
         key=key,
-        ids=answer.ids.tolist(),
-        loss_mask=answer.loss_mask.tolist(),
         prompt_len=len(answer.prompt_ids),
+        prompt_mask=answer.prompt_mask.tolist(),
         conversation=answer.conversation,
         split=answer.split,
     )
@@ -178,11 +173,9 @@ def generate_units(
             if states is not None:
                 # An index from before belongs to answers that were lost.
                 unit_path(states, number).unlink(missing_ok=True)
-            first_key = number * plan.recipe.generate.chunk
             unit = answer_unit(
                 plan,
                 engine,
-                first_key,
                 plan.units[number],
                 lambda tokens: report({"tokens": tokens}),
             )
@@ -217,15 +210,12 @@ def prefill_units(
     engine = start()
     try:
         for number in todo:
-            first_key = number * plan.recipe.generate.chunk
             written = read_part(part_path(answers, number))
-            wanted = [as_wanted(first_key + i, answer) for i, answer in enumerate(written)]
-            engine.prefill(
-                [item.ids for item in wanted],
-                [item.key for item in wanted],
+            keys = engine.prefill(
+                [answer.ids.tolist() for answer in written],
                 lambda tokens: report({"tokens": tokens}),
             )
-            engine.save(number, wanted)
+            engine.save(number, [as_wanted(key, a) for key, a in zip(keys, written, strict=True)])
             report({"unit": number})
         engine.flush()
     finally:

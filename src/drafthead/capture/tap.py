@@ -8,7 +8,7 @@ row belongs to which position of which sequence is noted as numbers and resolved
 
 import queue
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -47,23 +47,58 @@ class Captured:
         """Rows ``row`` and on are positions ``start`` and on of sequence ``key``."""
         self._layout.setdefault(key, []).append((row, start, count))
 
-    def states(self, key: Hashable, length: int) -> torch.Tensor:
-        """[length, L, Ht]: the states of positions 0..length-1.
+    def resolve(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
+        """Which row holds each position of each sequence, given all their token ids.
+
+        What an engine found in its prefix cache was computed for an earlier sequence with the same
+        first tokens: those rows are that one's.
+
+        Returns:
+            For each sequence of T tokens int64 [T - 1]: the last token is never an input.
 
         Raises:
-            DraftheadError: a position was never computed (served from a prefix cache, say).
+            DraftheadError: a position was never computed for any of them.
         """
+        found = {key: self._own_rows(key, len(ids) - 1) for key, ids in sequences.items()}
+        lacking = {key: int((rows < 0).sum()) for key, rows in found.items()}
+        depth = max(lacking.values(), default=0)
+        if depth == 0:
+            return found
+        # A trie of first tokens, as deep as the longest cached prefix; node -> row.
+        children: dict[tuple[int, int], int] = {}
+        paths: dict[int, list[int]] = {}
+        row_of: dict[int, int] = {}
+        for key, ids in sequences.items():
+            node, path = 0, []
+            for position in range(min(depth, len(found[key]))):
+                node = children.setdefault((node, int(ids[position])), len(children) + 1)
+                path.append(node)
+                if found[key][position] >= 0:
+                    row_of.setdefault(node, int(found[key][position]))
+            paths[key] = path
+        for key, count in lacking.items():
+            rows = found[key]
+            for position in range(count):
+                if rows[position] < 0:
+                    rows[position] = row_of.get(paths[key][position], -1)
+            if len(rows) and rows.min() < 0:
+                raise DraftheadError(
+                    f"sequence {key}: the engine computed no states at position "
+                    f"{int(rows.argmin())} of {len(rows)}, nor for a sequence that begins alike"
+                )
+        return found
+
+    def _own_rows(self, key: Hashable, length: int) -> np.ndarray:
         rows = np.full(length, -1, np.int64)
         for row, start, count in self._layout.get(key, ()):
             n = min(count, length - start)
             if n > 0:
                 rows[start : start + n] = np.arange(row, row + n)
-        if length and rows.min() < 0:
-            raise DraftheadError(
-                f"sequence {key}: no states at position {int(rows.argmin())} of {length}: the "
-                "engine did not compute it. Mend: capture with prefix caching off"
-            )
-        out = torch.empty(length, *self.shape, dtype=self.dtype)
+        return rows
+
+    def states(self, rows: np.ndarray) -> torch.Tensor:
+        """[n, L, Ht]: the given rows, copied."""
+        out = torch.empty(len(rows), *self.shape, dtype=self.dtype)
         for number in np.unique(rows // SEGMENT_ROWS):
             here = rows // SEGMENT_ROWS == number
             index = torch.from_numpy(rows[here] % SEGMENT_ROWS)

@@ -9,6 +9,7 @@ The layers come in `additional_config["drafthead"]["layers"]`, which is part of 
 cache key: a graph compiled without these outputs is never mistaken for one with them.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +104,11 @@ class _Capture:
         loaded = load_target(target)
         self._checker = Checker(loaded, options["positions"], options["greedy"])
 
-    def drafthead_unit(self, unit: int, manifest: list[dict]) -> str | None:
-        """Hand what was recorded for ``manifest``'s sequences to the writer, as ``unit``.
+    def drafthead_unit(
+        self, unit: int, sequences: list[tuple[int, list[int]]], wanted: list[dict]
+    ) -> str | None:
+        """Hand to the writer, as ``unit``, the states of ``wanted`` (see ``engine.Wanted``).
+        ``sequences``: key and token ids of all that the engine ran since the last unit.
 
         Returns:
             What went wrong with this or an earlier unit, or None.
@@ -113,8 +117,8 @@ class _Capture:
             return None
         assert self._writer is not None
         try:
-            captured, meta = self._tap.take(), self._writer.meta
-            samples = (_sample(item, captured, len(meta.aux_layers)) for item in manifest)
+            meta = self._writer.meta
+            samples = _samples(self._tap.take(), dict(sequences), wanted, len(meta.aux_layers))
             checks: dict[str, Any] = {}
             self._writer.submit(unit, self._checker.watch(samples, meta, checks), checks)
         except DraftheadError as error:
@@ -136,18 +140,23 @@ class _Capture:
         return None if self._tap is None else {"waits": self._tap.waits}
 
 
-def _sample(item: dict, captured: Captured, num_aux: int) -> Sample:
-    """A sample from its line of the manifest: ``key``, ``ids``, ``loss_mask``, ``prompt_len``,
-    ``conversation``, ``split``. The last token was never an input, so it has no state."""
-    return Sample(
-        ids=torch.tensor(item["ids"], dtype=torch.int32),
-        loss_mask=torch.tensor(item["loss_mask"], dtype=torch.bool),
-        states=captured.states(item["key"], len(item["ids"]) - 1),
-        num_aux=num_aux,
-        prompt_len=item["prompt_len"],
-        conversation=item["conversation"],
-        split=item["split"],
-    )
+def _samples(
+    captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], num_aux: int
+) -> Iterator[Sample]:
+    rows = captured.resolve(sequences)
+    for item in wanted:
+        ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
+        yield Sample(
+            ids=ids,
+            loss_mask=mask,
+            states=captured.states(rows[item["key"]]),
+            num_aux=num_aux,
+            prompt_len=item["prompt_len"],
+            conversation=item["conversation"],
+            split=item["split"],
+        )
 
 
 class CaptureWorker(_Capture, Worker):
