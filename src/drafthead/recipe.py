@@ -123,6 +123,13 @@ class HeadSection(Section):
     """RMS-norm the joined auxiliary states before `fc`."""
     fc_norm: bool = False
     """RMS-norm each auxiliary state by itself before `fc`."""
+    norm_output: bool = False
+    """Feed the state after the final norm, not before it, to the next draft step."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=4)] = 1
+    """Decoder layers; each one more is read again at every draft step."""
+    layer_from_target: bool = False
+    """Start the first layer from the target's last attention layer instead of at random; only
+    for targets laid out as Llama."""
 
 
 class TrainSection(Section):

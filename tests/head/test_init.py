@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 from drafthead.errors import DraftheadError
 from drafthead.head.config import HeadConfig, head_config
-from drafthead.head.init import init_from_target, target_layer
+from drafthead.head.init import init_from_target, new_head, target_layer
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import HeadSection
 from drafthead.targets import load_target
@@ -39,6 +39,19 @@ def test_the_recipe_leaves_open_what_the_target_says(target):
     assert made.draft_vocab_size == 100
     with pytest.raises(DraftheadError, match="leave it out"):
         head_config(HeadSection(hidden_size=32), target, (1, 2, 3), 100)
+
+
+def test_a_recipe_makes_a_head(target):
+    section = HeadSection(
+        intermediate_size=128, num_hidden_layers=2, norm_output=True, layer_from_target=True
+    )
+    head = new_head(section, target, (1, 3), D2T, seed=3)
+    assert len(head.layers) == 2
+    assert head.config.norm_output
+    assert head.config.aux_layer_ids == (1, 3)
+    taken = target_layer(target)["mlp.up_proj.weight"]
+    assert torch.equal(head.layers[0].mlp.up_proj.weight, taken)
+    assert not torch.equal(head.layers[1].mlp.up_proj.weight, taken)
 
 
 def test_vocabulary_side_is_the_targets(target):

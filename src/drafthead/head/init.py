@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from drafthead.errors import DraftheadError
-from drafthead.head.config import HeadConfig
+from drafthead.head.config import HeadConfig, head_config
 from drafthead.head.model import Eagle3Head
+from drafthead.recipe import HeadSection
 from drafthead.targets import Target
 
 STD = 0.02  # Llama's initializer_range
@@ -15,6 +16,24 @@ LLAMA_LAYER = {
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
 }
+
+
+def new_head(
+    section: HeadSection, target: Target, aux_layer_ids: tuple[int, ...], d2t: Tensor, seed: int
+) -> Eagle3Head:
+    """The head that a recipe's `head` section asks for, before its first step; float32.
+
+    d2t int64 [Vd]: the draft vocabulary. Raises `DraftheadError` where recipe and target do not
+    fit together.
+    """
+    return init_from_target(
+        head_config(section, target, aux_layer_ids, len(d2t)),
+        d2t,
+        target.lm_head(),
+        target.final_norm()[0],
+        layer=target_layer(target) if section.layer_from_target else None,
+        seed=seed,
+    )
 
 
 @torch.no_grad()
