@@ -66,9 +66,10 @@ def shapes(base: dict, tiny: bool) -> dict[str, HeadConfig]:
     return {name: HeadConfig(**{**base, **change}) for name, change in changes.items()}
 
 
-def draft_step(
-    config: HeadConfig, context: int, device: torch.device
-) -> Callable[[], torch.Tensor]:
+Step = Callable[[], torch.Tensor]
+
+
+def draft_step(config: HeadConfig, context: int, device: torch.device) -> Step:
     """A function that drafts one token with a random head over a full cache."""
     torch.manual_seed(0)
     head = Eagle3Head(config).to(device, torch.bfloat16)
