@@ -37,6 +37,7 @@ from drafthead.head.model import Eagle3Head
 from drafthead.states import Sample
 from drafthead.train.batches import Batch, assemble
 from drafthead.train.losses import Teacher
+from drafthead.train.operations import matmul_rate, operations
 from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.step import Objective, TrainStep
 
@@ -84,28 +85,6 @@ def documents(shape: Shape, seed: int) -> list[Sample]:
     ]
 
 
-def operations(shape: Shape, batch: Batch, steps: int) -> float:
-    """Floating-point operations that the step needs, multiply and add counted as two.
-
-    A product of [n, k] by [k, m] is 2 n k m, three times that where the gradients of both sides are
-    needed, twice where only the weight's is. Recomputed or skipped work does not change the count.
-    """
-    h, qkv = shape.hidden, (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    q, kv = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
-    positions, live, rows = batch.tokens, len(batch.live), int(batch.has_row.sum())
-    first = 2 * positions * (2 * shape.aux * h * h + 3 * 2 * h * kv) + 2 * live * 3 * 2 * h * q
-    later = (steps - 1) * 2 * live * 3 * 2 * h * qkv
-    layer = steps * 2 * live * 3 * (q * h + 3 * h * shape.mlp)
-    pairs = sum(
-        a * (b - a) + a * (a + 1) / 2
-        for a, b in zip(batch.documents.q_lengths, batch.documents.k_lengths)
-    )
-    attention = steps * 3.5 * 4 * q * pairs  # two products forward, five backward
-    head = 2 * rows * 3 * h * shape.draft_vocab
-    teacher = 2 * len(batch.labels) * h * shape.draft_vocab
-    return first + later + layer + attention + head + teacher
-
-
 class Ours:
     """drafthead's step."""
 
@@ -145,7 +124,7 @@ class Ours:
         self.start = {name: t.cpu().clone() for name, t in head.state_dict().items()}
         self.step = TrainStep(head, embedding, teacher, objective, compiled=options.compile)
         self.optimizer = AdamW(head.named_parameters(), AdamWSettings())
-        self.operations = operations(shape, self.batches[0], steps)
+        self.operations = operations(config, self.batches[0])
 
     def run(self, number: int) -> torch.Tensor:
         batch = self.batches[number % len(self.batches)]
@@ -339,22 +318,6 @@ def profile(side, device, path: Path) -> None:
     path.with_suffix(".txt").write_text(table)
 
 
-def ceiling(device) -> float | None:
-    """Measured bf16 product rate in TFLOP/s at 8192 x 8192 x 8192."""
-    if device.type != "cuda":
-        return None
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = 0.0
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        synchronize(device)
-        best = max(best, 10 * 2 * 8192**3 / (time.perf_counter() - start) / 1e12)
-    return best
-
-
 def check(device) -> dict:
     """Kernels against plain twins on this device; raises where they part."""
     import pytest
@@ -387,6 +350,7 @@ def main() -> None:
         options.blocks, options.steps, options.warmup = 2, 2, 1
     options.compile = options.compile and device.type == "cuda"
     find_peers(options.peers)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     record: dict = {
         "benchmark": "train_step",
         "date": time.strftime("%Y-%m-%d"),
@@ -395,15 +359,14 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "shape": dataclasses.asdict(TINY if options.tiny else Shape()),
         "operations": operations.__doc__,
-        "bf16_ceiling_tflops": ceiling(device),
+        "matmul_ceiling_tflops": matmul_rate(device, dtype) / 1e12,
         "cases": [],
     }
     if options.check:
         record |= check(device)
     for ttt in (int(part) for part in options.ttt.split(",")):
         found = case(TINY if options.tiny else Shape(), ttt, device, options, options.out)
-        if record["bf16_ceiling_tflops"]:
-            found["drafthead"]["mfu"] = found["drafthead"]["tflops"] / record["bf16_ceiling_tflops"]
+        found["drafthead"]["mfu"] = found["drafthead"]["tflops"] / record["matmul_ceiling_tflops"]
         record["cases"].append(found)
         write_json(options.out / "train_step.json", record)
         print(json.dumps(found, indent=1), flush=True)

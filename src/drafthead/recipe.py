@@ -137,6 +137,9 @@ class TrainSection(Section):
 
     epochs: Annotated[float, Field(gt=0)] = 3
     """Passes over the training states; the published head took 3."""
+    start_from: str | None = None
+    """A head to go on from, in vLLM's or speculators' format (`drafthead train --from HEAD`); None
+    starts from the target's own weights."""
     ttt_steps: Annotated[int, Field(ge=1, le=8)] = 3
     """Steps of training-time test: the head learns from its own states as it will at draft
     position 1..n. 1 is the published recipe (fit for k=1 only)."""
@@ -145,6 +148,8 @@ class TrainSection(Section):
     loss: Literal["kl", "ce+smoothl1"] = "kl"
     """`kl`: against the target's distribution over the draft vocabulary. `ce+smoothl1`: the
     published head's loss."""
+    regression_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of SmoothL1 beside cross-entropy in `ce+smoothl1`; the published page names none."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -155,14 +160,19 @@ class TrainSection(Section):
     """Share of the steps that the learning rate rises over, before the cosine."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
-    tokens_per_step: Annotated[int, Field(gt=0)] = 8192
-    """Tokens of one packed row, the unit of a step and a process."""
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    """Rows of one optimizer step, for each process."""
+    row_tokens: Annotated[int, Field(gt=0)] = 8192
+    """Tokens of one packed row, which runs through the head at once: fills a large GPU; a longer
+    conversation is cut there."""
+    rows_per_step: Annotated[int, Field(ge=1)] | None = None
+    """Packed rows of an optimizer step over all processes together; more than processes means
+    accumulation. None: one for each process of the first start. The result does not depend on how
+    many processes share the work."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between held-out evaluations; None is ten times in a run."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations without a better accepted length; None never stops."""
+    track: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
+    """Trackers to report to beside JSON lines and TensorBoard, if installed."""
     seed: int = 0
     """Seed of initialisation and of the order of the data."""
 

@@ -56,7 +56,7 @@ STAGES = (
     Stage(
         "train",
         "the head, and its held-out acceptance",
-        "drafthead.train:train",
+        "drafthead.train.stage:train",
         ("vocab", "head", "train"),
         "capture",
         costly=True,

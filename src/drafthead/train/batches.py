@@ -14,7 +14,7 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -55,6 +55,8 @@ class Batch:
     """int [T, n]: the supervised token of each live position at each step, -1 for none."""
     has_row: Tensor
     """bool [T, M]: False where the token has no row at that step (it stands too early)."""
+    rows: int
+    """How many rows there are: the sum of `has_row`, known on the host."""
 
     @property
     def tokens(self) -> int:
@@ -153,6 +155,7 @@ def assemble(samples: list[Sample], steps: int, to_draft: Tensor, tokens: int) -
         student=rows.clamp(min=0),
         student_of=student_of[:, :-1],
         has_row=rows >= 0,
+        rows=int((rows >= 0).sum()),
     )
 
 
@@ -161,7 +164,7 @@ def prefetch(
     numbers: Iterable[int],
     device: torch.device,
     depth: int = 3,
-) -> Iterator[Batch | None]:
+) -> Generator[Batch | None, None, None]:
     """`make(number)` for each number, up to `depth` ahead, in a thread, on the device.
 
     On a GPU the copy runs on its own stream from pinned memory, beside the computation.

@@ -165,7 +165,7 @@ class _FusedLoss(torch.autograd.Function):
             losses, gradient, predicted = rule(logits, soft, labels[part], weights[:, part], kind)
             loss += losses.sum()
             correct += ((predicted == labels[part]) & (weights[:, part] > 0)).sum(-1)
-            if wants_grad:
+            if d_normed is not None and d_head is not None:
                 gradient = gradient.view(-1, lm_head.shape[0])
                 d_normed[:, part] = (gradient @ lm_head).view(steps, -1, width)
                 d_head.addmm_(gradient.t(), rows)

@@ -111,18 +111,18 @@ class AdamW:
         return norm
 
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights by name."""
+        """The fp32 weights by name, on the CPU."""
         return {
-            n: join(p.data, self.low[n]) if n in self.low else p.data.float()
+            n: join(p.data.cpu(), self.low[n].cpu()) if n in self.low else p.data.float().cpu()
             for n, p in self.parameters.items()
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters and moments as fp32 tensors, the same on every device and in every dtype."""
+        """Masters and moments as fp32 tensors on the CPU, whatever the device and dtype."""
         return {
             **{f"master.{n}": t for n, t in self.masters().items()},
-            **{f"mean.{n}": t for n, t in self.mean.items()},
-            **{f"square.{n}": t for n, t in self.square.items()},
+            **{f"mean.{n}": t.cpu() for n, t in self.mean.items()},
+            **{f"square.{n}": t.cpu() for n, t in self.square.items()},
         }
 
     @torch.no_grad()

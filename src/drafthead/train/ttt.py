@@ -137,8 +137,8 @@ class TrainingTimeTest:
                 q, k, v = self._project(layer, x, cos, sin)
                 for kept, new in zip(own[index], (k, v)):
                     kept.append(new)
-                diagonals = (torch.stack(kept) for kept in own[index])
-                attended = attention(q, *prefix[index], *diagonals, docs)
+                own_k, own_v = (torch.stack(kept) for kept in own[index])
+                attended = attention(q, *prefix[index], own_k, own_v, docs)
                 hidden = self._outputs(layer, attended, residual)
             states.append(self._select(head, hidden, batch.student[step], batch.student_of[step]))
         return torch.stack(states)

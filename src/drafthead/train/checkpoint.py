@@ -1,0 +1,68 @@
+"""Where training was: masters, moments and counters, so that a killed run goes on as if it had not
+been. No random numbers are drawn after the start, so there is no generator to keep."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import atomic_dir, read_json, write_json
+from drafthead.train.optimizer import AdamW
+
+
+@dataclass
+class Progress:
+    """Everything beside tensors that the next step depends on."""
+
+    inputs: str
+    """Fingerprint of what the run was started with; another one cannot go on from here."""
+    rows_per_step: int
+    step: int = 0
+    """Optimizer steps done."""
+    seconds: float = 0.0
+    """Time spent in training, evaluation included, over all starts."""
+    best_step: int = -1
+    best_length: float = 0.0
+    """Accepted length of the best evaluation so far."""
+    stale: int = 0
+    """Evaluations since then."""
+    stopped: bool = False
+    """Whether training ended early."""
+
+
+def save(folder: Path, progress: Progress, optimizer: AdamW) -> None:
+    """Write `folder/step-N` and then remove older ones."""
+    with atomic_dir(folder / f"step-{progress.step:08d}") as temporary:
+        save_file(optimizer.state_dict(), temporary / "optimizer.safetensors")
+        write_json(temporary / "progress.json", asdict(progress))
+    for old in _all(folder)[:-1]:
+        shutil.rmtree(old)
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """The counters of the latest checkpoint in `folder`, None if there is none."""
+    found = _all(folder)
+    if not found:
+        return None
+    return Progress(**read_json(found[-1] / "progress.json", "the progress of training"))
+
+
+def load(folder: Path, progress: Progress, optimizer: AdamW) -> None:
+    """Take weights and moments from the checkpoint of `progress`.
+
+    Raises:
+        DraftheadError: unreadable, or of another head.
+    """
+    path = folder / f"step-{progress.step:08d}" / "optimizer.safetensors"
+    try:
+        optimizer.load_state_dict(load_file(path), progress.step)
+    except Exception as error:
+        raise DraftheadError(
+            f"{path}: cannot go on from this checkpoint ({error}); delete {folder} to train anew"
+        ) from error
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))

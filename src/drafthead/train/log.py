@@ -1,0 +1,115 @@
+"""What training tells: a line on the terminal, JSON lines, TensorBoard and other trackers."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import disk_errors, write_bytes
+
+
+class Log:
+    """Metrics of a run, by step. Opening it cuts off what a killed run wrote after `step`.
+
+    folder: `metrics.jsonl` and `tensorboard/` go there. trackers: "wandb" and "trackio", used
+    through their `init` and `log`. total: steps of the run. `quiet` is for processes that only
+    compute. A context manager.
+
+    Raises:
+        DraftheadError: a tracker that is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        total: int,
+        name: str,
+        trackers: list[str],
+        console: Console,
+        quiet: bool = False,
+    ):
+        self.quiet, self.name, self.console = quiet, name, console
+        self.trackers: list[Any] = []
+        if quiet:
+            return
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        for tracker in trackers:
+            try:
+                module = importlib.import_module(tracker)
+            except ImportError:
+                raise DraftheadError(
+                    f"recipe: train.track names {tracker}, which is not installed: "
+                    f"pip install {tracker}"
+                ) from None
+            module.init(project="drafthead", name=name, resume="allow")
+            self.trackers.append(module)
+        self.bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", total=total, completed=step, figures="")
+        self.length: float | None = None
+
+    def __enter__(self) -> "Log":
+        if not self.quiet:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.quiet:
+            return
+        self.bar.stop()
+        self.board.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def write(self, step: int, metrics: dict[str, float | list[float]]) -> None:
+        """Record metrics of `step`; a list goes by position. Known names also show in the line."""
+        if self.quiet:
+            return
+        flat: dict[str, float] = {}
+        for name, value in metrics.items():
+            values = value if isinstance(value, list) else [value]
+            names = [f"{name}/{i + 1}" for i in range(len(values))]
+            flat |= dict(zip(names if isinstance(value, list) else [name], values))
+        with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, number in flat.items():
+            self.board.add_scalar(name, number, step)
+        for tracker in self.trackers:
+            tracker.log(flat, step=step)
+        self.length = flat.get("accepted_length", self.length)
+        if "loss" in flat:
+            figures = f"loss {flat['loss']:.3f} · {flat['tokens_per_s']:,.0f} tokens/s"
+            figures += f" · MFU {flat['mfu']:.0%}"
+            if self.length is not None:
+                figures += f" · accepted {self.length:.2f}"
+            self.bar.update(self.task, completed=step, figures=figures)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of a `metrics.jsonl`; a last one that a kill cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found

@@ -1,0 +1,329 @@
+"""The training loop: rows in, a head out, at any moment ready to be killed."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import fingerprint, write_json
+from drafthead.head.checkpoint import load_head, save_head
+from drafthead.head.formats import Provenance
+from drafthead.head.model import Eagle3Head
+from drafthead.recipe import TrainSection
+from drafthead.states import StateReader
+from drafthead.train import checkpoint
+from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
+from drafthead.train.evaluate import Acceptance, evaluate
+from drafthead.train.log import Log
+from drafthead.train.losses import Teacher
+from drafthead.train.meter import Meter
+from drafthead.train.operations import matmul_rate
+from drafthead.train.optimizer import AdamW, AdamWSettings
+from drafthead.train.parallel import World
+from drafthead.train.plan import Plan
+from drafthead.train.step import Objective, TrainStep
+
+LOG_EVERY = 10  # steps between two questions to the device; in between it is never waited for
+CHECKPOINT_SHARE = 0.02  # of the time may go into checkpoints
+CHECKPOINT_SECONDS = 20.0  # and at least so much lies between two
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what. Tensors on the CPU, in the type they are stored in."""
+
+    head: Eagle3Head
+    """Where training starts; float32."""
+    embedding: Tensor
+    """[V, H]: the target's, frozen (or the head's own)."""
+    teacher: Teacher
+    reader: StateReader
+    settings: TrainSection
+    k: int
+    """Drafts a step when served: the best head is the one with the highest accepted length at k."""
+    provenance: Provenance
+    own_embedding: bool = False
+    """Whether the head brings `embedding` and is saved with it."""
+    name: str = "head"
+
+
+def learning_rate(settings: TrainSection, step: int, steps: int) -> float:
+    """Rate of `step` (from 0): linear warm-up, then a cosine that would reach zero at `steps`."""
+    warmup = round(settings.warmup_ratio * steps)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def fit(task: Task, folder: Path, world: World, console: Console) -> dict:
+    """Train, going on from a checkpoint in `folder` if there is one.
+
+    Leaves `folder/best` (the head with the highest held-out accepted length, bf16, as vLLM reads
+    it), `folder/best.json` (its evaluation), `metrics.jsonl`, `tensorboard/`, `checkpoint/`.
+    Returns `best.json`'s content and how training went.
+
+    Raises:
+        DraftheadError: data that does not fit, a loss that is not finite, a full disk.
+    """
+    return _Fit(task, folder, world, console).run()
+
+
+class _Fit:
+    def __init__(self, task: Task, folder: Path, world: World, console: Console):
+        self.task, self.folder, self.world, self.console = task, folder, world, console
+        settings, device = task.settings, world.device
+        self.found = checkpoint.read_progress(folder / "checkpoint")
+        rows_per_step = (
+            self.found.rows_per_step if self.found else settings.rows_per_step or world.size
+        )
+        if rows_per_step < world.size:
+            raise DraftheadError(
+                f"{world.size} processes for steps of {rows_per_step} rows: set "
+                f"train.rows_per_step to {world.size} or more, or start fewer processes"
+            )
+        self.plan = Plan.make(
+            task.reader, settings.epochs, settings.row_tokens, rows_per_step, settings.seed
+        )
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.head = task.head.to(device, self.dtype)
+        self.embedding = task.embedding.to(device, self.dtype)
+        weight, eps, rows = task.teacher.norm_weight, task.teacher.eps, task.teacher.head
+        teacher = Teacher(weight.to(device, self.dtype), eps, rows.to(device, self.dtype))
+        objective = Objective(
+            settings.loss, settings.ttt_steps, settings.ttt_decay, settings.regression_weight
+        )
+        self.step = TrainStep(
+            self.head, self.embedding, teacher, objective, compiled=device.type == "cuda"
+        )
+        self.optimizer = AdamW(
+            self.head.named_parameters(),
+            AdamWSettings(
+                *settings.betas,
+                weight_decay=settings.weight_decay,
+                max_grad_norm=settings.max_grad_norm,
+            ),
+        )
+        self.to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
+        every = settings.eval_every or -(-self.plan.steps // 10)
+        self.eval_steps = {*range(every, self.plan.steps, every), self.plan.steps}
+        inputs = fingerprint(
+            [settings.model_dump(mode="json"), self.plan.fingerprint, task.reader.meta.fingerprint]
+        )
+        self.progress = self.found or checkpoint.Progress(inputs, rows_per_step)
+        if self.found:
+            if self.found.inputs != inputs:
+                raise DraftheadError(
+                    f"{folder}/checkpoint: made with other settings or states; give this run "
+                    "another name, or pass --overwrite to train anew"
+                )
+            checkpoint.load(folder / "checkpoint", self.found, self.optimizer)
+
+    def make(self, number: int) -> Batch | None:
+        """Read and pack row `number` of the plan."""
+        samples = [self.task.reader[index] for index in self.plan.rows[number]]
+        settings = self.task.settings
+        batch = assemble(samples, settings.ttt_steps, self.to_draft, settings.row_tokens)
+        return batch if batch is None else batch.map(self._shrink)
+
+    def _shrink(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype) if x.is_floating_point() else x
+
+    def run(self) -> dict:
+        progress, world, plan = self.progress, self.world, self.plan
+        rate = matmul_rate(world.device, self.dtype)
+        log = Log(
+            self.folder,
+            progress.step,
+            plan.steps,
+            self.task.name,
+            list(self.task.settings.track),
+            self.console,
+            quiet=not world.first,
+        )
+        numbers = (
+            number
+            for step in range(progress.step, plan.steps)
+            for number in plan.row_numbers(step, world.rank, world.size)
+        )
+        batches = prefetch(self.make, numbers, world.device)
+        meter = Meter(world, self.task.settings.ttt_steps, rate)
+        started = saved = time.monotonic()
+        before, cost = progress.seconds, 0.0
+        with log:
+            try:
+                while progress.step < plan.steps and not progress.stopped:
+                    rows = plan.row_numbers(progress.step, world.rank, world.size)
+                    norm = self._step([next(batches) for _ in rows], meter)
+                    progress.step += 1
+                    now = time.monotonic()
+                    progress.seconds = before + now - started
+                    evaluating = progress.step in self.eval_steps
+                    meter.update(norm, progress.step)
+                    if evaluating or progress.step % LOG_EVERY == 0:
+                        self._report(meter, log)
+                    if evaluating:
+                        self._evaluate(log)
+                        meter.restart()
+                    due = max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE)
+                    if evaluating or now - saved > due:
+                        begun = time.monotonic()
+                        self._save()
+                        saved = time.monotonic()
+                        cost = saved - begun
+            finally:
+                batches.close()
+        return self._finish(plan)
+
+    def _step(self, batches: list[Batch | None], meter: Meter) -> Tensor:
+        """Gradients of this process's rows, summed over all, and one update."""
+        device, supervised = self.world.device, 0
+        for batch in batches:
+            if batch is None:
+                continue
+            loss, correct = self.step.backward(batch)
+            supervised += len(batch.labels)
+            meter.add(loss, correct, batch, self.head)
+        count = torch.full((), float(supervised), device=device)
+        if self.world.size > 1:
+            for p in self.optimizer.parameters.values():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.world.sum([*self.optimizer.gradients(), count])
+        if not self.optimizer.gradients():
+            return torch.zeros((), device=device)
+        lr = learning_rate(self.task.settings, self.progress.step, self.plan.steps)
+        return self.optimizer.step(lr, count)
+
+    def _report(self, meter: Meter, log: Log) -> None:
+        metrics, bad = meter.read()
+        if bad is not None:
+            raise DraftheadError(self._name_bad(bad - 1))
+        done = self.progress.step - 1
+        rate = learning_rate(self.task.settings, done, self.plan.steps)
+        log.write(self.progress.step, {**metrics, "learning_rate": rate})
+
+    def _name_bad(self, step: int) -> str:
+        """Which conversations were in a step whose gradient is not finite, and what to do."""
+        reader = self.task.reader
+        indices = [i for number in self.plan.row_numbers(step) for i in self.plan.rows[number]]
+        broken = [i for i in indices if not reader[i].states.isfinite().all()]
+        names = [str(reader.conversation[i]) for i in broken or indices]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        if broken:
+            return (
+                f"step {step + 1}: states that are not finite, of conversation {shown}; run "
+                f"`drafthead states check {reader.path} --repair`"
+            )
+        return (
+            f"step {step + 1}: the gradient is not finite though all states are (conversations "
+            f"{shown}); lower train.learning_rate. No weight was changed by this step or later "
+            "ones that failed; the last checkpoint is sound"
+        )
+
+    def _evaluate(self, log: Log) -> None:
+        """Held-out accepted length as served, its share on each process; keeps the best head."""
+        total = self.acceptance([self.task.k])[0]
+        progress = self.progress
+        better = total.accepted_length > progress.best_length
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best_length, progress.best_step = total.accepted_length, progress.step
+            if self.world.first:
+                self._save_best()
+        patience = self.task.settings.patience
+        progress.stopped = patience is not None and progress.stale >= patience
+        log.write(
+            progress.step,
+            {
+                "accepted_length": total.accepted_length,
+                "acceptance": total.acceptance,
+                "conditional_acceptance": total.conditional,
+                "seconds": progress.seconds,
+            },
+        )
+        if self.world.first:
+            self.console.print(
+                f"step {progress.step}/{self.plan.steps}: held-out accepted length at k="
+                f"{total.k}: {total.accepted_length:.3f}" + (" (best)" if better else "")
+            )
+
+    def acceptance(self, ks: list[int]) -> list[Acceptance]:
+        """Counts over all held-out answers at each k, summed over processes."""
+        reader, world = self.task.reader, self.world
+        indices = [i for i in reader.indices("heldout") if reader.tokens[i] - reader.prompt[i] > 1]
+        if not indices:
+            raise DraftheadError(
+                f"{reader.path}: no held-out answer of two tokens or more; set prompts.heldout and "
+                "capture again"
+            )
+        own = indices[world.rank :: world.size]
+        samples = (reader[int(i)] for i in own)
+        totals = [Acceptance(k) for k in ks]
+        if own:
+            totals = evaluate(self.head, self.embedding, samples, ks)
+        for total in totals:
+            counts = [total.known, total.accepted, total.outside, total.past_end]
+            tensors = [torch.tensor(total.steps), *(torch.from_numpy(c) for c in counts)]
+            moved = [t.to(world.device) for t in tensors]
+            world.sum(moved)
+            total.steps = int(moved[0])
+            for name, t in zip(("known", "accepted", "outside", "past_end"), moved[1:]):
+                setattr(total, name, t.cpu().numpy())
+        return totals
+
+    def _positions(self, steps: int) -> int:
+        """Positions packed into the first `steps` steps."""
+        rows = self.plan.rows[: steps * self.plan.rows_per_step]
+        longest = self.task.settings.row_tokens
+        return sum(min(int(self.task.reader.tokens[i]) - 2, longest) for row in rows for i in row)
+
+    def _save_best(self) -> None:
+        about = {"step": self.progress.step, "accepted_length": self.progress.best_length}
+        provenance = self.task.provenance
+        save_head(
+            self.head,
+            self.folder / "best",
+            Provenance(
+                provenance.target,
+                provenance.target_fingerprint,
+                provenance.target_architectures,
+                trained={**about, "k": self.task.k},
+            ),
+            speculative_tokens=self.task.k,
+            embedding=self.embedding if self.task.own_embedding else None,
+        )
+
+    def _save(self) -> None:
+        """All processes hold the same, so one writes and none has to wait for it."""
+        if self.world.first:
+            checkpoint.save(self.folder / "checkpoint", self.progress, self.optimizer)
+
+    def _finish(self, plan: Plan) -> dict:
+        """Evaluate the best head once more, from its file and at every k up to 5."""
+        best = load_head(self.folder / "best").head
+        self.head.load_state_dict(best.to(self.dtype).state_dict())
+        ks = sorted({*range(1, 6), self.task.k})
+        totals = self.acceptance(ks)
+        at_k = totals[ks.index(self.task.k)]
+        progress = self.progress
+        summary = {
+            "steps": progress.step,
+            "planned_steps": plan.steps,
+            "stopped_early": progress.stopped,
+            "tokens": self._positions(progress.step),
+            "train_seconds": round(progress.seconds, 1),
+            "best_step": progress.best_step,
+            "k": self.task.k,
+            "accepted_length": at_k.accepted_length,
+            "predicted_acceptance_by_position": at_k.acceptance,
+            "heldout": [total.summary() for total in totals],
+        }
+        if self.world.first:
+            write_json(self.folder / "best.json", summary)
+        self.world.barrier()
+        return summary

@@ -1,0 +1,68 @@
+"""Figures of training, summed on the device and read seldom."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from drafthead.head.model import Eagle3Head
+from drafthead.train.batches import Batch
+from drafthead.train.operations import operations
+from drafthead.train.parallel import World
+
+
+class Meter:
+    """Sums between two looks. Only `read` waits for the device.
+
+    steps: T of training-time test. rate: operations per second of a perfect process.
+    """
+
+    def __init__(self, world: World, steps: int, rate: float):
+        self.world, self.rate = world, rate * world.size
+        self.bad = torch.full((), -1.0, device=world.device)
+        self.sums = torch.zeros(1 + 2 * steps, device=world.device)
+        self.host = torch.zeros(3, dtype=torch.float64)  # supervised, positions, operations
+        self.norm = torch.zeros((), device=world.device)
+        self.updates = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock again, after something that is not training."""
+        self.since = time.monotonic()
+
+    def add(self, loss: Tensor, correct: Tensor, batch: Batch, head: Eagle3Head) -> None:
+        """Count one row: its summed loss, its correct predictions of each step [T]."""
+        self.sums[0] += loss
+        self.sums[1:] += torch.cat([correct, batch.has_row.sum(-1)])
+        self.host += torch.tensor(
+            [len(batch.labels), batch.tokens, operations(head.config, batch)], dtype=torch.float64
+        )
+
+    def update(self, norm: Tensor, step: int) -> None:
+        """Count one update, the `step`-th of the run, whose gradient had `norm`."""
+        self.updates += 1
+        self.norm += norm
+        self.bad = torch.where((self.bad < 0) & ~norm.isfinite(), float(step), self.bad)
+
+    def read(self) -> tuple[dict[str, float | list[float]], int | None]:
+        """Figures since the last look, over all processes, and the first step that went wrong."""
+        host = self.host.to(self.world.device, torch.float32)
+        self.world.sum([self.sums, host])
+        loss, *rest = self.sums.tolist()
+        supervised, positions, count = host.tolist()
+        half = len(rest) // 2
+        seconds = time.monotonic() - self.since
+        bad = int(self.bad)
+        figures: dict[str, float | list[float]] = {
+            "loss": loss / max(1.0, supervised),
+            "accuracy": [c / max(1.0, r) for c, r in zip(rest[:half], rest[half:])],
+            "gradient_norm": float(self.norm) / max(1, self.updates),
+            "tokens_per_s": positions / seconds,
+            "mfu": count / seconds / self.rate,
+        }
+        self.sums.zero_()
+        self.host.zero_()
+        self.norm.zero_()
+        self.updates = 0
+        self.restart()
+        return figures, bad if bad >= 0 else None

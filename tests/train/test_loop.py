@@ -1,0 +1,290 @@
+"""The loop: it learns, it goes on after a kill as if nothing had been, alone or with others."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from drafthead.errors import DraftheadError
+from drafthead.head.checkpoint import load_head
+from drafthead.recipe import TrainSection
+from drafthead.train import checkpoint
+from drafthead.train.batches import assemble, draft_ids
+from drafthead.train.log import read_metrics
+from drafthead.train.loop import fit, learning_rate
+from drafthead.train.parallel import World
+from drafthead.train.step import Objective, TrainStep
+from tests.train.toy import make_task, write_store
+
+ALONE = World(0, 1, torch.device("cpu"))
+REPO = Path(__file__).parents[2]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy") / "states"
+    write_store(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes it is compared with
+    fit(make_task(store), folder, ALONE, quiet())
+    torch.set_num_threads(threads)
+    return folder
+
+
+def run(store, folder, processes=1, die_at=None, **settings):
+    """`fit` in processes of its own, killed after step `die_at` if given; returns its exit code."""
+    code = f"""
+import io, os, signal
+import torch
+from pathlib import Path
+from rich.console import Console
+torch.set_num_threads(1)
+from drafthead.train import checkpoint, loop
+from drafthead.train.parallel import World
+from drafthead.train.step import Objective, TrainStep
+from tests.train.toy import make_task
+loop.CHECKPOINT_SECONDS = 0.0  # one after every step
+loop.CHECKPOINT_SHARE = 1e9
+die_at, original = {die_at!r}, loop._Fit._step
+def step(self, *arguments):
+    if self.progress.step == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments)
+loop._Fit._step = step
+world = World.join()
+task = make_task(Path({str(store)!r}), **{settings!r})
+loop.fit(task, Path({str(folder)!r}), world, Console(file=io.StringIO()))
+world.leave()
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{REPO}", "OMP_NUM_THREADS": "1"}
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        script = folder.with_suffix(".py")
+        script.write_text(code)
+        command = [*start, str(script)]
+    else:
+        command = [*start, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if die_at is None:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+def weights(folder):
+    return load_file(folder / "best" / "model.safetensors")
+
+
+def curve(folder):
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1"])
+def test_learns_a_rule_and_leaves_a_head_that_vllm_reads(store, tmp_path, loss):
+    console = quiet()
+    summary = fit(
+        make_task(store, loss=loss, epochs=24, learning_rate=2e-2), tmp_path, ALONE, console
+    )
+    assert summary["accepted_length"] > 2.3
+    losses = curve(tmp_path)
+    assert losses[-1] < 0.3 * losses[0]
+    loaded = load_head(tmp_path / "best")
+    assert loaded.read.provenance["trained"]["step"] == summary["best_step"]
+    assert json.loads((tmp_path / "best.json").read_text()) == summary
+    assert [h["k"] for h in summary["heldout"]] == [1, 2, 3, 4, 5]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    best = max(line["accepted_length"] for line in lines if "accepted_length" in line)
+    at_best = [line["step"] for line in lines if line.get("accepted_length") == best]
+    assert summary["best_step"] == at_best[0]
+    assert any((tmp_path / "tensorboard").iterdir())
+    assert "held-out accepted length at k=3" in console.file.getvalue()
+
+
+def assert_same_weights(folder, other, **tolerance):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if tolerance:
+            torch.testing.assert_close(ours[name], theirs[name], **tolerance)
+        else:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_killed_run_ends_with_the_same_bits(store, whole, tmp_path):
+    killed = tmp_path / "killed"
+    assert run(store, killed, die_at=5) == -signal.SIGKILL
+    assert run(store, killed, die_at=9) == -signal.SIGKILL
+    assert checkpoint.read_progress(killed / "checkpoint").step == 9
+    run(store, killed)
+    assert_same_weights(killed, whole)
+    # The look after a start sums fewer steps; every later one is the same to the last bit.
+    assert curve(killed)[-4:] == curve(whole)[-4:]
+    last = lambda folder: next((folder / "checkpoint").glob("step-*/optimizer.safetensors"))
+    assert last(killed).read_bytes() == last(whole).read_bytes()
+
+
+def test_a_kill_at_any_instant(store, whole, tmp_path):
+    """Killed from outside, wherever it happens to be."""
+    code = (
+        "import io, torch; from pathlib import Path; from rich.console import Console\n"
+        "from drafthead.train import loop; from drafthead.train.parallel import World\n"
+        "from tests.train.toy import make_task; torch.set_num_threads(1)\n"
+        "loop.CHECKPOINT_SECONDS = 0.0; loop.CHECKPOINT_SHARE = 1e9; print('up', flush=True)\n"
+        f"loop.fit(make_task(Path({str(store)!r})), Path({str(tmp_path / 'killed')!r}),"
+        " World.join(), Console(file=io.StringIO()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{REPO}", "OMP_NUM_THREADS": "1"}
+    for delay in (0.4, 0.9):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    run(store, tmp_path / "killed")
+    assert_same_weights(tmp_path / "killed", whole)
+
+
+def test_two_processes_follow_the_curve_of_one(store, whole, tmp_path):
+    run(store, tmp_path / "two", processes=2)
+    one, two = curve(whole), curve(tmp_path / "two")
+    assert len(one) > 3
+    assert two == pytest.approx(one, rel=1e-4)
+    lengths = lambda folder: [
+        line["accepted_length"]
+        for line in read_metrics(folder / "metrics.jsonl")
+        if "accepted_length" in line
+    ]
+    assert lengths(tmp_path / "two") == pytest.approx(lengths(whole), rel=0.02)
+
+
+def test_goes_on_with_another_number_of_processes(store, whole, tmp_path):
+    changed = tmp_path / "changed"
+    run(store, changed, processes=2, die_at=6)
+    assert checkpoint.read_progress(changed / "checkpoint").step in (5, 6)
+    run(store, changed)
+    assert curve(changed)[-4:] == pytest.approx(curve(whole)[-4:], rel=1e-4)
+    assert_same_weights(changed, whole, rtol=0.05, atol=5e-3)
+
+
+def test_rows_of_a_step_add_up_to_one_row(store):
+    """Accumulation: the gradients of two rows are those of one row with all their documents."""
+    task = make_task(store)
+    to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
+    step = TrainStep(task.head, task.embedding, task.teacher, Objective())
+    samples = [task.reader[i] for i in (1, 2, 3, 4)]
+
+    def gradients(parts):
+        task.head.zero_grad()
+        for part in parts:
+            batch = assemble(part, 3, to_draft, 1000)
+            assert batch is not None
+            step.backward(batch)
+        return [p.grad.clone() for p in task.head.parameters()]
+
+    for a, b in zip(gradients([samples[:2], samples[2:]]), gradients([samples])):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_states_that_are_not_finite_are_named(tmp_path):
+    write_store(tmp_path / "states", poison=17)
+    with pytest.raises(DraftheadError, match=r"not finite, of conversation c17; run .*--repair"):
+        fit(make_task(tmp_path / "states"), tmp_path / "train", ALONE, quiet())
+
+
+def test_a_learning_rate_that_blows_up_is_said(store, tmp_path):
+    task = make_task(store, learning_rate=1e30, warmup_ratio=0.0)
+    with pytest.raises(DraftheadError, match=r"step \d+: .*lower train.learning_rate"):
+        fit(task, tmp_path, ALONE, quiet())
+
+
+def test_stops_early(store, tmp_path):
+    task = make_task(store, learning_rate=1e-12, patience=2, eval_every=1)
+    summary = fit(task, tmp_path, ALONE, quiet())
+    assert summary["stopped_early"]
+    assert summary["steps"] == 3
+    assert fit(task, tmp_path, ALONE, quiet())["steps"] == 3, "a stopped run stays stopped"
+
+
+def test_other_settings_do_not_go_on(store, tmp_path):
+    fit(make_task(store, epochs=1), tmp_path, ALONE, quiet())
+    with pytest.raises(DraftheadError, match="other settings"):
+        fit(make_task(store, epochs=1, learning_rate=1e-3), tmp_path, ALONE, quiet())
+
+
+def test_too_little_data_for_a_step(store, tmp_path):
+    with pytest.raises(DraftheadError, match=r"a step takes 500.*rows_per_step"):
+        fit(make_task(store, rows_per_step=500), tmp_path, ALONE, quiet())
+
+
+def test_more_processes_than_rows(store, tmp_path):
+    with pytest.raises(DraftheadError, match=r"set train.rows_per_step to 4"):
+        fit(make_task(store), tmp_path, World(0, 4, torch.device("cpu")), quiet())
+
+
+def test_a_tracker_that_is_not_installed(store, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(DraftheadError, match="pip install trackio"):
+        fit(make_task(store, track=["trackio"]), tmp_path, ALONE, quiet())
+
+
+def test_trackers_get_the_figures(store, tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self):
+            self.logged = []
+
+        def init(self, project, name, resume):
+            self.name = name
+
+        def log(self, figures, step):
+            self.logged.append((step, figures))
+
+        def finish(self):
+            self.done = True
+
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fit(make_task(store, track=["wandb"], epochs=1), tmp_path, ALONE, quiet())
+    assert fake.done
+    assert {"loss", "accuracy/1", "acceptance/3", "learning_rate"} <= set().union(
+        *(figures for _, figures in fake.logged)
+    )
+
+
+def test_the_line_on_a_terminal(store, tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    fit(make_task(store), tmp_path, ALONE, console)
+    line = r"loss \d+\.\d+ · [\d,]+ tokens/s · MFU \d+% · accepted \d"
+    assert re.search(line, console.file.getvalue())
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing():
+    settings = TrainSection(learning_rate=1.0, warmup_ratio=0.1)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert max(rates) == rates[9] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 1e-3

@@ -1,0 +1,128 @@
+"""The stage: a recipe's head on a run's states, new or going on from another one."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from drafthead.errors import DraftheadError
+from drafthead.head.checkpoint import load_head, save_head
+from drafthead.head.formats import Provenance
+from drafthead.recipe import Recipe, parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.states import Sample, StateWriter, StoreMeta
+from drafthead.targets import load_target
+from drafthead.train.stage import from_head, make_task, train
+from drafthead.vocab import save_vocab
+
+CONSOLE = Console(file=io.StringIO())
+AUX = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def prepared(llama, tmp_path_factory) -> tuple[Recipe, RunDir]:
+    """A run of the tiny Llama with random states and a vocabulary, ready to train."""
+    target = load_target(llama)
+    run = RunDir(tmp_path_factory.mktemp("runs") / "tiny")
+    write_states(run.states, target)
+    counts = torch.arange(target.vocab_size).numpy()
+    save_vocab(run.vocab, counts, 128, target.eos_token_ids)
+    recipe = parse_recipe(
+        {
+            "name": "tiny",
+            "target": {"path": str(llama)},
+            "prompts": {"sources": [{"path": "p.jsonl"}]},
+            "train": {"epochs": 1, "row_tokens": 64},
+        },
+        "test",
+    )
+    return recipe, run
+
+
+def write_states(path, target, width=None):
+    g = torch.Generator().manual_seed(0)
+    width = width or target.hidden_size
+    meta = StoreMeta(AUX, target.num_layers, width, "bf16", 1, {"target": "tiny"})
+    samples = [
+        Sample(
+            ids=torch.randint(0, target.vocab_size, (30,), generator=g, dtype=torch.int32),
+            loss_mask=torch.arange(30) >= 10,
+            states=torch.randn(29, 3, width, generator=g).bfloat16(),
+            num_aux=2,
+            prompt_len=10,
+            conversation=f"c{number}",
+            split="heldout" if number == 0 else "train",
+        )
+        for number in range(7)
+    ]
+    with StateWriter(path, meta) as writer:
+        writer.submit(0, samples, {})
+
+
+def test_trains_a_head_of_the_recipe_for_the_target(prepared):
+    recipe, run = prepared
+    summary = train(recipe, run, console=CONSOLE)
+    assert summary["steps"] == 3
+    loaded = load_head(run.train / "best")
+    target = load_target(recipe.target.path)
+    assert loaded.head.config.aux_layer_ids == AUX
+    assert loaded.head.config.draft_vocab_size == 128
+    assert loaded.read.provenance["target_fingerprint"] == target.fingerprint
+
+
+def test_goes_on_from_a_head_of_either_format(prepared, tmp_path):
+    recipe, run = prepared
+    head = make_task(recipe, run, load_target(recipe.target.path)).head
+    with torch.no_grad():
+        head.fc.weight.fill_(0.25)
+    for form in ("vllm", "speculators"):
+        save_head(head, tmp_path / form, Provenance("x", "y", ("LlamaForCausalLM",)), format=form)
+        changed = from_head(recipe, tmp_path / form)
+        task = make_task(changed, run, load_target(recipe.target.path))
+        assert (task.head.fc.weight == 0.25).all()
+        assert task.head.fc.weight.dtype == torch.float32
+        assert torch.equal(task.head.d2t, head.d2t)
+        assert not task.own_embedding
+    assert from_head(recipe, None) is recipe
+
+
+def test_a_head_with_an_embedding_of_its_own_keeps_it(prepared, tmp_path):
+    recipe, run = prepared
+    target = load_target(recipe.target.path)
+    head = make_task(recipe, run, target).head
+    own = torch.randn(target.vocab_size, target.hidden_size).bfloat16()
+    save_head(head, tmp_path / "own", Provenance("x"), embedding=own)
+    task = make_task(from_head(recipe, tmp_path / "own"), run, target)
+    assert task.own_embedding
+    assert torch.equal(task.embedding, own)
+
+
+def test_a_head_for_other_layers_is_refused(prepared, tmp_path):
+    from dataclasses import replace
+
+    recipe, run = prepared
+    target = load_target(recipe.target.path)
+    head = make_task(recipe, run, target).head
+    head.config = replace(head.config, aux_layer_ids=(1, 3))
+    save_head(head, tmp_path / "other", Provenance("x"))
+    with pytest.raises(DraftheadError, match=r"aux layers is \(1, 3\).*\(1, 2\).*capture.aux"):
+        make_task(from_head(recipe, tmp_path / "other"), run, target)
+
+
+def test_states_of_another_width_are_refused(prepared, tmp_path):
+    recipe, _ = prepared
+    target = load_target(recipe.target.path)
+    run = RunDir(tmp_path)
+    write_states(run.states, target, width=48)
+    with pytest.raises(DraftheadError, match=r"states of width 48.*capture again"):
+        make_task(recipe, run, target)
+
+
+def test_no_vocabulary_yet(prepared, tmp_path):
+    recipe, _ = prepared
+    target = load_target(recipe.target.path)
+    run = RunDir(tmp_path)
+    write_states(run.states, target)
+    with pytest.raises(DraftheadError, match="drafthead vocab"):
+        make_task(recipe, run, target)

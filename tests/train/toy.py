@@ -1,0 +1,92 @@
+"""A store whose tokens follow a rule that a head learns in seconds, and a task to train on it."""
+
+from pathlib import Path
+
+import torch
+
+from drafthead.head.config import HeadConfig
+from drafthead.head.formats import Provenance
+from drafthead.head.init import init_from_target
+from drafthead.recipe import TrainSection
+from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
+from drafthead.train.loop import Task
+from drafthead.train.losses import Teacher
+
+VOCAB, DRAFT, WIDTH, LAYERS = 61, 53, 32, 4
+UNITS, PER_UNIT = 4, 12
+
+
+def sequence(start: int, length: int) -> torch.Tensor:
+    """x[i+1] = 5 x[i] + 3 modulo 61: every token follows from the one before."""
+    ids = [start % VOCAB]
+    for _ in range(length - 1):
+        ids.append((5 * ids[-1] + 3) % VOCAB)
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def target_weights() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedding and LM head [VOCAB, WIDTH]."""
+    g = torch.Generator().manual_seed(7)
+    return torch.randn(VOCAB, WIDTH, generator=g), torch.randn(VOCAB, WIDTH, generator=g)
+
+
+def write_store(path: Path, poison: int | None = None) -> StateReader:
+    """Small random states, the last one pointing at the next token. `poison`: the number
+    of a sample whose states hold a NaN."""
+    _, lm_head = target_weights()
+    g = torch.Generator().manual_seed(3)
+    meta = StoreMeta((1, 2), LAYERS, WIDTH, "fp32", UNITS, {"target": "toy"})
+    with StateWriter(path, meta) as writer:
+        for unit in range(UNITS):
+            samples = []
+            for number in range(unit * PER_UNIT, (unit + 1) * PER_UNIT):
+                length, prompt = 8 + number % 23, 2 + number % 5
+                ids = sequence(number, length)
+                states = 0.1 * torch.randn(length - 1, 3, WIDTH, generator=g)
+                states[:, 2] = lm_head[ids[1:].long()]
+                if number == poison:
+                    states[prompt, 0, 5] = torch.nan
+                samples.append(
+                    Sample(
+                        ids=ids,
+                        loss_mask=torch.arange(length) >= prompt,
+                        states=states,
+                        num_aux=2,
+                        prompt_len=prompt,
+                        conversation=f"c{number}",
+                        split="heldout" if number % 6 == 0 else "train",
+                    )
+                )
+            writer.submit(unit, samples, {})
+    return StateReader(path)
+
+
+def make_task(store: Path, **settings) -> Task:
+    """A task on the store at `store` (written if it is not there)."""
+    reader = StateReader(store) if (store / "meta.json").exists() else write_store(store)
+    embedding, lm_head = target_weights()
+    config = HeadConfig(
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        draft_vocab_size=DRAFT,
+        target_hidden_size=WIDTH,
+        aux_layer_ids=(1, 2),
+        max_position_embeddings=256,
+    )
+    d2t = torch.zeros(DRAFT, dtype=torch.int64)
+    d2t[20:] = VOCAB - DRAFT
+    head = init_from_target(config, d2t, lm_head, torch.ones(WIDTH))
+    defaults = {"row_tokens": 64, "epochs": 4, "learning_rate": 5e-3, "rows_per_step": 2}
+    return Task(
+        head=head,
+        embedding=embedding,
+        teacher=Teacher(torch.ones(WIDTH), 1e-5, lm_head[head.target_ids()]),
+        reader=reader,
+        settings=TrainSection(**{**defaults, **settings}),
+        k=3,
+        provenance=Provenance("toy"),
+    )
