@@ -8,9 +8,8 @@ from torch import Tensor
 
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head
-from drafthead.head.config import head_config
 from drafthead.head.formats import Provenance
-from drafthead.head.init import init_from_target
+from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
@@ -78,14 +77,7 @@ def _new_head(recipe: Recipe, run: RunDir, reader: StateReader, target: Target) 
     if not path.exists():
         raise DraftheadError(f"{path}: no draft vocabulary; run `drafthead vocab` first")
     d2t = load_file(path)["d2t"]
-    config = head_config(recipe.head, target, reader.meta.aux_layers, len(d2t))
-    return init_from_target(
-        config,
-        d2t,
-        target.lm_head().float(),
-        target.final_norm()[0].float(),
-        seed=recipe.train.seed,
-    )
+    return new_head(recipe.head, target, reader.meta.aux_layers, d2t, recipe.train.seed)
 
 
 def _given_head(
