@@ -161,11 +161,14 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what a head is, and what is wrong with a broken one."""
-    from drafthead.head.inspect import inspect_head
+    from drafthead.head.inspect import describe, inspect_head
     from drafthead.targets import load_target
 
     found = inspect_head(head, load_target(target) if target else None)
-    _emit(found, as_json)
+    if as_json:
+        _emit(found, as_json)
+    else:
+        console.print(describe(found))
     if found["problems"]:
         raise typer.Exit(DraftheadError.exit_code)
 

@@ -1,5 +1,6 @@
 """Heads on disk: two formats, others' dialects, and everything that can be wrong with them."""
 
+import io
 import json
 import re
 import struct
@@ -9,13 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import estimate_cost
 from drafthead.head.formats import Provenance
-from drafthead.head.inspect import inspect_head
+from drafthead.head.inspect import describe, inspect_head
 from drafthead.targets import load_target
 from tests.heads import small_head
 
@@ -241,6 +243,22 @@ def test_a_pickle_is_not_opened(tmp_path):
         load_head(tmp_path / "h")
 
 
+def test_a_target_is_no_head(llama):
+    problems = inspect_head(llama)["problems"]
+    assert any("no EAGLE-3 head" in problem for problem in problems)
+
+
+def test_what_people_read(tmp_path):
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(describe(inspect_head(saved(tmp_path / "h"))))
+    console.print(describe(inspect_head(tmp_path / "nowhere")))
+    text = console.export_text()
+    assert "layers 1, 2, 4 of a target of width 32" in text
+    assert "23 of 61 tokens" in text
+    assert "nothing wrong found" in text
+    assert "broken:" in text
+
+
 def test_not_there(tmp_path):
     with pytest.raises(DraftheadError, match="no such head"):
         load_head(tmp_path / "nowhere")
@@ -310,6 +328,7 @@ def check_survives(folder: Path, config: bytes, weights: bytes) -> dict:
     (folder / "model.safetensors").write_bytes(weights)
     found = inspect_head(folder)
     json.dumps(found).encode()
+    Console(quiet=True).print(describe(found))
     if not found["ok"]:
         return found
     load_head(folder)

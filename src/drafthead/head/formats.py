@@ -165,6 +165,7 @@ def read_config(
     scale = raw.get("logit_scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6:
         raise DraftheadError(f"{where}: logit_scale is {scale!r}, must be a positive number")
+    aux_layer_ids = _aux_ids(raw, nested, where, default_aux, num_layers, notes)
     try:
         config = HeadConfig(
             hidden_size=hidden,
@@ -175,7 +176,7 @@ def read_config(
             vocab_size=vocab,
             draft_vocab_size=raw.get("draft_vocab_size") or vocab,
             target_hidden_size=raw.get("target_hidden_size") or hidden,
-            aux_layer_ids=_aux_ids(raw, nested, where, default_aux, num_layers, notes),
+            aux_layer_ids=aux_layer_ids,
             max_position_embeddings=llama.max_position_embeddings,
             rms_norm_eps=llama.rms_norm_eps,
             rope_theta=(llama.rope_parameters or {}).get("rope_theta", 10000.0),

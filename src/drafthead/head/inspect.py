@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import HeadFiles, expected_shapes, read_folder
 from drafthead.head.config import HeadConfig, estimate_cost
-from drafthead.head.formats import ReadConfig
+from drafthead.head.formats import FLAGS, ReadConfig
 from drafthead.targets import Target
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -40,6 +44,8 @@ def inspect_head(path: Path | str, target: Target | None = None) -> dict[str, An
             problems.append(str(error))
     if files is not None:
         result |= _weights(files)
+        if "fc.weight" not in files.shapes and read is None:
+            problems.append("no fc.weight among the tensors: this is no EAGLE-3 head")
     if read is not None:
         notes += read.notes
         cost = estimate_cost(read.config, weight_bytes=_weight_bytes(files))
@@ -78,15 +84,21 @@ def _weight_bytes(files: HeadFiles | None) -> int:
     return SIZES.get(files.dtypes.get("lm_head.weight", ""), 2) if files else 2
 
 
-def _provenance(read: ReadConfig) -> dict[str, str]:
-    """The plain strings of what the head says about itself, cut short, safe to print."""
+def _provenance(read: ReadConfig) -> dict[str, Any]:
+    """What the head says about itself: plain strings cut short and safe to print, and figures."""
     known = ("drafthead_version", "target", "target_fingerprint")
     about = read.provenance or {}
-    return {
+    said: dict[str, Any] = {
         key: about[key][:200].encode("ascii", "backslashreplace").decode()
         for key in known
         if isinstance(about.get(key), str)
     }
+    trained = about.get("trained")
+    for key in ("step", "k", "accepted_length"):
+        value = trained.get(key) if isinstance(trained, dict) else None
+        if type(value) in (int, float) and abs(value) < 1e15:
+            said[key] = value
+    return said
 
 
 def _values(files: HeadFiles, config: HeadConfig) -> list[str]:
@@ -165,3 +177,35 @@ def _compare(read: ReadConfig, target: Target, problems: list[str], notes: list[
             f"made for a target with fingerprint {made_for}, this one's is {target.fingerprint}: "
             "other files (another quantization?); acceptance may be lower than reported"
         )
+
+
+def describe(found: dict[str, Any]) -> Group:
+    """What `inspect_head` found, for people."""
+    table = Table(show_header=False, box=None)
+    config, cost = found.get("config"), found.get("cost")
+    if config is not None and cost is not None:
+        on = [flag for flag in FLAGS if config[flag]]
+        rows = {
+            "format": found["format"],
+            "width": f"{config['hidden_size']}, MLP {config['intermediate_size']}, heads "
+            f"{config['num_attention_heads']}/{config['num_key_value_heads']} of "
+            f"{config['head_dim']}, layers {config['num_hidden_layers']}",
+            "reads": f"layers {', '.join(map(str, config['aux_layer_ids']))} of a target of width "
+            f"{config['target_hidden_size']}",
+            "drafts": f"{config['draft_vocab_size']} of {config['vocab_size']} tokens",
+            "norm flags": ", ".join(on) or "none",
+            "a drafted token": f"reads {cost['bytes_per_draft_step'] / 1e6:.1f} MB, "
+            f"{cost['lm_head_share']:.0%} of it the LM head",
+        }
+        if about := found.get("provenance"):
+            rows["says of itself"] = ", ".join(f"{k} {v}" for k, v in about.items() if v != "")
+        for name, value in rows.items():
+            table.add_row(name, escape(str(value)))
+    if "bytes" in found:
+        table.add_row("weights", f"{found['parameters']:,} in {found['bytes'] / 1e6:.1f} MB")
+    lines: list[Table | Text] = [table]
+    lines += [Text(f"note: {note}", style="yellow") for note in found["notes"]]
+    lines += [Text(f"broken: {problem}", style="red") for problem in found["problems"]]
+    if found["ok"]:
+        lines.append(Text("nothing wrong found", style="green"))
+    return Group(*lines)
