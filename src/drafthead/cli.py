@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from drafthead import __version__
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.recipe import load_recipe
+from drafthead.recipe import Recipe, load_recipe
 
 app = typer.Typer(
     name="drafthead",
@@ -90,12 +90,10 @@ def run(
         _emit(result, as_json)
 
 
-def _one_stage(name: str, recipe: Path, runs: Path, overwrite: bool, as_json: bool) -> None:
+def _one_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool, as_json: bool) -> None:
     from drafthead.run import execute
 
-    result = execute(
-        load_recipe(recipe), runs, first=name, last=name, overwrite=overwrite, console=console
-    )
+    result = execute(recipe, runs, first=name, last=name, overwrite=overwrite, console=console)
     _emit(result[name], as_json)
 
 
@@ -106,7 +104,7 @@ def _add_stage(name: str, help_text: str) -> None:
         overwrite: Overwrite = False,
         as_json: AsJson = False,
     ) -> None:
-        _one_stage(name, recipe, runs, overwrite, as_json)
+        _one_stage(name, load_recipe(recipe), runs, overwrite, as_json)
 
     app.command(name, help=help_text, epilog=f"Example: drafthead {name} recipe.yaml")(command)
 
@@ -115,13 +113,32 @@ for _name, _help in (
     ("generate", "Let the target write the answers (and capture its states in the same pass)."),
     ("capture", "Take the target's hidden states for the answers, and check them."),
     ("vocab", "Choose the draft vocabulary from what the target wrote."),
-    ("train", "Train the head; under torchrun, on many GPUs."),
     ("export", "Write the folder that vLLM serves."),
     ("verify", "Prove that greedy output is the same with the head as without."),
     ("bench", "Measure the speed with the head against the speed without."),
     ("report", "Write the report and the model card of a finished run."),
 ):
     _add_stage(_name, _help)
+
+
+@app.command(epilog="Example: torchrun --nproc-per-node 8 -m drafthead train recipe.yaml")
+def train(
+    recipe: RecipeFile,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Head to go on from, vLLM or speculators format."),
+    ] = None,
+    runs: RunsDir = Path("runs"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the head; under torchrun, on many GPUs."""
+    from drafthead.train.stage import from_head
+
+    rank = int(os.environ.get("RANK", "0"))
+    console.quiet = rank > 0
+    found = from_head(load_recipe(recipe), start)
+    _one_stage("train", found, runs, overwrite, as_json and rank == 0)
 
 
 class _Format(StrEnum):

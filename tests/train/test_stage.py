@@ -1,15 +1,24 @@
 """The stage: a recipe's head on a run's states, new or going on from another one."""
 
 import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
-from drafthead.recipe import Recipe, parse_recipe
+from drafthead.recipe import Recipe, load_recipe, parse_recipe
+from drafthead.run import stage_inputs
 from drafthead.rundir import RunDir
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
@@ -99,8 +108,6 @@ def test_a_head_with_an_embedding_of_its_own_keeps_it(prepared, tmp_path):
 
 
 def test_a_head_for_other_layers_is_refused(prepared, tmp_path):
-    from dataclasses import replace
-
     recipe, run = prepared
     target = load_target(recipe.target.path)
     head = make_task(recipe, run, target).head
@@ -126,3 +133,31 @@ def test_no_vocabulary_yet(prepared, tmp_path):
     write_states(run.states, target)
     with pytest.raises(DraftheadError, match="drafthead vocab"):
         make_task(recipe, run, target)
+
+
+def test_two_processes_of_torchrun_train_one_head_and_write_one_record(prepared, tmp_path):
+    recipe, run = prepared
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    data = recipe.model_dump(mode="json", exclude_defaults=True)
+    data["prompts"]["sources"][0]["path"] = str(prompts)
+    data["train"]["rows_per_step"] = 2
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    copied = RunDir(tmp_path / "runs" / "tiny")
+    shutil.copytree(run.states, copied.states)
+    shutil.copytree(run.vocab, copied.vocab)
+    for stage, inputs in stage_inputs(load_recipe(tmp_path / "recipe.yaml")).items():
+        if stage in ("generate", "capture", "vocab"):
+            copied.finish(stage, inputs, {})
+    source = Path(__file__).parents[2] / "src"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "drafthead", "train", "recipe.yaml", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads(done.stdout)
+    assert summary["steps"] == 1
+    assert json.loads((copied.train / "best.json").read_text())["steps"] == 1
+    load_head(copied.train / "best")

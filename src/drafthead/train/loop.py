@@ -305,6 +305,7 @@ class _Fit:
 
     def _finish(self, plan: Plan) -> dict:
         """Evaluate the best head once more, from its file and at every k up to 5."""
+        self.world.barrier()  # until the first process has written it
         best = load_head(self.folder / "best").head
         self.head.load_state_dict(best.to(self.dtype).state_dict())
         ks = sorted({*range(1, 6), self.task.k})
