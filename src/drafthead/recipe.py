@@ -249,6 +249,9 @@ class BenchSection(Section):
     """Requests at once, each a column of the grid; the first is the headline's."""
     temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
     """Sampling temperatures of the grid; the first is the headline's."""
+    over: Literal["engine", "http"] = "engine"
+    """`engine`: vLLM's engine itself. `http`: two servers asked by streaming, so that what the
+    server adds is in the times."""
 
 
 class Recipe(Section):

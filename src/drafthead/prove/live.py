@@ -1,0 +1,227 @@
+"""A live server diagnosed: what its counters say, held against what the run predicts.
+
+The run's own held-out prompts are put to the server as token ids, greedily, while its counters
+are read. That separates the causes: prompts given as ids bypass the server's chat template, and
+they are prompts whose acceptance training has predicted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from drafthead.fsio import read_json
+from drafthead.prove.bench import predicted_curve
+from drafthead.prove.engine import SpecCounters
+from drafthead.prove.prompts import heldout_prompts
+from drafthead.prove.server import Client
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+
+PROBES = 16
+NEAR_ZERO = 0.1
+"""Acceptance at the first position below which a head may as well be random: published heads
+reach 0.5 to 0.8, and a fault of wiring leaves a few percent."""
+POINTS = 0.05
+"""Distance from the prediction that 16 answers do not explain."""
+ENOUGH_DRAFTS = 200
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    what: str
+    state: str
+    """``ok``, ``warning`` (works, but look) or ``fault``."""
+    found: str
+    mend: str = ""
+    """What to do; empty when nothing is to be done."""
+
+
+@dataclass(frozen=True)
+class LiveFacts:
+    """What was seen of a server; None is not known."""
+
+    traffic: SpecCounters
+    """Counters before the probes: what its users sent."""
+    probe: SpecCounters | None = None
+    """Counters of the run's held-out prompts, given as token ids."""
+    predicted: list[float] | None = None
+    """Acceptance by position that training predicts for them."""
+    template_agrees: bool | None = None
+    """The server's chat template gives the token ids that the run's answers began with."""
+    head_aux_layers: list[int] | None = None
+    trained_aux_layers: list[int] | None = None
+    """Layers that the states in the run were captured at."""
+    head_problems: tuple[str, ...] = ()
+    """What ``drafthead inspect`` finds wrong between head and target."""
+    head_notes: tuple[str, ...] = ()
+    probe_tokens_per_s: float | None = None
+    base_tokens_per_s: float | None = None
+    """Target alone, from bench."""
+    best_k: int | None = None
+
+
+def conclude(facts: LiveFacts) -> list[Finding]:
+    """Findings and their likely causes, from what was seen; the surest cause first."""
+    if not facts.traffic.drafts and not (facts.probe and facts.probe.drafts):
+        return [
+            Finding(
+                "speculation",
+                "fault",
+                "the server has drafted nothing" + ("" if facts.probe else " yet"),
+                "start it with `drafthead serve RECIPE`; without --speculative-config vLLM does "
+                "not draft"
+                if facts.probe
+                else "send it some requests, or name the recipe here",
+            )
+        ]
+    found = []
+    if facts.template_agrees is False:
+        found.append(
+            Finding(
+                "chat template",
+                "fault",
+                "the server's chat template gives other tokens than the one that the head was "
+                "trained with",
+                "serve with the target's own template (no --chat-template), and the same "
+                "thinking mode as in the recipe",
+            )
+        )
+    counters = facts.probe or facts.traffic
+    found.append(_acceptance(facts, counters))
+    found += _traffic(facts)
+    if facts.probe_tokens_per_s and facts.base_tokens_per_s:
+        found.append(_speed(facts.probe_tokens_per_s, facts.base_tokens_per_s, facts.best_k))
+    return found
+
+
+def _acceptance(facts: LiveFacts, counters: SpecCounters) -> Finding:
+    rates = counters.acceptance_by_position
+    words = (
+        f"{', '.join(f'{rate:.1%}' for rate in rates)} by position, "
+        f"{counters.accepted_length:.2f} tokens a step"
+    )
+    expected = facts.predicted[0] if facts.predicted and facts.probe else None
+    if expected is not None:
+        words += f"; predicted at position 1: {expected:.1%}"
+    low = expected is not None and rates[0] < expected - POINTS
+    if rates[0] >= NEAR_ZERO and not low:
+        return Finding("acceptance", "ok", words)
+    state = "fault" if rates[0] < NEAR_ZERO else "warning"
+    return Finding("acceptance", state, words, _cause(facts))
+
+
+def _cause(facts: LiveFacts) -> str:
+    """The likeliest cause of poor acceptance that there is evidence for."""
+    if facts.head_problems:
+        return "the head does not fit: " + "; ".join(facts.head_problems)
+    head, trained = facts.head_aux_layers, facts.trained_aux_layers
+    if head is not None and trained is not None and head != trained:
+        moved = {a - b for a, b in zip(head, trained, strict=False)}
+        by = f" (moved by {moved.pop():+d})" if len(moved) == 1 else ""
+        return (
+            f"the head is served states of layers {head}, and was trained on those of {trained}"
+            f"{by}: write {trained} as eagle_aux_hidden_state_layer_ids into its config.json"
+        )
+    if facts.head_notes:
+        return "likely: " + "; ".join(facts.head_notes)
+    return (
+        "no cause is to be seen in the files. Check that the server runs the target of the recipe "
+        "(same quantization), that its log names no failed mend of drafthead's plugin, and that "
+        "`drafthead verify` and `drafthead bench` agree on this machine"
+    )
+
+
+def _traffic(facts: LiveFacts) -> list[Finding]:
+    """Users' acceptance against that of the held-out prompts."""
+    if facts.probe is None or facts.traffic.drafts < ENOUGH_DRAFTS:
+        return []
+    users, own = (c.acceptance_by_position[0] for c in (facts.traffic, facts.probe))
+    words = f"{users:.1%} at position 1 for what users sent, {own:.1%} for held-out prompts"
+    if users >= own - 2 * POINTS:
+        return [Finding("traffic", "ok", words)]
+    if facts.template_agrees is False:
+        mend = "the chat template is the likely cause, see above"
+    else:
+        mend = (
+            "users ask other things than the head was trained on (or sample at a temperature): "
+            "put their prompts into prompts.sources and train on"
+        )
+    return [Finding("traffic", "warning", words, mend)]
+
+
+def _speed(probe: float, base: float, best_k: int | None) -> Finding:
+    words = f"{probe:.1f} tokens/s one at a time; the target alone made {base:.1f} in bench"
+    if probe >= base:
+        return Finding("speed", "ok", words)
+    k = f"serve.num_speculative_tokens: {best_k} is best by the cost model; " if best_k else ""
+    return Finding(
+        "speed",
+        "warning",
+        words + ": slower than without the head, unless the server is busy",
+        f"{k}compare on an idle server, without --enforce-eager; drafting does not pay on every "
+        "machine",
+    )
+
+
+def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
+    """Look at a server; with a recipe, put its held-out prompts to it.
+
+    Raises:
+        DraftheadError: the server does not answer.
+    """
+    traffic = client.counters()
+    if recipe is None:
+        return LiveFacts(traffic)
+    from drafthead.capture.plan import make_plan
+    from drafthead.head.inspect import inspect_head
+
+    run = RunDir(runs / recipe.name)
+    prompts = heldout_prompts(run, PROBES)
+    longest = client.model()["max_model_len"]
+    ids = [p.ids for p in prompts if len(p.ids) < longest]
+    limits = [min(recipe.bench.max_new_tokens, longest - len(p)) for p in ids]
+    answers = client.generate(ids, max_tokens=limits, prefix_cache=False)
+    probe = client.counters().since(traffic)
+    plan = make_plan(recipe)
+    about = inspect_head(run.head, plan.target)
+    bench = read_json(run.bench_json, "bench's figures") if run.bench_json.exists() else {}
+    fits = [f for f in bench.get("cost_model") or [] if len(f["points"]) > 1]
+    config = about.get("config") or {}
+    by_id = {p.conversation: p.ids for p in prompts}
+    chats = [chat for unit in plan.units for chat, _ in unit if chat.id in by_id]
+    agree = None
+    for chat in chats:
+        if len(chat.turns) == 1:
+            system = [{"role": "system", "content": chat.system}] if chat.system else []
+            said = client.tokenize_chat([*system, {"role": "user", "content": chat.turns[0]}])
+            agree = said == by_id[chat.id]
+            break
+    return LiveFacts(
+        traffic=traffic,
+        probe=probe,
+        predicted=predicted_curve(run),
+        template_agrees=agree,
+        head_aux_layers=config.get("aux_layer_ids"),
+        trained_aux_layers=_captured_layers(run),
+        head_problems=tuple(about["problems"]),
+        head_notes=tuple(about["notes"]),
+        probe_tokens_per_s=answers.tokens / answers.wall_s,
+        base_tokens_per_s=bench.get("base_tokens_per_s"),
+        best_k=fits[0]["best_num_speculative_tokens"] if fits else None,
+    )
+
+
+def _captured_layers(run: RunDir) -> list[int] | None:
+    if not (run.states / "meta.json").exists():
+        return None
+    return list(read_json(run.states / "meta.json", "the state store's description")["aux_layers"])
+
+
+def diagnose_server(url: str, recipe: Recipe | None, runs: Path) -> list[Finding]:
+    """Diagnose a live server; with a recipe, against what its run predicts.
+
+    Raises:
+        DraftheadError: the server does not answer.
+    """
+    return conclude(observe(Client(url), recipe, runs))

@@ -1,0 +1,261 @@
+"""A vLLM server over HTTP: started here or running elsewhere, asked by streaming.
+
+:class:`Client` answers to the same calls as :class:`drafthead.prove.engine.EngineProcess`, so
+that pairs are timed and answers compared over HTTP as they are in process.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from drafthead.errors import DraftheadError
+from drafthead.prove.engine import Completion, Generation, SpecCounters
+from drafthead.serve import Plan
+
+_SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+START_TIMEOUT_S = 900.0
+"""A first start on a GPU compiles and captures graphs: 165 s were seen for a small target."""
+
+
+def parse_metrics(text: str) -> list[tuple[str, dict[str, str], float]]:
+    """Samples of a Prometheus page: name, labels, value."""
+    found = []
+    for line in text.splitlines():
+        match = _SAMPLE.match(line)
+        if match and not line.startswith("#"):
+            labels = dict(_LABEL.findall(match["labels"] or ""))
+            found.append((match["name"], labels, float(match["value"])))
+    return found
+
+
+def spec_counters(samples: Sequence[tuple[str, dict[str, str], float]]) -> SpecCounters:
+    """Speculation counters of a metrics page, over all its engines."""
+
+    def total(name: str) -> int:
+        return round(sum(v for n, _, v in samples if n == f"vllm:spec_decode_{name}_total"))
+
+    per: dict[int, float] = {}
+    for name, labels, value in samples:
+        if name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
+            at = int(labels["position"])
+            per[at] = per.get(at, 0.0) + value
+    return SpecCounters(
+        total("num_drafts"),
+        total("num_draft_tokens"),
+        total("num_accepted_tokens"),
+        [round(per[at]) for at in sorted(per)],
+    )
+
+
+def histogram_mean(samples: Sequence[tuple[str, dict[str, str], float]], name: str) -> float | None:
+    """Mean of a histogram's observations; None without any."""
+    count = sum(v for n, _, v in samples if n == f"{name}_count")
+    return sum(v for n, _, v in samples if n == f"{name}_sum") / count if count else None
+
+
+@dataclass
+class _Stream:
+    """One streamed answer while it comes in."""
+
+    ids: list[int]
+    start: float
+    first: float | None = None
+    last: float = 0.0
+    finish_reason: str = "length"
+
+
+class Client:
+    """Asks a running server.
+
+    Args:
+        url: of the server, without ``/v1``.
+        name: what errors call it.
+
+    Raises:
+        DraftheadError: it does not answer, or refuses a request.
+    """
+
+    def __init__(self, url: str, name: str = "server"):
+        self.url, self.name = url.rstrip("/").removesuffix("/v1"), name
+
+    def get(self, path: str) -> httpx.Response:
+        """A page of the server."""
+        try:
+            response = httpx.get(self.url + path, timeout=30, trust_env=False)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise DraftheadError(
+                f"{self.url}{path}: {error or type(error).__name__}; is a vLLM server there?"
+            ) from None
+        return response
+
+    def metrics(self) -> list[tuple[str, dict[str, str], float]]:
+        """The server's metrics."""
+        return parse_metrics(self.get("/metrics").text)
+
+    def counters(self) -> SpecCounters:
+        """Speculation counters since the server's start, once they stand still: an answer's
+        last step is counted a moment after its last token is sent."""
+        found = spec_counters(self.metrics())
+        for _ in range(20):
+            time.sleep(0.05)
+            before, found = found, spec_counters(self.metrics())
+            if found == before:
+                break
+        return found
+
+    def model(self) -> dict[str, Any]:
+        """The first model that it serves: ``id``, ``root``, ``max_model_len``."""
+        return self.get("/v1/models").json()["data"][0]
+
+    def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids that the server's chat template makes of a conversation."""
+        body = {"model": self.model()["id"], "messages": messages, "add_generation_prompt": True}
+        try:
+            response = httpx.post(f"{self.url}/tokenize", json=body, timeout=30, trust_env=False)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            raise DraftheadError(f"{self.url}/tokenize: {error}") from None
+        return response.json()["tokens"]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | Sequence[int],
+        concurrency: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        prefix_cache: bool = True,
+    ) -> Generation:
+        """As :meth:`drafthead.prove.engine.EngineProcess.generate`, streamed over HTTP; times are
+        those of this client."""
+        model = self.model()["id"]
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        bodies = [
+            {
+                "model": model,
+                "prompt": list(map(int, prompt)),
+                "max_tokens": limits[i],
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": None if seed is None else seed + i,
+                "ignore_eos": ignore_eos,
+                "stream": True,
+                "return_token_ids": True,
+                # A salt of its own keeps a request out of everyone's prefix cache.
+                **({} if prefix_cache else {"cache_salt": uuid.uuid4().hex}),
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+        begin = time.perf_counter()
+        streams = asyncio.run(self._ask(bodies, concurrency))
+        wall = time.perf_counter() - begin
+        return Generation(
+            [
+                Completion(
+                    s.ids, s.last - s.start, (s.first or s.last) - s.start, s.finish_reason, []
+                )
+                for s in streams
+            ],
+            wall,
+        )
+
+    async def _ask(self, bodies: list[dict], concurrency: int) -> list[_Stream]:
+        gate = asyncio.Semaphore(concurrency)
+        limits = httpx.Limits(max_connections=concurrency)
+        timeout = httpx.Timeout(600)
+        # No proxy of the environment's: it would be timed with the server, or lead elsewhere.
+        async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
+
+            async def ask(body: dict) -> _Stream:
+                async with gate:
+                    return await self._stream(client, body)
+
+            try:
+                return await asyncio.gather(*(ask(body) for body in bodies))
+            except httpx.HTTPError as error:
+                raise DraftheadError(f"{self.name} ({self.url}): {error!r}") from None
+
+    async def _stream(self, client: httpx.AsyncClient, body: dict) -> _Stream:
+        found = _Stream([], time.perf_counter())
+        async with client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")[:500]
+                raise DraftheadError(f"{self.name} ({self.url}): {response.status_code}: {text}")
+            async for line in response.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise DraftheadError(f"{self.name} ({self.url}): {event['error']}")
+                for choice in event["choices"]:
+                    if choice["token_ids"]:
+                        found.last = time.perf_counter()
+                        found.first = found.first or found.last
+                        found.ids += choice["token_ids"]
+                    found.finish_reason = choice["finish_reason"] or found.finish_reason
+        return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running_server(plan: Plan, *, log: Path, name: str) -> Iterator[Client]:
+    """Start ``vllm serve`` for a plan and yield a client once it is healthy; end it afterwards.
+
+    Raises:
+        DraftheadError: it ended, or was not healthy within 15 minutes.
+    """
+    port = _free_port()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [*plan.command, "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, **plan.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        client = Client(f"http://127.0.0.1:{port}", name)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(DraftheadError):
+                client.get("/health")
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text(errors="replace").splitlines()[-15:]
+                what = "was not healthy in time" if process.poll() is None else "ended"
+                raise DraftheadError(f"{name}: vllm serve {what}; {log}:\n" + "\n".join(tail))
+            time.sleep(0.5)
+        yield client
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,100 @@
+"""A live server's figures, and what they are taken to mean."""
+
+from dataclasses import replace
+
+import pytest
+
+from drafthead.prove.engine import SpecCounters
+from drafthead.prove.live import LiveFacts, conclude
+from drafthead.prove.server import histogram_mean, parse_metrics, spec_counters
+
+PAGE = """\
+# HELP vllm:spec_decode_num_drafts_total Number of drafts.
+# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{engine="0",model_name="a \\"b\\", c"} 30.0
+vllm:spec_decode_num_drafts_total{engine="1",model_name="a"} 12.0
+vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="a"} 126.0
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="a"} 4e+01
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="10"} 1.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"} 20.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="1",position="0"} 9.0
+vllm:inter_token_latency_seconds_sum 3.0
+vllm:inter_token_latency_seconds_count 60.0
+process_start_time_seconds 1.7e+09
+"""
+
+
+def test_metrics_page():
+    samples = parse_metrics(PAGE)
+    assert spec_counters(samples) == SpecCounters(42, 126, 40, [29, 1])
+    assert histogram_mean(samples, "vllm:inter_token_latency_seconds") == pytest.approx(0.05)
+    assert histogram_mean(samples, "vllm:nothing") is None
+    assert spec_counters([]) == SpecCounters()
+
+
+def counts(first, drafts=1000):
+    return SpecCounters(drafts, 3 * drafts, int(first * drafts), [int(first * drafts), 0, 0])
+
+
+GOOD = LiveFacts(
+    traffic=counts(0.68),
+    probe=counts(0.7),
+    predicted=[0.71, 0.5, 0.3],
+    template_agrees=True,
+    head_aux_layers=[2, 12, 21],
+    trained_aux_layers=[2, 12, 21],
+    probe_tokens_per_s=150.0,
+    base_tokens_per_s=100.0,
+)
+
+
+def states(**changes):
+    return {f.what: f for f in conclude(replace(GOOD, **changes))}
+
+
+def test_a_good_server_has_no_complaint():
+    assert {f.state for f in states().values()} == {"ok"}
+
+
+def test_nothing_drafted():
+    (only,) = conclude(LiveFacts(traffic=counts(0, drafts=0), probe=counts(0, drafts=0)))
+    assert only.state == "fault"
+    assert "drafthead serve" in only.mend
+    (only,) = conclude(LiveFacts(traffic=counts(0, drafts=0)))
+    assert "requests" in only.mend
+
+
+@pytest.mark.parametrize(
+    ("changes", "mend"),
+    [
+        ({"head_problems": ("vocab_size is 1, other",)}, "the head does not fit: vocab_size is 1"),
+        ({"head_aux_layers": [1, 11, 20]}, "moved by -1"),
+        ({"head_aux_layers": [2, 12, 20]}, "was trained on those of [2, 12, 21]: write"),
+        ({"head_notes": ("made for a target with fingerprint x",)}, "fingerprint x"),
+        ({}, "no cause is to be seen"),
+    ],
+)
+def test_near_zero_acceptance_names_its_likeliest_cause(changes, mend):
+    finding = states(probe=counts(0.02), **changes)["acceptance"]
+    assert finding.state == "fault"
+    assert mend in finding.mend
+    below = states(probe=counts(0.6), **changes)["acceptance"]
+    assert below.state == "warning"
+    assert mend in below.mend
+    assert states(**changes)["acceptance"].state == "ok"  # served well, nothing to blame
+
+
+def test_template_and_traffic_are_told_apart():
+    wrong = states(traffic=counts(0.3), template_agrees=False)
+    assert wrong["chat template"].state == "fault"
+    assert "chat template" in wrong["traffic"].mend
+    other = states(traffic=counts(0.3))
+    assert "chat template" not in other
+    assert "prompts.sources" in other["traffic"].mend
+    assert "traffic" not in states(traffic=counts(0.3, drafts=50))  # too few to say
+
+
+def test_slower_than_the_target_alone():
+    slow = states(probe_tokens_per_s=80.0, best_k=1)["speed"]
+    assert slow.state == "warning"
+    assert "num_speculative_tokens: 1" in slow.mend

