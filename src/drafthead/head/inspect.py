@@ -96,7 +96,7 @@ def _provenance(read: ReadConfig) -> dict[str, Any]:
     trained = about.get("trained")
     for key in ("step", "k", "accepted_length"):
         value = trained.get(key) if isinstance(trained, dict) else None
-        if type(value) in (int, float) and abs(value) < 1e15:
+        if isinstance(value, int | float) and abs(value) < 1e15:
             said[key] = value
     return said
 
