@@ -221,6 +221,9 @@ def engine_plan(
             "method": "eagle3",
             "model": str(head),
             "num_speculative_tokens": k,
+            # The same drafts: without it, each draft step scatters its logits into the target's
+            # whole vocabulary and takes the maximum over that.
+            "use_local_argmax_reduction": True,
         }
     add(
         "speculative_config",
