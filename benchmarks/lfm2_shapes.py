@@ -1,0 +1,245 @@
+"""LFM2.5-8B-A1B's exact shapes with dummy weights: does every k start and run, and at what cost?
+
+    python benchmarks/lfm2_shapes.py --out results/shapes                 # start and run, k = 1..7
+    python benchmarks/lfm2_shapes.py --out results/cost --cost            # one engine at a time
+    python benchmarks/lfm2_shapes.py --out /tmp/s --tiny                  # rehearsal on a CPU
+
+The target's weights are dummies (`load_format="dummy"`) in ModelOpt NVFP4, with what the real
+checkpoint is known to leave out left out; the head is random, with a draft vocabulary of its own,
+written to disk and loaded, because with dummy weights vLLM would give it the target's LM head.
+
+Without `--cost`, engines run side by side and only "started and ran" is claimed. With `--cost` one
+engine runs at a time: one request, greedy, 256 tokens, acceptance synthetic and so stated.
+Writes OUT/lfm2_shapes.json after every engine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+VOCAB, DRAFT_VOCAB = 128_000, 32_000
+ATTENTION = (2, 6, 10, 14, 18, 21)
+AUX = (2, 12, 21)
+# Mean tokens a step that the synthetic acceptance aims at: a rate of 0.6 at every position.
+ACCEPTED = {k: round(sum(0.6**i for i in range(k + 1)), 2) for k in range(1, 8)}
+
+
+def target_config(tiny: bool, quantized: bool) -> dict:
+    """LFM2.5-8B-A1B's config.json, or one of its layer pattern that a CPU can run."""
+    layers = 8 if tiny else 24
+    attention = (2, 6) if tiny else ATTENTION
+    config = {
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "model_type": "lfm2_moe",
+        "hidden_size": 64 if tiny else 2048,
+        "intermediate_size": 128 if tiny else 7168,
+        "moe_intermediate_size": 64 if tiny else 1792,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4 if tiny else 32,
+        "num_key_value_heads": 2 if tiny else 8,
+        "num_dense_layers": 2,
+        "num_experts": 4 if tiny else 32,
+        "num_experts_per_tok": 2 if tiny else 4,
+        "layer_types": ["full_attention" if i in attention else "conv" for i in range(layers)],
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "norm_eps": 1e-5,
+        "norm_topk_prob": True,
+        "use_expert_bias": True,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 512 if tiny else VOCAB,
+        "max_position_embeddings": 512 if tiny else VOCAB,
+        "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"},
+        "bos_token_id": 1,
+        "eos_token_id": 7,
+        "pad_token_id": 0,
+        "dtype": "float32" if tiny else "bfloat16",
+    }
+    if quantized:
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+        config["quantization_config"] = {
+            "quant_method": "modelopt",
+            "quant_algo": "NVFP4",
+            "producer": {"name": "modelopt", "version": "0.44.0"},
+            "config_groups": {
+                "group_0": {"input_activations": weights, "weights": weights, "targets": ["Linear"]}
+            },
+            "ignore": ["lm_head", "model.embed_tokens", "*.conv.*", "*.feed_forward.gate"],
+        }
+    return config
+
+
+def write_models(work: Path, tiny: bool) -> None:
+    """The target's configurations and the random head."""
+    import torch
+
+    from drafthead.head.checkpoint import save_head
+    from drafthead.head.config import HeadConfig
+    from drafthead.head.formats import Provenance
+    from drafthead.head.model import Eagle3Head
+
+    for name, quantized in (("bf16", False), ("nvfp4", True)):
+        folder = work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(target_config(tiny, quantized)))
+    shape = target_config(tiny, False)
+    draft = 128 if tiny else DRAFT_VOCAB
+    config = HeadConfig(
+        hidden_size=shape["hidden_size"],
+        intermediate_size=4 * shape["hidden_size"],
+        num_attention_heads=shape["num_attention_heads"],
+        num_key_value_heads=shape["num_key_value_heads"],
+        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+        vocab_size=shape["vocab_size"],
+        draft_vocab_size=draft,
+        target_hidden_size=shape["hidden_size"],
+        aux_layer_ids=(2, 4, 5) if tiny else AUX,
+        max_position_embeddings=shape["max_position_embeddings"],
+        rope_theta=5e6,
+    )
+    if not (work / "head").exists():
+        torch.manual_seed(0)
+        ids = torch.arange(draft) * (shape["vocab_size"] // draft)
+        head = Eagle3Head(config)
+        head.set_vocab(ids - torch.arange(draft))
+        save_head(head, work / "head", Provenance())
+
+
+def run_engine(spec: dict) -> None:
+    """Child process: one engine; prints its result as the last line."""
+    from vllm import LLM, SamplingParams
+
+    tiny = spec["tiny"]
+    speculative = None
+    if spec["k"]:
+        speculative = {
+            "method": "eagle3",
+            "model": f"{spec['work']}/head",
+            "num_speculative_tokens": spec["k"],
+            "draft_load_config": {"load_format": "safetensors"},
+        }
+        if not tiny:
+            speculative |= {
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_length": ACCEPTED[spec["k"]],
+            }
+    memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else (2 << 30)}
+    if not tiny:
+        memory["gpu_memory_utilization"] = spec["share"]
+    begun = time.monotonic()
+    engine = LLM(
+        f"{spec['work']}/{spec['target']}",
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=512 if tiny else 2048,
+        max_num_seqs=4,
+        kv_cache_dtype=spec["kv"],
+        enforce_eager=tiny,
+        disable_log_stats=False,
+        speculative_config=speculative,
+        **memory,
+    )
+    started = time.monotonic() - begun
+    tokens = 16 if tiny else 256
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    times = []
+    for seed in range(spec["repeats"]):
+        prompt = {"prompt_token_ids": [1 + (seed * 97 + i * 31) % 500 for i in range(64)]}
+        begun = time.monotonic()
+        out = engine.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+        times.append(time.monotonic() - begun)
+        assert len(out) == tokens
+    counters = {
+        m.name: getattr(m, "value", None)
+        for m in engine.get_metrics()
+        if m.name.startswith("vllm:spec_decode_num")
+    }
+    rates = [tokens / t for t in times[1:] or times]
+    drafts = counters.get("vllm:spec_decode_num_drafts")
+    accepted = counters.get("vllm:spec_decode_num_accepted_tokens")
+    result = {
+        "started_s": round(started, 1),
+        "tokens_per_s_median": round(statistics.median(rates), 1),
+        "tokens_per_s_all": [round(rate, 1) for rate in rates],
+        "tokens_a_step": round(1 + accepted / drafts, 3) if drafts else 1.0,
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def launch(spec: dict, limit: float, out: Path) -> dict:
+    """Run one engine in a process of its own, with a limit."""
+    name = "-".join(str(spec[key]) for key in ("target", "kv")) + f"-k{spec['k']}"
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--engine", json.dumps(spec), "--out", str(out)],
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit,
+        )
+        output = done.stdout
+        lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+        found = json.loads(lines[-1][7:]) if lines else {"failed": output[-1500:]}
+    except subprocess.TimeoutExpired as error:
+        text = error.stdout or b""
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        found = {"failed": f"not done in {limit} s; " + text[-800:]}
+    print(name, json.dumps(found)[:300], flush=True)
+    return {"name": name, "target": spec["target"], "kv": spec["kv"], "k": spec["k"], **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/lfm2_shapes"))
+    parser.add_argument("--cost", action="store_true", help="time engines, one at a time")
+    parser.add_argument("--k", default="1,2,3,4,5,6,7")
+    parser.add_argument("--kv", default="auto,fp8")
+    parser.add_argument("--targets", default="nvfp4")
+    parser.add_argument("--jobs", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=280)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine:
+        run_engine(json.loads(args.engine))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_models(args.work, args.tiny)
+    ks = [int(k) for k in args.k.split(",")]
+    specs = [
+        {"target": target, "kv": kv, "k": k}
+        for target in args.targets.split(",")
+        for kv in (["auto"] if args.tiny else args.kv.split(","))
+        for k in ([0, *ks] if args.cost else ks)
+    ]
+    jobs = 1 if args.cost or args.tiny else args.jobs
+    for spec in specs:
+        spec |= {"work": str(args.work), "tiny": args.tiny, "repeats": 6 if args.cost else 1}
+        spec["share"] = 0.85 / jobs
+    results = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for found in pool.map(lambda spec: launch(spec, args.limit, args.out), specs):
+            results.append(found)
+            record = {
+                "command": " ".join(["python", *sys.argv]),
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+                "acceptance": "synthetic, 0.6 at every position",
+                "timed": args.cost,
+                "engines": results,
+            }
+            (args.out / "lfm2_shapes.json").write_text(json.dumps(record, indent=1))
+    failed = [found["name"] for found in results if "failed" in found]
+    print(f"{len(results) - len(failed)} of {len(results)} engines started and ran", failed)
+
+
+if __name__ == "__main__":
+    main()
