@@ -10,11 +10,11 @@ after them is of no use to any row. Those from p_first-2-(T-1) on are *live*: on
 queries and MLP, the others are keys. Each step t < T and token p has one row, at position p-2-t.
 """
 
-import contextlib
 import functools
-import queue
-import threading
+import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -165,54 +165,45 @@ def prefetch(
     device: torch.device,
     depth: int = 3,
 ) -> Generator[Batch | None, None, None]:
-    """`make(number)` for each number, up to `depth` ahead, in a thread, on the device.
+    """`make(number)` for each number in order, on the device, up to `depth` ahead.
 
-    On a GPU the copy runs on its own stream from pinned memory, beside the computation.
+    Threads make them: on a GPU several, since a row of 8192 states is 130 MB to be read, packed and
+    pinned, and its copy runs on a stream of its own beside the computation.
     """
-    ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def put(item: object) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
+    def load(number: int) -> tuple[Batch | None, torch.cuda.Event | None]:
+        batch = make(number)
+        if batch is None or stream is None:
+            return batch, None
+        with torch.cuda.stream(stream):
+            pinned = batch.map(Tensor.pin_memory)
+            return pinned.map(lambda x: x.to(device, non_blocking=True)), stream.record_event()
 
-    def work() -> None:
+    def ready(future: Future) -> Batch | None:
+        batch, copied = future.result()
+        if copied is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(copied)
+            batch.map(functools.partial(_used_on, current))
+        return batch
+
+    threads = min(depth, 1 if stream is None else max(1, (os.cpu_count() or 2) // 4))
+    with ThreadPoolExecutor(threads, thread_name_prefix="batches") as pool:
+        waiting: deque[Future] = deque()
         try:
             for number in numbers:
-                batch = make(number)
-                copied = None
-                if batch is not None and stream is not None:
-                    pinned = batch.map(Tensor.pin_memory)
-                    with torch.cuda.stream(stream):
-                        batch = pinned.map(lambda x: x.to(device, non_blocking=True))
-                        copied = stream.record_event()
-                put((batch, copied))
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            batch, copied = item
-            if copied is not None:
-                current = torch.cuda.current_stream(device)
-                current.wait_event(copied)
-                batch.map(functools.partial(_used_on, current))
-            yield batch
-    finally:
-        stopped.set()
-        thread.join()
+                waiting.append(pool.submit(load, number))
+                if len(waiting) > depth:
+                    yield ready(waiting.popleft())
+            while waiting:
+                yield ready(waiting.popleft())
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _used_on(stream: torch.cuda.Stream, x: Tensor) -> Tensor:
+    """Keep x's memory until `stream` is done with it: it was allocated on another one."""
     x.record_stream(stream)
     return x

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,8 +159,7 @@ class _Fit:
         with log:
             try:
                 while progress.step < plan.steps and not progress.stopped:
-                    rows = plan.row_numbers(progress.step, world.rank, world.size)
-                    norm = self._step([next(batches) for _ in rows], meter)
+                    norm = self._step(batches, meter)
                     progress.step += 1
                     now = time.monotonic()
                     progress.seconds = before + now - started
@@ -180,10 +180,13 @@ class _Fit:
                 batches.close()
         return self._finish(plan)
 
-    def _step(self, batches: list[Batch | None], meter: Meter) -> Tensor:
+    def _step(self, batches: Iterator[Batch | None], meter: Meter) -> Tensor:
         """Gradients of this process's rows, summed over all, and one update."""
         device, supervised = self.world.device, 0
-        for batch in batches:
+        for _ in self.plan.row_numbers(self.progress.step, self.world.rank, self.world.size):
+            asked = time.monotonic()
+            batch = next(batches)
+            meter.waited += time.monotonic() - asked
             if batch is None:
                 continue
             loss, correct = self.step.backward(batch)

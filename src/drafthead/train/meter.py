@@ -29,6 +29,7 @@ class Meter:
     def restart(self) -> None:
         """Start the clock again, after something that is not training."""
         self.since = time.monotonic()
+        self.waited = 0.0  # seconds spent on waiting for data
 
     def add(self, loss: Tensor, correct: Tensor, batch: Batch, head: Eagle3Head) -> None:
         """Count one row: its summed loss, its correct predictions of each step [T]."""
@@ -59,6 +60,7 @@ class Meter:
             "gradient_norm": float(self.norm) / max(1, self.updates),
             "tokens_per_s": positions / seconds,
             "mfu": count / seconds / self.rate,
+            "waiting": self.waited / seconds,
         }
         self.sums.zero_()
         self.host.zero_()
