@@ -101,7 +101,12 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5)):
     }
     write_json(run.verify_json, verify)
     write_proof(run, load_target(target), verify, {3: {}}, [Prompt([1, 2], "c", "chat")])
-    write_json(run.train / "evaluation.json", {"acceptance_by_position": curve})
+    heldout = [
+        {"k": k, "accepted_length": 1 + sum(curve[:k]), "acceptance_by_position": curve[:k]}
+        for k in range(1, len(curve) + 1)
+    ]
+    summary = {"steps": 400, "tokens": 901_000, "train_seconds": 240.0, "heldout": heldout}
+    write_json(run.train / "best.json", summary)
     sizes = [64, 256, 1024, 4096, 8192, 16384, 32000, 49152]
     write_json(
         run.vocab / "coverage.json",

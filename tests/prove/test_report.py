@@ -68,7 +68,7 @@ def test_an_interval_over_one_is_said(tmp_path):
 
 def test_a_head_without_training_here_has_a_report_too(tmp_path):
     recipe, run = made_run.make(tmp_path, ks=(3,))
-    (run.train / "evaluation.json").unlink()
+    (run.train / "best.json").unlink()
     (run.train / "metrics.jsonl").unlink()
     (run.vocab / "coverage.json").unlink()
     bench = read_json(run.bench_json, "")

@@ -59,7 +59,8 @@ def made_run(folder, recipe, head, prompts, predicted):
     ]
     write_part(run.answers, 0, answers, {})
     run.head.symlink_to(head)
-    write_json(run.train / "evaluation.json", {"acceptance_by_position": predicted})
+    heldout = [{"k": len(predicted), "acceptance_by_position": predicted}]
+    write_json(run.train / "best.json", {"heldout": heldout})
     return run
 
 

@@ -79,7 +79,11 @@ def test_verify_proves_and_signs_off(recipe, run):
 
 
 def test_bench_counts_what_is_known_beforehand(recipe, run):
-    write_json(run.train / "evaluation.json", {"acceptance_by_position": [0.5, 0.25, 0.125, 0.1]})
+    heldout = [
+        {"k": 3, "acceptance_by_position": [0.5, 0.25, 0.125]},
+        {"k": 5, "acceptance_by_position": [0.4, 0.2, 0.1, 0.1, 0.1]},
+    ]
+    write_json(run.train / "best.json", {"heldout": heldout})
     summary = bench(recipe, run, console=QUIET)
     result = read_json(run.bench_json, "")
     # 24 tokens after the first: 6 drafts of repeats (all right), 12 of alternates (the first
@@ -87,6 +91,7 @@ def test_bench_counts_what_is_known_beforehand(recipe, run):
     assert summary["acceptance_by_position"] == [18 / 42, 6 / 42, 6 / 42]
     assert summary["accepted_length"] == pytest.approx(1 + 30 / 42)
     assert result["predicted_acceptance_by_position"] == [0.5, 0.25, 0.125]
+    assert result["cost_model"][0]["acceptance_by_position"] == [0.4, 0.2, 0.1, 0.1, 0.1]
     single, double = result["grid"]
     assert {s: f["accepted_length"] for s, f in single["by_source"].items()} == {
         "repeats": 4.0,

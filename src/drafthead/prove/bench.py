@@ -80,14 +80,25 @@ def _line(cell: dict) -> str:
     )
 
 
-def predicted_curve(run: RunDir) -> list[float] | None:
-    """Acceptance by position that training's held-out evaluation predicts; None for a head that
-    was not trained in this run."""
-    path = run.train / "evaluation.json"
+def predicted_acceptance(run: RunDir, k: int | None = None) -> list[float] | None:
+    """Acceptance by position that training's held-out evaluation predicts.
+
+    Args:
+        run: a run.
+        k: tokens drafted a step; None is the most that was evaluated. A larger k than that is
+            predicted as far as the evaluation goes.
+
+    Returns:
+        At most k rates; None for a head that was not trained in this run.
+    """
+    path = run.train / "best.json"
     if not path.exists():
         return None
-    evaluation = read_json(path, "the held-out evaluation that train writes")
-    return [float(rate) for rate in evaluation["acceptance_by_position"]]
+    heldout = read_json(path, "the held-out evaluation that train writes")["heldout"]
+    by_k = {entry["k"]: entry["acceptance_by_position"] for entry in heldout}
+    # Where a step ends decides where the next one begins, so each k has rates of its own.
+    rates = by_k.get(k) or by_k[max(by_k)]
+    return [float(rate) for rate in rates[:k]]
 
 
 def measure(
@@ -168,16 +179,17 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: an engine does not run.
     """
     points = grid(recipe)
-    curve = predicted_curve(run)
+    expected = predicted_acceptance(run, points[0].num_speculative_tokens)
     cells = measure(recipe, run, points, head=existing_head(run.head), console=console)
-    expected = curve and curve[: points[0].num_speculative_tokens]
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,
         "predicted_accepted_length": 1 + sum(expected) if expected else None,
         "method": _METHOD,
         "grid": cells,
-        "cost_model": analyse([c for c in cells if not c["temperature"]], curve),
+        "cost_model": analyse(
+            [c for c in cells if not c["temperature"]], predicted_acceptance(run)
+        ),
         "command": command_line(),
         "machine": this_machine().as_dict(),
         "date": now(),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drafthead.fsio import read_json
-from drafthead.prove.bench import predicted_curve
+from drafthead.prove.bench import predicted_acceptance
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.server import Client
@@ -200,7 +200,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     return LiveFacts(
         traffic=traffic,
         probe=probe,
-        predicted=predicted_curve(run),
+        predicted=predicted_acceptance(run, recipe.serve.num_speculative_tokens),
         template_agrees=agree,
         head_aux_layers=config.get("aux_layer_ids"),
         trained_aux_layers=_captured_layers(run),

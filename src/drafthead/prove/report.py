@@ -224,14 +224,16 @@ def facts(r: Results) -> list[tuple[str, str]]:
                 + (f", teacher equals the token served in {agree:.2%}" if agree else ""),
             )
         )
-    train = r.recipe.train
-    found.append(
-        (
-            "training",
-            f"{train.loss} loss, {train.ttt_steps} training-time-test steps, {train.epochs:g} "
-            f"epochs, AdamW at {train.learning_rate:g}",
+    if r.training:
+        train = r.recipe.train
+        found.append(
+            (
+                "training",
+                f"{train.loss} loss, {train.ttt_steps} training-time-test steps, {train.epochs:g} "
+                f"epochs ({r.training['steps']:,} steps, {r.training['tokens']:,} positions), "
+                f"learning rate {train.learning_rate:g}",
+            )
         )
-    )
     seconds = {name: s["seconds"] for name, s in r.stages.items() if "seconds" in s}
     if seconds:
         found.append(("time", ", ".join(f"{name} {s:,.0f} s" for name, s in seconds.items())))

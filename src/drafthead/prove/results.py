@@ -3,18 +3,16 @@
 No figure comes from anywhere else; what a run did not measure is None and is left out.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json
 from drafthead.prove.proof import read_proof
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
+from drafthead.train.log import read_metrics
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class Results:
     verify: dict
     bench: dict
     proof: dict
-    evaluation: dict | None
+    training: dict | None
+    """Training's own summary, its held-out evaluation with it."""
     coverage: dict | None
     metrics: list[dict]
     """Training's log, a record a step logged."""
@@ -68,25 +67,6 @@ class Results:
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Training's JSONL log; a last line cut off by a kill is left out.
-
-    Raises:
-        DraftheadError: a broken line before the last.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise DraftheadError(f"{path}, line {number}: broken JSON: {error.msg}") from None
-    return records
-
-
 def read_results(recipe: Recipe, run: RunDir) -> Results:
     """Read a run that has been verified and benched.
 
@@ -107,7 +87,7 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
         verify=read_json(run.verify_json, "the outcome of `drafthead verify`"),
         bench=read_json(run.bench_json, "the figures of `drafthead bench`"),
         proof=read_proof(run),
-        evaluation=optional(run.train / "evaluation.json", "the held-out evaluation"),
+        training=optional(run.train / "best.json", "the held-out evaluation"),
         coverage=optional(run.vocab / "coverage.json", "the draft vocabulary's coverage"),
         metrics=read_metrics(run.train / "metrics.jsonl"),
         stages=summaries,
