@@ -13,6 +13,8 @@ walked the way vLLM decodes it, and counted the way its counters count
 - What the target would have said after the end of the answer is not known here. A draft reaching
   there counts as a miss; `past_end` says how many did, so the engine's own counters lie between
   `acceptance` and that plus `past_end / steps`. Position 1 never reaches past the end.
+- Not simulated: a prompt of which a single token is left to compute when it is admitted beside
+  running requests. The scheduler pads it with k placeholder drafts and counts them as rejected.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +33,8 @@ class Acceptance:
 
     `known` counts drafts that were reached (all before them accepted) and whose true token is
     known, `accepted` those that were right, `outside` those that could not be right because the
-    true token is outside the draft vocabulary, `past_end` those reached beyond the answer's end.
+    true token is outside the draft vocabulary. `past_end` counts, at each position, the steps
+    whose chain was right up to the end of the answer and went on beyond it up to there.
     """
 
     def __init__(self, k: int):
@@ -93,7 +96,7 @@ def walk(chains: np.ndarray, answer: np.ndarray, drafted: np.ndarray) -> Accepta
         j = 0
         while j < k:
             if current + 1 + j >= n:
-                counts.past_end[j] += 1
+                counts.past_end[j:] += 1
                 break
             truth = answer[current + 1 + j]
             counts.known[j] += 1
