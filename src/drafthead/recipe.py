@@ -61,7 +61,7 @@ class PromptsSection(Section):
     acceptance a standard error of about one point with answers of 100 tokens."""
     seed: int = 0
     """Seed of the split. The split is by conversation, by a hash of its text: adding prompts
-    later does not move old ones between the sides."""
+    later never moves an old one from training to the held-out side."""
 
 
 class GenerateSection(Section):

@@ -107,7 +107,7 @@ class Template:
             DraftheadError: the template rewrites answers in a way that this cannot follow.
         """
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        stand_ins = {i: f"\u2983answer{i}\u2984" for i in answers}
+        stand_ins = {i: f"\u2983{i}\u2984" for i in answers}
         shown = [{**m, "content": stand_ins.get(i, m["content"])} for i, m in enumerate(messages)]
         rest, glue = self.render(shown, prompt=True), []
         for i in answers:

@@ -1,0 +1,117 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from drafthead.capture import tap as tap_module
+from drafthead.capture.tap import Captured, Ring, Tap
+from drafthead.errors import DraftheadError
+
+L, H = 3, 4
+
+
+def true_states(ids):
+    """[T, L, H]: a stand-in for a model: a state follows from the tokens up to it."""
+    running = torch.cumsum(torch.tensor(ids, dtype=torch.float64), 0)
+    return torch.stack([torch.full((L, H), float(v)) for v in running])
+
+
+def run(steps, ids):
+    """Feed a tap steps of (key, start, count); returns it and what it captured."""
+    tap = Tap(L, H, torch.float32, torch.device("cpu"), 64)
+    for step in steps:
+        rows = torch.cat(
+            [
+                torch.zeros(n, L, H) if k is None else true_states(ids[k])[a : a + n]
+                for k, a, n in step
+            ]
+        )
+        padded = torch.cat([rows, torch.full((2, L, H), float("nan"))])
+        tap.record(list(padded.unbind(1)), step)
+    return tap, tap.take()
+
+
+def check(captured, ids):
+    rows = captured.resolve(ids)
+    for key, tokens in ids.items():
+        assert torch.equal(captured.states(rows[key]), true_states(tokens)[:-1].float())
+
+
+@pytest.mark.parametrize("segment", [8192, 3])
+def test_rows_of_mixed_steps_find_their_sequences(monkeypatch, segment):
+    monkeypatch.setattr(tap_module, "SEGMENT_ROWS", segment)
+    ids = {7: [1, 2, 3, 4, 5], 9: [6, 7, 8]}
+    steps = [
+        [(9, 0, 1), (7, 0, 2)],  # a chunked prefill beside a whole one
+        [(7, 2, 1), (None, 0, 4), (9, 1, 1)],  # a sequence nobody wants between them
+        [(7, 3, 1), (9, 2, 1)],  # what comes after the last input is left out
+    ]
+    check(run(steps, ids)[1], ids)
+
+
+def test_a_preempted_sequence_counts_as_it_was_computed_last():
+    captured = Captured(1, 1, torch.float32)
+    captured.append(torch.tensor([1.0, 2.0, 30.0, 40.0]).reshape(4, 1, 1))
+    captured.note(0, 0, 0, 2)
+    captured.note(0, 2, 0, 2)
+    rows = captured.resolve({0: [5, 5, 5]})
+    assert captured.states(rows[0]).flatten().tolist() == [30.0, 40.0]
+
+
+def test_cached_prefixes_are_those_of_a_sequence_that_begins_alike():
+    ids = {0: [1, 2, 3, 4, 5, 6], 1: [1, 2, 3, 4, 9, 9], 2: [1, 2, 8, 8], 3: [1, 2, 8, 8, 7, 7]}
+    steps = [
+        [(0, 0, 5)],
+        [(1, 4, 1)],  # four tokens from the cache, computed for 0
+        [(2, 2, 1)],
+        [(3, 3, 2)],  # two computed for 0, one for 2
+    ]
+    check(run(steps, ids)[1], ids)
+
+
+def test_a_position_that_nobody_computed_is_an_error():
+    _, captured = run([[(0, 2, 2)]], {0: [1, 2, 3, 4, 5]})
+    with pytest.raises(DraftheadError, match="sequence 0: .* no states at position 0"):
+        captured.resolve({0: [1, 2, 3, 4, 5]})
+    with pytest.raises(DraftheadError, match="position 0 of 1"):
+        captured.resolve({5: [1, 2]})
+
+
+def test_take_starts_anew():
+    ids = {0: [1, 2, 3]}
+    tap, _ = run([[(0, 0, 2)]], ids)
+    tap.record(list(true_states([9, 9, 9])[:2].unbind(1)), [(1, 0, 2)])
+    again = tap.take()
+    check(again, {1: [9, 9, 9]})
+    assert again.rows == 2
+
+
+class PageableRing(Ring):
+    """A ring without a GPU to pin memory for."""
+
+    def __init__(self, capacity):
+        self.rows = torch.zeros(capacity, 1, 1)
+        self._head, self._used, self._change, self.waits = 0, [], threading.Condition(), 0
+
+
+def test_ring_never_hands_out_what_is_in_use():
+    ring, rng, held = PageableRing(64), np.random.default_rng(0), []
+    for _ in range(5000):
+        n = int(rng.integers(1, 33))  # up to half, as `Tap` makes it
+        while held and (len(held) > 3 or rng.random() < 0.3):
+            held.pop(0)
+            ring.give()
+        blocked = threading.Event()
+        ring._change.wait = lambda: (blocked.set(), held.pop(0), ring_pop(ring))
+        start, stop = ring.take(n)
+        assert stop - start == n
+        assert 0 <= start < stop <= 64
+        assert all(stop <= a or b <= start for a, b in held)
+        held.append((start, stop))
+    assert ring.waits > 100
+
+
+def ring_pop(ring):
+    """As `give`, for a caller that already holds the lock."""
+    ring._used.pop(0)

@@ -1,0 +1,158 @@
+"""The loss mask, right to the token, for templates as real models have them."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from drafthead.data.template import Template
+from drafthead.errors import DraftheadError
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+# As LFM2.5's: generation markers, and the thinking of past turns stripped.
+LFM25 = """{{- bos_token -}}
+{%- set ns = namespace(last_user=-1) -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}{%- set ns.last_user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message['role'] + '\n' -}}
+  {%- if message['role'] == 'assistant' -%}
+    {%- set content = message['content'] -%}
+    {%- if loop.index0 < ns.last_user and '</think>' in content -%}
+      {%- set content = content.split('</think>')[-1] | trim -%}
+    {%- endif -%}
+    {%- generation -%}{{- content + '<|im_end|>' -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- message['content'] + '<|im_end|>' -}}
+  {%- endif -%}
+  {{- '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+MARKS = ("{%- generation -%}", "{%- endgeneration -%}")
+LFM25_UNMARKED = LFM25.replace(MARKS[0], "").replace(MARKS[1], "")
+LFM25_END_OUTSIDE = LFM25.replace(
+    "content + '<|im_end|>' -}}{%- endgeneration -%}",
+    "content -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
+)
+
+HISTORY = [
+    {"role": "user", "content": "Say hello to the world, please."},
+    {
+        "role": "assistant",
+        "content": "<think>\nThey want a greeting.\n</think>\n\nHello, world! é🙂",
+    },
+    {"role": "user", "content": "Hello, world! again"},
+    {"role": "assistant", "content": "Hello, world!"},
+    {"role": "user", "content": "And now?"},
+]
+
+
+def tokenizer(template):
+    """Byte-level BPE with a few merges, so that tokens cross what a template joins."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("H", "e"), ("l", "l"), ("He", "ll"), ("Hell", "o"), ("Ċ", "Ċ"), ("Ġ", "w")]
+    vocab = {t: i for i, t in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=special[0], additional_special_tokens=special[1:]
+    )
+    fast.chat_template = template
+    return fast
+
+
+def template(text):
+    fast = tokenizer(text)
+    ends = [fast.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>")]
+    return Template(fast, ends, "there")
+
+
+def written(found, messages):
+    """What the mask says the target wrote: the text of each run of marked tokens."""
+    ids, mask = found.encode(messages)
+    edges = np.flatnonzero(np.diff(np.r_[0, mask.astype(int), 0]))
+    runs = [found.tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
+    return runs, ids, mask
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "end"),
+    [
+        (CHATML, HISTORY[1]["content"], "<|im_end|>"),
+        (LLAMA3, HISTORY[1]["content"], "<|eot_id|>"),
+        (LFM25, "Hello, world! é🙂", "<|im_end|>"),
+        (LFM25_UNMARKED, "Hello, world! é🙂", "<|im_end|>"),
+        (LFM25_END_OUTSIDE, "Hello, world! é🙂", "<|im_end|>"),
+    ],
+    ids=["chatml", "llama3", "lfm2.5", "lfm2.5 unmarked", "lfm2.5 end outside"],
+)
+def test_mask_covers_each_answer_and_its_end_token_and_nothing_else(text, first, end):
+    found = template(text)
+    runs, ids, mask = written(found, HISTORY)
+    assert runs == [first + end, "Hello, world!" + end]
+    rendered = found.tokenizer.apply_chat_template(
+        HISTORY, add_generation_prompt=True, return_dict=False
+    )
+    assert ids == rendered
+    assert not mask[-1]
+
+
+def test_derived_mask_equals_the_markers():
+    for messages in (HISTORY, HISTORY[:3], HISTORY[2:]):
+        a, b = (written(template(text), messages) for text in (LFM25, LFM25_UNMARKED))
+        assert a[1] == b[1]
+        assert np.array_equal(a[2], b[2])
+
+
+def test_no_answers_no_mask():
+    ids, mask = template(CHATML).encode(HISTORY[:1])
+    assert not mask.any()
+    assert len(mask) == len(ids)
+
+
+def test_an_answer_that_quotes_the_template_is_still_whole():
+    quoting = "write <|im_end|>\n<|im_start|>user\nlike this"
+    messages = [
+        {"role": "user", "content": "How?"},
+        {"role": "assistant", "content": quoting},
+        {"role": "user", "content": "Thanks"},
+    ]
+    runs, _, mask = written(template(CHATML), messages)
+    assert "".join(runs) == quoting + "<|im_end|>"
+    assert mask.sum() > 10
+
+
+def test_answer_text_keeps_thinking_and_drops_the_end_token():
+    found = template(LFM25)
+    ids = found.tokenizer("<think>\nx\n</think>\n\nHello<|im_end|>", add_special_tokens=False)
+    assert found.answer_text(ids["input_ids"]) == "<think>\nx\n</think>\n\nHello"
+
+
+def test_no_template_and_templates_that_refuse_or_rewrite():
+    with pytest.raises(DraftheadError, match="no chat template"):
+        template(None)
+    refusing = template("{{ raise_exception('no system role') }}")
+    with pytest.raises(DraftheadError, match="refuses.*no system role"):
+        refusing.encode(HISTORY)
+    shouting = CHATML.replace("message['content'] +", "message['content'] | upper +")
+    with pytest.raises(DraftheadError, match="generation"):
+        template(shouting).encode(HISTORY)
+    dropping = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DraftheadError, match="drops an earlier answer"):
+        template(dropping).encode(HISTORY)
