@@ -124,7 +124,7 @@ def test_other_bad_sources(tmp_path):
     with pytest.raises(DraftheadError, match="no such file"):
         load_chats(section(tmp_path / "none.jsonl"))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DraftheadError, match="found .csv"):
+    with pytest.raises(DraftheadError, match=r"found \.csv"):
         load_chats(section(tmp_path / "a.csv"))
     (tmp_path / "a.parquet").write_text("not parquet")
     with pytest.raises(DraftheadError, match="not a readable Parquet file"):

@@ -148,7 +148,7 @@ def test_no_template_and_templates_that_refuse_or_rewrite():
     with pytest.raises(DraftheadError, match="no chat template"):
         template(None)
     refusing = template("{{ raise_exception('no system role') }}")
-    with pytest.raises(DraftheadError, match="refuses.*no system role"):
+    with pytest.raises(DraftheadError, match=r"refuses.*no system role"):
         refusing.encode(HISTORY)
     shouting = CHATML.replace("message['content'] +", "message['content'] | upper +")
     with pytest.raises(DraftheadError, match="generation"):

@@ -107,10 +107,11 @@ class Captured:
 
 
 class Ring:
-    """Pinned rows [capacity, L, Ht], handed out and given back in order."""
+    """Rows [capacity, L, Ht] of pinned memory, handed out and given back in order. No run may be
+    longer than half the capacity."""
 
-    def __init__(self, capacity: int, shape: tuple[int, int], dtype: torch.dtype):
-        self.rows = torch.empty(capacity, *shape, dtype=dtype, pin_memory=True)
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
         self._head = 0
         self._used: list[tuple[int, int]] = []
         self._change = threading.Condition()
@@ -172,7 +173,10 @@ class Tap:
         self._rows = 0
         self._cuda = device.type == "cuda"
         if self._cuda:
-            self._ring = Ring(2 * max_rows, (num_layers, hidden_size), dtype)
+            pinned = torch.empty(
+                2 * max_rows, num_layers, hidden_size, dtype=dtype, pin_memory=True
+            )
+            self._ring = Ring(pinned)
             self._stream = torch.cuda.Stream(device)
             self._queue: queue.SimpleQueue = queue.SimpleQueue()
             self._idle = threading.Semaphore(0)
