@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
+from drafthead.head.inspect import refuse_unfit
 from drafthead.machine import Machine, this_machine
 from drafthead.recipe import Recipe, load_recipe
 from drafthead.rundir import RunDir
@@ -195,7 +196,8 @@ def engine_plan(
         extra: arguments for ``vllm serve``, passed on as they are.
 
     Raises:
-        DraftheadError: the target cannot be read, or does not fit the machine.
+        DraftheadError: the target cannot be read, or does not fit the machine; the head is broken
+            or of another target.
     """
     engine = recipe.engine
     machine = machine or this_machine()
@@ -217,6 +219,8 @@ def engine_plan(
         method = "modelopt"  # hf_quant_config.json names its producer, not a method
     add("quantization", method, "the checkpoint's own quantization")
     if head is not None:
+        if (folder := Path(head).expanduser()).is_dir():
+            refuse_unfit(folder, target)
         speculative_config = {
             "method": "eagle3",
             "model": str(head),

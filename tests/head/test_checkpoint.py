@@ -17,7 +17,7 @@ from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import estimate_cost
 from drafthead.head.formats import Provenance
-from drafthead.head.inspect import describe, inspect_head
+from drafthead.head.inspect import describe, inspect_head, refuse_unfit
 from drafthead.targets import load_target
 from tests.heads import small_head
 
@@ -402,3 +402,16 @@ def test_any_header_never_crashes(tmp_path, whole, data):
 )
 def test_configs_that_are_no_json(tmp_path, whole, config):
     assert not check_survives(tmp_path / "h", config, whole[1])["ok"]
+
+
+def test_only_unfit_heads_are_refused_before_an_engine_starts(tmp_path, llama):
+    target = load_target(llama)
+    refuse_unfit(saved(tmp_path / "fit", fitting(target)), target)
+    with pytest.raises(DraftheadError, match="another target"):
+        refuse_unfit(saved(tmp_path / "other"), target)
+    edit(tmp_path / "fit", model_type="qwen3")  # vLLM has such heads too
+    refuse_unfit(tmp_path / "fit", target)
+    path = tmp_path / "fit" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DraftheadError, match="truncated"):
+        refuse_unfit(tmp_path / "fit", target)

@@ -19,13 +19,16 @@ from drafthead.targets import Target
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
-def inspect_head(path: Path | str, target: Target | None = None) -> dict[str, Any]:
+def inspect_head(
+    path: Path | str, target: Target | None = None, *, deep: bool = True
+) -> dict[str, Any]:
     """Look at a head without running it; broken files give `problems`, never an exception.
 
     Returns a JSON-able dict: `ok`, `problems` (it cannot be served, or would draft nonsense),
     `notes` (assumptions and suspicions), and as much as could be read of `format`, `config`,
     `parameters`, `bytes`, `own_embedding`, `cost` (see `DraftCost`), `provenance`. With `target`
-    it is also compared with the model that it is meant for.
+    it is also compared with the model that it is meant for. Without `deep` only configurations,
+    file headers and the draft vocabulary are read: no weights, no hashes of the target's files.
     """
     folder = Path(path)
     problems: list[str] = []
@@ -59,10 +62,12 @@ def inspect_head(path: Path | str, target: Target | None = None) -> dict[str, An
         wrong = files.problems(read.config)
         problems += wrong
         if not wrong:
-            problems += _values(files, read.config)
+            problems += _values(files, read.config) if deep else []
             _vocabulary(files, read.config, target, problems, notes)
     if read is not None and target is not None:
         _compare(read, target, problems, notes)
+        if deep:
+            notes += _other_files(read, target)
     result["ok"] = not problems
     return result
 
@@ -171,12 +176,29 @@ def _compare(read: ReadConfig, target: Target, problems: list[str], notes: list[
                 f"aux layer ids {ids} are vLLM's default {default} for this target moved by one "
                 f"({who}): if acceptance is poor, try {default}"
             )
+
+
+def _other_files(read: ReadConfig, target: Target) -> list[str]:
     made_for = _provenance(read).get("target_fingerprint")
-    if made_for and made_for != target.fingerprint:
-        notes.append(
-            f"made for a target with fingerprint {made_for}, this one's is {target.fingerprint}: "
-            "other files (another quantization?); acceptance may be lower than reported"
-        )
+    if not made_for or made_for == target.fingerprint:
+        return []
+    return [
+        f"made for a target with fingerprint {made_for}, this one's is {target.fingerprint}: "
+        "other files (another quantization?); acceptance may be lower than reported"
+    ]
+
+
+def refuse_unfit(folder: Path, target: Target) -> None:
+    """Look at a head before an engine is started with it.
+
+    Raises:
+        DraftheadError: it is broken or of another target. Heads of a kind that drafthead cannot
+            compute itself, but vLLM may, pass if their files are whole.
+    """
+    found = inspect_head(folder, target, deep=False)
+    understood, whole = "format" in found, "tensors" in found
+    if found["problems"] and (understood or not whole):
+        raise DraftheadError("\n".join(f"{folder}: {problem}" for problem in found["problems"]))
 
 
 def describe(found: dict[str, Any]) -> Group:
