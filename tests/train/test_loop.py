@@ -111,7 +111,7 @@ def test_learns_a_rule_and_leaves_a_head_that_vllm_reads(store, tmp_path, loss):
     assert losses[-1] < 0.3 * losses[0]
     loaded = load_head(tmp_path / "best")
     assert loaded.read.provenance["trained"]["step"] == summary["best_step"]
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == summary
+    assert json.loads((tmp_path / "best.json").read_text()) == summary
     assert [h["k"] for h in summary["heldout"]] == [1, 2, 3, 4, 5]
     lines = read_metrics(tmp_path / "metrics.jsonl")
     best = max(line["accepted_length"] for line in lines if "accepted_length" in line)

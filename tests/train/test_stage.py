@@ -159,5 +159,5 @@ def test_two_processes_of_torchrun_train_one_head_and_write_one_record(prepared,
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
     assert summary["steps"] == 1
-    assert json.loads((copied.train / "evaluation.json").read_text())["steps"] == 1
+    assert json.loads((copied.train / "best.json").read_text())["steps"] == 1
     load_head(copied.train / "best")

@@ -66,8 +66,8 @@ def fit(task: Task, folder: Path, world: World, console: Console) -> dict:
     """Train, going on from a checkpoint in `folder` if there is one.
 
     Leaves `folder/best` (the head with the highest held-out accepted length, bf16, as vLLM reads
-    it), `folder/evaluation.json` (its evaluation), `metrics.jsonl`, `tensorboard/`, `checkpoint/`.
-    Returns `evaluation.json`'s content and how training went.
+    it), `folder/best.json` (its evaluation), `metrics.jsonl`, `tensorboard/`, `checkpoint/`.
+    Returns `best.json`'s content and how training went.
 
     Raises:
         DraftheadError: data that does not fit, a loss that is not finite, a full disk.
@@ -328,6 +328,6 @@ class _Fit:
             "heldout": [total.summary() for total in totals],
         }
         if self.world.first:
-            write_json(self.folder / "evaluation.json", summary)
+            write_json(self.folder / "best.json", summary)
         self.world.barrier()
         return summary

@@ -24,7 +24,7 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     """Stage: train the head on `run.states` for the vocabulary in `run.vocab`.
 
     Under torchrun all its processes train together. Leaves in `run.train` what `loop.fit` says,
-    `best/` being the head. Returns `evaluation.json`.
+    `best/` being the head. Returns `best.json`.
 
     Raises:
         DraftheadError: states, vocabulary and target do not fit together, or training failed.
