@@ -215,6 +215,36 @@ def serve(
         os.execvpe(plan.command[0], plan.command, os.environ | plan.environment)
 
 
+states_app = typer.Typer(help="Look after a store of states.", no_args_is_help=True)
+app.add_typer(states_app, name="states")
+
+
+@states_app.command(
+    "check", epilog="Example: drafthead states check runs/demo/states --repair, then capture"
+)
+def states_check(
+    store: Annotated[Path, typer.Argument(help="Folder of the states.", metavar="DIR")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Throw broken units out, for capture to redo.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Verify every byte of a store; name what is broken."""
+    from drafthead.states.check import check_command
+
+    found = check_command(store, fix=repair)
+    for fault in found["faults"]:
+        console.print(f"[red]unit {fault['unit']}[/red]: {escape(fault['what'])}", soft_wrap=True)
+    if as_json:
+        _emit(found, as_json)
+    if found["whole"]:
+        console.print(f"{store}: all {found['units']} units are whole")
+        return
+    mend = "`drafthead capture RECIPE`" if repair else "the same with --repair"
+    console.print(f"{len(found['faults'])} of {found['units']} units are broken; next: {mend}")
+    raise typer.Exit(0 if repair else ClaimFailed.exit_code)
+
+
 @app.command(epilog="Example: drafthead doctor recipe.yaml")
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe to check the disk against.")] = None,

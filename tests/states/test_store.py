@@ -1,8 +1,5 @@
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -151,27 +148,32 @@ def test_full_disk_says_so_and_keeps_what_was_finished(tmp_path, monkeypatch):
     assert len(StateReader(tmp_path)) == 5
 
 
-KILLED = """
-    import os, signal, sys
-    sys.path.insert(0, "tests/states")
-    from test_store import META, make_sample
-    from drafthead.states import StateWriter
-    calls = 0
-    def kill_at(target, real):
-        def call(*args):
-            global calls
-            calls += 1
-            if calls == target:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
-        return call
-    os.replace = kill_at(int(sys.argv[2]), os.replace)
-    os.fsync = kill_at(int(sys.argv[2]), os.fsync)
-    with StateWriter(sys.argv[1], META, pending=1) as writer:
-        for unit in range(3):
-            if not writer.has(unit):
-                writer.submit(unit, [make_sample(unit * 2), make_sample(unit * 2 + 1)])
-"""
+def killed_writer(store, step):
+    """Write the store in a process that kills itself at its ``step``-th fsync or rename; returns
+    whether it died of that."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def then_kill(real):
+            def call(*args):
+                nonlocal calls
+                calls += 1
+                if calls == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args)
+
+            return call
+
+        os.replace, os.fsync = then_kill(os.replace), then_kill(os.fsync)
+        try:
+            with StateWriter(store, META, pending=1) as writer:
+                for unit in range(3):
+                    if not writer.has(unit):
+                        writer.submit(unit, [make_sample(unit * 2), make_sample(unit * 2 + 1)])
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
 def test_killed_at_every_step_and_started_again_the_store_is_the_same(tmp_path):
@@ -180,12 +182,9 @@ def test_killed_at_every_step_and_started_again_the_store_is_the_same(tmp_path):
         for unit in range(3):
             writer.submit(unit, [make_sample(unit * 2), make_sample(unit * 2 + 1)])
     store = tmp_path / "killed"
-    script = tmp_path / "writer.py"
-    script.write_text(textwrap.dedent(KILLED))
     deaths = 0
     for step in [2, 3, 4, 5, 2, 3, 6, 99]:  # before and after each fsync and rename
-        done = subprocess.run([sys.executable, script, store, str(step)], check=False)
-        deaths += done.returncode == -signal.SIGKILL
+        deaths += killed_writer(store, step)
         if (store / "meta.json").exists():
             seen = StateReader(store, partial=True)  # whatever is visible is whole
             assert all(len(seen[i].ids) for i in range(len(seen)))

@@ -88,8 +88,8 @@ def read_part(path: Path) -> list[Answer]:
         table = pq.read_table(path, schema=_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         raise DraftheadError(
-            f"{path}: not a readable part of the answers: {error}; delete it and run "
-            "`drafthead generate` again"
+            f"{path}: not a readable part of the answers: {error}; delete it and "
+            f"{path.parent.parent / '.stages' / 'generate.done.json'}, then run again"
         ) from None
     rows = []
     for row in table.to_pylist():

@@ -27,6 +27,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import disk_errors, fingerprint, read_json, write_json
 
 VERSION = 1
+MAX_UNITS = 1_000_000  # file names have six digits
 Encoding = Literal["bf16", "fp8", "fp32"]
 E4M3_MAX = 448.0
 
@@ -93,6 +94,10 @@ class StoreMeta:
         if list(self.aux_layers) != sorted(set(self.aux_layers)) or not self.aux_layers:
             raise DraftheadError(
                 f"capture.aux_layers: {list(self.aux_layers)} must ascend without repeats"
+            )
+        if not 0 <= self.units <= MAX_UNITS:
+            raise DraftheadError(
+                f"{self.units} units of work; at most {MAX_UNITS:,}: raise generate.chunk"
             )
         bad = [i for i in self.aux_layers if not 0 <= i <= self.num_layers]
         if bad:

@@ -113,3 +113,9 @@ def unit_numbers(store: Path) -> list[int]:
     """The numbers of the finished units, ascending."""
     matches = (UNIT_FILE.fullmatch(entry.name) for entry in store.iterdir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def missing_units(meta: StoreMeta, found: list[int]) -> tuple[int, int]:
+    """How many units a store lacks, and the first of them, given those it has, ascending."""
+    first = next((i for i, number in enumerate(found) if i != number), len(found))
+    return meta.units - len(found), first

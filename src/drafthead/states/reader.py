@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from drafthead.errors import DraftheadError
 from drafthead.fsio import sha256_file
 from drafthead.states.format import Sample, StoreMeta, decode, shard_tensors
-from drafthead.states.index import Shard, load_unit, unit_numbers
+from drafthead.states.index import Shard, load_unit, missing_units, unit_numbers
 
 
 class StateReader:
@@ -48,11 +48,11 @@ class StateReader:
             )
         self.meta = StoreMeta.load(self.path)
         numbers = unit_numbers(self.path)
-        missing = sorted(set(range(self.meta.units)) - set(numbers))
-        if missing and not partial:
+        missing, first = missing_units(self.meta, numbers)
+        if missing > 0 and not partial:
             raise DraftheadError(
-                f"{self.path}: {len(missing)} of {self.meta.units} units are missing (the first is "
-                f"{missing[0]}); `drafthead capture RECIPE` goes on where it stopped"
+                f"{self.path}: {missing} of {self.meta.units} units are missing (the first is "
+                f"{first}); `drafthead capture RECIPE` goes on where it stopped"
             )
         self.units = [load_unit(self.path, self.meta, number) for number in numbers]
         self.shards = [shard for unit in self.units for shard in unit.shards]

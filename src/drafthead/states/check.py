@@ -1,0 +1,89 @@
+"""Verifies a whole store and names what is broken; what is thrown out is captured again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafthead.errors import DraftheadError
+from drafthead.states.format import StoreMeta, decode
+from drafthead.states.index import load_unit, missing_units, unit_numbers, unit_path
+from drafthead.states.reader import open_shard
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: a unit that must be captured again."""
+
+    unit: int
+    what: str
+    """The message, which names the file."""
+    conversations: list[str]
+    """The samples of the unit, as far as its index still tells."""
+
+
+def check_store(path: Path | str) -> list[Fault]:
+    """Read every byte of a store and say what is not as it was written.
+
+    Raises:
+        DraftheadError: ``meta.json`` itself is missing or broken: then nothing can be told.
+    """
+    path = Path(path)
+    meta = StoreMeta.load(path)
+    found = unit_numbers(path)
+    missing, first = missing_units(meta, found)
+    faults = []
+    if missing > 0:
+        what = f"{unit_path(path, first)}: missing: {missing} of {meta.units} are not captured yet"
+        faults.append(Fault(first, what, []))
+    faults += [fault for unit in found for fault in _unit_faults(path, meta, unit)]
+    return sorted(faults, key=lambda fault: fault.unit)
+
+
+def _unit_faults(path: Path, meta: StoreMeta, number: int) -> list[Fault]:
+    try:
+        unit = load_unit(path, meta, number)
+    except DraftheadError as error:
+        return [Fault(number, str(error), [])]
+    names = [name for shard in unit.shards for name in shard.conversation]
+    for shard in unit.shards:
+        try:
+            handle = open_shard(path, meta, shard, verify=True)
+            first = 0
+            for name, count in zip(shard.conversation, shard.states):
+                keys = [k for k in handle.keys() if k not in ("ids", "loss_mask")]  # noqa: SIM118
+                part = {k: handle.get_slice(k)[first : first + count] for k in keys}
+                if not decode(part).isfinite().all():
+                    what = f"{path / shard.file}: states of {name} are not finite"
+                    return [Fault(number, what, names)]
+                first += count
+        except DraftheadError as error:
+            return [Fault(number, str(error), names)]
+    return []
+
+
+def repair(path: Path | str, faults: list[Fault]) -> None:
+    """Throw the faulty units out, so that `drafthead capture` makes just those again.
+
+    A store that lies in a run's folder has its run told that the stage is not finished.
+    """
+    path = Path(path)
+    for fault in faults:
+        unit_path(path, fault.unit).unlink(missing_ok=True)
+        for shard in path.glob(f"unit-{fault.unit:06d}-*.safetensors"):
+            shard.unlink()
+    if faults:
+        (path.parent / ".stages" / "capture.done.json").unlink(missing_ok=True)
+
+
+def check_command(path: Path | str, *, fix: bool) -> dict[str, Any]:
+    """What `drafthead states check` prints: JSON-able, with one entry a faulty unit."""
+    faults = check_store(path)
+    if fix:
+        repair(path, faults)
+    return {
+        "store": str(path),
+        "units": StoreMeta.load(Path(path)).units,
+        "whole": not faults,
+        "repaired": fix and bool(faults),
+        "faults": [vars(fault) for fault in faults],
+    }
