@@ -245,6 +245,24 @@ def states_check(
     raise typer.Exit(0 if repair else ClaimFailed.exit_code)
 
 
+@app.command(epilog="Example: drafthead publish recipe.yaml --repo me/my-model-eagle3 --dry-run")
+def publish(
+    recipe: RecipeFile,
+    repo: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files; upload nothing.")
+    ] = False,
+    runs: RunsDir = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Upload the head with its model card, proof and measurements to the hub."""
+    from drafthead.prove.publish import publish as upload
+
+    result = upload(load_recipe(recipe), runs, repo=repo, dry_run=dry_run, console=console)
+    if as_json:
+        _emit(result, as_json)
+
+
 @app.command(epilog="Example: drafthead doctor recipe.yaml")
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe to check the disk against.")] = None,

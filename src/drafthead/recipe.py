@@ -254,6 +254,19 @@ class BenchSection(Section):
     server adds is in the times."""
 
 
+class PublishSection(Section):
+    """Where the head goes on the hub, and what its model card cannot read from the run."""
+
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """OWNER/NAME; the model card's examples use it."""
+    base_model: str | None = None
+    """Hub id of the target when `target.path` is a folder: what the model card calls it."""
+    license: str | None = None
+    """The target's licence as the hub names it (apache-2.0); None reads its card or LICENSE."""
+    private: bool = False
+    """Whether a repository that publish makes is private."""
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -271,6 +284,7 @@ class Recipe(Section):
     serve: ServeSection = ServeSection()
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
+    publish: PublishSection = PublishSection()
 
 
 def _nearest(location: tuple, found: str) -> str:

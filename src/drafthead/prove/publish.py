@@ -1,0 +1,92 @@
+"""Publishing: the head's folder with its card and the evidence, uploaded to the hub."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.fsio import sha256_file
+from drafthead.prove.card import hub_id, write_card
+from drafthead.prove.proof import proof_path
+from drafthead.prove.results import read_results
+from drafthead.recipe import Recipe
+from drafthead.rundir import RunDir
+
+
+def files_to_publish(run: RunDir) -> dict[str, Path]:
+    """Every file that goes to the hub, by its path there: the head, its card, the evidence."""
+    found = {
+        str(path.relative_to(run.head)): path
+        for path in sorted(run.head.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+    evidence = (proof_path(run), run.verify_json, run.bench_json, run.report_html)
+    return found | {path.name: path for path in evidence}
+
+
+def publish(
+    recipe: Recipe, runs: Path, *, repo: str | None, dry_run: bool, console: Console
+) -> dict:
+    """Upload a run's head to the hub in one commit, its card written anew.
+
+    Args:
+        recipe: the run's recipe.
+        runs: folder of all runs.
+        repo: OWNER/NAME; None is the recipe's ``publish.repo``.
+        dry_run: list the files and upload nothing.
+        console: where people read the list.
+
+    Returns:
+        ``repo``, ``files`` (path, bytes, sha256), and the ``url`` of the commit if there is one.
+
+    Raises:
+        DraftheadError: verify, bench or report has not been run on this head, no repository is
+            named, or the hub refuses.
+        ClaimFailed: the head is not lossless.
+    """
+    run = RunDir(runs / recipe.name)
+    repo = repo or recipe.publish.repo
+    if repo is None:
+        raise DraftheadError("no repository named: pass --repo OWNER/NAME or set publish.repo")
+    section = recipe.publish.model_copy(update={"repo": repo})
+    results = read_results(recipe.model_copy(update={"publish": section}), run)
+    if not results.proof["lossless"]:
+        raise ClaimFailed(f"{proof_path(run)}: not lossless; such a head is not published")
+    if not run.report_html.exists():
+        raise DraftheadError(f"{run.report_html}: not there; run `drafthead report` first")
+    write_card(results)
+    if hub_id(results) is None:
+        console.print(
+            "[yellow]publish.base_model is not set: the card cannot link its target[/yellow]"
+        )
+    files = files_to_publish(run)
+    listed = [
+        {"path": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for name, path in files.items()
+    ]
+    for entry in listed:
+        console.print(f"{entry['bytes']:>14,}  {entry['path']}")
+    if dry_run:
+        console.print(f"dry run: nothing was uploaded to {repo}")
+        return {"repo": repo, "files": listed, "url": None}
+    return {"repo": repo, "files": listed, "url": _upload(repo, files, recipe.publish.private)}
+
+
+def _upload(repo: str, files: dict[str, Path], private: bool) -> str:
+    """Make the repository if it is not there and commit the files; the commit's address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(name, str(path)) for name, path in files.items()],
+            commit_message="EAGLE-3 head with card, proof and measurements",
+        )
+    except LocalTokenNotFoundError:
+        raise DraftheadError("no hub token here; run `hf auth login` or set HF_TOKEN") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise DraftheadError(f"{repo}: the hub refuses: {error}") from error
+    return commit.commit_url

@@ -1,0 +1,167 @@
+"""Card and upload: every figure from the run, every file on the hub, nothing unproved."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from rich.console import Console
+
+from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.fsio import read_json, sha256_file
+from drafthead.prove.card import find_licence, write_card
+from drafthead.prove.publish import publish
+from drafthead.prove.report import report
+from drafthead.prove.results import read_results
+from drafthead.targets import load_target
+from tests.prove import hub, made_run
+
+QUIET = Console(quiet=True)
+PUBLISH = {"repo": "me/head", "base_model": "some/target", "license": "apache-2.0"}
+
+
+@pytest.fixture
+def made(tmp_path):
+    recipe, run = made_run.make(tmp_path, publish=PUBLISH)
+    report(recipe, run, console=QUIET)
+    return recipe, run
+
+
+def card_of(run):
+    text = (run.head / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    return yaml.safe_load(header), body
+
+
+def test_card_header_and_figures(made):
+    _, run = made
+    header, body = card_of(run)
+    assert header["base_model"] == "some/target"
+    assert header["license"] == "apache-2.0"
+    assert header["library_name"] == "vllm"
+    assert header["pipeline_tag"] == "text-generation"
+    assert header["base_model_relation"] == "adapter"
+    bench = read_json(run.bench_json, "")
+    for cell in bench["grid"]:
+        assert f"**{cell['speedup']:.2f}×**" in body
+        assert f"{cell['drafted_tokens_per_s']:.1f} tokens/s" in body
+    for rate in (*bench["acceptance_by_position"], *bench["predicted_acceptance_by_position"]):
+        assert f"{100 * rate:.1f} %" in body
+    assert "63 of 64 answers identical" in body
+    assert str(run.root) not in body  # no path of this machine
+    assert "vllm serve some/target" in body
+    assert "NCCL_P2P_DISABLE=1 NCCL_CUMEM_ENABLE=0 vllm serve" in body
+    assert "--disable-custom-all-reduce" in body
+    assert '"method":"eagle3","model":"me/head"' in body
+    assert "enforce_eager" not in body
+
+
+def test_card_follows_the_figures(made):
+    """No figure is typed: other results, another card."""
+    recipe, run = made
+    bench = read_json(run.bench_json, "")
+    old = f"{bench['speedup']:.2f}×"
+    text = json.dumps(bench).replace(json.dumps(bench["speedup"]), "7.77")
+    run.bench_json.write_text(text)
+    write_card(read_results(recipe, run))
+    _, body = card_of(run)
+    assert "**7.77×**" in body
+    assert f"| **{old}**" not in body.split("k=3 |")[1].split("\n")[0]
+
+
+def test_licence_of_the_target_is_bundled_and_named(made):
+    recipe, run = made
+    target = load_target(recipe.target.path)
+    assert find_licence(target, None).header == {"license": "unknown"}
+    (target.path / "LICENSE").write_text("Apache License\n   Version 2.0, January 2004")
+    assert find_licence(target, None).header == {"license": "apache-2.0"}
+    (target.path / "LICENSE").write_text("LFM Open License v1.0\n")
+    (target.path / "README.md").write_text("---\nlicense: other\nlicense_name: lfm1.0\n---\n# X\n")
+    licence = find_licence(target, None)
+    assert licence.header == {
+        "license": "other",
+        "license_name": "lfm1.0",
+        "license_link": "LICENSE",
+    }
+    write_card(read_results(recipe, run))
+    assert (run.head / "LICENSE").read_text() == "LFM Open License v1.0\n"
+    assert "bundled as LICENSE" in card_of(run)[1]
+    # The proof is of the head as served: card and licence do not undo it.
+    read_results(recipe, run)
+
+
+def test_dry_run_lists_and_uploads_nothing(made, monkeypatch):
+    recipe, run = made
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    assert result["url"] is None
+    listed = {f["path"]: f for f in result["files"]}
+    assert set(listed) == {
+        "README.md",
+        "bench.json",
+        "config.json",
+        "model.safetensors",
+        "proof.json",
+        "report.html",
+        "verify.json",
+    }
+    assert listed["model.safetensors"]["sha256"] == sha256_file(run.head / "model.safetensors")
+
+
+def test_what_is_not_proved_is_not_published(tmp_path):
+    recipe, run = made_run.make(tmp_path, lossless=False, publish=PUBLISH)
+    report(recipe, run, console=QUIET)
+    with pytest.raises(ClaimFailed, match="not lossless"):
+        publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    proof = read_json(run.root / "proof.json", "")
+    (run.root / "proof.json").write_text(json.dumps(proof | {"lossless": True}))
+    with pytest.raises(DraftheadError, match="altered after it was signed off"):
+        publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+
+
+def command(made, server, *arguments):
+    recipe, run = made
+    path = run.root.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "drafthead", "publish", str(path), "--json"),
+            *("--runs", str(run.root.parent), *arguments),
+        ],
+        env=os.environ
+        | {
+            "HF_ENDPOINT": server.url,
+            "HF_TOKEN": "a-token",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",  # the stand-in speaks plain LFS
+            "NO_PROXY": "127.0.0.1",
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_upload_brings_every_byte_to_the_hub(made):
+    _, run = made
+    with hub.running() as server:
+        done = command(made, server, "--repo", "you/other")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["url"] == f"{server.url}/you/other/commit/{'1' * 40}"
+        assert set(server.files) == {f["path"] for f in result["files"]}
+        assert server.files["model.safetensors"] == (run.head / "model.safetensors").read_bytes()
+        assert server.files["proof.json"] == (run.root / "proof.json").read_bytes()
+        assert b'"model":"you/other"' in server.files["README.md"]
+        assert "POST /api/models/you/other/commit/main" in server.log
+
+
+def test_a_hub_that_refuses_is_a_clear_error(made):
+    with hub.running() as server:
+        server.refuse = True
+        done = command(made, server)
+        assert done.returncode == 2
+        assert "the hub refuses" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert server.files == {}
