@@ -1,0 +1,265 @@
+"""The stages generate and capture of a run: killed, repaired, refused, in one pass and in two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from rich.console import Console
+
+from drafthead.capture import stages
+from drafthead.capture.engine import CaptureEngine
+from drafthead.capture.generate import generate_units, prefill_units
+from drafthead.capture.plan import make_plan
+from drafthead.data.answers import read_answers, read_left_out, read_part
+from drafthead.errors import DraftheadError
+from drafthead.fsio import RunLock
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.states import StateReader
+from drafthead.states.check import check_store, repair
+from drafthead.states.writer import open_store
+
+WORDS = "the sum of two numbers and a city on river stone house while sun"
+
+
+def recipe_for(folder, tmp_path, conversations=18, chunk=6, **sections):
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(conversations):
+        turns = [" ".join(rng.choice(WORDS.split(), 5)) for _ in range(1 + (i % 3 == 2))]
+        messages = [{"role": "user", "content": turn} for turn in turns]
+        records.append({"messages": messages})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe = {
+        "name": "t",
+        "target": {"path": str(folder)},
+        "prompts": {"sources": [{"path": str(prompts)}], "heldout": 4},
+        "generate": {"max_new_tokens": 24, "chunk": chunk},
+        "capture": {"aux_layers": [1, 3], "format": "fp32"},
+        "engine": {
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_num_seqs": 4,
+            "kv_cache_memory_bytes": 32 << 20,
+        },
+    }
+    for name, section in sections.items():
+        recipe[name] = recipe.get(name, {}) | section
+    return recipe
+
+
+def run_dir_files(root):
+    return {
+        p.relative_to(root): p.read_bytes()
+        for folder in ("answers", "states")
+        for p in (root / folder).iterdir()
+        if not p.name.startswith(".")
+    }
+
+
+def command(recipe_file, runs):
+    arguments = ["run", str(recipe_file), "--runs", str(runs), "--to", "capture", "--json"]
+    return [sys.executable, "-m", "drafthead", *arguments]
+
+
+def start(recipe_file, runs, log):
+    return subprocess.Popen(command(recipe_file, runs), stdout=log, stderr=log)
+
+
+def wait_for(condition, process, log):
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bytes(llama, tmp_path):
+    recipe = recipe_for(llama, tmp_path, conversations=40, chunk=8)
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        command(recipe_file, tmp_path / "whole"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)  # whatever vLLM prints, stdout holds one object
+    assert summary["generate"]["conversations"] == 40
+    assert summary["generate"]["heldout"] == 4
+    assert summary["capture"]["greedy_agreement"] == 1.0
+    assert summary["capture"]["tokens"] > 1000
+
+    root = tmp_path / "killed" / "t"
+    log = tmp_path / "log"
+    with log.open("ab") as output:
+        process = start(recipe_file, tmp_path / "killed", output)
+        wait_for((root / "answers" / "part-000001.parquet").exists, process, log)
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert children
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, "the engine outlived the run that was killed"
+    assert not (root / "answers" / "part-000004.parquet").exists()
+    again = subprocess.run(
+        command(recipe_file, tmp_path / "killed"), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    whole, killed = run_dir_files(tmp_path / "whole" / "t"), run_dir_files(root)
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+@pytest.fixture(scope="module")
+def ran(llama, tmp_path_factory):
+    """One run in this process, with its engine left on."""
+    folder = tmp_path_factory.mktemp("ran")
+    plan = make_plan(parse_recipe(recipe_for(llama, folder), "test"))
+    run = RunDir(folder)
+    open_store(run.states, plan.meta)
+    engine = CaptureEngine(plan.recipe, plan.target, plan.meta, run.states)
+    close, engine.close = engine.close, lambda: None
+    reports = []
+    generate_units(plan, run.answers, run.states, range(3), lambda: engine, reports.append)
+    yield plan, run, engine, reports
+    close()
+
+
+def test_samples_are_the_answers(ran):
+    plan, run, _, reports = ran
+    answers, reader = list(read_answers(run.answers)), StateReader(run.states)
+    assert len(answers) == len(reader) == 18
+    for i, answer in enumerate(answers):
+        sample = reader[i]
+        assert sample.ids.tolist() == answer.ids.tolist()
+        assert sample.loss_mask.tolist() == answer.loss_mask.tolist()
+        assert (sample.conversation, sample.split) == (answer.conversation, answer.split)
+        assert len(sample.aux) == len(sample.ids) - 1
+        assert answer.answer_ids[-1] in plan.target.eos_token_ids or len(answer.answer_ids) == 24
+    assert [m["unit"] for m in reports if "unit" in m] == [0, 1, 2]
+    assert sum(m.get("tokens", 0) for m in reports) >= sum(len(a.answer_ids) for a in answers)
+
+
+def test_later_turns_stand_in_the_context_of_the_targets_own_answers(ran):
+    plan, run, _, _ = ran
+    chats = {chat.id: chat for unit in plan.units for chat, _ in unit}
+    two = [a for a in read_answers(run.answers) if len(chats[a.conversation].turns) == 2]
+    assert len(two) == 6
+    for answer in two:
+        assert answer.prompt_mask.any()
+        text = plan.template.tokenizer.decode(answer.prompt_ids[answer.prompt_mask])
+        assert f"assistant\n{text}" in plan.template.tokenizer.decode(answer.prompt_ids)
+        assert plan.template.tokenizer.decode(answer.prompt_ids).count("<|im_start|>user") == 2
+
+
+def test_finished_units_start_no_engine(ran):
+    plan, run, _, _ = ran
+    before = run_dir_files(run.root)
+    generate_units(plan, run.answers, run.states, range(3), pytest.fail, pytest.fail)
+    prefill_units(plan, run.answers, run.states, range(3), pytest.fail, pytest.fail)
+    assert run_dir_files(run.root) == before
+
+
+def test_repaired_unit_is_captured_again_by_prefill(ran):
+    plan, run, engine, _ = ran
+    reader = StateReader(run.states)
+    before = [reader[i].states.clone() for i in range(len(reader))]
+    shard = sorted(run.states.glob("unit-000001-*.safetensors"))[0]
+    body = bytearray(shard.read_bytes())
+    body[-1] ^= 1
+    shard.write_bytes(body)
+    faults = check_store(run.states)
+    assert [fault.unit for fault in faults] == [1]
+    repair(run.states, faults)
+    prefill_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
+    assert check_store(run.states) == []
+    reader = StateReader(run.states)
+    for i, states in enumerate(before):
+        assert (reader[i].states - states).abs().max() < 1e-3
+        assert reader[i].ids.tolist() == list(read_answers(run.answers))[i].ids.tolist()
+
+
+def test_redone_unit_is_bit_for_bit_the_same(ran):
+    plan, run, engine, _ = ran
+    before = run_dir_files(run.root)
+    (run.answers / "part-000002.parquet").unlink()
+    generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
+    assert run_dir_files(run.root) == before
+
+
+def test_full_disk_stops_the_stage_and_what_is_there_counts(ran, monkeypatch):
+    plan, run, engine, _ = ran
+    for number in (1, 2):
+        (run.answers / f"part-{number:06d}.parquet").unlink()
+    real = os.fsync
+
+    def full(fd):
+        if "unit-000002" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DraftheadError, match=r"unit-000002.*disk is full"):
+        generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
+    monkeypatch.undo()
+    assert (run.answers / "part-000001.parquet").exists()
+    assert not (run.answers / "part-000002.parquet").exists()
+    generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
+    assert check_store(run.states) == []
+
+
+def test_prompts_longer_than_the_model_are_named_and_left_out(ran, tmp_path):
+    plan, _, engine, _ = ran
+    recipe = recipe_for(plan.target.path, tmp_path, conversations=7)
+    long = {"prompt": WORDS * 40}
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    other = make_plan(parse_recipe(recipe, "test"))
+    generate_units(other, tmp_path / "answers", None, range(2), lambda: engine, lambda _: None)
+    (reason,) = read_left_out(tmp_path / "answers")
+    assert reason == "prompt longer than the model"
+    assert len(read_left_out(tmp_path / "answers")[reason]) == 1
+    assert len(list(read_answers(tmp_path / "answers"))) == 7
+    assert len(read_part(tmp_path / "answers" / "part-000001.parquet")) == 2 - (
+        len(read_part(tmp_path / "answers" / "part-000000.parquet")) == 6
+    )
+
+
+def test_stage_errors_come_out_of_the_engines_process(llama, tmp_path):
+    recipe = parse_recipe(recipe_for(llama, tmp_path, engine={"extra": {"block_size": 7}}), "test")
+    with pytest.raises(DraftheadError, match=r"vLLM does not start|process died"):
+        stages.generate(recipe, RunDir(tmp_path / "t"), console=Console(quiet=True))
+
+
+def test_bad_targets_and_settings_are_refused_before_an_engine_starts(llama, tmp_path):
+    def plan(**sections):
+        return make_plan(parse_recipe(recipe_for(llama, tmp_path, **sections), "test"))
+
+    with pytest.raises(DraftheadError, match=r"aux_layers: \[99\]"):
+        plan(capture={"aux_layers": [1, 99]})
+    with pytest.raises(DraftheadError, match="max_model_len: 9999"):
+        plan(engine={"max_model_len": 9999})
+    with pytest.raises(DraftheadError, match="no such folder"):
+        plan(target={"path": str(tmp_path / "nothing")})
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in llama.iterdir():
+        if file.name != "chat_template.jinja":
+            (bare / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DraftheadError, match="no chat template"):
+        plan(target={"path": str(bare)})
+    with RunLock(tmp_path / "t"):
+        recipe_file = tmp_path / "recipe.yaml"
+        recipe_file.write_text(yaml.safe_dump(recipe_for(llama, tmp_path)))
+        done = subprocess.run(
+            command(recipe_file, tmp_path), capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert "another drafthead run" in done.stderr
