@@ -15,9 +15,16 @@ SUPPORTED_VLLM = "0.32."
 
 # Applied at once: they concern the scheduler and the KV cache planner, which run in processes
 # that may never import the model. They act on hybrid models and on NVFP4 checkpoints only.
-MENDS = ("placeholder_drafts", "nvfp4", "nvfp4_cpu")
+MENDS = ("placeholder_drafts", "draft_kv_group", "cpu_kernel_registry", "nvfp4", "nvfp4_cpu")
 # Applied when an LFM2 class is imported (lfm2.py), so that no other model sees them.
-MODEL_MENDS = ("accepted_counts", "batch_order", "cpu_rope", "cpu_short_conv", "cpu_state_copies")
+MODEL_MENDS = (
+    "state_shape",
+    "accepted_counts",
+    "batch_order",
+    "cpu_rope",
+    "cpu_short_conv",
+    "cpu_state_copies",
+)
 
 
 def skipped(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""LFM2 and LFM2-MoE with EAGLE-3's auxiliary hidden states, and with states of the right size.
+"""LFM2 and LFM2-MoE with EAGLE-3's auxiliary hidden states.
 
 Registered in place of vLLM's own classes, which are their bases; imported only when such a model
 is served, and then applies the mends that concern it alone.
@@ -9,7 +9,6 @@ from itertools import islice
 import torch
 from vllm.compilation.decorators import support_torch_compile
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
 from vllm.model_executor.models import lfm2, lfm2_moe
 from vllm.model_executor.models.interfaces import (
     EagleModelMixin,
@@ -78,26 +77,12 @@ class Lfm2MoeModelWithAuxStates(_AuxStates, lfm2_moe.Lfm2MoeModel):
     pass
 
 
-def _state_shape(vllm_config, dim: int) -> tuple[tuple[int, int]]:
-    """Shape of a layer's conv state, with the columns that speculation adds to it."""
-    return MambaStateShapeCalculator.short_conv_state_shape(
-        tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
-        intermediate_size=dim,
-        conv_kernel=vllm_config.model_config.hf_config.conv_L_cache,
-        num_spec=vllm_config.num_speculative_tokens,
-    )
-
-
 class Lfm2ForCausalLM(lfm2.Lfm2ForCausalLM, SupportsEagle3):
-    @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config):
-        return _state_shape(vllm_config, vllm_config.model_config.hf_config.conv_dim)
+    pass
 
 
 class Lfm2MoeForCausalLM(lfm2_moe.Lfm2MoeForCausalLM, SupportsEagle3):
-    @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config):
-        return _state_shape(vllm_config, vllm_config.model_config.hf_config.hidden_size)
+    pass
 
 
 if supports_eagle3(lfm2_moe.Lfm2MoeForCausalLM) and supports_eagle3(lfm2.Lfm2ForCausalLM):
