@@ -47,7 +47,9 @@ def write_target(
             Lfm2MoeConfig(**sizes, **experts, num_experts=8, num_experts_per_tok=2)
         )
     else:
-        model = Lfm2ForCausalLM(Lfm2Config(**sizes, block_auto_adjust_ff_dim=False))
+        # What published LFM2 configurations carry, and vLLM reads.
+        widths = {"conv_dim": hidden, "block_dim": hidden, "block_ff_dim": 2 * hidden}
+        model = Lfm2ForCausalLM(Lfm2Config(**sizes, **widths, block_auto_adjust_ff_dim=False))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
