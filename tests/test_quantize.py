@@ -76,7 +76,8 @@ def test_perplexity_is_that_of_the_checkpoint(kind, request, tmp_path, lfm2_moe,
     model = AutoModelForCausalLM.from_pretrained(target.path, dtype="auto").eval()
     template = Template(target.tokenizer(), target.eos_token_ids, "test")
     torch.manual_seed(0)
-    held = [module._answered(model, template, chat, 24) for chat in CHATS][8:]
+    module._answered(model, template, CHATS[:8], 24)  # draws as many random numbers as it did
+    held = module._answered(model, template, CHATS[8:], 24)
     assert module._perplexity(model, held)[0] == pytest.approx(record["perplexity"], rel=1e-5)
     nvfp4.expand(folder, tmp_path / "expanded")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded", dtype="auto").eval()
@@ -85,6 +86,26 @@ def test_perplexity_is_that_of_the_checkpoint(kind, request, tmp_path, lfm2_moe,
     assert not math.isclose(found, record["perplexity"], rel_tol=1e-3)
     assert not math.isclose(found, record["perplexity_w4a4"], rel_tol=1e-3)
     assert record["bytes"] < 0.6 * record["bytes_before"]
+
+
+@pytest.mark.parametrize("kind", ["lfm2_moe", "llama"])
+def test_answers_do_not_depend_on_their_batch(kind, request, monkeypatch):
+    """Prompts of other lengths beside them mean padding on the left, convolutions included."""
+    from transformers import AutoModelForCausalLM
+
+    from drafthead import quantize as module
+    from drafthead.data.template import Template
+
+    target = load_target(request.getfixturevalue(kind))
+    model = AutoModelForCausalLM.from_pretrained(target.path, dtype="auto").eval()
+    template = Template(target.tokenizer(), target.eos_token_ids, "test")
+    monkeypatch.setattr(module, "TEMPERATURE", 1e-3)  # as good as greedy
+    chats = [Chat(None, ("word " * n,), "test") for n in (1, 9, 4, 30)]
+    together = module._answered(model, template, chats, 12)
+    for chat, (ids, start) in zip(chats, together):
+        (alone, _), *_ = module._answered(model, template, [chat], 12)
+        assert torch.equal(ids, alone)
+        assert len(ids) > start
 
 
 def test_a_finished_checkpoint_is_left_alone(moe, lfm2_moe):

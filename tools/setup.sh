@@ -18,7 +18,7 @@ pip install --quiet --upgrade pip
 
 if nvidia-smi --list-gpus >/dev/null 2>&1; then
   echo "GPU found: vLLM for CUDA"
-  pip install --quiet -e '.[cuda,demo,docs,dev,ray]'
+  pip install --quiet -e '.[cuda,demo,docs,dev,quantize,ray]'
 else
   echo "no GPU found: vLLM for CPU"
   torch=torch==2.13.0+cpu
@@ -28,7 +28,7 @@ else
     pip install --quiet uv
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu torch==2.13.0
   }
-  pip install --quiet --constraint <(echo "$torch") -e '.[cpu,demo,docs,dev,ray]'
+  pip install --quiet --constraint <(echo "$torch") -e '.[cpu,demo,docs,dev,quantize,ray]'
   # Built for CUDA, they break `import vllm` here; nothing on a CPU needs them.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 fi

@@ -5,9 +5,7 @@ scale, one fp32 scale a tensor, the inputs' fp32 scale calibrated. Routers, shor
 embedding and LM head stay as they are: they are small or they hurt most.
 
 Calibration needs text as the target meets it when it decodes, so the target answers the prompts
-first, sampled at temperature 1. Perplexity is that of held-out answers written the same way: the
-difference of its logarithms before and after is then an estimate of the KL divergence a token
-between the dense target and the quantized one.
+first. Perplexity is that of held-out answers, written the same way by the dense target.
 """
 
 import contextlib
@@ -33,6 +31,10 @@ from drafthead.targets import Target, load_target, nvfp4
 EXCLUDE = ("lm_head", "embed_tokens", "conv", "gate", "router")
 """Modules left in floating point, by a component of their name."""
 RECORD = "drafthead_quantize.json"
+TEMPERATURE = 0.7
+"""Of the answers: varied, and still what the target says when it is served."""
+BATCH = 16
+"""Answers written at a time."""
 
 
 def chats_of(prompts: Path, samples: int, heldout: int) -> tuple[list[Chat], list[Chat]]:
@@ -125,8 +127,7 @@ def _quantize(
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     torch.manual_seed(seed)
     texts, held = (
-        [_answered(model, template, chat, max_new_tokens) for chat in side]
-        for side in (calibration, heldout)
+        _answered(model, template, side, max_new_tokens) for side in (calibration, heldout)
     )
     before, argmax = _perplexity(model, held)
     with _quiet():
@@ -145,12 +146,12 @@ def _quantize(
         @torch.no_grad()
         def calibrate(model: torch.nn.Module) -> None:
             for ids, _ in texts:
-                model(ids[None].to(device))
+                model(ids[None])
 
         model = mtq.quantize(model, config, calibrate)
         # the export gives q/k/v and gate/up one scale; done now, so that it is what is measured
         requantize_resmooth_fused_llm_layers(model)
-        with _simulated():
+        with _simulated(), mtq.temporarily_fold_weights(model):
             w4a4, argmax_w4a4 = _perplexity(model, held)
             inputs = [m for n, m in model.named_modules() if n.endswith("input_quantizer")]
             inputs = [quantizer for quantizer in inputs if quantizer.is_enabled]
@@ -188,27 +189,36 @@ def _quantize(
 
 @torch.no_grad()
 def _answered(
-    model: Any, template: Template, chat: Chat, max_new_tokens: int
-) -> tuple[torch.Tensor, int]:
-    """Ids [T] of the first turn with the target's answer, sampled at temperature 1, and where the
-    answer starts."""
-    system = [{"role": "system", "content": chat.system}] if chat.system else []
-    ids, _ = template.encode([*system, {"role": "user", "content": chat.turns[0]}])
-    room = model.config.max_position_embeddings - max_new_tokens
-    prompt = torch.tensor([ids[-room:]], device=model.device)
-    # everything that a generation_config might say is set, so that the draw is the model's own
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=None,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-    )
-    return out[0], prompt.shape[1]
+    model: Any, template: Template, chats: Sequence[Chat], max_new_tokens: int
+) -> list[tuple[torch.Tensor, int]]:
+    """For each chat, ids [T] of its first turn with the target's answer, and where that starts."""
+    prompts = []
+    for chat in chats:
+        system = [{"role": "system", "content": chat.system}] if chat.system else []
+        ids, _ = template.encode([*system, {"role": "user", "content": chat.turns[0]}])
+        prompts.append(ids[-(model.config.max_position_embeddings - max_new_tokens) :])
+    answered = []
+    for first in range(0, len(prompts), BATCH):
+        batch = prompts[first : first + BATCH]
+        width = max(map(len, batch))
+        # padded on the left, so that every answer starts in the same column
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+        out = model.generate(
+            ids,
+            attention_mask=mask.to(model.device),
+            do_sample=True,
+            temperature=TEMPERATURE,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(template.eos),
+            pad_token_id=min(template.eos),
+        )
+        for prompt, row in zip(batch, out, strict=True):
+            answer = row[width:].tolist()
+            ends = [i for i, token in enumerate(answer) if token in template.eos]
+            answer = answer[: ends[0] + 1] if ends else answer
+            answered.append((torch.tensor(prompt + answer, device=model.device), len(prompt)))
+    return answered
 
 
 @torch.no_grad()
