@@ -18,17 +18,14 @@ Writes OUT/train_step.json after every case.
 
 import argparse
 import dataclasses
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import platform
 import statistics
 import sys
 import time
-import types
 from pathlib import Path
 
+import speculators_side
 import torch
 
 from drafthead.fsio import write_json
@@ -41,8 +38,6 @@ from drafthead.train.operations import matmul_rate, operations
 from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.step import Objective, TrainStep
 
-# What speculators imports at start but does not call in a training step.
-NOT_CALLED = ("openai", "datasets", "hs_connectors", "aiohttp", "httpx", "loguru")
 DOCUMENTS = 8
 SUPERVISED = 0.8
 
@@ -93,7 +88,7 @@ class Ours:
     def __init__(self, shape: Shape, steps: int, samples: list, device, options, like=None):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(0)
-        config = HeadConfig(
+        config = self.config = HeadConfig(
             hidden_size=shape.hidden,
             intermediate_size=shape.mlp,
             num_attention_heads=shape.heads,
@@ -135,103 +130,26 @@ class Ours:
 
 
 class Speculators:
-    """speculators 0.9.0's step, as its trainer makes it."""
+    """speculators 0.9.0's step, as its trainer makes it, from the weights of `Ours`."""
 
     name = "speculators"
 
     def __init__(self, shape: Shape, steps: int, samples: list, device, options, like: Ours):
-        from speculators.losses.utils import resolve_loss_config
-        from speculators.models.eagle3 import Eagle3SpeculatorConfig
-        from speculators.models.eagle3.core import Eagle3DraftModel
-        from transformers import LlamaConfig
-
-        torch.manual_seed(0)
-        layer = LlamaConfig(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.mlp,
-            num_hidden_layers=1,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            vocab_size=shape.vocab,
-            max_position_embeddings=8192,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+        model = speculators_side.make_model(like.config, device)
+        ids = torch.arange(shape.draft_vocab)
+        norm = torch.ones(shape.hidden)
+        speculators_side.give_target(
+            model, like.embedding, norm, like.embedding[: shape.draft_vocab], ids
         )
-        if device.type != "cuda":  # flex attention without torch.compile would be all mask
-            layer._attn_implementation = "eager"
-        config = Eagle3SpeculatorConfig(
-            transformer_layer_config=layer,
-            draft_vocab_size=shape.draft_vocab,
-            eagle_aux_hidden_state_layer_ids=list(range(1, shape.aux + 1)),
-        )
-        with torch.device(device):
-            model = Eagle3DraftModel(config)
-        with torch.no_grad():
-            # The same weights as ours: the first losses must agree.
-            model.load_state_dict(like.start, strict=False)
-            model.embed_tokens.weight.copy_(like.embedding)
-            model.verifier_norm.weight.fill_(1.0)
-            model.verifier_lm_head.weight.copy_(like.embedding[: shape.draft_vocab])
-        self.model, self.steps = model.train(), steps
-        self.loss = resolve_loss_config("kl_div", implementation="eager")
-        self.batches = [self._batch(documents, device) for documents in samples]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
-        self.trained, self.device = trained, device
-
-    def _batch(self, documents: list[Sample], device) -> dict:
-        """The rows of `Ours` as speculators lays them out: token and verifier state i+1 at i."""
-        n = len(documents[0].ids) - 2
-        stack = lambda parts: torch.cat(parts)[None].to(device)
-        return {
-            "hidden_states": stack([d.aux[:n].flatten(1) for d in documents]),
-            "verifier_last_hidden_states": stack([d.last[1 : n + 1] for d in documents]),
-            "input_ids": stack([d.ids[1 : n + 1].long() for d in documents]),
-            "loss_mask": stack([d.loss_mask[2 : n + 2] for d in documents]),
-            "position_ids": stack([torch.arange(1, n + 1)] * len(documents)),
-            "document_ids": stack([torch.full((n,), i) for i in range(len(documents))]),
-        }
+        model.load_state_dict(like.start, strict=False)
+        self.side = speculators_side.Side(model, steps, 1e-4, 0.0)
+        self.batches = [
+            speculators_side.make_batch(documents, shape.tokens, device, shift=2)
+            for documents in samples
+        ]
 
     def run(self, number: int) -> torch.Tensor:
-        batch = self.batches[number % len(self.batches)]
-        with torch.autocast(self.device.type, torch.bfloat16):
-            _, loss, _ = self.model(
-                **batch, ttt_steps=self.steps, ttt_step_loss_decay=1.0, loss_config=self.loss
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        return loss.detach()
-
-
-def find_peers(folder: Path | None) -> None:
-    """Make speculators importable from `folder`, what it never calls from nothing."""
-    if folder:
-        sys.path.insert(0, str(folder))
-    missing = [name for name in NOT_CALLED if importlib.util.find_spec(name) is None]
-    sys.meta_path.append(_Nothings(missing))
-
-
-class _Nothings(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules of the given names whose every member is an empty class."""
-
-    def __init__(self, names: list[str]):
-        self.names = names
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.names:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        def member(name: str) -> type:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-        module.__dict__["__getattr__"] = member
+        return self.side.step(self.batches[number % len(self.batches)])
 
 
 def synchronize(device) -> None:
@@ -349,7 +267,7 @@ def main() -> None:
     if options.tiny:
         options.blocks, options.steps, options.warmup = 2, 2, 1
     options.compile = options.compile and device.type == "cuda"
-    find_peers(options.peers)
+    speculators_side.find(options.peers)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     record: dict = {
         "benchmark": "train_step",
