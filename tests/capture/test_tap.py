@@ -5,6 +5,7 @@ import torch
 from drafthead.capture import tap as tap_module
 from drafthead.capture.tap import Captured, Ring, Tap
 from drafthead.errors import DraftheadError
+from drafthead.states.format import encode
 
 L, H = 3, 4
 
@@ -17,7 +18,7 @@ def true_states(ids):
 
 def run(steps, ids):
     """Feed a tap steps of (key, start, count); returns it and what it captured."""
-    tap = Tap(L, H, torch.float32, torch.device("cpu"), 64)
+    tap = Tap(L, H, torch.float32, "fp32", torch.device("cpu"), 64)
     for step in steps:
         rows = torch.cat(
             [
@@ -33,7 +34,7 @@ def run(steps, ids):
 def check(captured, ids):
     rows = captured.resolve(ids)
     for key, tokens in ids.items():
-        assert torch.equal(captured.states(rows[key]), true_states(tokens)[:-1].float())
+        assert torch.equal(*captured.take(rows[key]), true_states(tokens)[:-1].float())
 
 
 @pytest.mark.parametrize("segment", [8192, 3])
@@ -49,12 +50,12 @@ def test_rows_of_mixed_steps_find_their_sequences(monkeypatch, segment):
 
 
 def test_a_preempted_sequence_counts_as_it_was_computed_last():
-    captured = Captured(1, 1, torch.float32)
+    captured = Captured()
     captured.append(torch.tensor([1.0, 2.0, 30.0, 40.0]).reshape(4, 1, 1))
     captured.note(0, 0, 0, 2)
     captured.note(0, 2, 0, 2)
     rows = captured.resolve({0: [5, 5, 5]})
-    assert captured.states(rows[0]).flatten().tolist() == [30.0, 40.0]
+    assert captured.take(rows[0])[0].flatten().tolist() == [30.0, 40.0]
 
 
 def test_cached_prefixes_are_those_of_a_sequence_that_begins_alike():
@@ -76,6 +77,17 @@ def test_a_position_that_nobody_computed_is_an_error():
         captured.resolve({5: [1, 2]})
 
 
+def test_fp8_is_encoded_row_by_row():
+    tap = Tap(L, H, torch.float32, "fp8", torch.device("cpu"), 64)
+    rows = torch.randn(5, L, H, generator=torch.Generator().manual_seed(0))
+    tap.record(list(rows.unbind(1)), [(3, 0, 5)])
+    captured = tap.take()
+    states, scale = captured.take(captured.resolve({3: [0] * 6})[3])
+    expected, expected_scale = encode(rows, "fp8")
+    assert torch.equal(states.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scale, expected_scale)
+
+
 def test_take_starts_anew():
     ids = {0: [1, 2, 3]}
     tap, _ = run([[(0, 0, 2)]], ids)
@@ -86,7 +98,7 @@ def test_take_starts_anew():
 
 
 def test_ring_never_hands_out_what_is_in_use():
-    ring, rng, held = Ring(torch.zeros(64, 1, 1)), np.random.default_rng(0), []
+    ring, rng, held = Ring(64), np.random.default_rng(0), []
 
     def others_give(*_):
         """In place of waiting for the thread that gives back."""

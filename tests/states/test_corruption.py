@@ -47,14 +47,14 @@ def other(tmp_path_factory):
 def content(path):
     reader = StateReader(path)
     return [
-        (s.ids, s.loss_mask, s.states, s.prompt_len, s.conversation, s.split)
+        (s.ids, s.loss_mask, s.aux, s.last, s.prompt_len, s.conversation, s.split)
         for s in (reader[i] for i in range(len(reader)))
     ]
 
 
 def same(a, b):
     return len(a) == len(b) and all(
-        all(torch.equal(x, y) for x, y in zip(one[:3], two[:3])) and one[3:] == two[3:]
+        all(torch.equal(x, y) for x, y in zip(one[:4], two[:4])) and one[4:] == two[4:]
         for one, two in zip(a, b)
     )
 

@@ -74,7 +74,7 @@ def test_fp8_has_a_scale_for_each_token_and_layer(tmp_path):
     states = make_sample(2, tokens=40).states * torch.tensor([1e-3, 1.0, 1e4])[None, :, None]
     states[5] *= 1000  # a massive first token must not cost the others their precision
     states[7] = 0
-    decoded = decode(encode(states, "fp8"))
+    decoded = decode(*encode(states, "fp8"))
     # e4m3 keeps 3 bits of mantissa: half a step is 1/16 of the value, or of the row's smallest
     # normal number (2**-6 of 448 in scale units)
     row = states.abs().amax(-1, keepdim=True)
@@ -83,9 +83,15 @@ def test_fp8_has_a_scale_for_each_token_and_layer(tmp_path):
     sample = Sample(**(vars(make_sample(2, tokens=40)) | {"states": states}))
     with StateWriter(tmp_path, meta) as writer:
         writer.submit(0, [sample])
-    found = StateReader(tmp_path)[0].states
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, decoded)
+    found = StateReader(tmp_path)[0]
+    assert found.aux.dtype == found.last.dtype == torch.bfloat16
+    assert torch.equal(found.aux, decoded[:, :2])
+    assert torch.equal(found.to("cpu").last, decoded[:, 2])
+    assert StateReader(tmp_path).meta.bytes_per_token == 3 * (16 + 4)
+    states[3, 1, 2] = float("nan")
+    states[4, 0, 0] = float("inf")
+    scale = encode(states, "fp8")[1]
+    assert (~scale.isfinite()).nonzero().tolist() == [[3, 1], [4, 0]]
 
 
 def test_order_is_a_seeded_shuffle_across_shards(tmp_path):

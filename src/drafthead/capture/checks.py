@@ -7,6 +7,7 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StoreMeta
+from drafthead.states.format import decode
 from drafthead.targets import Target
 
 MIN_AGREEMENT = 0.9
@@ -20,6 +21,8 @@ def teacher_argmax(
 ) -> torch.Tensor:
     """The target's most likely next token at each position, ``lm_head(final_norm(last))``.
 
+    In fp32, on the device of ``last``, a block of the vocabulary at a time.
+
     Args:
         last: [n, Ht], the stream before the final norm.
         norm: [Ht], weight of the final RMS norm.
@@ -29,12 +32,13 @@ def teacher_argmax(
     Returns:
         int64 [n].
     """
-    hidden = last.float()
-    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * norm.float()
-    best = torch.full((len(hidden),), -torch.inf)
-    token = torch.zeros(len(hidden), dtype=torch.int64)
+    hidden, norm = last.float(), norm.to(last.device).float()
+    hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * norm
+    best = torch.full((len(hidden),), -torch.inf, device=last.device)
+    token = torch.zeros(len(hidden), dtype=torch.int64, device=last.device)
     for start in range(0, len(lm_head), _VOCAB_BLOCK):
-        block = hidden @ lm_head[start : start + _VOCAB_BLOCK].float().T
+        rows = lm_head[start : start + _VOCAB_BLOCK].to(last.device).float()
+        block = hidden @ rows.T
         value, index = block.max(-1)
         better = value > best
         best = torch.where(better, value, best)
@@ -49,10 +53,11 @@ class Checker:
         target: whose final norm and LM head are the teacher.
         positions: tokens of each answer compared with the teacher's, evenly spread.
         greedy: whether the answers are greedy, so that teacher and answer must agree.
+        device: where to compute the teacher; the engine's, for a CPU beside a GPU has other work.
     """
 
-    def __init__(self, target: Target, positions: int, greedy: bool):
-        self.positions, self.greedy = positions, greedy
+    def __init__(self, target: Target, positions: int, greedy: bool, device: torch.device):
+        self.positions, self.greedy, self.device = positions, greedy, device
         self._norm, self._eps = target.final_norm()
         self._lm_head = target.lm_head()
 
@@ -70,13 +75,14 @@ class Checker:
         for sample in samples:
             check_values(sample, meta)
             at = self._spread(sample)
-            last.append(sample.last[at])
+            last.append(_last(sample, at))
             served.append(sample.ids[at + 1].long())
             checks["samples"] += 1
             checks["tokens"] += len(sample.states)
             yield sample
         if self.greedy and served:
-            predicted = teacher_argmax(torch.cat(last), self._norm, self._eps, self._lm_head)
+            states = torch.cat(last).to(self.device)
+            predicted = teacher_argmax(states, self._norm, self._eps, self._lm_head).cpu()
             agree = int((predicted == torch.cat(served)).sum())
             checks.update(greedy_checked=len(predicted), greedy_agree=agree)
             if agree < MIN_AGREEMENT * len(predicted):
@@ -93,17 +99,29 @@ class Checker:
         return torch.linspace(first, max(first, stop - 1), count).round().long()
 
 
+def _last(sample: Sample, at: torch.Tensor) -> torch.Tensor:
+    """[n, Ht]: the last layer's states at some positions, decoded."""
+    states = sample.states[:, -1]
+    if sample.scale is None:
+        return states[at]
+    return decode(states.view(torch.uint8)[at].view(states.dtype), sample.scale[:, -1][at])
+
+
 def check_values(sample: Sample, meta: StoreMeta) -> None:
     """Every state finite, and none zero.
 
     Raises:
         DraftheadError: names the layer and position of the first that is not.
     """
-    low, high = torch.aminmax(sample.states, dim=-1)  # NaN wherever one is in the row
-    zero = (low == 0) & (high == 0)
+    if sample.scale is None:
+        low, high = torch.aminmax(sample.states, dim=-1)  # NaN wherever one is in the row
+        finite, zero = low.isfinite() & high.isfinite(), (low == 0) & (high == 0)
+    else:
+        finite = sample.scale.isfinite()
+        zero = (sample.states.view(torch.uint8) & 0x7F).amax(-1) == 0
     if meta.layers[0] == 0:
         zero[:, 0] = False  # what enters layer 0 is the embedding; a padding token's may be zero
-    for bad, what in ((~(low.isfinite() & high.isfinite()), "not finite"), (zero, "all zero")):
+    for bad, what in ((~finite, "not finite"), (zero, "all zero")):
         if bad.any():
             position, layer = bad.nonzero()[0].tolist()
             raise DraftheadError(

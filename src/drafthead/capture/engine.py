@@ -69,7 +69,9 @@ class CaptureEngine:
             worker = "CaptureWorker" if gpu else "CaptureCPUWorker"
             args |= {
                 "worker_cls": f"drafthead.capture.worker.{worker}",
-                "additional_config": {KEY: {"layers": list(meta.layers)}},
+                "additional_config": {
+                    KEY: {"layers": list(meta.layers), "encoding": meta.encoding}
+                },
             }
         try:
             from vllm import LLM
@@ -83,6 +85,7 @@ class CaptureEngine:
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             raise DraftheadError(f"{target.path}: vLLM does not start: {error}") from error
         self._sequences: dict[int, list[int]] = {}
+        self._keys = 0
         self.max_len: int = self.llm.llm_engine.vllm_config.model_config.max_model_len
         if store is not None:
             options = {
@@ -145,7 +148,8 @@ class CaptureEngine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
-        first = len(self._sequences)
+        # Never used twice: a step may still be under way for a sequence that has just ended.
+        first, self._keys = self._keys, self._keys + len(prompts)
         written: dict[int, Written] = {}
         for key, (prompt, param) in enumerate(zip(prompts, params, strict=True), first):
             param.output_kind = RequestOutputKind.FINAL_ONLY

@@ -1,19 +1,21 @@
 """Collects hidden states step by step as an engine computes them, without ever blocking it.
 
-Each engine step computes states for rows of several sequences at once. On a GPU a step's rows are
-staged in a fresh device tensor, copied on a stream of their own into a ring of pinned memory, and
-from there by a thread into ordinary memory. Only when the ring is full does the engine wait. What
-row belongs to which position of which sequence is noted as numbers and resolved at the end.
+Each engine step computes states for rows of several sequences at once. On a GPU a step adds its
+rows to a stage on the device: one small kernel. A full stage is encoded and copied on a stream of
+its own into a ring of pinned memory, and from there by a thread into ordinary memory, while steps
+fill the other stage. Only when the ring is full does the engine wait. What row belongs to which
+position of which sequence is noted as numbers and resolved at the end.
 """
 
 import queue
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from drafthead.errors import DraftheadError
+from drafthead.states.format import Encoding, encode
 
 KEY = "drafthead"
 """`SamplingParams.extra_args[KEY]` names a sequence whose states are wanted."""
@@ -22,30 +24,33 @@ SEGMENT_ROWS = 8192
 
 
 class Captured:
-    """The rows of finished steps, by sequence. Row r of position p is the last one recorded for
-    it: a preempted sequence computes its positions again."""
+    """The rows of finished steps, encoded. Row r of position p is the last one noted for it: a
+    preempted sequence computes its positions again."""
 
-    def __init__(self, num_layers: int, hidden_size: int, dtype: torch.dtype):
-        self.shape, self.dtype = (num_layers, hidden_size), dtype
-        self.segments: list[torch.Tensor] = []
+    def __init__(self) -> None:
+        self.segments: list[list[torch.Tensor]] = []
+        """Pieces of ``SEGMENT_ROWS`` rows: the tensors that ``append`` was given."""
         self.rows = 0
-        self._layout: dict[Hashable, list[tuple[int, int, int]]] = {}
+        self._notes: list[tuple[int, int, int, int]] = []
 
-    def append(self, rows: torch.Tensor) -> None:
-        """Add rows [n, L, Ht] of the host's memory, copied."""
-        done = 0
-        while done < len(rows):
+    def append(self, *tensors: torch.Tensor) -> None:
+        """Add n rows of the host's memory, copied: states [n, L, Ht] and their scale, if any."""
+        n, done = len(tensors[0]), 0
+        while done < n:
             at = self.rows % SEGMENT_ROWS
             if at == 0:
-                self.segments.append(torch.empty(SEGMENT_ROWS, *self.shape, dtype=self.dtype))
-            n = min(SEGMENT_ROWS - at, len(rows) - done)
-            self.segments[-1][at : at + n] = rows[done : done + n]
-            done += n
-            self.rows += n
+                self.segments.append(
+                    [torch.empty(SEGMENT_ROWS, *t.shape[1:], dtype=t.dtype) for t in tensors]
+                )
+            count = min(SEGMENT_ROWS - at, n - done)
+            for segment, tensor in zip(self.segments[-1], tensors, strict=True):
+                segment[at : at + count] = tensor[done : done + count]
+            done += count
+            self.rows += count
 
-    def note(self, key: Hashable, row: int, start: int, count: int) -> None:
+    def note(self, key: int, row: int, start: int, count: int) -> None:
         """Rows ``row`` and on are positions ``start`` and on of sequence ``key``."""
-        self._layout.setdefault(key, []).append((row, start, count))
+        self._notes.append((key, row, start, count))
 
     def resolve(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
         """Which row holds each position of each sequence, given all their token ids.
@@ -59,7 +64,7 @@ class Captured:
         Raises:
             DraftheadError: a position was never computed for any of them.
         """
-        found = {key: self._own_rows(key, len(ids) - 1) for key, ids in sequences.items()}
+        found = self._own_rows({key: len(ids) - 1 for key, ids in sequences.items()})
         lacking = {key: int((rows < 0).sum()) for key, rows in found.items()}
         depth = max(lacking.values(), default=0)
         if depth == 0:
@@ -88,30 +93,41 @@ class Captured:
                 )
         return found
 
-    def _own_rows(self, key: Hashable, length: int) -> np.ndarray:
-        rows = np.full(length, -1, np.int64)
-        for row, start, count in self._layout.get(key, ()):
-            n = min(count, length - start)
-            if n > 0:
-                rows[start : start + n] = np.arange(row, row + n)
-        return rows
+    def _own_rows(self, lengths: Mapping[int, int]) -> dict[int, np.ndarray]:
+        """The row of each position as noted, -1 where there is none."""
+        notes = np.array(self._notes, np.int64).reshape(-1, 4)
+        notes = notes[np.argsort(notes[:, 0], kind="stable")]
+        found = {}
+        for key, length in lengths.items():
+            _, row, start, count = notes[slice(*np.searchsorted(notes[:, 0], (key, key + 1)))].T
+            step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+            position = np.repeat(start, count) + step
+            known = position < length
+            rows = np.full(length, -1, np.int64)
+            rows[position[known]] = (np.repeat(row, count) + step)[known]  # the last one stays
+            found[key] = rows
+        return found
 
-    def states(self, rows: np.ndarray) -> torch.Tensor:
-        """[n, L, Ht]: the given rows, copied."""
-        out = torch.empty(len(rows), *self.shape, dtype=self.dtype)
+    def take(self, rows: np.ndarray) -> list[torch.Tensor]:
+        """The given rows of each tensor, copied: [n, L, Ht], and [n, L] if there is a scale."""
+        out: list[torch.Tensor] = []
         for number in np.unique(rows // SEGMENT_ROWS):
-            here = rows // SEGMENT_ROWS == number
-            index = torch.from_numpy(rows[here] % SEGMENT_ROWS)
-            out[torch.from_numpy(here)] = self.segments[number].index_select(0, index)
+            here = torch.from_numpy(rows // SEGMENT_ROWS == number)
+            index = torch.from_numpy(rows % SEGMENT_ROWS)[here]
+            for i, tensor in enumerate(self.segments[number]):
+                if i == len(out):
+                    out.append(torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype))
+                # PyTorch gathers e4m3 as bytes only.
+                raw = torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype
+                out[i].view(raw)[here] = tensor.view(raw)[index]
         return out
 
 
 class Ring:
-    """Rows [capacity, L, Ht] of pinned memory, handed out and given back in order. No run may be
-    longer than half the capacity."""
+    """Numbers of free rows, handed out and given back in order, in runs of at most half of all."""
 
-    def __init__(self, rows: torch.Tensor):
-        self.rows = rows
+    def __init__(self, capacity: int):
+        self.capacity = capacity
         self._head = 0
         self._used: list[tuple[int, int]] = []
         self._change = threading.Condition()
@@ -119,7 +135,6 @@ class Ring:
 
     def take(self, n: int) -> tuple[int, int]:
         """A free run of ``n`` rows as (start, stop); waits while there is none."""
-        capacity = len(self.rows)
         with self._change:
             waited = False
             while True:
@@ -128,7 +143,7 @@ class Ring:
                     self._head = 0
                     start = 0
                 elif self._head > oldest:
-                    start = self._head if self._head + n <= capacity else 0
+                    start = self._head if self._head + n <= self.capacity else 0
                     if start == 0 and n >= oldest:
                         start = -1
                 else:
@@ -156,6 +171,7 @@ class Tap:
         num_layers: L, tensors that each step hands over.
         hidden_size: Ht.
         dtype: of those tensors.
+        encoding: what to keep them as.
         device: where they lie.
         max_rows: the most rows of one step.
     """
@@ -165,18 +181,24 @@ class Tap:
         num_layers: int,
         hidden_size: int,
         dtype: torch.dtype,
+        encoding: Encoding,
         device: torch.device,
         max_rows: int,
     ):
-        self._new = lambda: Captured(num_layers, hidden_size, dtype)
-        self._current = self._new()
-        self._rows = 0
+        self.encoding = encoding
+        self._captured, self._rows = Captured(), 0
         self._cuda = device.type == "cuda"
         if self._cuda:
-            pinned = torch.empty(
-                2 * max_rows, num_layers, hidden_size, dtype=dtype, pin_memory=True
-            )
-            self._ring = Ring(pinned)
+            shape = (max_rows, num_layers, hidden_size)
+            self._stages = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
+            self._copied: list[torch.cuda.Event | None] = [None, None]
+            self._at, self._staged = 0, 0
+            self._ring = Ring(2 * max_rows)
+            self._pinned = [
+                torch.empty(2 * max_rows, *t.shape[1:], dtype=t.dtype, pin_memory=True)
+                for t in encode(self._stages[0][:1], encoding)
+                if t is not None
+            ]
             self._stream = torch.cuda.Stream(device)
             self._queue: queue.SimpleQueue = queue.SimpleQueue()
             self._idle = threading.Semaphore(0)
@@ -189,41 +211,57 @@ class Tap:
         return self._ring.waits if self._cuda else 0
 
     def record(
-        self, layers: Sequence[torch.Tensor], sequences: Sequence[tuple[Hashable, int, int]]
+        self, layers: Sequence[torch.Tensor], sequences: Sequence[tuple[int | None, int, int]]
     ) -> None:
         """One step: ``layers`` are L tensors [>= n, Ht]; ``sequences`` lists, in the order of
         their rows, (key or None, first position, rows); n is the sum of the last."""
         row = self._rows
         for key, start, count in sequences:
             if key is not None:
-                self._current.note(key, row, start, count)
+                self._captured.note(key, row, start, count)
             row += count
         n = row - self._rows
         self._rows = row
-        stacked = torch.stack([layer[:n] for layer in layers], dim=1)
+        rows = [layer[:n] for layer in layers]
         if not self._cuda:
-            self._current.append(stacked)
+            self._captured.append(*_present(encode(torch.stack(rows, dim=1), self.encoding)))
             return
-        # The step's own tensors live in CUDA graph memory that the next step overwrites; the
-        # stacked copy is ours, so the way to the host can take its time.
-        start, stop = self._ring.take(n)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._ring.rows[start:stop].copy_(stacked, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(self._stream)
-        stacked.record_stream(self._stream)
-        self._queue.put((done, start, stop, self._current))
+        if self._staged + n > len(self._stages[0]):
+            self._send()
+        # The step's own tensors lie in CUDA graph memory that the next step overwrites.
+        torch.stack(rows, dim=1, out=self._stages[self._at][self._staged : self._staged + n])
+        self._staged += n
 
     def take(self) -> Captured:
         """What was recorded since the last call, once all of it has reached the host."""
         if self._cuda:
+            self._send()
             self._queue.put(None)
             self._idle.acquire()
             if self._failed is not None:
                 raise self._failed
-        done, self._current, self._rows = self._current, self._new(), 0
+        done, self._captured, self._rows = self._captured, Captured(), 0
         return done
+
+    def _send(self) -> None:
+        """Start the stage on its way to the host, and go on with the other one."""
+        n, stage = self._staged, self._stages[self._at]
+        if n == 0:
+            return
+        start, stop = self._ring.take(n)
+        steps = torch.cuda.current_stream()
+        self._stream.wait_stream(steps)
+        with torch.cuda.stream(self._stream):
+            for pinned, tensor in zip(self._pinned, _present(encode(stage[:n], self.encoding))):
+                pinned[start:stop].copy_(tensor, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        self._queue.put((done, start, stop, self._captured))
+        self._copied[self._at] = done
+        self._at, self._staged = 1 - self._at, 0
+        before = self._copied[self._at]
+        if before is not None:
+            steps.wait_event(before)  # the GPU waits, should it be so far ahead; the host does not
 
     def _drain(self) -> None:
         while True:
@@ -234,7 +272,11 @@ class Tap:
             done, start, stop, captured = item
             try:
                 done.synchronize()
-                captured.append(self._ring.rows[start:stop])
+                captured.append(*(pinned[start:stop] for pinned in self._pinned))
             except Exception as error:  # the host is out of memory: `take` says so
                 self._failed = error
             self._ring.give()
+
+
+def _present(tensors: tuple[torch.Tensor, torch.Tensor | None]) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]

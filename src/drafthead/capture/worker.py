@@ -5,7 +5,7 @@ Named by `worker_cls`, a vLLM setting; nothing of vLLM is patched. The target's 
 scheduled, no KV memory is spent on states, and decoding runs the kernels that serving runs.
 Works with both of vLLM's GPU model runners and with the CPU's.
 
-The layers come in `additional_config["drafthead"]["layers"]`, which is part of vLLM's compilation
+The layers come in `additional_config["drafthead"]`, which is part of vLLM's compilation
 cache key: a graph compiled without these outputs is never mistaken for one with them.
 """
 
@@ -49,7 +49,8 @@ class _Capture:
                 f"{type(model).__name__} cannot hand out its hidden states in this vLLM (no "
                 "SupportsEagle3); drafthead's plugin adds it for LFM2 and LFM2-MoE"
             )
-        layers = tuple(config.additional_config[KEY]["layers"])
+        options = config.additional_config[KEY]
+        layers = tuple(options["layers"])
         model.set_aux_hidden_state_layers(layers)
         runner.use_aux_hidden_state_outputs = True
         self._keys: dict[str, Any] = {}
@@ -58,6 +59,7 @@ class _Capture:
                 len(layers),
                 config.model_config.get_hidden_size(),
                 config.model_config.dtype,
+                options["encoding"],
                 self.device,  # type: ignore[attr-defined]
                 config.scheduler_config.max_num_batched_tokens,
             )
@@ -102,7 +104,8 @@ class _Capture:
         fields = meta | {"aux_layers": tuple(meta["aux_layers"])}
         self._writer = StateWriter(Path(store), StoreMeta(**fields), options["shard_bytes"])
         loaded = load_target(target)
-        self._checker = Checker(loaded, options["positions"], options["greedy"])
+        device = self.device  # type: ignore[attr-defined]
+        self._checker = Checker(loaded, options["positions"], options["greedy"], device)
 
     def drafthead_unit(
         self, unit: int, sequences: list[tuple[int, list[int]]], wanted: list[dict]
@@ -148,14 +151,16 @@ def _samples(
         ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.bool)
         mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
+        states, *scale = captured.take(rows[item["key"]])
         yield Sample(
             ids=ids,
             loss_mask=mask,
-            states=captured.states(rows[item["key"]]),
+            states=states,
             num_aux=num_aux,
             prompt_len=item["prompt_len"],
             conversation=item["conversation"],
             split=item["split"],
+            scale=scale[0] if scale else None,
         )
 
 

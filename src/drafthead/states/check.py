@@ -50,9 +50,11 @@ def _unit_faults(path: Path, meta: StoreMeta, number: int) -> list[Fault]:
             handle = open_shard(path, meta, shard, verify=True)
             first = 0
             for name, count in zip(shard.conversation, shard.states):
-                keys = [k for k in handle.keys() if k not in ("ids", "loss_mask")]  # noqa: SIM118
-                part = {k: handle.get_slice(k)[first : first + count] for k in keys}
-                if not decode(part).isfinite().all():
+                states = handle.get_slice("states")[first : first + count]
+                scale = None
+                if meta.encoding == "fp8":
+                    scale = handle.get_slice("scale")[first : first + count]
+                if not decode(states, scale).isfinite().all():
                     what = f"{path / shard.file}: states of {name} are not finite"
                     return [Fault(number, what, names)]
                 first += count

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,7 +47,8 @@ class Sample:
     writes is never an input.
 
     ``states`` is the residual stream entering each layer of ``layers`` (ascending; the last one,
-    ``num_layers``, is the stream before the final norm), in bf16 or fp32.
+    ``num_layers``, is the stream before the final norm), in bf16 or fp32, or in e4m3 with
+    ``scale``. ``aux`` and ``last`` decode what they return, on the device that it lies on.
     """
 
     ids: torch.Tensor
@@ -62,16 +63,24 @@ class Sample:
     conversation: str
     split: str
     """``train`` or ``heldout``."""
+    scale: torch.Tensor | None = None
+    """fp32 [T', L] if ``states`` are e4m3."""
+
+    def to(self, device: torch.device | str) -> "Sample":
+        """The same with its states on ``device``, still encoded: half the bytes to move in fp8."""
+        scale = None if self.scale is None else self.scale.to(device, non_blocking=True)
+        return replace(self, states=self.states.to(device, non_blocking=True), scale=scale)
 
     @property
     def aux(self) -> torch.Tensor:
-        """[T', A, Ht]: the auxiliary states."""
-        return self.states[:, : self.num_aux]
+        """[T', A, Ht]: the auxiliary states, bf16 or fp32."""
+        scale = None if self.scale is None else self.scale[:, : self.num_aux]
+        return decode(self.states[:, : self.num_aux], scale)
 
     @property
     def last(self) -> torch.Tensor:
-        """[T', Ht]: the stream before the final norm."""
-        return self.states[:, -1]
+        """[T', Ht]: the stream before the final norm, bf16 or fp32."""
+        return decode(self.states[:, -1], None if self.scale is None else self.scale[:, -1])
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,11 @@ class StoreMeta:
     def dtype(self) -> torch.dtype:
         """What the states decode to: fp32 from fp32, else bf16."""
         return torch.float32 if self.encoding == "fp32" else torch.bfloat16
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What the states lie on disk in."""
+        return _DTYPES[self.encoding]
 
     @property
     def bytes_per_token(self) -> int:
@@ -175,26 +189,26 @@ def check_version(path: Path, record: dict) -> None:
         )
 
 
-def encode(states: torch.Tensor, encoding: Encoding) -> dict[str, torch.Tensor]:
-    """States [m, L, Ht] as the tensors that go to disk.
+def encode(states: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States [m, L, Ht] as they go to disk, with their scale fp32 [m, L] if ``encoding`` is fp8.
 
     fp8 is e4m3 with scale = max|x| / 448 over Ht, for each token and layer by itself: layers
     differ in size by orders of magnitude, and so do a sequence's first tokens from the rest.
+    A row that is not finite gets a scale that is not.
     """
     if encoding != "fp8":
-        return {"states": states.to(_DTYPES[encoding])}
+        return states.to(_DTYPES[encoding]), None
     wide = states.float()
     scale = wide.abs().amax(-1) / E4M3_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    return {"states": (wide / scale[..., None]).to(torch.float8_e4m3fn), "scale": scale}
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
-def decode(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The inverse of ``encode``: [m, L, Ht] in fp32 for fp32, else bf16."""
-    states = tensors["states"]
-    if "scale" not in tensors:
+def decode(states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """The inverse of ``encode`` for states [..., Ht]: bf16 from e4m3, else as they are."""
+    if scale is None:
         return states
-    return (states.float() * tensors["scale"][..., None]).to(torch.bfloat16)
+    return (states.float() * scale[..., None]).to(torch.bfloat16)
 
 
 def shard_tensors(meta: StoreMeta, tokens: int, states: int) -> dict[str, tuple[str, list[int]]]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import sha256_file
-from drafthead.states.format import Sample, StoreMeta, decode, shard_tensors
+from drafthead.states.format import Sample, StoreMeta, shard_tensors
 from drafthead.states.index import Shard, load_unit, missing_units, unit_numbers
 
 
@@ -85,15 +85,18 @@ class StateReader:
         handle = self._handle(int(self._shard[index]))
         start, stop = self._token_start[index], self._token_start[index] + self.tokens[index]
         first, end = self._state_start[index], self._state_start[index] + self.states[index]
-        keys = [key for key in handle.keys() if key not in ("ids", "loss_mask")]  # noqa: SIM118
+        scale = None
+        if self.meta.encoding == "fp8":
+            scale = handle.get_slice("scale")[int(first) : int(end)]
         return Sample(
             ids=handle.get_slice("ids")[int(start) : int(stop)],
             loss_mask=handle.get_slice("loss_mask")[int(start) : int(stop)],
-            states=decode({key: handle.get_slice(key)[int(first) : int(end)] for key in keys}),
+            states=handle.get_slice("states")[int(first) : int(end)],
             num_aux=len(self.meta.aux_layers),
             prompt_len=int(self.prompt[index]),
             conversation=self.conversation[index],
             split=self.split[index],
+            scale=scale,
         )
 
     def indices(self, split: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,9 @@ def write_unit(
     size = 0
     for sample in samples:
         check_sample(sample, meta)
+        if sample.scale is None:
+            states, scale = encode(sample.states, meta.encoding)
+            sample = replace(sample, states=states, scale=scale)
         bytes_ = sample.states.shape[0] * meta.bytes_per_token + 5 * sample.ids.shape[0]
         if group and size + bytes_ > shard_bytes:
             shards.append(_write_group(store, meta, number, len(shards), group))
@@ -129,6 +133,7 @@ def check_sample(sample: Sample, meta: StoreMeta) -> None:
     tokens, (states, *rest) = sample.ids.shape[0], sample.states.shape
     if (
         rest != [len(meta.layers), meta.hidden_size]
+        or (sample.scale is not None and sample.states.dtype != meta.stored_dtype)
         or sample.loss_mask.shape[0] != tokens
         or not tokens - 1 <= states <= tokens
         or not 0 <= sample.prompt_len <= tokens
@@ -143,12 +148,13 @@ def check_sample(sample: Sample, meta: StoreMeta) -> None:
 def _write_group(
     store: Path, meta: StoreMeta, number: int, part: int, group: list[Sample]
 ) -> Shard:
-    encoded = [encode(sample.states, meta.encoding) for sample in group]
     tensors = {
-        "ids": [sample.ids.to("cpu").int() for sample in group],
-        "loss_mask": [sample.loss_mask.to("cpu").bool() for sample in group],
-        **{key: [tensors[key].cpu() for tensors in encoded] for key in encoded[0]},
+        "ids": [sample.ids.int() for sample in group],
+        "loss_mask": [sample.loss_mask.bool() for sample in group],
+        "states": [sample.states for sample in group],
     }
+    if meta.encoding == "fp8":
+        tensors["scale"] = [sample.scale for sample in group if sample.scale is not None]
     name = shard_name(number, part)
     size, digest = write_shard(store / name, f"{meta.fingerprint}/{name}", tensors)
     return Shard(

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from drafthead.capture.checks import Checker, check_values, teacher_argmax
+from drafthead.errors import DraftheadError
+from drafthead.states import Sample, StoreMeta
+from drafthead.states.format import encode
+from drafthead.targets import load_target
+
+META = StoreMeta((0, 2), 4, 64, "fp32", 1, {})
+
+
+@pytest.fixture(scope="module")
+def target(llama):
+    return load_target(llama)
+
+
+def greedy_sample(target, seed=0, tokens=12, prompt=4):
+    """Random states, and the answer that the target's teacher reads off them."""
+    g = torch.Generator().manual_seed(seed)
+    states = torch.randn(tokens - 1, 3, 64, generator=g)
+    norm, eps = target.final_norm()
+    ids = torch.randint(0, 500, (tokens,), generator=g, dtype=torch.int32)
+    ids[prompt:] = teacher_argmax(states[prompt - 1 :, -1], norm, eps, target.lm_head()).int()
+    return Sample(ids, torch.arange(tokens) >= prompt, states, 2, prompt, f"c{seed}", "train")
+
+
+def run(checker, samples):
+    checks = {}
+    return list(checker.watch(samples, META, checks)), checks
+
+
+def test_teacher_is_the_last_norm_and_the_lm_head(target):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target.path, dtype=torch.float32)
+    last = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.lm_head(model.model.norm(last)).argmax(-1)
+    norm, eps = target.final_norm()
+    assert torch.equal(teacher_argmax(last, norm, eps, target.lm_head()), expected)
+
+
+def test_good_samples_pass_untouched_and_are_counted(target):
+    samples = [greedy_sample(target, seed) for seed in range(5)]
+    checker = Checker(target, 3, True, torch.device("cpu"))
+    passed, checks = run(checker, samples)
+    assert all(a is b for a, b in zip(passed, samples))
+    assert checks == {"samples": 5, "tokens": 55, "greedy_checked": 15, "greedy_agree": 15}
+    everything = Checker(target, 99, True, torch.device("cpu"))
+    assert run(everything, samples)[1]["greedy_checked"] == 5 * 8
+
+
+def test_rows_of_other_positions_are_found_out(target):
+    checker = Checker(target, 8, True, torch.device("cpu"))
+    shifted = [greedy_sample(target, seed) for seed in range(4)]
+    for sample in shifted:
+        sample.states[:] = sample.states.roll(1, 0)
+    with pytest.raises(DraftheadError, match="explain only"):
+        run(checker, shifted)
+    # sampled answers are not expected to be the teacher's
+    sampled = Checker(target, 8, False, torch.device("cpu"))
+    assert run(sampled, shifted)[1]["greedy_checked"] == 0
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "bf16", "fp8"])
+def test_silent_zeros_and_what_is_not_finite(encoding):
+    def check(change):
+        states = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(0))
+        change(states)
+        states, scale = encode(states, encoding)
+        ids = torch.zeros(6, dtype=torch.int32)
+        check_values(Sample(ids, ids.bool(), states, 2, 1, "c7", "train", scale), META)
+
+    check(lambda s: None)
+    check(lambda s: s[3, 0].zero_())  # an embedding may be zero
+    check(lambda s: s[3, 1, :63].zero_())
+    with pytest.raises(DraftheadError, match="c7 are all zero at position 3, layer 2"):
+        check(lambda s: s[3, 1].zero_())
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(DraftheadError, match="not finite at position 1, layer 4"):
+            check(lambda s, v=value: s[1, 2, 9].fill_(v))
