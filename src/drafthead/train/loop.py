@@ -105,6 +105,7 @@ class _Fit:
         self.optimizer = AdamW(
             self.head.named_parameters(),
             AdamWSettings(
+                settings.optimizer == "muon",
                 *settings.betas,
                 weight_decay=settings.weight_decay,
                 max_grad_norm=settings.max_grad_norm,

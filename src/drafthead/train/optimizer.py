@@ -1,4 +1,4 @@
-"""AdamW with exact fp32 masters that cost two bytes a weight instead of four.
+"""AdamW, and Muon, with exact fp32 masters that cost two bytes a weight instead of four.
 
 A bf16 weight is the upper half of its fp32 master, rounded to nearest; the lower half lies beside
 it as int16. Nothing is stored twice, and a step reads and writes each number once. fp32 weights (on
@@ -44,10 +44,39 @@ def update(
     master.addcdiv_(mean, (square / correct2).sqrt_().add_(eps), value=-rate / correct1)
 
 
+def orthogonalize(x: Tensor) -> Tensor:
+    """A matrix with about the singular vectors of x [n, m] and singular values near 1: Muon's
+    Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon/), in bf16 on a GPU."""
+    wide = x.bfloat16() if x.is_cuda else x
+    wide = wide.t() if len(x) > x.shape[1] else wide
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.t()
+        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        wide = torch.addmm(wide, gram, wide, beta=3.4445)
+    return (wide.t() if len(x) > x.shape[1] else wide).to(x.dtype)
+
+
+def muon_update(
+    master: Tensor, grad: Tensor, mean: Tensor, scale: Tensor, rate: float, decay: float
+) -> None:
+    """One Muon step in place, all fp32: Nesterov momentum 0.95, orthogonalized, its size matched to
+    AdamW's (0.2 sqrt(max(n, m)), arXiv 2502.16982), so that one learning rate serves both. A NaN in
+    `scale` leaves everything as it is."""
+    finite = scale.isfinite()
+    grad = torch.where(finite, grad.float() * scale, 0.0)
+    new = torch.lerp(mean, grad, 0.05)
+    step = orthogonalize(torch.lerp(grad, new, 0.95)) * (0.2 * max(grad.shape) ** 0.5 * rate)
+    mean.copy_(torch.where(finite, new, mean))
+    master.copy_(torch.where(finite, master * (1 - rate * decay) - step, master))
+
+
 @dataclass(frozen=True)
 class AdamWSettings:
     """Hyperparameters; the learning rate comes with each step."""
 
+    muon: bool = False
+    """Step the matrices of the layers and `fc` by Muon; the LM head and vectors by AdamW."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -66,13 +95,11 @@ class AdamW:
         self.settings = settings
         self.steps = 0
         zeros = lambda p, dtype: torch.zeros_like(p, dtype=dtype)
-        self.mean = {n: zeros(p, torch.float32) for n, p in self.parameters.items()}
-        self.square = {n: zeros(p, torch.float32) for n, p in self.parameters.items()}
-        self.low = {
-            n: zeros(p, torch.int16)
-            for n, p in self.parameters.items()
-            if p.dtype == torch.bfloat16
-        }
+        named = self.parameters.items()
+        muon = {n for n, p in named if settings.muon and p.dim() == 2 and "lm_head" not in n}
+        self.mean = {n: zeros(p, torch.float32) for n, p in named}
+        self.square = {n: zeros(p, torch.float32) for n, p in named if n not in muon}
+        self.low = {n: zeros(p, torch.int16) for n, p in named if p.dtype == torch.bfloat16}
 
     def gradients(self) -> list[Tensor]:
         """The gradients that there are, in the parameters' order."""
@@ -95,18 +122,24 @@ class AdamW:
             if p.grad is None:
                 continue
             decay = s.weight_decay if p.dim() > 1 else 0.0
-            moments = self.mean[name], self.square[name]
             numbers = rate, s.beta1, s.beta2, s.eps, decay, *corrections
-            if name not in self.low:
-                update(p.data, p.grad, *moments, scale, *numbers)
-            elif p.is_cuda:
+            fused = p.is_cuda and name in self.low and name in self.square
+            if fused:
                 from drafthead.train.kernels import split_adamw
 
+                moments = self.mean[name], self.square[name]
                 split_adamw(p.data, self.low[name], p.grad, *moments, scale, *numbers)
+                p.grad = None
+                continue
+            master = join(p.data, self.low[name]) if name in self.low else p.data
+            if name in self.square:
+                update(master, p.grad, self.mean[name], self.square[name], scale, *numbers)
             else:
-                master = join(p.data, self.low[name])
-                update(master, p.grad, *moments, scale, *numbers)
-                p.data[...], self.low[name][...] = split(master)
+                muon_update(master, p.grad, self.mean[name], scale, rate, decay)
+            if name in self.low:
+                high, low = split(master)
+                p.data.copy_(high)
+                self.low[name].copy_(low)
             p.grad = None
         return norm
 
@@ -131,7 +164,8 @@ class AdamW:
         self.steps = steps
         for name in self.parameters:
             self.mean[name].copy_(state[f"mean.{name}"])
-            self.square[name].copy_(state[f"square.{name}"])
+            if name in self.square:
+                self.square[name].copy_(state[f"square.{name}"])
             self.load_master(name, state[f"master.{name}"])
 
     @torch.no_grad()
