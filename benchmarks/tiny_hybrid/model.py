@@ -97,26 +97,30 @@ def moe(block, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, mask.sum(0)
 
 
-def forward(model: Lfm2MoeForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [B, T] -> (logits [B, T, V], tokens each expert got [MoE layers, E])."""
+def forward(model: Lfm2MoeForCausalLM, ids: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """ids [B, T] -> (logits [B, T, V], tokens each expert got [MoE layers, E]).
+
+    `dropout` is that of the embedding and of what each block adds to the residual stream.
+    """
     body, eps = model.model, model.config.norm_eps
     theta = model.config.rope_parameters["rope_theta"]
     norm = lambda y, module: F.rms_norm(y, y.shape[-1:], module.weight, eps)
-    x = body.embed_tokens(ids)
+    drop = lambda y: F.dropout(y, dropout) if dropout else y
+    x = drop(body.embed_tokens(ids))
     loads = []
     for layer in body.layers:
         y = norm(x, layer.operator_norm)
         if layer.is_attention_layer:
-            x = x + attention(layer.self_attn, y, theta, eps)
+            x = x + drop(attention(layer.self_attn, y, theta, eps))
         else:
-            x = x + conv(layer.conv, y)
+            x = x + drop(conv(layer.conv, y))
         y = norm(x, layer.ffn_norm)
         if hasattr(layer.feed_forward, "experts"):
             y, load = moe(layer.feed_forward, y.flatten(0, 1))
-            x = x + y.view_as(x)
+            x = x + drop(y).view_as(x)
             loads.append(load)
         else:
-            x = x + layer.feed_forward(y)
+            x = x + drop(layer.feed_forward(y))
     return F.linear(norm(x, body.embedding_norm), body.embed_tokens.weight), torch.stack(loads)
 
 

@@ -54,10 +54,10 @@ def test_training_state_comes_back(model, tmp_path):
     hybrid.forward(model, ids)[0].sum().backward()
     optimizer.step()
     model.model.layers[3].feed_forward.expert_bias += 1
-    save_state(tmp_path / "state.safetensors", model, optimizer, 7, 1.5)
+    save_state(tmp_path / "state.safetensors", model, optimizer, 7, 1.5, 2.5)
     other = Lfm2MoeForCausalLM(model.config)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
-    assert load_state(tmp_path / "state.safetensors", other, other_optimizer) == (7, 1.5)
+    assert load_state(tmp_path / "state.safetensors", other, other_optimizer) == (7, 1.5, 2.5)
     for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     moments = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
