@@ -20,7 +20,7 @@ demo: $(READY)
 	$(VENV)/bin/drafthead run recipes/demo.yaml
 
 demo-hybrid: $(READY)
-	$(PY) recipes/demo_prompts.py build/demo/prompts.jsonl
+	$(PY) recipes/hybrid_prompts.py build/demo/hybrid_prompts.jsonl
 	$(VENV)/bin/drafthead run recipes/demo-hybrid.yaml
 
 lint: $(READY)
