@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.models import lfm2, lfm2_moe
 from vllm.model_executor.models.interfaces import (
@@ -77,12 +78,27 @@ class Lfm2MoeModelWithAuxStates(_AuxStates, lfm2_moe.Lfm2MoeModel):
     pass
 
 
+def _check_pipeline(vllm_config: VllmConfig) -> None:
+    speculative = vllm_config.speculative_config
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if speculative is not None and stages > 1 and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            f"pipeline_parallel_size={stages} with speculative decoding "
+            f"(method {speculative.method!r}) needs vLLM's newer model runner, which is not in "
+            "use here. Use tensor parallelism, or set VLLM_USE_V2_MODEL_RUNNER=1 on a GPU."
+        )
+
+
 class Lfm2ForCausalLM(lfm2.Lfm2ForCausalLM, SupportsEagle3):
-    pass
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        _check_pipeline(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 
 class Lfm2MoeForCausalLM(lfm2_moe.Lfm2MoeForCausalLM, SupportsEagle3):
-    pass
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        _check_pipeline(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
 
 if supports_eagle3(lfm2_moe.Lfm2MoeForCausalLM) and supports_eagle3(lfm2.Lfm2ForCausalLM):
