@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
+from drafthead.head.checkpoint import load_head
 from drafthead.machine import Machine, this_machine
 from drafthead.prove.costmodel import analyse
 from drafthead.prove.engine import EngineProcess
@@ -17,7 +18,9 @@ from drafthead.prove.server import Client, running_server
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
+from drafthead.states.reader import StateReader
 from drafthead.targets import load_target
+from drafthead.train.evaluate import evaluate
 
 _METHOD = (
     "measured; the same prompts on both engines, alternating which goes first, warm-up left out; "
@@ -101,6 +104,49 @@ def predicted_acceptance(run: RunDir, k: int | None = None) -> list[float] | Non
     return [float(rate) for rate in rates[:k]]
 
 
+def predicted_over_served(recipe: Recipe, run: RunDir, point: Point) -> list[float] | None:
+    """Acceptance by position predicted over exactly what the bench serves: its prompts, each
+    answer cut at its length. A prediction over other text differs by more than the text's noise.
+
+    Args:
+        recipe: the run's recipe.
+        run: a run with states and an exported head.
+        point: what is served.
+
+    Returns:
+        k rates; None where the answers at hand are not those that will be served (sampled, or
+        shorter), or where there are no states.
+    """
+    length = point.max_new_tokens
+    other_text = recipe.generate.temperature > 0 or point.temperature > 0
+    if other_text or recipe.generate.max_new_tokens < length:
+        return None
+    if not (run.states / "meta.json").exists():
+        return None
+    target = load_target(
+        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
+    )
+    head = load_head(existing_head(run.head), target).head.float()
+    served = {prompt.conversation for prompt in heldout_prompts(run, recipe.bench.prompts)}
+    reader = StateReader(run.states)
+    samples = []
+    for index in reader.indices("heldout"):
+        sample = reader[int(index)]
+        end = sample.prompt_len + length
+        if sample.conversation in served:
+            samples.append(
+                replace(
+                    sample,
+                    ids=sample.ids[:end],
+                    loss_mask=sample.loss_mask[:end],
+                    states=sample.states[: end - 1],
+                    scale=None if sample.scale is None else sample.scale[: end - 1],
+                )
+            )
+    embedding = target.embedding().float()
+    return list(evaluate(head, embedding, samples, point.num_speculative_tokens)[0].acceptance)
+
+
 def measure(
     recipe: Recipe,
     run: RunDir,
@@ -179,7 +225,9 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: an engine does not run.
     """
     points = grid(recipe)
-    expected = predicted_acceptance(run, points[0].num_speculative_tokens)
+    expected = predicted_over_served(recipe, run, points[0]) or predicted_acceptance(
+        run, points[0].num_speculative_tokens
+    )
     cells = measure(recipe, run, points, head=existing_head(run.head), console=console)
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
