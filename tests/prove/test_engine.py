@@ -12,7 +12,7 @@ _PARENT = """
 import sys, time
 from pathlib import Path
 from drafthead.prove.engine import EngineProcess
-engine = EngineProcess({}, env={}, log=Path(sys.argv[1]), name="target alone")
+engine = EngineProcess({}, env={}, log=Path(sys.argv[1]), name="target alone").start()
 print(engine._process.pid, flush=True)
 time.sleep(600)
 """

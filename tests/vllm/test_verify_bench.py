@@ -37,7 +37,7 @@ def recipe(target):
         "target": {"path": str(target)},
         "prompts": {"sources": [{"path": "p.jsonl"}]},
         "engine": {"dtype": "float32", "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 4},
-        "verify": {"max_new_tokens": 24, "mixed_lengths": True},
+        "verify": {"max_new_tokens": 24, "mixed_lengths": True, "samples": 40},
         "bench": {"max_new_tokens": 25, "warmup": 1, "concurrency": [1, 2]},
     }
     return parse_recipe(data, "test")
@@ -71,6 +71,9 @@ def test_verify_proves_and_signs_off(recipe, run):
     assert read_json(run.verify_json, "")["tokens"] > 3 * 24
     proof = read_proof(run)
     assert proof["lossless"] is True
+    sampled = proof["outcome"]["sampled"]
+    assert (sampled["contexts"], sampled["samples"]) == (3, 40)
+    assert sampled["p_value"] > 0.001
     assert proof["head"]["sha256"].keys() == {"config.json", "model.safetensors"}
     config = run.head / "config.json"
     config.write_text(config.read_text() + " ")
@@ -132,7 +135,7 @@ def test_a_tie_is_told_from_a_fault(recipe, run, tmp_path, monkeypatch):
     def on(folder):
         update = {
             "target": recipe.target.model_copy(update={"path": str(folder)}),
-            "verify": recipe.verify.model_copy(update={"mixed_lengths": False}),
+            "verify": recipe.verify.model_copy(update={"mixed_lengths": False, "samples": 0}),
         }
         return recipe.model_copy(update=update)
 
@@ -163,7 +166,7 @@ def test_an_engine_that_cannot_start_or_dies_is_a_clear_error(target, tmp_path):
     engine = EngineProcess(args, env={}, log=tmp_path / "log", name="target alone")
     with pytest.raises(DraftheadError, match=r"target alone: vLLM did not start: .*nowhere"):
         engine.__enter__()
-    assert engine._process.poll() is not None
+    assert engine._process is None  # ended and waited for
     engine = EngineProcess(args, env={}, log=tmp_path / "log", name="target alone")
     engine.start()
     os.kill(engine._process.pid, signal.SIGKILL)

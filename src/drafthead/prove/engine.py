@@ -107,21 +107,21 @@ class EngineProcess:
     """
 
     def __init__(self, args: dict[str, Any], *, env: dict[str, str], log: Path, name: str):
-        self.args, self.name, self.log = args, name, log
-        log.parent.mkdir(parents=True, exist_ok=True)
+        self.args, self.env, self.log, self.name = args, env, log, name
+        self.info: dict[str, Any] = {}
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> "EngineProcess":
+        """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         mine, theirs = socket.socketpair()
         life_read, self._life = os.pipe()
-        with log.open("ab") as output:
+        command = [sys.executable, "-m", "drafthead.prove.engine_worker"]
+        with self.log.open("ab") as output:
             self._log_start = output.tell()
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "drafthead.prove.engine_worker",
-                    str(theirs.fileno()),
-                    str(life_read),
-                ],
-                env={**os.environ, **env},
+                [*command, str(theirs.fileno()), str(life_read)],
+                env={**os.environ, **self.env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -131,18 +131,12 @@ class EngineProcess:
         theirs.close()
         os.close(life_read)
         self._connection = Connection(mine.detach())
-        self.info: dict[str, Any] = {}
-        self._started = False
-
-    def start(self) -> "EngineProcess":
-        """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
         self._send({"op": "start", "args": {**self.args, "disable_log_stats": False}})
-        self._started = True
         return self
 
     def wait_ready(self) -> "EngineProcess":
         """Wait until the engine can answer."""
-        if not self._started:
+        if self._process is None:
             self.start()
         self.info = self._receive("did not start")
         return self
@@ -207,14 +201,14 @@ class EngineProcess:
 
     def close(self) -> None:
         """End the engine and everything that it started."""
-        with contextlib.suppress(OSError):
-            self._connection.close()
-        if self._life >= 0:
-            os.close(self._life)
-            self._life = -1
+        process, self._process = self._process, None
+        if process is None:
+            return
+        self._connection.close()
+        os.close(self._life)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def __enter__(self) -> "EngineProcess":
         try:
@@ -244,6 +238,7 @@ class EngineProcess:
         return answer["ok"]
 
     def _death(self, failure: str) -> DraftheadError:
+        assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
         code = self._process.returncode
@@ -258,14 +253,3 @@ class EngineProcess:
             file.seek(self._log_start)
             tail = file.read()[-16384:].decode(errors="replace").splitlines()[-lines:]
         return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in tail)
-
-
-@contextlib.contextmanager
-def engine_pair(base: EngineProcess, drafted: EngineProcess):
-    """Both engines ready, ended together. They load one after the other: while two load at once,
-    vLLM's memory profiling on a GPU would count the other's allocations."""
-    try:
-        yield base.wait_ready(), drafted.wait_ready()
-    finally:
-        base.close()
-        drafted.close()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drafthead.fsio import read_json
-from drafthead.prove.bench import predicted_acceptance
 from drafthead.prove.engine import SpecCounters
+from drafthead.prove.prediction import predicted_acceptance
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.server import Client
 from drafthead.recipe import Recipe

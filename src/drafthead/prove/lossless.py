@@ -80,13 +80,17 @@ def measure_noise(
     rng = np.random.default_rng(seed)
     few = [prompts[i] for i in rng.permutation(len(prompts))[:16]]
     steps = -(-positions // len(few))
-    decoded = base.generate(few, max_tokens=steps, concurrency=len(few), logprobs=TOP)
+    decoded = base.generate(
+        few, max_tokens=steps, concurrency=len(few), logprobs=TOP, prefix_cache=False
+    )
     prefixes, tops = [], []
     for prompt, completion in zip(few, decoded.completions, strict=True):
         for i, row in enumerate(completion.logprobs):
             prefixes.append([*prompt, *completion.ids[:i]])
             tops.append(sorted(row.items(), key=lambda item: -item[1])[:2])
-    at_once = base.generate(prefixes, max_tokens=1, concurrency=len(few), logprobs=TOP)
+    at_once = base.generate(
+        prefixes, max_tokens=1, concurrency=len(few), logprobs=TOP, prefix_cache=False
+    )
     changes = []
     for top, completion in zip(tops, at_once.completions, strict=True):
         row = completion.logprobs[0]
@@ -129,7 +133,9 @@ class Examiner:
             stopped = drafted.finish_reason == "stop" and len(done) == len(drafted.ids)
             if len(done) < max_tokens and not stopped:
                 resumed = self.base.generate(
-                    [[*self.prompts[index], *done]], max_tokens=max_tokens - len(done)
+                    [[*self.prompts[index], *done]],
+                    max_tokens=max_tokens - len(done),
+                    prefix_cache=False,
                 )
                 rest = resumed.completions[0].ids
             reference = done + rest
@@ -142,7 +148,8 @@ class Examiner:
         if self.noise is None:
             self.noise = measure_noise(self.base, self.prompts)
         prefix = [*self.prompts[index], *drafted[:at]]
-        row = self.base.generate([prefix], max_tokens=1, logprobs=TOP).completions[0].logprobs[0]
+        anew = self.base.generate([prefix], max_tokens=1, logprobs=TOP, prefix_cache=False)
+        row = anew.completions[0].logprobs[0]
         gap = None
         if base[at] in row and drafted[at] in row:
             gap = max(row.values()) - min(row[base[at]], row[drafted[at]])

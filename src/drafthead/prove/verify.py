@@ -1,7 +1,7 @@
 """Stage verify: the same tokens with the head as without it, proved and signed off."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,11 @@ from rich.console import Console
 from drafthead.errors import ClaimFailed
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
-from drafthead.prove.engine import Completion, EngineProcess, SpecCounters
+from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.lossless import NOT_LOSSLESS, compare
 from drafthead.prove.prompts import Prompt, heldout_prompts
 from drafthead.prove.proof import command_line, write_proof
+from drafthead.prove.sampled import TwoSample, two_sample
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
@@ -22,6 +23,10 @@ from drafthead.targets import load_target
 # Lengths that faults of speculation have hidden at: one-token prompts, a block's edge, chunks.
 _PROMPT_LENGTHS = (1, 1, 2, 3, 4, 5, 8, 20, 60, 130, 200)
 _ANSWER_LENGTHS = (1, 2, 5, 17, 40)
+
+# Sampling is compared at a few contexts and positions, many times each. The seeds of the two
+# engines must not meet: the same draws on both would hide what differs.
+_SAMPLED_CONTEXTS, _SAMPLED_TOKENS, _SEEDS = 8, 8, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -57,21 +62,61 @@ def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> 
     return found
 
 
-def _answers(engine: EngineProcess, work: Sequence[Workload]) -> list[list[Completion]]:
+def _answers(
+    engine: EngineProcess, work: Sequence[Workload], prefix_cache: bool = True
+) -> list[list[Completion]]:
     return [
-        engine.generate(w.prompts, max_tokens=w.max_tokens, concurrency=w.concurrency).completions
+        engine.generate(
+            w.prompts,
+            max_tokens=w.max_tokens,
+            concurrency=w.concurrency,
+            prefix_cache=prefix_cache,
+        ).completions
         for w in work
     ]
 
 
+def _draws(
+    engine: EngineProcess, prompts: Sequence[list[int]], recipe: Recipe, seed: int
+) -> list[np.ndarray]:
+    """Sampled answers at each context: token ids [samples, tokens], filled up with -1."""
+    section = recipe.verify
+    concurrency = section.concurrency or recipe.engine.max_num_seqs
+    found = []
+    for context, prompt in enumerate(prompts):
+        answers = engine.generate(
+            [prompt] * section.samples,
+            max_tokens=_SAMPLED_TOKENS,
+            concurrency=concurrency,
+            temperature=1.0,
+            seed=seed + context * section.samples,
+        )
+        tokens = np.full((section.samples, _SAMPLED_TOKENS), -1)
+        for row, completion in zip(tokens, answers.completions, strict=True):
+            row[: len(completion.ids)] = completion.ids
+        found.append(tokens)
+    return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the engines gave."""
+
+    runs: list[dict]
+    """For each k and workload, what :func:`drafthead.prove.lossless.compare` found, with
+    ``num_speculative_tokens``, ``workload`` and ``concurrency``."""
+    sampled: TwoSample | None
+    """The test of sampling with the first k, if it was asked for."""
+
+
 def prove_lossless(
     drafted: dict[int, Plan], base: Plan, prompts: Sequence[Prompt], recipe: Recipe, logs: Path
-) -> list[dict]:
+) -> Outcome:
     """Run each drafted engine, then the target alone, and compare.
 
     One engine at a time, so that each has the machine to itself. The target alone comes last and
-    stays for the examination of what differs; it computes everything anew, nothing of it comes
-    out of a prefix cache.
+    stays for the examination of what differs; it computes every greedy answer anew, nothing of
+    it comes out of a prefix cache.
 
     Args:
         drafted: a plan for each number of tokens drafted a step.
@@ -79,38 +124,36 @@ def prove_lossless(
         prompts: the held-out prompts.
         recipe: limits and load.
         logs: folder for what the engines print.
-
-    Returns:
-        For each k and workload, what :func:`drafthead.prove.lossless.compare` found, with
-        ``num_speculative_tokens``, ``workload``, ``concurrency`` and the speculation counters.
     """
     work: list[Workload] = []
-    written: dict[int, tuple[list[list[Completion]], SpecCounters]] = {}
+    written: dict[int, list[list[Completion]]] = {}
+    draws: list[np.ndarray] = []
     for k, plan in drafted.items():
         with EngineProcess(
             plan.args, env=plan.environment, log=logs / f"verify-k{k}.log", name=f"head, k={k}"
         ) as engine:
             work = work or workloads(recipe, prompts, engine.info["max_model_len"])
-            written[k] = _answers(engine, work), engine.counters()
+            written[k] = _answers(engine, work)
+            contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
+            if recipe.verify.samples and not draws:
+                draws = _draws(engine, contexts, recipe, seed=_SEEDS)
     alone = EngineProcess(
-        {**base.args, "enable_prefix_caching": False},
-        env=base.environment,
-        log=logs / "verify-target.log",
-        name="target alone",
+        base.args, env=base.environment, log=logs / "verify-target.log", name="target alone"
     )
     with alone as engine:
-        wanted = _answers(engine, work)
-        return [
+        wanted = _answers(engine, work, prefix_cache=False)
+        runs = [
             {
                 "num_speculative_tokens": k,
                 "workload": w.name,
                 "concurrency": w.concurrency,
                 **compare(engine, w.prompts, wanted[i], answers[i], w.max_tokens),
-                "accepted_length_with_all_workloads": counters.accepted_length,
             }
-            for k, (answers, counters) in written.items()
+            for k, answers in written.items()
             for i, w in enumerate(work)
         ]
+        sampled = two_sample(_draws(engine, contexts, recipe, seed=0), draws) if draws else None
+    return Outcome(runs, sampled)
 
 
 def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -142,14 +185,16 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         k: engine_plan(recipe, head=head, target=target, num_speculative_tokens=k) for k in ks
     }
     console.print(f"verify: {len(prompts)} held-out prompts, k = {', '.join(map(str, ks))}")
-    runs = prove_lossless(drafted, base, prompts, recipe, run.root / "logs")
+    outcome = prove_lossless(drafted, base, prompts, recipe, run.root / "logs")
+    runs, sampled = outcome.runs, outcome.sampled
     result = {
-        "lossless": all(r["lossless"] for r in runs),
+        "lossless": all(r["lossless"] for r in runs) and (sampled is None or sampled.same),
         **{
             name: sum(r[name] for r in runs)
             for name in ("prompts", "identical", "ties", "differences", "tokens")
         },
         "runs": runs,
+        "sampled": sampled and {**asdict(sampled), "words": sampled.words},
         "command": command_line(),
         "machine": this_machine().as_dict(),
     }
@@ -160,8 +205,12 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         f"verify: {result['identical']} of {result['prompts']} answers identical"
         + (f", {result['ties']} ties within numeric noise" if result["ties"] else "")
     )
-    if not result["lossless"]:
+    if sampled is not None:
+        console.print(sampled.words)
+    if result["differences"]:
         raise ClaimFailed(_failure(runs, run))
+    if sampled is not None and not sampled.same:
+        raise ClaimFailed(f"not lossless: {sampled.words} See {run.verify_json}")
     return {key: result[key] for key in ("lossless", "prompts", "identical", "ties", "differences")}
 
 

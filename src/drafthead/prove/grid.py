@@ -1,0 +1,120 @@
+"""A grid of points measured: engines started, pairs timed, each point summed up."""
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from drafthead.prove.engine import EngineProcess
+from drafthead.prove.pairing import Point, run_pairs, summarize
+from drafthead.prove.server import Client, running_server
+from drafthead.serve import Plan
+
+Running = contextlib.AbstractContextManager[EngineProcess | Client]
+
+
+def shared(plan: Plan, engines: int) -> Plan:
+    """The plan of one of several engines that share a GPU: a part of the memory each."""
+    why = f"{engines} engines share the GPU"
+    return replace(
+        plan,
+        settings=[
+            replace(s, value=s.value / engines, why=why)
+            if s.name == "gpu_memory_utilization"
+            else s
+            for s in plan.settings
+        ],
+    )
+
+
+def running(plan: Plan, over: str, log: Path, name: str) -> Running:
+    """An engine in a process of its own, or (``over`` = http) a server; ended with the block."""
+    if over == "http":
+        return running_server(plan, log=log, name=name)
+    return EngineProcess(plan.args, env=plan.environment, log=log, name=name)
+
+
+def start(engines: Sequence[Running], stack: contextlib.ExitStack) -> list[EngineProcess | Client]:
+    """Start several engines at once; ``stack`` ends all that started, also if one did not."""
+    with ThreadPoolExecutor(len(engines)) as pool:
+        futures = [pool.submit(engine.__enter__) for engine in engines]
+    for engine, future in zip(engines, futures, strict=True):
+        if future.exception() is None:
+            stack.push(engine.__exit__)
+    return [future.result() for future in futures]
+
+
+def measure(
+    base: Plan,
+    drafted: dict[int, Plan],
+    prompts: Sequence[tuple[list[int], str]],
+    points: Sequence[Point],
+    *,
+    over: str,
+    repeats: int,
+    warmup: int,
+    at_once: bool,
+    logs: Path,
+    console: Console,
+) -> list[dict]:
+    """Measure every point of a grid, the target alone and with a drafter side by side.
+
+    Only one engine works at a time.
+
+    Args:
+        base: the plan of the target alone.
+        drafted: a plan with the drafter for each number of tokens drafted a step.
+        prompts: token ids and source of each.
+        points: what to measure.
+        over: ``engine`` or ``http``.
+        repeats: times the prompts are gone through.
+        warmup: prompts run first at each point and not counted.
+        at_once: start all engines at the same time and keep them; else two at a time live.
+        logs: folder for what the engines print.
+        console: where people read each point's figures.
+
+    Returns:
+        What :func:`drafthead.prove.pairing.summarize` gives for each point, in their order.
+
+    Raises:
+        DraftheadError: an engine does not run.
+    """
+    together = 1 + (len(drafted) if at_once else 1)
+
+    def engine(plan: Plan, name: str, log: str) -> Running:
+        return running(shared(plan, together), over, logs / f"bench-{log}.log", name)
+
+    alone = engine(base, "target alone", "target")
+    others = {k: engine(plan, f"drafted, k={k}", f"k{k}") for k, plan in drafted.items()}
+    cells: dict[Point, dict] = {}
+    with contextlib.ExitStack() as stack:
+        if at_once:
+            first, *ready = start([alone, *others.values()], stack)
+            by_k = dict(zip(others, ready, strict=True))
+        else:
+            first, by_k = stack.enter_context(alone), {}
+        for k, other in others.items():
+            with contextlib.ExitStack() as inner:
+                second = by_k[k] if at_once else inner.enter_context(other)
+                for point in points:
+                    if point.num_speculative_tokens != k:
+                        continue
+                    blocks = run_pairs(
+                        first, second, prompts, point, repeats=repeats, warmup=warmup
+                    )
+                    cells[point] = {**summarize(point, blocks), "over": over}
+                    console.print(_line(cells[point]))
+    return [cells[point] for point in points]
+
+
+def _line(cell: dict) -> str:
+    low, high = cell["speedup_ci95"]
+    return (
+        f"bench: k={cell['num_speculative_tokens']}, {cell['concurrency']} at once, temperature "
+        f"{cell['temperature']:g}: {cell['base_tokens_per_s']:.1f} -> "
+        f"{cell['drafted_tokens_per_s']:.1f} tokens/s, {cell['speedup']:.2f}x "
+        f"[{low:.2f}, {high:.2f}], {cell['verdict']}"
+    )
