@@ -10,6 +10,7 @@ from drafthead import vllm_plugin
 from drafthead.vllm_plugin import (
     accepted_counts,
     batch_order,
+    cpu_expand,
     cpu_kernel_registry,
     cpu_rope,
     cpu_short_conv,
@@ -254,6 +255,20 @@ def test_rope_on_the_cpu_rotates_every_head():
     got = rope.forward_cpu(positions, query.clone(), key.clone())
     for one, other in zip(got, want):
         torch.testing.assert_close(one, other)
+
+
+def test_temperatures_of_drafts_on_the_cpu():
+    from vllm.utils import cpu_triton_utils
+
+    cpu_expand.apply()
+    cu = torch.tensor([3, 3, 5], dtype=torch.int32)  # three drafts, none, two
+    for values, want in (
+        (torch.tensor([0.7, 2.0, 0.0]), torch.tensor([0.7, 0.7, 0.7, 1.0, 1.0])),
+        (torch.tensor([40, 7, 0]), torch.tensor([40, 40, 40, 1, 1])),
+    ):
+        output = torch.full((5,), 9, dtype=values.dtype)
+        cpu_triton_utils._expand_kernel_impl(output, values, cu, 0, 1, MAX_NUM_TOKENS=16)
+        torch.testing.assert_close(output, want)
 
 
 def _split_by_first_prefill(order, rows, prefilling, k):

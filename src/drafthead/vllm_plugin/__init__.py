@@ -14,8 +14,15 @@ import os
 SUPPORTED_VLLM = "0.32."
 
 # Applied at once: they concern the scheduler and the KV cache planner, which run in processes
-# that may never import the model. They act on hybrid models and on NVFP4 checkpoints only.
-MENDS = ("placeholder_drafts", "draft_kv_group", "cpu_kernel_registry", "nvfp4", "nvfp4_cpu")
+# that may never import the model. They act on hybrid models, on NVFP4 checkpoints, and on the CPU.
+MENDS = (
+    "placeholder_drafts",
+    "draft_kv_group",
+    "cpu_kernel_registry",
+    "cpu_expand",
+    "nvfp4",
+    "nvfp4_cpu",
+)
 # Applied when an LFM2 class is imported (lfm2.py), so that no other model sees them.
 MODEL_MENDS = (
     "state_shape",
