@@ -32,6 +32,7 @@ _RNG = random.Random(3)
 ALONE = [(prompt(_RNG, length), 24) for length in (1, 2, 7, 40)]
 # Chunks of 8 prompt tokens leave decode rows cut short, without drafts, or sitting out a step.
 SLIVERS = {"max_num_batched_tokens": 20, "long_prefill_token_threshold": 8}
+CROWDED = [(prompt(random.Random(i), 6 + i % 5), 40) for i in range(24)]
 LONG = [(prompt(_RNG, _RNG.randrange(30, 90)), 60) for _ in range(12)]
 
 
@@ -51,7 +52,7 @@ def head(tmp_path_factory, target) -> Path:
 def plain(target) -> dict[str, list[list[int]]]:
     with engine(target, max_num_seqs=8, max_num_batched_tokens=256) as llm:
         sets = {"stress": STRESS, "staggered": STAGGERED, "alone": ALONE}
-        sets |= {"sharing": SHARING, "long": LONG}
+        sets |= {"sharing": SHARING, "long": LONG, "crowded": CROWDED}
         return {name: answers(llm, requests) for name, requests in sets.items()}
 
 
@@ -100,6 +101,15 @@ def test_prompts_in_slivers(target, head, plain, method, caching):
     speculative = eagle3(head, 7) if method == "eagle3" else ngram(7)
     with engine(target, speculative, enable_prefix_caching=caching, **SLIVERS) as llm:
         assert answers(llm, STRESS) == plain["stress"]
+        assert counter(llm, "spec_decode_num_accepted_tokens") > 100
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_requests_that_sit_out_a_step(target, plain, caching):
+    """Verify steps of some use the whole budget; the next ones wait, with accepted drafts."""
+    limits = {"max_num_batched_tokens": 10, "max_num_seqs": 8}
+    with engine(target, ngram(5), enable_prefix_caching=caching, **limits) as llm:
+        assert answers(llm, CROWDED) == plain["crowded"]
         assert counter(llm, "spec_decode_num_accepted_tokens") > 100
 
 
