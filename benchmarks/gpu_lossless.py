@@ -162,7 +162,7 @@ def run_engine(config: Config, target: str, head: str, out: Path, tiny: bool) ->
             "prompt_lookup_max": 2,
             "prompt_lookup_min": 1,
         }
-    memory = {} if tiny else {"gpu_memory_utilization": 0.07}
+    memory = {} if tiny else {"gpu_memory_utilization": 0.03}
     engine = LLM(
         model=target,
         dtype="float32",
@@ -170,7 +170,7 @@ def run_engine(config: Config, target: str, head: str, out: Path, tiny: bool) ->
         max_model_len=512,
         enforce_eager=not config.graphs,
         enable_prefix_caching=config.prefix_caching,
-        kv_cache_memory_bytes=(4 << 20 if tiny else 24 << 20) if few else 256 << 20,
+        kv_cache_memory_bytes=(4 << 20 if tiny else 12 << 20) if few else 256 << 20,
         speculative_config=speculative,
         disable_log_stats=False,
         seed=0,
