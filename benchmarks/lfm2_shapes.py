@@ -37,7 +37,7 @@ def target_config(tiny: bool, quantized: bool) -> dict:
     config = {
         "architectures": ["Lfm2MoeForCausalLM"],
         "model_type": "lfm2_moe",
-        "hidden_size": 64 if tiny else 2048,
+        "hidden_size": 128 if tiny else 2048,
         "intermediate_size": 128 if tiny else 7168,
         "moe_intermediate_size": 64 if tiny else 1792,
         "num_hidden_layers": layers,

@@ -33,6 +33,9 @@ MODEL_MENDS = (
     "cpu_state_copies",
 )
 
+# Applied with the model's: answers stay the same, steps cost less.
+COST_MENDS = ("draft_argmax",)
+
 
 def skipped(name: str) -> bool:
     """Whether ``DRAFTHEAD_SKIP_MENDS`` leaves the mend ``name`` out."""

@@ -18,7 +18,7 @@ from vllm.model_executor.models.interfaces import (
 )
 from vllm.sequence import IntermediateTensors
 
-from . import MODEL_MENDS, apply
+from . import COST_MENDS, MODEL_MENDS, apply
 from .patch import log
 
 
@@ -109,4 +109,4 @@ else:
     # The constructors of the bases look these up by name.
     lfm2.Lfm2Model = Lfm2ModelWithAuxStates
     lfm2_moe.Lfm2MoeModel = Lfm2MoeModelWithAuxStates
-apply(MODEL_MENDS)
+apply(MODEL_MENDS + COST_MENDS)

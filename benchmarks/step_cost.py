@@ -1,0 +1,307 @@
+"""What a speculative step costs beside a plain one, at LFM2.5-8B-A1B's shapes, as served.
+
+    python benchmarks/step_cost.py --out results/cost                    # 5-6 minutes on an H100
+    python benchmarks/step_cost.py --out results/cost --k 3 --stock ''   # a first profile
+    python benchmarks/step_cost.py --out /tmp/c --tiny                   # rehearsal on a CPU
+
+The target has dummy weights in NVFP4; the head is random, lies on disk and is loaded (with dummy
+weights vLLM would give it the target's LM head). Every engine runs in a process of its own, as
+under `vllm serve`; all are started first and then take turns, one request at a time, greedy, so
+that each round compares them under the same conditions. Acceptance is synthetic, 0.6 at every
+position. `k3` is an engine with the plugin's cost mends, `k3-stock` one without them.
+
+Then each engine answers once more with timers around the host's phases, and once under the torch
+profiler. OUT/step_cost.json is written after every round and has, for each engine, the step in
+milliseconds, its ratio to the plain step of the same round, and the two breakdowns.
+"""
+
+import argparse
+import json
+import os
+import platform
+import select
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from lfm2_shapes import ACCEPTED, write_models
+from step_probe import summarize
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def serve(spec: dict) -> None:
+    """Child process: start an engine, then do what each line of standard input asks for."""
+    from vllm import LLM
+
+    replies = os.fdopen(spec["replies"], "w", buffering=1)
+    tiny, k = spec["tiny"], spec["k"]
+    speculative = None
+    if k:
+        speculative = {
+            "method": "eagle3",
+            "model": f"{spec['work']}/head",
+            "num_speculative_tokens": k,
+            "draft_load_config": {"load_format": "safetensors"},
+        }
+        if not tiny:
+            speculative |= {
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_length": ACCEPTED[k],
+            }
+    memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else (1 << 30)}
+    if not tiny:
+        # Only compared with what is free at start; the cache's size is given above.
+        memory["gpu_memory_utilization"] = 0.1
+    begun = time.monotonic()
+    llm = LLM(
+        f"{spec['work']}/{'bf16' if tiny else 'nvfp4'}",
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=512 if tiny else 2048,
+        max_num_seqs=4,
+        enforce_eager=tiny,
+        disable_log_stats=True,
+        speculative_config=speculative,
+        worker_extension_cls="benchmarks.step_probe.Probe",
+        **memory,
+    )
+
+    def inside(method: str, *args: str):
+        text = llm.collective_rpc(method, args=args)[0]
+        return json.loads(text) if text else None
+
+    started = time.monotonic() - begun
+    for seed in range(3):
+        answer(llm, seed, spec["tokens"])
+    replies.write(json.dumps({"started_s": round(started, 1), **inside("facts")}) + "\n")
+    for line in sys.stdin:
+        task, *arguments = json.loads(line)
+        if task == "time":
+            result = answer(llm, arguments[0], spec["tokens"])
+        elif task == "host":
+            inside("host_start")
+            steps = answer(llm, 1000, spec["tokens"])["steps"]
+            spent = inside("host_stop")
+            result = {
+                name: {"per_step": round(n / steps, 2), "ms_per_step": round(ms / steps, 4)}
+                for name, (n, ms) in spent.items()
+            }
+        else:
+            inside("trace_start")
+            answer(llm, 1001, 24 if tiny else 120)
+            inside("trace_stop", arguments[0])
+            result = {}
+        replies.write(json.dumps(result) + "\n")
+
+
+def answer(llm, seed: int, tokens: int) -> dict:
+    """One request; the milliseconds between what its steps deliver.
+
+    Prompt and the first two steps are left out: they fill the pipeline.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    ids = [1 + (seed * 97 + i * 31) % 500 for i in range(64)]
+    llm.llm_engine.add_request(f"r{seed}-{time.monotonic_ns()}", {"prompt_token_ids": ids}, params)
+    moments, counts = [], []
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            moments.append(time.perf_counter())
+            counts.append(len(output.outputs[0].token_ids))
+    intervals = [1e3 * (b - a) for a, b in pairwise(moments[2:])]
+    return {
+        "steps": len(counts),
+        "mean_ms": statistics.fmean(intervals),
+        "median_ms": statistics.median(intervals),
+        "tokens_a_step": statistics.fmean(counts[3:]),
+        "tokens_per_s": 1e3 * sum(counts[3:]) / sum(intervals),
+    }
+
+
+class Engine:
+    """A child process that serves one configuration."""
+
+    def __init__(self, name: str, spec: dict, out: Path, skip: str):
+        self.name, self.k = name, spec["k"]
+        replies, theirs = os.pipe()
+        os.set_inheritable(theirs, True)
+        self.log = out / f"{name}.log"
+        env = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "PYTHONPATH": f"{REPO / 'src'}:{REPO}:{os.environ.get('PYTHONPATH', '')}",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if skip:
+            env["DRAFTHEAD_SKIP_MENDS"] = skip
+        spec = spec | {"replies": theirs}
+        self.child = subprocess.Popen(
+            [sys.executable, __file__, "--serve", json.dumps(spec), "--out", str(out)],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            text=True,
+            pass_fds=[theirs],
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.replies = os.fdopen(replies)
+
+    def ask(self, *task: object, limit: float = 60) -> dict:
+        print(json.dumps(task), file=self.child.stdin, flush=True)
+        return self.reply(limit)
+
+    def reply(self, limit: float) -> dict:
+        """The child's next line.
+
+        Raises:
+            RuntimeError: it ended, or said nothing for ``limit`` seconds.
+        """
+        ready, _, _ = select.select([self.replies], [], [], max(0.0, limit))
+        line = self.replies.readline() if ready else ""
+        if not line:
+            tail = self.log.read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"{self.name}: {'ended' if ready else 'too slow'}; {tail}")
+        return json.loads(line)
+
+    def end(self) -> None:
+        os.killpg(self.child.pid, 9)
+        self.child.wait()
+
+
+def engines(args: argparse.Namespace) -> list[Engine]:
+    from drafthead.vllm_plugin import COST_MENDS
+
+    base = {"work": str(args.work), "tiny": args.tiny, "tokens": 24 if args.tiny else 256}
+    without = ",".join(COST_MENDS)
+    wanted = [("plain", 0, "")]
+    wanted += [(f"k{k}", k, "") for k in numbers(args.k)]
+    wanted += [(f"k{k}-stock", k, without) for k in numbers(args.stock)]
+    return [Engine(name, base | {"k": k}, args.out, skip) for name, k, skip in wanted]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def spread(values: list[float]) -> dict:
+    """Median and the middle half of ``values``."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return {
+        "median": round(statistics.median(ordered), 4),
+        "middle_half": [round(ordered[quarter], 4), round(ordered[-1 - quarter], 4)],
+    }
+
+
+def report(timings: dict[str, list[dict]], about: dict[str, dict], ks: dict[str, int]) -> dict:
+    """Each engine's step and its ratio to the plain step of the same round."""
+    rows = {}
+    for name, rounds in timings.items():
+        row = {"k": ks[name], **about[name], "rounds": len(rounds)}
+        if rounds:
+            row["ms_per_step"] = spread([r["mean_ms"] for r in rounds])
+            row["ms_per_step_by_medians"] = spread([r["median_ms"] for r in rounds])
+            row["tokens_per_s"] = spread([r["tokens_per_s"] for r in rounds])
+            row["tokens_a_step"] = spread([r["tokens_a_step"] for r in rounds])
+            pairs = list(zip(rounds, timings["plain"]))
+            if pairs:  # none if the plain engine did not start
+                row["ratio_to_plain"] = spread([a["mean_ms"] / b["mean_ms"] for a, b in pairs])
+        rows[name] = row
+    return rows
+
+
+def environment() -> dict:
+    import torch
+    import vllm
+
+    found = {"python": platform.python_version(), "cpus": os.cpu_count()}
+    found |= {"torch": torch.__version__, "vllm": vllm.__version__}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/lfm2_shapes"))
+    parser.add_argument("--k", default="1,3,5,7", help="engines with the plugin's cost mends")
+    parser.add_argument("--stock", default="3,5", help="engines without them")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--limit", type=float, default=300, help="seconds until all have started")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(json.loads(args.serve))
+        return 0
+    if args.tiny:
+        args.k, args.stock, args.rounds = "2", "2", 3
+        args.work = args.out / "models"
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_models(args.work, args.tiny)
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "environment": environment(),
+        "acceptance": "whatever the random head gets" if args.tiny else "synthetic, 0.6",
+    }
+    running = engines(args)
+    about: dict[str, dict] = {e.name: {} for e in running}
+    ks = {e.name: e.k for e in running}
+    timings: dict[str, list[dict]] = {e.name: [] for e in running}
+
+    def write() -> None:
+        record["engines"] = report(timings, about, ks)
+        (args.out / "step_cost.json").write_text(json.dumps(record, indent=1))
+
+    try:
+        deadline = time.monotonic() + args.limit
+        for engine in list(running):
+            try:
+                about[engine.name] |= engine.reply(deadline - time.monotonic())
+                print(engine.name, about[engine.name], flush=True)
+            except RuntimeError as error:
+                about[engine.name]["failed"] = str(error)
+                print(error, flush=True)
+                running.remove(engine)
+                engine.end()
+        for turn in range(args.rounds if running else 0):
+            at = turn % len(running)
+            for engine in running[at:] + running[:at]:
+                timings[engine.name].append(engine.ask("time", turn))
+            write()
+        for engine in running:
+            about[engine.name]["host"] = engine.ask("host")
+            trace = args.out / f"{engine.name}.trace.json"
+            engine.ask("trace", str(trace), limit=120)
+            about[engine.name]["profile"] = summarize(trace)
+            trace.unlink()
+            write()
+    finally:
+        for engine in running:
+            engine.end()
+        write()
+    for name, row in record["engines"].items():
+        if "ms_per_step" in row:
+            print(f"{name:10} {row['ms_per_step']} ms  x {row.get('ratio_to_plain')}")
+    return int(any("failed" in row for row in about.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
