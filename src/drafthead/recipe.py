@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from drafthead.errors import DraftheadError
 
 
+Loss = Literal["kl", "ce+smoothl1", "acceptance"]
+
+
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values do not change once read."""
 
@@ -145,9 +148,10 @@ class TrainSection(Section):
     position 1..n. 1 is the published recipe (fit for k=1 only)."""
     ttt_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Weight of step t is decay**t: later drafts count only if earlier ones were accepted."""
-    loss: Literal["kl", "ce+smoothl1"] = "kl"
-    """`kl`: against the target's distribution over the draft vocabulary. `ce+smoothl1`: the
-    published head's loss."""
+    loss: Loss = "kl"
+    """`kl`: against the target's distribution over the draft vocabulary. `acceptance`: the
+    negative logarithm of how much of a draft speculative sampling would accept. `ce+smoothl1`:
+    the published head's loss."""
     regression_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of SmoothL1 beside cross-entropy in `ce+smoothl1`; the published page names none."""
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -39,7 +39,7 @@ def test_flash_attention_with_diagonals(diagonals, heads, groups):
         assert relative(a, b) < 1e-2
 
 
-@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1"])
+@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1", "acceptance"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_step_on_the_gpu_is_the_plain_step(loss, compiled):
     changes = {"hidden_size": 128, "target_hidden_size": 128, "head_dim": 32, "vocab_size": 512}

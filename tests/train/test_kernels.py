@@ -16,7 +16,7 @@ from drafthead.train import attention, kernels, losses, optimizer  # noqa: E402
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("kind", ["kl", "ce", "acceptance"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [50, 5000])
 def test_row_gradients(kind, dtype, width):

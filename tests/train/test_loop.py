@@ -100,7 +100,7 @@ def curve(folder):
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
-@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1"])
+@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1", "acceptance"])
 def test_learns_a_rule_and_leaves_a_head_that_vllm_reads(store, tmp_path, loss):
     console = quiet()
     summary = fit(

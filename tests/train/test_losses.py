@@ -26,7 +26,7 @@ def problem(dtype, steps=3, tokens=11, width=8, target_width=6, vocab=13):
     return normed, lm_head, randn(tokens, target_width), teacher, labels, weights.to(dtype)
 
 
-@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("kind", ["kl", "ce", "acceptance"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("chunk_rows", [1, 9, 10_000])
 def test_fused_loss_is_the_plain_loss(kind, dtype, tolerance, chunk_rows):
@@ -42,7 +42,7 @@ def test_fused_loss_is_the_plain_loss(kind, dtype, tolerance, chunk_rows):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize("kind", ["kl", "ce", "acceptance"])
 def test_closed_form_gradient_is_that_of_autograd(kind):
     normed, lm_head, last, teacher, labels, weights = problem(torch.float64)
     logits = (normed @ lm_head.t()).detach().requires_grad_()
@@ -75,6 +75,33 @@ def test_kl_drops_what_the_target_puts_outside_the_draft_vocabulary():
     by_hand = (p * (p.log() - logits.log_softmax(-1))).sum(-1)
     ours = row_loss(logits, full[:, inside], torch.zeros(5, dtype=torch.long), "kl")
     torch.testing.assert_close(ours, by_hand)
+
+
+def test_acceptance_is_what_speculative_sampling_accepts():
+    """A draft x from q is accepted with probability min(1, p(x) / q(x)); counted over drafts."""
+    g = torch.Generator().manual_seed(0)
+    teacher, logits = (2 * torch.randn(1, 7, generator=g) for _ in range(2))
+    p, q = teacher.softmax(-1)[0], logits.softmax(-1)[0]
+    drafts = q.multinomial(200_000, replacement=True, generator=g)
+    accepted = torch.rand(len(drafts), generator=g) < (p / q)[drafts]
+    loss = row_loss(logits, teacher, torch.tensor([0]), "acceptance")
+    assert float((-loss).exp()) == pytest.approx(float(accepted.float().mean()), abs=5e-3)
+
+
+def test_acceptance_of_a_sure_teacher_is_cross_entropy():
+    logits, labels = torch.randn(4, 9), torch.tensor([3, 1, 0, 8])
+    sure = torch.full((4, 9), -200.0).scatter(1, labels[:, None], 0.0)
+    ours = row_loss(logits, sure, labels, "acceptance")
+    torch.testing.assert_close(ours, row_loss(logits, None, labels, "ce"))
+
+
+def test_acceptance_stays_finite_where_head_and_teacher_have_nothing_in_common():
+    logits = torch.tensor([[[500.0, -500.0]]])
+    teacher = torch.tensor([[-500.0, 500.0]])
+    label, weight = torch.tensor([0]), torch.ones(1, 1)
+    loss, gradient, _ = row_gradients(logits, teacher, label, weight, "acceptance")
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 def test_hidden_regression_is_the_weighted_sum_of_smooth_l1():

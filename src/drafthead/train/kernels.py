@@ -8,13 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from drafthead.train.losses import SMALLEST_OVERLAP
+
 
 @triton.jit
 def _row_gradients(
-    logits, teacher, labels, weights, losses, predicted, rows, width, KL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, teacher, labels, weights, losses, predicted, rows, width, KIND: tl.constexpr,
+    SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row of `logits` [T * rows, width]: two passes, the gradient written over it."""
+    """One program a row of `logits` [T * rows, width], the gradient written over it: two passes,
+    three for `acceptance`, whose gradient needs the whole row's overlap first."""
     row = tl.program_id(0)
     shared = row % rows
     label = tl.load(labels + shared)
@@ -36,29 +39,46 @@ def _row_gradients(
         new = tl.maximum(z_max, top)
         z_sum = z_sum * tl.exp(z_max - new) + tl.sum(tl.exp(z - new), axis=0)
         z_max = new
-        if KL:
+        if KIND != "ce":
             s = tl.load(s_row + at, mask=at < width, other=-float("inf")).to(tl.float32)
             new = tl.maximum(s_max, tl.max(s, axis=0))
             s_sum = s_sum * tl.exp(s_max - new) + tl.sum(tl.exp(s - new), axis=0)
             s_max = new
     z_lse = z_max + tl.log(z_sum)
-    s_lse = s_max + tl.log(s_sum) if KL else 0.0
+    s_lse = s_max + tl.log(s_sum) if KIND != "ce" else 0.0
     weight = tl.where(label >= 0, weight, 0.0)
 
     loss = z_lse
+    overlap = 0.0
+    share = 0.0
+    if KIND == "acceptance":
+        for start in range(0, width, BLOCK):
+            at = start + lanes
+            z = tl.load(z_row + at, mask=at < width, other=-float("inf")).to(tl.float32)
+            s = tl.load(s_row + at, mask=at < width, other=-float("inf")).to(tl.float32)
+            q = tl.exp(z - z_lse)
+            p = tl.exp(s - s_lse)
+            overlap += tl.sum(tl.minimum(p, q), axis=0)
+            share += tl.sum(tl.where(q < p, q, 0.0), axis=0)
+        overlap = tl.maximum(overlap, SMALLEST)
+        loss = -tl.log(overlap)
     for start in range(0, width, BLOCK):
         at = start + lanes
         inside = at < width
         z = tl.load(z_row + at, mask=inside, other=0.0).to(tl.float32)
         q = tl.exp(z - z_lse)
-        if KL:
-            s = tl.load(s_row + at, mask=inside, other=-float("inf")).to(tl.float32)
-            p = tl.exp(s - s_lse)
-            loss += tl.sum(tl.where(p > 0, p * (s - s_lse - z), 0.0), axis=0)
-        else:
+        if KIND == "ce":
             p = tl.where(at == label, 1.0, 0.0)
             loss -= tl.sum(p * z, axis=0)
-        gradient = (q - p) * weight
+            gradient = (q - p) * weight
+        else:
+            s = tl.load(s_row + at, mask=inside, other=-float("inf")).to(tl.float32)
+            p = tl.exp(s - s_lse)
+            if KIND == "kl":
+                loss += tl.sum(tl.where(p > 0, p * (s - s_lse - z), 0.0), axis=0)
+                gradient = (q - p) * weight
+            else:
+                gradient = q * (share - tl.where(q < p, 1.0, 0.0)) * (weight / overlap)
         tl.store(z_row + at, gradient.to(logits.dtype.element_ty), mask=inside)
     tl.store(losses + row, loss * weight)
     tl.store(predicted + row, best)
@@ -75,7 +95,7 @@ def row_gradients(
     predicted = torch.empty(steps, rows, dtype=torch.int64, device=logits.device)
     _row_gradients[(steps * rows,)](
         logits, logits if teacher is None else teacher, labels.contiguous(), weights.contiguous(),
-        losses, predicted, rows, width, KL=kind == "kl",
+        losses, predicted, rows, width, KIND=kind, SMALLEST=SMALLEST_OVERLAP,
         BLOCK=min(4096, triton.next_power_of_2(width)), num_warps=8,
     )  # fmt: skip
     return losses, logits, predicted

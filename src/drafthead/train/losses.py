@@ -13,6 +13,11 @@ Losses of a row, z its logits over the draft vocabulary, s the teacher's:
 - `ce`: cross-entropy against the token that the target served, rows outside the vocabulary as
   above. With greedy answers that token is the target's argmax. Together with `hidden_regression` it
   is the published head's "reduced-vocab CE + SmoothL1 hidden-regression".
+- `acceptance`: -log a, a = sum_v min(p_v, q_v), p as for `kl`: what speculative sampling accepts
+  of a draft from q (arXiv 2211.17192, theorem 3.5; as a loss arXiv 2602.23881, "LK alpha"). A chain
+  is accepted up to step t with probability P_t = prod a_s, s <= t; weighting step s by the sum of
+  w_t over t >= s minimises -sum_t w_t log P_t, which bounds -log of the expected accepted length
+  from above (Jensen). On a teacher that is sure of one token it is cross-entropy.
 """
 
 from collections.abc import Callable
@@ -23,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossKind = Literal["kl", "ce"]
+LossKind = Literal["kl", "ce", "acceptance"]
+
+SMALLEST_OVERLAP = 1e-30  # keeps log and quotient finite where fp32 has no more digits
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def matmul_fp32(x: Tensor, weight: Tensor) -> Tensor:
 def row_loss(logits: Tensor, teacher: Tensor | None, labels: Tensor, kind: LossKind) -> Tensor:
     """The plain loss of each row.
 
-    logits [..., N, Vd]; teacher [N, Vd] logits (`kl` only); labels int64 [N], the served token as a
+    logits [..., N, Vd]; teacher [N, Vd] logits, None for `ce`; labels int64 [N], the served token as a
     draft id or -1 outside the draft vocabulary. Returns [..., N], zero where the label is -1.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -75,7 +82,11 @@ def row_loss(logits: Tensor, teacher: Tensor | None, labels: Tensor, kind: LossK
     else:
         assert teacher is not None
         logp = teacher.to(logits.dtype).log_softmax(-1)
-        loss = (logp.exp() * (logp - logq)).sum(-1)
+        if kind == "kl":
+            loss = (logp.exp() * (logp - logq)).sum(-1)
+        else:
+            overlap = torch.minimum(logp.exp(), logq.exp()).sum(-1)
+            loss = -overlap.clamp(min=SMALLEST_OVERLAP).log()
     return torch.where(labels >= 0, loss, 0.0)
 
 
@@ -101,7 +112,7 @@ def plain_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss as its definition says: all logits at once. Arguments as for `fused_loss`."""
     logits = normed @ lm_head.t()
-    soft = teacher.logits(last) if kind == "kl" else None
+    soft = None if kind == "ce" else teacher.logits(last)
     loss = (row_loss(logits, soft, labels, kind) * weights).sum()
     correct = (logits.argmax(-1) == labels) & (weights > 0)
     return loss, correct.sum(-1)
@@ -115,7 +126,8 @@ def row_gradients(
     logits [T, R, Vd], teacher [R, Vd] or None, labels int64 [R], weights fp32 [T, R].
     Returns weighted losses [T, R], d loss / d logits [T, R, Vd], predicted draft ids [T, R].
 
-    d/dz KL(softmax(s) || softmax(z)) = q - p; cross-entropy the same with p one-hot.
+    d/dz KL(softmax(s) || softmax(z)) = q - p; cross-entropy the same with p one-hot. With b = 1
+    where q < p: d/dz -log sum min(p, q) = q (sum(q b) - b) / sum min(p, q).
     """
     predicted = logits.argmax(-1)
     weights = weights * (labels >= 0)
@@ -130,9 +142,16 @@ def row_gradients(
         assert teacher is not None
         logp = teacher.to(z.dtype).log_softmax(-1)
         p = logp.exp()
-        # sum p (log p - z + lse): the entropy once for all T rows, the cross term as a product
-        loss = (p * logp).sum(-1) - torch.einsum("rv,trv->tr", p, z) + lse
-        gradient -= p
+        if kind == "kl":
+            # sum p (log p - z + lse): the entropy once for all T rows, the cross term as a product
+            loss = (p * logp).sum(-1) - torch.einsum("rv,trv->tr", p, z) + lse
+            gradient -= p
+        else:
+            below = gradient < p
+            overlap = torch.minimum(gradient, p).sum(-1).clamp(min=SMALLEST_OVERLAP)
+            loss = -overlap.log()
+            share = (gradient * below).sum(-1, keepdim=True)
+            gradient *= (share - below.to(z.dtype)) / overlap[..., None]
     gradient *= weights[..., None]
     return loss * weights, gradient.to(logits.dtype), predicted
 
@@ -161,7 +180,7 @@ class _FusedLoss(torch.autograd.Function):
             part = slice(at, at + chunk)
             rows = normed[:, part].reshape(-1, width)
             logits = (rows @ lm_head.t()).view(steps, -1, lm_head.shape[0])
-            soft = teacher.logits(last[part]) if kind == "kl" else None
+            soft = None if kind == "ce" else teacher.logits(last[part])
             losses, gradient, predicted = rule(logits, soft, labels[part], weights[:, part], kind)
             loss += losses.sum()
             correct += ((predicted == labels[part]) & (weights[:, part] > 0)).sum(-1)

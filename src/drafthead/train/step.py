@@ -1,14 +1,13 @@
 """One packed row through head and loss: gradients and the numbers that logs want."""
 
 from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from drafthead.head.model import Eagle3Head
 from drafthead.train.batches import Batch
-from drafthead.train.losses import Teacher, fused_loss, hidden_regression
+from drafthead.recipe import Loss
+from drafthead.train.losses import LossKind, Teacher, fused_loss, hidden_regression
 from drafthead.train.ttt import TrainingTimeTest
 
 
@@ -16,7 +15,7 @@ from drafthead.train.ttt import TrainingTimeTest
 class Objective:
     """What is minimised: sum over steps t of decay ** t times the mean loss of step t's rows."""
 
-    loss: Literal["kl", "ce+smoothl1"] = "kl"
+    loss: Loss = "kl"
     steps: int = 3
     decay: float = 0.8
     regression_weight: float = 1.0
@@ -51,7 +50,7 @@ class TrainStep:
         normed = self.states(batch)
         weights = self.step_weights[:, None] * batch.has_row
         last = batch.last.to(normed.dtype)
-        kind: Literal["kl", "ce"] = "kl" if objective.loss == "kl" else "ce"
+        kind: LossKind = "ce" if objective.loss == "ce+smoothl1" else objective.loss
         loss, correct = fused_loss(
             normed,
             self.head.lm_head.weight,
