@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from drafthead.errors import DraftheadError
 
-
 Loss = Literal["kl", "ce+smoothl1", "acceptance"]
 
 
@@ -111,6 +110,9 @@ class VocabSection(Section):
 class HeadSection(Section):
     """The shape of the draft head. None takes the target's own figure."""
 
+    aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Which of the captured auxiliary layers the head reads; None is all. Capture more once, and
+    heads that read different ones can be compared on the same states."""
     hidden_size: Annotated[int, Field(gt=0)] | None = None
     """Width. vLLM shares the target's embedding, so it must be the target's unless the head
     brings its own."""

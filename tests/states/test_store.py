@@ -61,6 +61,17 @@ def test_round_trip_is_exact_in_fp32(tmp_path, shard_bytes):
         reader[len(samples)]
 
 
+def test_some_of_the_captured_layers(tmp_path):
+    samples = write(tmp_path, META)
+    reader = StateReader(tmp_path, aux_layers=[2])
+    assert reader.aux_layers == (2,)
+    assert reader.meta.aux_layers == (1, 2)
+    assert torch.equal(reader[4].aux, samples[4].states[:, 1:2])
+    assert torch.equal(reader[4].last, samples[4].states[:, 2])
+    with pytest.raises(DraftheadError, match=r"aux_layers: \[3\]: .*holds the layers \[1, 2\]"):
+        StateReader(tmp_path, aux_layers=[2, 3])
+
+
 def test_bf16_is_exact_for_bf16_states(tmp_path):
     sample = make_sample(1)
     states = sample.states.bfloat16()

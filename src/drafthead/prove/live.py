@@ -203,7 +203,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         predicted=predicted_acceptance(run, recipe.serve.num_speculative_tokens),
         template_agrees=agree,
         head_aux_layers=config.get("aux_layer_ids"),
-        trained_aux_layers=_captured_layers(run),
+        trained_aux_layers=sorted(recipe.head.aux_layers or []) or _captured_layers(run),
         head_problems=tuple(about["problems"]),
         head_notes=tuple(about["notes"]),
         probe_tokens_per_s=answers.tokens / answers.wall_s,

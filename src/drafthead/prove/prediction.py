@@ -59,7 +59,7 @@ def predicted_over_served(
         return None
     head = load_head(existing_head(run.head), target).head.float()
     served = {prompt.conversation for prompt in heldout_prompts(run, recipe.bench.prompts)}
-    reader = StateReader(run.states)
+    reader = StateReader(run.states, aux_layers=recipe.head.aux_layers)
     samples = []
     for index in reader.indices("heldout"):
         sample = reader[int(index)]

@@ -33,20 +33,29 @@ class StateReader:
     ``reader[i]`` gives a ``Sample`` whose tensors are private or memory-mapped read-only pages:
     do not write to them. Thread-safe. A shard's checksum is verified when it is first touched
     (``verify=False`` leaves that out: only after `drafthead states check`). A store that lacks
-    units is refused, unless ``partial``.
+    units is refused, unless ``partial``. ``aux_layers``: hand out only these of the captured
+    auxiliary layers; the attribute of that name says which are handed out.
 
     Raises:
         DraftheadError: no store there, or any part of it missing, altered, swapped or broken;
             the message names the file.
     """
 
-    def __init__(self, path: Path | str, *, verify: bool = True, partial: bool = False):
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        verify: bool = True,
+        partial: bool = False,
+        aux_layers: Iterable[int] | None = None,
+    ):
         self.path = Path(path)
         if not self.path.is_dir():
             raise DraftheadError(
                 f"{self.path}: no such state store; `drafthead capture RECIPE` makes one"
             )
         self.meta = StoreMeta.load(self.path)
+        self.aux_layers, self._columns = _selected(self.path, self.meta, aux_layers)
         numbers = unit_numbers(self.path)
         missing, first = missing_units(self.meta, numbers)
         if missing > 0 and not partial:
@@ -85,14 +94,18 @@ class StateReader:
         handle = self._handle(int(self._shard[index]))
         start, stop = self._token_start[index], self._token_start[index] + self.tokens[index]
         first, end = self._state_start[index], self._state_start[index] + self.states[index]
+        states = handle.get_slice("states")[int(first) : int(end)]
         scale = None
         if self.meta.encoding == "fp8":
             scale = handle.get_slice("scale")[int(first) : int(end)]
+        if self._columns is not None:
+            states = states[:, self._columns]
+            scale = None if scale is None else scale[:, self._columns]
         return Sample(
             ids=handle.get_slice("ids")[int(start) : int(stop)],
             loss_mask=handle.get_slice("loss_mask")[int(start) : int(stop)],
-            states=handle.get_slice("states")[int(first) : int(end)],
-            num_aux=len(self.meta.aux_layers),
+            states=states,
+            num_aux=len(self.aux_layers),
             prompt_len=int(self.prompt[index]),
             conversation=self.conversation[index],
             split=self.split[index],
@@ -139,6 +152,23 @@ class StateReader:
                 shard = self.shards[number]
                 self._open[number] = open_shard(self.path, self.meta, shard, verify=self._verify)
             return self._open[number]
+
+
+def _selected(
+    path: Path, meta: StoreMeta, wanted: Iterable[int] | None
+) -> tuple[tuple[int, ...], list[int] | None]:
+    """The auxiliary layers to hand out, ascending, and their places in a shard with that of the
+    last layer; None for the places if all are wanted."""
+    if wanted is None:
+        return tuple(meta.aux_layers), None
+    chosen = tuple(sorted(set(wanted)))
+    unknown = [layer for layer in chosen if layer not in meta.aux_layers]
+    if unknown or not chosen:
+        raise DraftheadError(
+            f"head.aux_layers: {unknown or 'empty'}: {path} holds the layers "
+            f"{list(meta.aux_layers)}; set capture.aux_layers to capture others"
+        )
+    return chosen, [*(meta.layers.index(layer) for layer in chosen), len(meta.layers) - 1]
 
 
 def _starts(lengths: np.ndarray, counts: list[int]) -> np.ndarray:

@@ -71,8 +71,8 @@ def matmul_fp32(x: Tensor, weight: Tensor) -> Tensor:
 def row_loss(logits: Tensor, teacher: Tensor | None, labels: Tensor, kind: LossKind) -> Tensor:
     """The plain loss of each row.
 
-    logits [..., N, Vd]; teacher [N, Vd] logits, None for `ce`; labels int64 [N], the served token as a
-    draft id or -1 outside the draft vocabulary. Returns [..., N], zero where the label is -1.
+    logits [..., N, Vd]; teacher [N, Vd] logits, None for `ce`; labels int64 [N], the served token
+    as a draft id or -1 outside the draft vocabulary. Returns [..., N], zero where the label is -1.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logq = logits.log_softmax(-1)

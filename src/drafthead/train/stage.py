@@ -41,7 +41,7 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
 
 def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
     """What a recipe asks to be trained, on the states and the vocabulary of its run."""
-    reader = StateReader(run.states)
+    reader = StateReader(run.states, aux_layers=recipe.head.aux_layers)
     if reader.meta.hidden_size != target.hidden_size:
         raise DraftheadError(
             f"{run.states}: states of width {reader.meta.hidden_size}, the target {target.path} "
@@ -77,7 +77,7 @@ def _new_head(recipe: Recipe, run: RunDir, reader: StateReader, target: Target) 
     if not path.exists():
         raise DraftheadError(f"{path}: no draft vocabulary; run `drafthead vocab` first")
     d2t = load_file(path)["d2t"]
-    return new_head(recipe.head, target, reader.meta.aux_layers, d2t, recipe.train.seed)
+    return new_head(recipe.head, target, reader.aux_layers, d2t, recipe.train.seed)
 
 
 def _given_head(
@@ -89,12 +89,12 @@ def _given_head(
     for name, found, wanted in (
         ("vocab_size", config.vocab_size, target.vocab_size),
         ("target_hidden_size", config.target_hidden_size, target.hidden_size),
-        ("aux layers", tuple(config.aux_layer_ids), tuple(reader.meta.aux_layers)),
+        ("aux layers", tuple(config.aux_layer_ids), tuple(reader.aux_layers)),
     ):
         if found != wanted:
             raise DraftheadError(
                 f"{folder}: its {name} is {found}, the states and target of this run have "
-                f"{wanted}" + ("; set capture.aux_layers" if name == "aux layers" else "")
+                f"{wanted}" + ("; set head.aux_layers" if name == "aux layers" else "")
             )
     return loaded.head.float(), loaded.embedding
 

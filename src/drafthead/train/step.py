@@ -1,12 +1,13 @@
 """One packed row through head and loss: gradients and the numbers that logs want."""
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from drafthead.head.model import Eagle3Head
-from drafthead.train.batches import Batch
 from drafthead.recipe import Loss
+from drafthead.train.batches import Batch
 from drafthead.train.losses import LossKind, Teacher, fused_loss, hidden_regression
 from drafthead.train.ttt import TrainingTimeTest
 
