@@ -245,6 +245,25 @@ def states_check(
     raise typer.Exit(0 if repair else ClaimFailed.exit_code)
 
 
+@states_app.command(
+    "compare", epilog="Example: drafthead states compare runs/a/states runs/b/states --target M"
+)
+def states_compare(
+    first: Annotated[Path, typer.Argument(help="Folder of states, the reference.")],
+    second: Annotated[Path, typer.Argument(help="Folder of states of the same tokens.")],
+    target: Annotated[str, typer.Option(help="Target whose states they are.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how far two captures of the same tokens are apart: fp8 from bf16, prefill from decode."""
+    from drafthead.capture.compare import compare_stores, describe
+    from drafthead.targets import load_target
+
+    found = compare_stores(first, second, load_target(target))
+    console.print(describe(found))
+    if as_json:
+        _emit(found, as_json)
+
+
 @app.command(epilog="Example: drafthead publish recipe.yaml --repo me/my-model-eagle3 --dry-run")
 def publish(
     recipe: RecipeFile,

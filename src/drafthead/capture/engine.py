@@ -1,6 +1,7 @@
 """The target in vLLM, writing answers and handing over its states in the same pass."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from drafthead.targets import Target
 CHECKED_POSITIONS = 8
 """Tokens of each answer that are compared with the teacher's argmax: over thousands of answers
 enough for a share to a tenth of a percent, at a fiftieth of the cost of all."""
+_SETTLE_SECONDS = 10.0
+"""With asynchronous scheduling a last step may still be under way for sequences that have ended."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,22 @@ class CaptureEngine:
         target: the recipe's target.
         meta: what the states are of; its layers are captured.
         store: folder of the state store; None generates only.
+        strict: states that fail a check stop the work; off for dummy weights only, which no
+            check can hold for.
 
     Raises:
         DraftheadError: vLLM is not installed, or refuses the target.
     """
 
-    def __init__(self, recipe: Recipe, target: Target, meta: StoreMeta, store: Path | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        meta: StoreMeta,
+        store: Path | None,
+        *,
+        strict: bool = True,
+    ):
         plan = engine_plan(recipe, head=None, target=target)
         os.environ.update(plan.environment)
         self.recipe, self.store = recipe, store
@@ -92,6 +105,7 @@ class CaptureEngine:
                 "shard_bytes": recipe.capture.shard_bytes,
                 "positions": CHECKED_POSITIONS,
                 "greedy": recipe.generate.temperature == 0,
+                "strict": strict,
             }
             self._rpc("drafthead_open", str(store), asdict(meta), str(target.path), options)
 
@@ -185,8 +199,11 @@ class CaptureEngine:
         )
         # A unit stands for itself: what is found in the prefix cache was computed within it.
         self._sequences.clear()
-        if not self.llm.reset_prefix_cache():
-            raise DraftheadError("vLLM could not empty its prefix cache between units of work")
+        end = time.monotonic() + _SETTLE_SECONDS
+        while not self.llm.reset_prefix_cache():
+            if time.monotonic() > end:
+                raise DraftheadError("vLLM could not empty its prefix cache between units of work")
+            time.sleep(0.01)
 
     def flush(self) -> None:
         """Wait until everything saved is on disk.
@@ -196,10 +213,10 @@ class CaptureEngine:
         """
         self._report(self._rpc("drafthead_flush"))
 
-    @property
-    def waits(self) -> int:
-        """Times that the engine waited for room to copy states into."""
-        return self._rpc("drafthead_stats")["waits"]
+    def stats(self) -> dict[str, int]:
+        """What capturing costs the engine: ``waits``, times that a step waited for room to copy
+        states into; ``device_bytes``, memory of the device that they pass through."""
+        return self._rpc("drafthead_stats")
 
     def close(self) -> None:
         """End the engine and give its memory back."""

@@ -210,6 +210,11 @@ class Tap:
         """Times that the engine had to wait for room in pinned memory."""
         return self._ring.waits if self._cuda else 0
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the device that the stages take."""
+        return sum(stage.nbytes for stage in self._stages) if self._cuda else 0
+
     def record(
         self, layers: Sequence[torch.Tensor], sequences: Sequence[tuple[int | None, int, int]]
     ) -> None:
@@ -254,7 +259,7 @@ class Tap:
         with torch.cuda.stream(self._stream):
             for pinned, tensor in zip(self._pinned, _present(encode(stage[:n], self.encoding))):
                 pinned[start:stop].copy_(tensor, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps
             done.record(self._stream)
         self._queue.put((done, start, stop, self._captured))
         self._copied[self._at] = done

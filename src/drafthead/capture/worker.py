@@ -98,14 +98,16 @@ class _Capture:
 
     def drafthead_open(self, store: str, meta: dict, target: str, options: dict) -> None:
         """Write to ``store`` from now on. ``meta``: of ``StoreMeta``; ``options``: of the writer
-        (``shard_bytes``) and the checks (``positions``, ``greedy``)."""
+        (``shard_bytes``) and of the checks (``positions``, ``greedy``, ``strict``)."""
         if self._tap is None:
             return
         fields = meta | {"aux_layers": tuple(meta["aux_layers"])}
         self._writer = StateWriter(Path(store), StoreMeta(**fields), options["shard_bytes"])
         loaded = load_target(target)
         device = self.device  # type: ignore[attr-defined]
-        self._checker = Checker(loaded, options["positions"], options["greedy"], device)
+        self._checker = Checker(
+            loaded, options["positions"], options["greedy"], device, options["strict"]
+        )
 
     def drafthead_unit(
         self, unit: int, sequences: list[tuple[int, list[int]]], wanted: list[dict]
@@ -139,8 +141,10 @@ class _Capture:
         return None
 
     def drafthead_stats(self) -> dict | None:
-        """Times that the engine waited for room to copy states into."""
-        return None if self._tap is None else {"waits": self._tap.waits}
+        """See ``CaptureEngine.stats``."""
+        if self._tap is None:
+            return None
+        return {"waits": self._tap.waits, "device_bytes": self._tap.device_bytes}
 
 
 def _samples(

@@ -1,0 +1,300 @@
+"""What capture costs: generate+capture against plain generation, paired, in one call.
+
+    python benchmarks/capture.py --out OUT --smollm2 DIR [--smollm2-nvfp4 DIR] [--peers DIR]
+    python benchmarks/capture.py --out OUT --tiny --smollm2 DIR     # a rehearsal on two CPU cores
+
+For each target three engines live side by side, each a vLLM of its own: plain (vLLM as it comes),
+capturing in bf16, capturing in fp8. Blocks of the same prompts alternate between them. A block's
+time runs from its first prompt to its last token and, for capture, to its last byte on disk
+(`ratio`); `generating_ratio` leaves out that last write, which in a longer run overlaps what is
+generated next.
+
+All engines get the same bytes for their KV cache; `kv_tokens` is what vLLM says it then holds, and
+`device_bytes` what capture takes beside it. `decode_against_prefill` holds the states of decoding
+against those of prefilling the very same sequences.
+
+With --peers (where `pack_peers` put speculators 0.9.0) its own capture follows, on the very
+sequences that the plain engine wrote; the plain engine's own time for writing them counts as its
+generation (which favours it: its own goes over HTTP too).
+
+LFM2.5-8B-A1B stands in its exact shapes with dummy weights in NVFP4: its tokens mean nothing, its
+speed does. Checks of the states are made and not enforced there.
+
+Writes OUT/capture.json after every block.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lfm2_shapes
+from capture_engine import Engine, kv_tokens
+from speculators_capture import Server
+
+TOPICS = ("a river", "prime numbers", "bread", "the moon", "a town", "sorting", "rain", "ants")
+ASKS = (
+    "Write a short story about {}.",
+    "Explain {} to a child.",
+    "List ten facts about {}.",
+    "Write a Python program that has to do with {} and explain it.",
+)
+FORMATS = ("bf16", "fp8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target. `weights` holds the tensors that checks need, `model` what vLLM loads."""
+
+    name: str
+    model: Path
+    weights: Path
+    aux: tuple[int, ...]
+    dummy: bool
+
+
+def dummy_lfm2(work: Path, tiny: bool) -> Case:
+    """LFM2.5-8B-A1B's configuration, a checkpoint of just its embedding and final norm, and a
+    tokenizer of one word a token, which speculators' server does not do without."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    lfm2_shapes.write_models(work / "lfm2", tiny)
+    model = work / "lfm2" / ("bf16" if tiny else "nvfp4")
+    config = json.loads((model / "config.json").read_text())
+    words = {f"t{i}": i for i in range(config["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token="t7")
+    fast.save_pretrained(model)
+    weights = work / "lfm2-weights"
+    weights.mkdir(exist_ok=True)
+    shutil.copy(model / "config.json", weights)
+    dtype = torch.float32 if tiny else torch.bfloat16
+    hidden = config["hidden_size"]
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(config["vocab_size"], hidden, dtype=dtype),
+        "model.embedding_norm.weight": torch.ones(hidden, dtype=dtype),
+    }
+    save_file(tensors, weights / "model.safetensors")
+    return Case("lfm2.5-8b-a1b-nvfp4", model, weights, (2, 4, 6) if tiny else (2, 12, 21), True)
+
+
+def prompts_of(case: Case, count: int, tiny: bool) -> list[list[int]]:
+    """Token ids of `count` prompts: real ones, or random ids where the weights are dummies."""
+    if case.dummy:
+        rng = random.Random(0)
+        top = 500 if tiny else 100_000
+        return [[1, *(rng.randrange(8, top) for _ in range(63))] for _ in range(count)]
+    from drafthead.data.template import Template
+    from drafthead.targets import load_target
+
+    target = load_target(case.weights)
+    template = Template(target.tokenizer(), target.eos_token_ids, str(case.weights))
+    texts = [
+        ask.format(f"{topic} and {other}") for ask in ASKS for topic in TOPICS for other in TOPICS
+    ]
+    return [
+        template.encode([{"role": "user", "content": f"({i}) {texts[i % len(texts)]}"}])[0]
+        for i in range(count)
+    ]
+
+
+def spec_of(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """What all engines of a case are told."""
+    tiny = args.tiny
+    return {
+        "case": case.name,
+        "model": str(case.model),
+        "weights": str(case.weights),
+        "aux": case.aux,
+        "dummy": case.dummy,
+        "tiny": tiny,
+        "seqs": 4 if tiny else args.seqs,
+        "chunk": 8 if tiny else args.chunk,
+        "new_tokens": 16 if tiny else 256,
+        "kv_bytes": (64 << 20) if tiny else (3 << 30),
+        "share": 0.06,  # of the card must be free at the start; the KV cache's size is given
+    }
+
+
+class Running:
+    """A case whose engines have been started, all at once: most of a start is waiting."""
+
+    def __init__(self, case: Case, args: argparse.Namespace, port: int):
+        self.case, self.args, self.spec = case, args, spec_of(case, args)
+        self.record: dict[str, Any] = {"name": case.name, "dummy_weights": case.dummy}
+        self.record |= {k: self.spec[k] for k in ("aux", "seqs", "chunk", "new_tokens", "kv_bytes")}
+        self.engines: dict[str, Engine] = {}
+        for name in ("plain", *FORMATS):
+            encoding = "fp32" if args.tiny and name == "bf16" else name
+            store = None if name == "plain" else str(args.work / f"{case.name}-{name}")
+            own = {"store": store, "encoding": "bf16" if name == "plain" else encoding}
+            self.engines[name] = Engine(name, self.spec | own, args.work)
+        self.server = None
+        if args.peers and not args.tiny:
+            config = json.loads((case.weights / "config.json").read_text())
+            layers = [*case.aux, config["num_hidden_layers"]]
+            self.server = Server(self.spec, layers, port, args.work)
+
+    def measure(self, write: Callable[[dict], None]) -> None:
+        """Alternate blocks between the engines, then compare, then speculators' side."""
+        record, args, spec = self.record, self.args, self.spec
+        try:
+            for name, engine in self.engines.items():
+                record[name] = engine.read(args.limit)
+                record[name] |= {"start_s": round(time.monotonic() - engine.begun, 1)}
+                record[name] |= {"kv_tokens": kv_tokens(engine.log), "vllm": engine.said()}
+            prompts = prompts_of(self.case, spec["chunk"] * args.units, args.tiny)
+            begun, number, ids = time.monotonic(), 0, []
+            record["blocks"] = []
+            while number <= args.blocks or time.monotonic() - begun < args.seconds:
+                names = list(self.engines)
+                order = names if number % 2 else names[::-1]
+                block = {n: self.engines[n].ask("generate", prompts, args.limit) for n in order}
+                ids = block["plain"].pop("ids")
+                number += 1
+                if number == 1:
+                    begun = time.monotonic()  # a warm-up: allocators, page cache, all graphs
+                    continue
+                record["blocks"].append(block)
+                record |= summary(record["blocks"])
+                write(record)
+            if not self.case.dummy:
+                some = prompts[: spec["chunk"]]
+                record["decode_against_prefill"] = self.engines["bf16"].ask(
+                    "compare", some, args.limit
+                )
+                write(record)
+            if self.server:
+                theirs = self.server.capture(ids, args.peers, args.limit)
+                if "capture_s" in theirs:
+                    theirs["generation_s"] = plain = seconds(record["blocks"], "plain")
+                    tokens = record["blocks"][-1]["plain"]["tokens"]
+                    theirs["tokens_per_s"] = round(tokens / (plain + theirs["capture_s"]), 1)
+                record["speculators"] = theirs
+        except (RuntimeError, OSError, ValueError) as error:
+            record["failed"] = str(error)
+        write(record)
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+        if self.server:
+            self.server.close()
+        for name in FORMATS:
+            shutil.rmtree(self.args.work / f"{self.case.name}-{name}", ignore_errors=True)
+
+
+def seconds(blocks: list[dict], name: str) -> float:
+    """Median of a block's generating time."""
+    return statistics.median(block[name]["generating_s"] for block in blocks)
+
+
+def summary(blocks: list[dict]) -> dict:
+    """Rates of each capturing engine against the plain one, block by block."""
+
+    def rates(name: str, key: str) -> list[float]:
+        return [block[name]["tokens"] / block[name][key] for block in blocks]
+
+    plain = rates("plain", "generating_s")
+    found: dict[str, Any] = {"plain_tokens_per_s": round(statistics.median(plain), 1)}
+    found["plain_range"] = [round(min(plain), 1), round(max(plain), 1)]
+    found["capture"] = {}
+    for name in FORMATS:
+        own = [block[name] for block in blocks]
+        whole = [c / p for c, p in zip(rates(name, "total_s"), plain)]
+        generating = [c / p for c, p in zip(rates(name, "generating_s"), plain)]
+        checked = sum(b["checks"]["greedy_checked"] for b in own)
+        agree = sum(b["checks"]["greedy_agree"] for b in own)
+        found["capture"][name] = {
+            "tokens_per_s": round(statistics.median(rates(name, "total_s")), 1),
+            "ratio": round(statistics.median(whole), 4),
+            "ratio_range": [round(min(whole), 4), round(max(whole), 4)],
+            "generating_ratio": round(statistics.median(generating), 4),
+            "generating_ratio_range": [round(min(generating), 4), round(max(generating), 4)],
+            "bytes_per_token": round(
+                sum(b["bytes"] for b in own) / sum(b["state_tokens"] for b in own), 1
+            ),
+            "waits": own[-1]["waits"],
+            "greedy_agreement": agree / checked if checked else None,
+            "faults": sum(b["checks"].get("faults", 0) for b in own),
+        }
+    return found
+
+
+def disk_rate(folder: Path, size: int) -> float:
+    """MB/s of writing `size` bytes into `folder` and syncing them."""
+    path, piece = folder / "disk_rate", os.urandom(1 << 20)
+    begun = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(size >> 20):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    took = time.perf_counter() - begun
+    path.unlink()
+    return round(size / took / 1e6, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/capture_bench"))
+    parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M-Instruct, a dense folder")
+    parser.add_argument("--smollm2-nvfp4", type=Path, help="the same in NVFP4")
+    parser.add_argument("--peers", type=Path, help="where speculators 0.9.0 lies unpacked")
+    parser.add_argument("--seconds", type=float, default=40, help="of blocks for each target")
+    parser.add_argument("--blocks", type=int, default=3, help="at least so many")
+    parser.add_argument("--seqs", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=256, help="prompts of a unit")
+    parser.add_argument("--units", type=int, default=2, help="units of a block")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for any one answer")
+    parser.add_argument("--skip-lfm2", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    from drafthead.fsio import write_json
+    from drafthead.machine import this_machine
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.tiny:
+        args.seconds, args.blocks = 0, 1
+    cases = []
+    for name, folder in (("bf16", args.smollm2), ("nvfp4", args.smollm2_nvfp4)):
+        if folder:
+            cases.append(Case(f"smollm2-135m-{name}", folder, folder, (2, 15, 27), False))
+    if not args.skip_lfm2:
+        cases.append(dummy_lfm2(args.work, args.tiny))
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": this_machine().as_dict(),
+        "disk_mb_per_s": disk_rate(args.work, (64 << 20) if args.tiny else (2 << 30)),
+    }
+    running = [Running(case, args, 8765 + i) for i, case in enumerate(cases)]
+
+    def write(_: dict) -> None:
+        write_json(args.out / "capture.json", about | {"cases": [r.record for r in running]})
+
+    try:
+        for case in running:
+            case.measure(write)
+            shown = {k: v for k, v in case.record.items() if k not in (*case.engines, "blocks")}
+            print(json.dumps(shown, indent=1), flush=True)
+    finally:
+        for case in running:
+            case.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""One engine of capture.py's, in a process of its own: drafthead's `CaptureEngine`, spoken to in
+JSON lines. `Engine` is the parent's side, `main` the child's."""
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+KEPT = ("Model loading took", "Graph capturing finished", "KV cache size")
+
+
+class Engine:
+    """Starts a child and asks it. `spec` is `capture.py`'s for the case, with the format in
+    `encoding` and the store's folder in `store` (None: plain generation)."""
+
+    def __init__(self, name: str, spec: dict, work: Path):
+        self.name, self.log = name, work / f"{spec['case']}-{name}.log"
+        self.begun = time.monotonic()
+        env = os.environ | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if spec["tiny"] else {})
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=env,
+                start_new_session=True,
+            )
+
+    def read(self, limit: float) -> dict:
+        """The child's next line, or an error that quotes its log."""
+        selector = selectors.DefaultSelector()
+        assert self.process.stdout is not None
+        selector.register(self.process.stdout, selectors.EVENT_READ)
+        line = self.process.stdout.readline() if selector.select(limit) else ""
+        if not line:
+            tail = self.log.read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"{self.name}: no answer within {limit:.0f} s, or died: {tail}")
+        return json.loads(line)
+
+    def ask(self, what: str, prompts: list[list[int]], limit: float) -> dict:
+        """`generate` or `compare` over `prompts`; see `main`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({what: prompts}) + "\n")
+        self.process.stdin.flush()
+        return self.read(limit)
+
+    def said(self) -> list[str]:
+        """What vLLM logged about memory."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line.split("] ", 1)[-1] for line in lines if any(k in line for k in KEPT)]
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def kv_tokens(log: Path) -> int | None:
+    """The tokens that vLLM says its KV cache holds."""
+    found = re.findall(r"KV cache size: ([\d,]+) tokens", log.read_text(errors="replace"))
+    return int(found[-1].replace(",", "")) if found else None
+
+
+def main() -> None:
+    """The child: builds the engine, says so, then answers one JSON line for each on stdin."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    spec = json.loads(sys.argv[1])
+    side = _Side(spec)
+    out.write(json.dumps(side.started) + "\n")
+    for line in sys.stdin:
+        ((what, prompts),) = json.loads(line).items()
+        out.write(json.dumps(side.compare(prompts) if what == "compare" else side.run(prompts)))
+        out.write("\n")
+
+
+class _Side:
+    def __init__(self, spec: dict):
+        from drafthead.capture.engine import CaptureEngine
+        from drafthead.recipe import parse_recipe
+        from drafthead.states import StoreMeta
+        from drafthead.states.writer import open_store
+        from drafthead.targets import load_target
+
+        self.spec = spec
+        self.store = Path(spec["store"]) if spec["store"] else None
+        recipe = parse_recipe(
+            {
+                "name": "bench",
+                "target": {"path": spec["model"]},
+                "prompts": {"sources": [{"path": "none.jsonl"}]},
+                "generate": {"max_new_tokens": spec["new_tokens"]},
+                "engine": {
+                    "dtype": "float32" if spec["tiny"] else "auto",
+                    "max_model_len": 512,
+                    "max_num_seqs": spec["seqs"],
+                    "gpu_memory_utilization": spec["share"],
+                    "kv_cache_memory_bytes": spec["kv_bytes"],
+                    "extra": {"load_format": "dummy"} if spec["dummy"] else {},
+                },
+            },
+            "benchmark",
+        )
+        self.target = load_target(spec["weights"])
+        shape = (self.target.num_layers, self.target.hidden_size)
+        self.meta = StoreMeta(tuple(spec["aux"]), *shape, spec["encoding"], 1000, {})
+        if self.store is not None:
+            shutil.rmtree(self.store, ignore_errors=True)
+            open_store(self.store, self.meta)
+        self.engine = CaptureEngine(
+            recipe, self.target, self.meta, self.store, strict=not spec["dummy"]
+        )
+        self.started: dict[str, Any] = {"bytes_per_token": self.meta.bytes_per_token}
+        if self.store is not None:
+            self.started["device_bytes"] = self.engine.stats()["device_bytes"]
+
+    def run(self, prompts: list[list[int]]) -> dict:
+        """Answer all, in units; what was written is weighed and thrown away."""
+        size, written = self.spec["chunk"], []
+        begun = time.perf_counter()
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
+            answers = self.engine.generate(part, [0] * len(part))
+            written += answers
+            if self.store is None:
+                self.engine.llm.reset_prefix_cache()
+            else:
+                self._save(start // size, part, answers)
+        result: dict[str, Any] = {"tokens": sum(len(a.ids) for a in written)}
+        result["generating_s"] = time.perf_counter() - begun
+        if self.store is None:  # the sequences for speculators' side
+            return result | {"ids": [[*p, *a.ids] for p, a in zip(prompts, written, strict=True)]}
+        self.engine.flush()
+        result |= {"total_s": time.perf_counter() - begun, "waits": self.engine.stats()["waits"]}
+        units = [json.loads(path.read_text()) for path in self.store.glob("unit-*.json")]
+        checks: dict[str, int] = {}
+        for unit in units:
+            for key, value in unit["checks"].items():
+                checks[key] = checks.get(key, 0) + value
+        shards = [shard for unit in units for shard in unit["shards"]]
+        result |= {"checks": checks, "bytes": sum(s["bytes"] for s in shards)}
+        result["state_tokens"] = sum(sum(s["states"]) for s in shards)
+        self._sweep()
+        return result
+
+    def compare(self, prompts: list[list[int]]) -> dict:
+        """Decode a unit, prefill the very same sequences as another, and hold them together."""
+        from drafthead.capture.compare import compare
+        from drafthead.states import StateReader
+
+        assert self.store is not None
+        answers = self.engine.generate(prompts, [0] * len(prompts))
+        self._save(0, prompts, answers)
+        sequences = [[*p, *a.ids] for p, a in zip(prompts, answers, strict=True)]
+        keys = self.engine.prefill(sequences)
+        self._save(1, prompts, answers, keys)
+        self.engine.flush()
+        reader = StateReader(self.store, partial=True)
+        half = len(reader) // 2
+        result = compare(((reader[i], reader[half + i]) for i in range(half)), self.target)
+        self._sweep()
+        return result
+
+    def _save(self, unit: int, prompts: list, answers: list, keys: list[int] | None = None) -> None:
+        from drafthead.capture.engine import Wanted
+
+        keys = [a.key for a in answers] if keys is None else keys
+        wanted = [
+            Wanted(key, len(p), [False] * len(p), str(i), "train")
+            for i, (p, key) in enumerate(zip(prompts, keys, strict=True))
+        ]
+        self.engine.save(unit, wanted)
+
+    def _sweep(self) -> None:
+        assert self.store is not None
+        for path in self.store.glob("unit-*"):
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from drafthead import cli
+from drafthead.capture.checks import teacher_argmax
+from drafthead.capture.compare import compare
+from drafthead.errors import DraftheadError
+from drafthead.states import Sample, StateWriter, StoreMeta
+from drafthead.targets import load_target
+
+
+def sample(target, seed, length=40):
+    """A sequence whose tokens are just those that its states call for."""
+    g = torch.Generator().manual_seed(seed)
+    states = torch.randn(length - 1, 3, target.hidden_size, generator=g)
+    norm, eps = target.final_norm()
+    ids = torch.zeros(length, dtype=torch.int32)
+    ids[1:] = teacher_argmax(states[:, -1], norm, eps, target.lm_head()).int()
+    return Sample(ids, torch.arange(length) >= 10, states, 2, 10, f"c{seed}", "train")
+
+
+def test_what_differs_is_counted_where_it_differs(llama):
+    target = load_target(llama)
+    first = [sample(target, seed) for seed in range(3)]
+    same = compare(zip(first, first), target)
+    assert same["positions"] == 90  # tokens 10 to 39 of three
+    assert same["teacher_differs"] == 0
+    assert same["served"] == [1, 1]
+    assert [d["median"] for d in same["distance"]] == [0, 0, 0]
+    other = [replace(s, states=s.states.clone()) for s in first]
+    other[1].states[20, 2] *= -1  # predicts token 21 of the second
+    other[1].states[:, 1] *= 1.5
+    other[2].states[3, 2] *= -1  # in the prompt: no position of the answer
+    found = compare(zip(first, other), target)
+    assert found["teacher_differs"] == pytest.approx(1 / 90)
+    assert found["served"] == [1, pytest.approx(89 / 90)]
+    assert found["distance"][0] == {"median": 0, "p99": 0}
+    assert found["distance"][1]["p99"] == pytest.approx(0.5)
+    assert found["distance"][2]["median"] == 0
+
+
+def test_other_tokens_are_refused(llama):
+    target = load_target(llama)
+    with pytest.raises(DraftheadError, match="c0 and c1: not the same tokens"):
+        compare([(sample(target, 0), sample(target, 1))], target)
+    with pytest.raises(DraftheadError, match="no samples"):
+        compare([], target)
+
+
+def test_the_command_pairs_two_stores_by_conversation(llama, tmp_path, capsys):
+    target = load_target(llama)
+    samples = [sample(target, seed) for seed in range(4)]
+    for name, encoding, order in (("a", "fp32", [0, 1, 2]), ("b", "fp8", [3, 2, 1])):
+        meta = StoreMeta((1, 2), target.num_layers, target.hidden_size, encoding, 1, {})
+        with StateWriter(tmp_path / name, meta) as writer:
+            writer.submit(0, [samples[i] for i in order])
+    cli.states_compare(tmp_path / "a", tmp_path / "b", str(llama), as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["conversations"] == 2
+    assert found["positions"] == 60
+    assert 0 < found["distance"][0]["median"] < 0.05
