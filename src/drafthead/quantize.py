@@ -167,7 +167,7 @@ def _quantize(
                 if keep and not (fresh / file.name).exists():
                     shutil.copy(file, fresh / file.name)
             record = {
-                "target": str(target.path),
+                "target": target.path.name,  # the folder may be published: no path of this machine
                 "format": "nvfp4",
                 "modelopt": modelopt.__version__,
                 "exclude_modules": read_json(
