@@ -76,8 +76,13 @@ def target_config(tiny: bool, quantized: bool) -> dict:
     return config
 
 
-def write_models(work: Path, tiny: bool) -> None:
-    """The target's configurations and the random head."""
+def draft_vocab(tiny: bool) -> int:
+    """Rows of the head's LM head."""
+    return 128 if tiny else DRAFT_VOCAB
+
+
+def write_head(folder: Path, tiny: bool, rows: int) -> None:
+    """A random head with a draft vocabulary of so many rows; one that is there is kept."""
     import torch
 
     from drafthead.head.checkpoint import save_head
@@ -85,12 +90,9 @@ def write_models(work: Path, tiny: bool) -> None:
     from drafthead.head.formats import Provenance
     from drafthead.head.model import Eagle3Head
 
-    for name, quantized in (("bf16", False), ("nvfp4", True)):
-        folder = work / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(target_config(tiny, quantized)))
+    if folder.exists():
+        return
     shape = target_config(tiny, False)
-    draft = 128 if tiny else DRAFT_VOCAB
     config = HeadConfig(
         hidden_size=shape["hidden_size"],
         intermediate_size=4 * shape["hidden_size"],
@@ -98,18 +100,26 @@ def write_models(work: Path, tiny: bool) -> None:
         num_key_value_heads=shape["num_key_value_heads"],
         head_dim=shape["hidden_size"] // shape["num_attention_heads"],
         vocab_size=shape["vocab_size"],
-        draft_vocab_size=draft,
+        draft_vocab_size=rows,
         target_hidden_size=shape["hidden_size"],
         aux_layer_ids=(2, 4, 5) if tiny else AUX,
         max_position_embeddings=shape["max_position_embeddings"],
         rope_theta=5e6,
     )
-    if not (work / "head").exists():
-        torch.manual_seed(0)
-        ids = torch.arange(draft) * (shape["vocab_size"] // draft)
-        head = Eagle3Head(config)
-        head.set_vocab(ids - torch.arange(draft))
-        save_head(head, work / "head", Provenance())
+    torch.manual_seed(0)
+    ids = torch.arange(rows) * (shape["vocab_size"] // rows)
+    head = Eagle3Head(config)
+    head.set_vocab(ids - torch.arange(rows))
+    save_head(head, folder, Provenance())
+
+
+def write_models(work: Path, tiny: bool) -> None:
+    """The target's configurations and the random head."""
+    for name, quantized in (("bf16", False), ("nvfp4", True)):
+        folder = work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(target_config(tiny, quantized)))
+    write_head(work / "head", tiny, draft_vocab(tiny))
 
 
 def run_engine(spec: dict) -> None:

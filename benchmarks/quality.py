@@ -291,7 +291,7 @@ def serve(options: argparse.Namespace, run: RunDir, record: dict) -> None:
                 engine.generate(every, max_tokens=tokens, concurrency=64)
                 counts = engine.counters().since(before)
                 point = Point(k, 1, 0.0, tokens)
-                blocks = run_pairs(base, engine, prompts, point, repeats=1, warmup=2)
+                (blocks,) = run_pairs(base, [engine], prompts, point, repeats=1, warmup=2)
                 cells.append(
                     {
                         "target": target,

@@ -7,9 +7,11 @@ import pytest
 
 import drafthead
 from drafthead.errors import DraftheadError
+from drafthead.fsio import write_json
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe
-from drafthead.serve import engine_plan, serve_plan
+from drafthead.rundir import RunDir
+from drafthead.serve import engine_plan, serve_plan, served_k
 from drafthead.targets import load_target
 
 GIB = 1 << 30
@@ -121,3 +123,14 @@ def test_missing_head_names_the_mend(recipe, tmp_path):
         serve_plan(recipe(), tmp_path)
     with pytest.raises(DraftheadError, match="no head there"):
         drafthead.engine_args(recipe(), runs=tmp_path)
+
+
+def test_the_bench_recommends_k_and_the_recipe_overrules_it(recipe, tmp_path):
+    run, silent, explicit = RunDir(tmp_path), recipe(), recipe(serve={"num_speculative_tokens": 2})
+    assert served_k(silent, run) == 3
+    write_json(run.bench_json, {"num_speculative_tokens": 4})
+    assert served_k(silent, run) == 4  # one k measured: nothing to recommend
+    recommended = {"num_speculative_tokens": 4, "recommended_num_speculative_tokens": 5}
+    write_json(run.bench_json, recommended)
+    assert served_k(silent, run) == 5
+    assert served_k(explicit, run) == 2

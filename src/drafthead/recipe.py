@@ -214,11 +214,17 @@ class ExportSection(Section):
 class ServeSection(Section):
     """How the head is served."""
 
-    num_speculative_tokens: Annotated[int, Field(ge=1)] = 3
-    """Tokens drafted a step (k)."""
+    num_speculative_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens drafted a step (k). None is what the run's bench recommends if it measured several,
+    else 3."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] | None = None
     """GPUs to serve on; None is the engine's if it is above 1, else the fewest that hold the
     weights."""
+
+    @property
+    def k(self) -> int:
+        """Tokens drafted a step as far as the recipe says."""
+        return self.num_speculative_tokens or 3
 
 
 class VerifySection(Section):

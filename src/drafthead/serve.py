@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import read_json
 from drafthead.head.inspect import refuse_unfit
 from drafthead.machine import Machine, this_machine
 from drafthead.recipe import Recipe, load_recipe
@@ -208,7 +209,7 @@ def engine_plan(
     target = target or load_target(
         recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
     )
-    k = num_speculative_tokens or recipe.serve.num_speculative_tokens
+    k = num_speculative_tokens or recipe.serve.k
     settings = [Setting("model", recipe.target.path, "the target, as the recipe names it")]
     env: dict[str, tuple[str, str]] = {}
 
@@ -308,9 +309,19 @@ def engine_args(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    return engine_plan(
-        recipe, head=existing_head(head or RunDir(Path(runs) / recipe.name).head)
-    ).args
+    run = RunDir(Path(runs) / recipe.name)
+    head = existing_head(head or run.head)
+    return engine_plan(recipe, head=head, num_speculative_tokens=served_k(recipe, run)).args
+
+
+def served_k(recipe: Recipe, run: RunDir) -> int:
+    """Tokens to draft a step: what the recipe says, else what the run's bench recommends, else
+    what it measured first."""
+    explicit = recipe.serve.num_speculative_tokens
+    if explicit is not None or not run.bench_json.exists():
+        return recipe.serve.k
+    bench = read_json(run.bench_json, "the figures of `drafthead bench`")
+    return bench.get("recommended_num_speculative_tokens") or bench["num_speculative_tokens"]
 
 
 def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
@@ -324,5 +335,10 @@ def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
     Raises:
         DraftheadError: target or head cannot be read.
     """
-    head = existing_head(RunDir(runs / recipe.name).head)
-    return engine_plan(recipe, head=head, extra=extra)
+    run = RunDir(runs / recipe.name)
+    return engine_plan(
+        recipe,
+        head=existing_head(run.head),
+        num_speculative_tokens=served_k(recipe, run),
+        extra=extra,
+    )

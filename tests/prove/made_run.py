@@ -6,7 +6,13 @@ import numpy as np
 
 from drafthead.fsio import write_json
 from drafthead.machine import Gpu, Machine
-from drafthead.prove.costmodel import analyse
+from drafthead.prove.costmodel import (
+    Vocabularies,
+    analyse,
+    median_error,
+    recommended_k,
+    thinned,
+)
 from drafthead.prove.engine import Completion, Generation, SpecCounters
 from drafthead.prove.pairing import Block, Point, summarize
 from drafthead.prove.prompts import Prompt
@@ -67,13 +73,19 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
     crafted.head(run.head, target)
     cells = [cell(k, c, gain) for k in ks for c in (1, 4, 16)]
     curve = [0.72, 0.49, 0.33, 0.21, 0.13, 0.08, 0.05][: max(ks)]
+    row_s = {c: 2e-9 * c**0.5 for c in (1, 4, 16)}
+    smaller = thinned(curve, 0.93)
+    others = Vocabularies(crafted.DRAFT_VOCAB, row_s, {75: smaller, 300: curve, 1200: curve})
+    fits = analyse(cells, curve, others)
     bench = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": curve[: ks[0]],
         "predicted_accepted_length": 1 + sum(curve[: ks[0]]),
         "method": "made",
         "grid": cells,
-        "cost_model": analyse(cells, curve),
+        "cost_model": fits,
+        "cost_model_median_error": median_error(fits),
+        "recommended_num_speculative_tokens": recommended_k(fits, 1),
         "command": "drafthead bench recipe.yaml",
         "machine": MACHINE.as_dict(),
         "date": "2026-11-24T06:00:00+00:00",

@@ -2,7 +2,17 @@
 
 import pytest
 
-from drafthead.prove.costmodel import analyse, choose, fit
+from drafthead.prove.costmodel import (
+    StepCost,
+    Vocabularies,
+    analyse,
+    by_vocabulary,
+    choose,
+    fit,
+    median_error,
+    recommended_k,
+    thinned,
+)
 
 CURVE = [0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02]
 
@@ -63,3 +73,23 @@ def test_a_predicted_curve_takes_the_place_of_the_served_one():
     assert set(found["predicted_speedup"]) == {"1", "2", "3", "4", "5"}
     (found,) = analyse([cell(1), cell(3)], [0.9])  # too short for the grid
     assert found["acceptance_by_position"] == CURVE[:3]
+
+
+def test_a_smaller_vocabulary_costs_less_and_accepts_less():
+    cost = StepCost(1, plain=3.0, fixed=3.4, slope=0.5, row=1e-5)
+    curves = {8000: thinned(CURVE, 0.97), 32000: CURVE, 64000: CURVE}
+    small, own, large = by_vocabulary(cost, Vocabularies(32000, {1: 1e-5}, curves))
+    assert own["predicted_speedup"]["3"] == pytest.approx(2.5 * 3.0 / 4.9)
+    tokens = 1 + 0.7 * 0.97 + 0.5 * 0.97**2 + 0.3 * 0.97**3
+    assert small["predicted_speedup"]["3"] == pytest.approx(tokens * 3.0 / (4.9 - 3 * 0.24))
+    assert large["predicted_speedup"]["3"] == pytest.approx(2.5 * 3.0 / (4.9 + 3 * 0.32))
+    assert small["best_num_speculative_tokens"] > large["best_num_speculative_tokens"]
+
+
+def test_a_recommendation_takes_two_k_at_that_load():
+    fits = analyse([cell(k, c) for c in (1, 4) for k in ((1, 3, 5) if c == 4 else (3,))], CURVE)
+    assert recommended_k(fits, 1) is None
+    assert recommended_k(fits, 4) == 3
+    assert recommended_k(fits, 16) is None
+    assert median_error(fits[:1]) is None
+    assert median_error(fits) == pytest.approx(0, abs=1e-9)

@@ -1,7 +1,7 @@
 """What a prediction beside served figures may be over: the text that is served, or none."""
 
 from drafthead.prove.bench import grid
-from drafthead.prove.prediction import predicted_over_served
+from drafthead.prove.prediction import Rehearsal, predicted_over_served
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 
@@ -26,9 +26,9 @@ def test_no_prediction_over_other_text(tmp_path):
         _recipe(generate={"max_new_tokens": 63}),
         _recipe(bench={"max_new_tokens": 64, "temperature": [0.5]}),
     ):
-        assert predicted_over_served(recipe, run, None, grid(recipe)[0]) is None
+        assert predicted_over_served(Rehearsal(recipe, run, None, grid(recipe)[0])) is None
 
 
 def test_no_prediction_without_states(tmp_path):
     recipe = _recipe()
-    assert predicted_over_served(recipe, RunDir(tmp_path), None, grid(recipe)[0]) is None
+    assert predicted_over_served(Rehearsal(recipe, RunDir(tmp_path), None, grid(recipe)[0])) is None

@@ -38,14 +38,21 @@ def test_slower_is_said():
     assert speedup(np.ones(30), noise, np.ones(30), 1.5 * noise[::-1]).verdict == "slower"
 
 
-@given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 3))
-def test_every_prompt_is_timed_equally_often(count, concurrency, repeats):
-    blocks = blocks_of(count, concurrency, repeats)
-    counts = np.bincount([i for block in blocks for i in block], minlength=count)
-    assert len(counts) == count
-    assert len(set(counts)) == 1
-    assert counts[0] >= repeats
+@given(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=200),
+    st.integers(1, 64),
+    st.integers(1, 3),
+)
+def test_blocks_are_full_of_one_source_and_fair(sources, concurrency, repeats):
+    blocks = blocks_of(sources, concurrency, repeats)
     assert len(blocks) >= MIN_PAIRS
+    for block in blocks:
+        assert len({sources[i] for i in block}) == 1
+        assert len(block) >= concurrency
+    counts = np.bincount([i for block in blocks for i in block], minlength=len(sources))
+    assert counts.min() >= repeats
+    for source in set(sources):
+        assert len({counts[i] for i, s in enumerate(sources) if s == source}) == 1
 
 
 def test_counters_add_and_subtract():

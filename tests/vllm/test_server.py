@@ -90,7 +90,8 @@ def test_pairs_are_timed_over_http(server):
     base = Client(server.url, "again")  # the same server twice: the ratio must include 1
     prompts = [(ids, "s") for ids in KNOWN]
     point = Point(3, 1, 0.0, 25)
-    cell = summarize(point, run_pairs(base, server, prompts, point, repeats=2, warmup=1))
+    (blocks,) = run_pairs(base, [server], prompts, point, repeats=2, warmup=1)
+    cell = summarize(point, blocks)
     assert cell["same_tokens"] == cell["answers"] == 9
     assert cell["acceptance_by_position"][0] == pytest.approx(18 / 42)
     assert cell["latency"]["drafted"]["per_later_token_s"]["p99"] > 0

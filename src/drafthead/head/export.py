@@ -28,7 +28,7 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     best = run.train / "best"
     if not best.is_dir():
         raise DraftheadError(f"{best}: no trained head there; run `drafthead train` first")
-    k = recipe.serve.num_speculative_tokens
+    k = recipe.serve.k
     found = convert(best, run.head, "vllm", target, k)
     paths = {"head": str(run.head)}
     if recipe.export.speculators:

@@ -3,16 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
 from drafthead.machine import this_machine
-from drafthead.prove.costmodel import analyse
+from drafthead.prove.costmodel import Vocabularies, analyse, median_error, recommended_k
 from drafthead.prove.grid import measure
 from drafthead.prove.pairing import Point
-from drafthead.prove.prediction import predicted_acceptance, predicted_over_served
+from drafthead.prove.prediction import (
+    Rehearsal,
+    by_vocabulary,
+    predicted_acceptance,
+    predicted_over_served,
+)
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.proof import command_line, now
+from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
@@ -40,7 +47,7 @@ _SUMMARY = (
 
 def grid(recipe: Recipe) -> list[Point]:
     """The points to measure, those of one k together; the first is the headline's."""
-    ks = recipe.bench.num_speculative_tokens or [recipe.serve.num_speculative_tokens]
+    ks = recipe.bench.num_speculative_tokens or [recipe.serve.k]
     return [
         Point(k, concurrency, temperature, recipe.bench.max_new_tokens)
         for k in ks
@@ -87,6 +94,21 @@ def _measure(
         logs=run.root / "logs",
         console=console,
     )
+
+
+def _vocabularies(recipe: Recipe, rehearsal: Rehearsal) -> Vocabularies | None:
+    """What other draft vocabularies would cost here and accept; None for a head from elsewhere."""
+    acceptance = by_vocabulary(rehearsal)
+    if acceptance is None:
+        return None
+    config = read_json(rehearsal.run.head / "config.json", "the head's configuration")
+    rows, device = config["draft_vocab_size"], this_machine().vllm_device
+    dtype = torch.float32 if recipe.engine.dtype == "float32" else torch.bfloat16
+    row_s = {
+        n: row_seconds(config["hidden_size"], rows, n, device=device, dtype=dtype)
+        for n in recipe.bench.concurrency
+    }
+    return Vocabularies(rows, row_s, acceptance)
 
 
 def contest(
@@ -143,20 +165,23 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     target = load_target(
         recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
     )
-    expected = predicted_over_served(recipe, run, target, points[0]) or predicted_acceptance(
+    rehearsal = Rehearsal(recipe, run, target, points[0])
+    expected = predicted_over_served(rehearsal) or predicted_acceptance(
         run, points[0].num_speculative_tokens
     )
     plans = _plans(recipe, target, head=existing_head(run.head))
     cells = _measure(recipe, run, target, plans, console)
+    greedy = [c for c in cells if not c["temperature"]]
+    fits = analyse(greedy, predicted_acceptance(run), _vocabularies(recipe, rehearsal))
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,
         "predicted_accepted_length": 1 + sum(expected) if expected else None,
         "method": _METHOD,
         "grid": cells,
-        "cost_model": analyse(
-            [c for c in cells if not c["temperature"]], predicted_acceptance(run)
-        ),
+        "cost_model": fits,
+        "cost_model_median_error": median_error(fits),
+        "recommended_num_speculative_tokens": recommended_k(fits, points[0].concurrency),
         "command": command_line(),
         "machine": this_machine().as_dict(),
         "date": now(),

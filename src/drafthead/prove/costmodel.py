@@ -9,10 +9,13 @@ accepted. Hence (Leviathan et al. 2023, section 3.3, with measured times in plac
 
 Step times depend on the requests at once, so each concurrency has a fit of its own. The gain is
 of decoding; prefill is the same with and without.
+
+With another draft vocabulary each draft reads more or fewer rows of the head's LM head: ``slope``
+moves by what a row costs, the acceptance by what the vocabulary leaves out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,24 +31,47 @@ class StepCost:
     """With the head, what does not grow with k."""
     slope: float
     """With the head, what each further draft token costs: drafting it and checking it."""
+    row: float = 0.0
+    """What a row of the draft vocabulary adds to the slope."""
 
-    def step(self, k: int) -> float:
-        """Seconds of a step that drafts ``k`` tokens."""
-        return self.fixed + k * self.slope
+    def step(self, k: int, more_rows: int = 0) -> float:
+        """Seconds of a step that drafts ``k`` tokens, with so many more rows than measured."""
+        return self.fixed + k * (self.slope + more_rows * self.row)
 
-    def speedup(self, k: int, acceptance: Sequence[float]) -> float:
+    def speedup(self, k: int, acceptance: Sequence[float], more_rows: int = 0) -> float:
         """Decoding speed with ``k`` drafts over without.
 
         Args:
             k: tokens drafted a step.
             acceptance: share of steps whose draft at position 1, 2, … is accepted, k at least.
+            more_rows: of the draft vocabulary than were measured; less than 0 is fewer.
 
         Raises:
             ValueError: the curve is shorter than k.
         """
         if len(acceptance) < k:
             raise ValueError(f"acceptance at {len(acceptance)} positions, k={k}")
-        return (1 + sum(acceptance[:k])) * self.plain / self.step(k)
+        return (1 + sum(acceptance[:k])) * self.plain / self.step(k, more_rows)
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """What other draft vocabularies would cost and accept."""
+
+    rows: int
+    """Size of the one that was measured."""
+    row_s: dict[int, float]
+    """Seconds that a row adds to a draft, by requests at once."""
+    acceptance: dict[int, list[float]]
+    """By size, acceptance at position 1, 2, …"""
+
+
+def thinned(acceptance: Sequence[float], share: float) -> list[float]:
+    """Acceptance if each draft that was right still could be drafted with probability ``share``.
+
+    Position i needs all i drafts, hence ``share`` to the power i.
+    """
+    return [p * share ** (i + 1) for i, p in enumerate(acceptance)]
 
 
 def fit(concurrency: int, plain: float, steps: dict[int, float]) -> StepCost:
@@ -66,13 +92,45 @@ def fit(concurrency: int, plain: float, steps: dict[int, float]) -> StepCost:
     return StepCost(concurrency, plain, float(fixed), float(slope))
 
 
-def choose(cost: StepCost, acceptance: Sequence[float]) -> dict[int, float]:
+def choose(cost: StepCost, acceptance: Sequence[float], more_rows: int = 0) -> dict[int, float]:
     """Predicted decoding speedup for each k that the acceptance curve reaches, best first."""
-    gains = {k: cost.speedup(k, acceptance) for k in range(1, len(acceptance) + 1)}
+    gains = {k: cost.speedup(k, acceptance, more_rows) for k in range(1, len(acceptance) + 1)}
     return dict(sorted(gains.items(), key=lambda item: -item[1]))
 
 
-def analyse(cells: Sequence[dict], acceptance: Sequence[float] | None) -> list[dict]:
+def by_vocabulary(cost: StepCost, others: Vocabularies) -> list[dict]:
+    """For each draft vocabulary the k to serve and what it would gain."""
+    found = []
+    for size, curve in sorted(others.acceptance.items()):
+        gains = choose(cost, curve, size - others.rows)
+        k = next(iter(gains))
+        found.append(
+            {
+                "draft_vocab_size": size,
+                "best_num_speculative_tokens": k,
+                "predicted_speedup": {str(n): gain for n, gain in sorted(gains.items())},
+                "accepted_length": 1 + sum(curve[:k]),
+            }
+        )
+    return found
+
+
+def median_error(fits: Sequence[dict]) -> float | None:
+    """Median over all points of all concurrencies of the relative error, out of sample."""
+    errors = [
+        abs(p["relative_error"])
+        for fit in fits
+        for p in fit["points"]
+        if p["relative_error"] is not None
+    ]
+    return float(np.median(errors)) if errors else None
+
+
+def analyse(
+    cells: Sequence[dict],
+    acceptance: Sequence[float] | None,
+    vocabularies: Vocabularies | None = None,
+) -> list[dict]:
     """Fit every concurrency of a measured grid and hold the model against it.
 
     The error is out of sample: each k is predicted from a fit without it (where at least two
@@ -81,10 +139,11 @@ def analyse(cells: Sequence[dict], acceptance: Sequence[float] | None) -> list[d
     Args:
         cells: greedy points of one grid, as :func:`drafthead.prove.pairing.summarize` gives them.
         acceptance: predicted acceptance by position, if training has one.
+        vocabularies: other draft vocabularies to judge.
 
     Returns:
         For each concurrency: the fit, predicted and measured decoding speedup for each k, the
-        relative errors, and the k to serve.
+        relative errors, the k to serve, and that for other draft vocabularies.
     """
     found = []
     usable = [c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"]]
@@ -111,7 +170,8 @@ def analyse(cells: Sequence[dict], acceptance: Sequence[float] | None) -> list[d
                 }
             )
         gains = choose(cost, curve)
-        errors = [abs(p["relative_error"]) for p in points if p["relative_error"] is not None]
+        if vocabularies:
+            cost = replace(cost, row=vocabularies.row_s[concurrency])
         found.append(
             {
                 "concurrency": concurrency,
@@ -120,9 +180,20 @@ def analyse(cells: Sequence[dict], acceptance: Sequence[float] | None) -> list[d
                 "per_draft_token_s": cost.slope,
                 "acceptance_by_position": curve,
                 "points": points,
-                "median_relative_error": float(np.median(errors)) if errors else None,
+                "median_relative_error": median_error([{"points": points}]),
                 "predicted_speedup": {str(k): gain for k, gain in sorted(gains.items())},
                 "best_num_speculative_tokens": next(iter(gains)),
+                "per_row_s": cost.row or None,
+                "by_vocabulary": by_vocabulary(cost, vocabularies) if vocabularies else [],
             }
         )
     return found
+
+
+def recommended_k(fits: Sequence[dict], concurrency: int) -> int | None:
+    """The k to serve at a load; None unless two k were measured there, for with one alone a
+    draft's cost cannot be told from a step's."""
+    for fit in fits:
+        if fit["concurrency"] == concurrency and len(fit["points"]) > 1:
+            return fit["best_num_speculative_tokens"]
+    return None

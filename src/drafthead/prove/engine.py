@@ -34,6 +34,8 @@ class Completion:
     """``stop`` (end of text) or ``length``."""
     logprobs: list[dict[int, float]]
     """For each generated token, log-probabilities of the likeliest tokens, if asked for."""
+    gaps_s: list[float] = field(default_factory=list)
+    """Between one output and the next; an output of a drafted step holds several tokens."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class EngineProcess:
                 first_token_s=result["first_token_s"],
                 finish_reason=result["finish_reason"],
                 logprobs=[{int(k): v for k, v in row.items()} for row in result["logprobs"]],
+                gaps_s=result["gaps_s"],
             )
             for result in answer["results"]
         ]

@@ -7,6 +7,7 @@ returns and this process kills its whole group, vLLM's own children with it.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -75,7 +76,7 @@ def generate(llm: Any, request: dict) -> dict:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        record = {"index": i, "ids": [], "logprobs": [], "start": time.perf_counter()}
+        record = {"index": i, "ids": [], "logprobs": [], "times": [], "start": time.perf_counter()}
         engine.add_request(str(i), {"prompt_token_ids": prompts[i]}, params)
         live[str(i)] = record
         return True
@@ -89,8 +90,8 @@ def generate(llm: Any, request: dict) -> dict:
             for output in outputs:
                 record = live[output.request_id]
                 part = output.outputs[0]
-                if part.token_ids and "first" not in record:
-                    record["first"] = now
+                if part.token_ids:
+                    record["times"].append(now)
                 record["ids"] += part.token_ids
                 if part.logprobs is not None:
                     record["logprobs"] += [
@@ -104,7 +105,8 @@ def generate(llm: Any, request: dict) -> dict:
                         "logprobs": record["logprobs"],
                         "finish_reason": part.finish_reason,
                         "seconds": now - record["start"],
-                        "first_token_s": record.get("first", now) - record["start"],
+                        "first_token_s": (record["times"] or [now])[0] - record["start"],
+                        "gaps_s": [b - a for a, b in itertools.pairwise(record["times"])],
                     }
                     give_in()
     except BaseException:

@@ -1,7 +1,7 @@
 """A grid of points measured: engines started, pairs timed, each point summed up."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.pairing import Point, run_pairs, summarize
-from drafthead.prove.server import Client, running_server
+from drafthead.prove.pairing import Engine, Point, run_pairs, summarize
+from drafthead.prove.server import running_server
 from drafthead.serve import Plan
 
-Running = contextlib.AbstractContextManager[EngineProcess | Client]
+Running = contextlib.AbstractContextManager[Engine]
 
 
 def shared(plan: Plan, engines: int) -> Plan:
@@ -37,7 +37,7 @@ def running(plan: Plan, over: str, log: Path, name: str) -> Running:
     return EngineProcess(plan.args, env=plan.environment, log=log, name=name)
 
 
-def start(engines: Sequence[Running], stack: contextlib.ExitStack) -> list[EngineProcess | Client]:
+def start(engines: Sequence[Running], stack: contextlib.ExitStack) -> list[Engine]:
     """Start several engines at once; ``stack`` ends all that started, also if one did not."""
     with ThreadPoolExecutor(len(engines)) as pool:
         futures = [pool.submit(engine.__enter__) for engine in engines]
@@ -45,6 +45,38 @@ def start(engines: Sequence[Running], stack: contextlib.ExitStack) -> list[Engin
         if future.exception() is None:
             stack.push(engine.__exit__)
     return [future.result() for future in futures]
+
+
+def time_grid(
+    base: Engine,
+    drafted: dict[int, Engine],
+    prompts: Sequence[tuple[list[int], str]],
+    points: Sequence[Point],
+    *,
+    repeats: int,
+    warmup: int,
+) -> Iterator[tuple[Point, dict]]:
+    """Time the points of some k on engines that are running; only one of them works at a time.
+
+    Args:
+        base: the target alone.
+        drafted: an engine for each k.
+        prompts: token ids and source of each.
+        points: those of other k are left out; what is timed is timed at every k of ``drafted``.
+        repeats: times the prompts are gone through.
+        warmup: prompts run first at each point and not counted.
+
+    Yields:
+        Each point with its summary, as soon as it is timed.
+    """
+    for point in points:
+        if point.num_speculative_tokens != next(iter(drafted)):
+            continue
+        engines = list(drafted.values())
+        timed = run_pairs(base, engines, prompts, point, repeats=repeats, warmup=warmup)
+        for k, blocks in zip(drafted, timed, strict=True):
+            at = replace(point, num_speculative_tokens=k)
+            yield at, summarize(at, blocks)
 
 
 def measure(
@@ -68,7 +100,7 @@ def measure(
         base: the plan of the target alone.
         drafted: a plan with the drafter for each number of tokens drafted a step.
         prompts: token ids and source of each.
-        points: what to measure.
+        points: what to measure, each of them at every k.
         over: ``engine`` or ``http``.
         repeats: times the prompts are gone through.
         warmup: prompts run first at each point and not counted.
@@ -90,27 +122,26 @@ def measure(
     alone = engine(base, "target alone", "target")
     others = {k: engine(plan, f"drafted, k={k}", f"k{k}") for k, plan in drafted.items()}
     cells: dict[Point, dict] = {}
+
+    def time_points(first: Engine, fast: dict[int, Engine]) -> None:
+        for point, cell in time_grid(first, fast, prompts, points, repeats=repeats, warmup=warmup):
+            cells[point] = {**cell, "over": over}
+            console.print(line(cell))
+
     with contextlib.ExitStack() as stack:
         if at_once:
-            first, *ready = start([alone, *others.values()], stack)
-            by_k = dict(zip(others, ready, strict=True))
+            first, *fast = start([alone, *others.values()], stack)
+            time_points(first, dict(zip(others, fast, strict=True)))
         else:
-            first, by_k = stack.enter_context(alone), {}
-        for k, other in others.items():
-            with contextlib.ExitStack() as inner:
-                second = by_k[k] if at_once else inner.enter_context(other)
-                for point in points:
-                    if point.num_speculative_tokens != k:
-                        continue
-                    blocks = run_pairs(
-                        first, second, prompts, point, repeats=repeats, warmup=warmup
-                    )
-                    cells[point] = {**summarize(point, blocks), "over": over}
-                    console.print(_line(cells[point]))
+            first = stack.enter_context(alone)
+            for k, other in others.items():
+                with other as drafting:
+                    time_points(first, {k: drafting})
     return [cells[point] for point in points]
 
 
-def _line(cell: dict) -> str:
+def line(cell: dict) -> str:
+    """A point of the grid in a line."""
     low, high = cell["speedup_ci95"]
     return (
         f"bench: k={cell['num_speculative_tokens']}, {cell['concurrency']} at once, temperature "

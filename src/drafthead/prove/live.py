@@ -15,6 +15,7 @@ from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.server import Client
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
+from drafthead.serve import served_k
 
 PROBES = 16
 NEAR_ZERO = 0.1
@@ -186,7 +187,6 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     plan = make_plan(recipe)
     about = inspect_head(run.head, plan.target)
     bench = read_json(run.bench_json, "bench's figures") if run.bench_json.exists() else {}
-    fits = [f for f in bench.get("cost_model") or [] if len(f["points"]) > 1]
     config = about.get("config") or {}
     by_id = {p.conversation: p.ids for p in prompts}
     chats = [chat for unit in plan.units for chat, _ in unit if chat.id in by_id]
@@ -200,7 +200,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     return LiveFacts(
         traffic=traffic,
         probe=probe,
-        predicted=predicted_acceptance(run, recipe.serve.num_speculative_tokens),
+        predicted=predicted_acceptance(run, served_k(recipe, run)),
         template_agrees=agree,
         head_aux_layers=config.get("aux_layer_ids"),
         trained_aux_layers=sorted(recipe.head.aux_layers or []) or _captured_layers(run),
@@ -208,7 +208,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         head_notes=tuple(about["notes"]),
         probe_tokens_per_s=answers.tokens / answers.wall_s,
         base_tokens_per_s=bench.get("base_tokens_per_s"),
-        best_k=fits[0]["best_num_speculative_tokens"] if fits else None,
+        best_k=bench.get("recommended_num_speculative_tokens"),
     )
 
 

@@ -5,6 +5,7 @@ the drift into the ratio; a pair takes both within seconds, and which of the two
 alternates from pair to pair.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,6 +17,9 @@ from drafthead.prove.stats import conditional, speedup
 
 MIN_PAIRS = 8
 """Fewer pairs give no interval worth printing: a small set is gone through again."""
+
+Engine = EngineProcess | Client
+"""What answers prompts and counts its drafts, in process or over HTTP."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Block:
-    """The same prompts on both engines, once; with one request at a time, one prompt."""
+    """The same prompts of one source on both engines, once; with one request at a time, one."""
 
     sources: list[str]
     base: Generation
@@ -38,39 +42,56 @@ class Block:
     counters: SpecCounters
 
 
-def blocks_of(count: int, concurrency: int, repeats: int) -> list[list[int]]:
-    """Indices of prompts, a block a pair: two rounds of requests each, so that the engine is full
-    for most of it; gone through ``repeats`` times, and again until there are 8 pairs."""
-    size = min(count, 1 if concurrency == 1 else 2 * concurrency)
-    once = [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-    if len(once) > 1 and len(once[-1]) < size / 2:
-        rest = once.pop()
-        once[-1] += rest
-    repeats = max(repeats, -(-MIN_PAIRS // len(once)))
-    return [block for _ in range(repeats) for block in once]
+def blocks_of(sources: Sequence[str], concurrency: int, repeats: int) -> list[list[int]]:
+    """Indices of prompts, a block a pair: prompts of one source, so that each source has figures
+    of its own, and two rounds of requests, so that the engine is full for most of it.
+
+    Each prompt comes equally often within its source, ``repeats`` times or as often as it takes
+    to fill blocks of that size, eight at least over all sources.
+    """
+    by_source: dict[str, list[int]] = {}
+    for i, source in enumerate(sources):
+        by_source.setdefault(source, []).append(i)
+    size = 1 if concurrency == 1 else 2 * concurrency
+    pairs = -(-MIN_PAIRS // len(by_source))
+    columns = []
+    for indices in by_source.values():
+        work = indices * max(repeats, -(-pairs * size // len(indices)))
+        blocks = [work[i : i + size] for i in range(0, len(work), size)]
+        if len(blocks) > pairs and len(blocks[-1]) < size / 2:
+            rest = blocks.pop()
+            blocks[-1] += rest
+        columns.append(blocks)
+    # In turn, so that what drifts over time meets every source alike.
+    return [block for row in itertools.zip_longest(*columns) for block in row if block]
 
 
 def run_pairs(
-    base: EngineProcess | Client,
-    drafted: EngineProcess | Client,
+    base: Engine,
+    drafted: Sequence[Engine],
     prompts: Sequence[tuple[list[int], str]],
     point: Point,
     *,
     repeats: int,
     warmup: int,
-) -> list[Block]:
-    """Time a point of the grid.
+) -> list[list[Block]]:
+    """Time a point of the grid. Each block of prompts goes to every engine within seconds; which
+    of them begins moves on from block to block.
 
     Args:
         base: the target alone.
-        drafted: the target with the head.
+        drafted: the target with the head, an engine for each k; all are paired with one ``base``.
         prompts: token ids and source of each.
-        point: concurrency, temperature and length; both engines get the same.
+        point: concurrency, temperature and length; all engines get the same.
         repeats: times the prompts are gone through.
-        warmup: prompts run first on both and not counted.
-    """
+        warmup: prompts run first on every engine and not counted.
 
-    def generate(engine: EngineProcess | Client, indices: list[int], seed: int) -> Generation:
+    Returns:
+        For each drafted engine its blocks.
+    """
+    engines = [base, *drafted]
+
+    def generate(engine: Engine, indices: list[int], seed: int) -> Generation:
         return engine.generate(
             [prompts[i][0] for i in indices],
             max_tokens=point.max_new_tokens,
@@ -83,17 +104,20 @@ def run_pairs(
 
     if warmup:
         indices = [i % len(prompts) for i in range(max(warmup, point.concurrency))]
-        for engine in (base, drafted):
+        for engine in engines:
             generate(engine, indices, seed=0)
-    found = []
-    for n, indices in enumerate(blocks_of(len(prompts), point.concurrency, repeats)):
-        before, written = drafted.counters(), {}
-        order = (base, drafted) if n % 2 == 0 else (drafted, base)
-        for engine in order:
-            written[engine.name] = generate(engine, indices, seed=(n + 1) * len(prompts))
-        counters = drafted.counters().since(before)
-        sources = [prompts[i][1] for i in indices]
-        found.append(Block(sources, written[base.name], written[drafted.name], counters))
+    found: list[list[Block]] = [[] for _ in drafted]
+    sources = [source for _, source in prompts]
+    for n, indices in enumerate(blocks_of(sources, point.concurrency, repeats)):
+        before = [engine.counters() for engine in drafted]
+        written: dict[int, Generation] = {}
+        for i in range(len(engines)):
+            at = (i + n) % len(engines)
+            written[at] = generate(engines[at], indices, seed=(n + 1) * len(prompts))
+        for i, engine in enumerate(drafted):
+            counters = engine.counters().since(before[i])
+            own = [sources[j] for j in indices]
+            found[i].append(Block(own, written[0], written[i + 1], counters))
     return found
 
 
@@ -182,13 +206,19 @@ def step_seconds(blocks: Sequence[Block], counters: SpecCounters) -> dict[str, f
 
 
 def latencies(generations: Sequence[Generation]) -> dict:
-    """Seconds a request waits: to its first token, and for each later one on average (p50, p99)."""
+    """What a request meets, each as p50 and p99: seconds to its first token, seconds between
+    outputs (inter-token latency; a drafted step puts out several tokens at once), seconds a later
+    token on average, and tokens a second that one user gets (here p1 beside p50: the worst)."""
     completions = [c for g in generations for c in g.completions]
-    first = [c.first_token_s for c in completions]
     long = [c for c in completions if len(c.ids) > 1]
     later = [(c.seconds - c.first_token_s) / (len(c.ids) - 1) for c in long]
-    names = {"first_token_s": first, "per_later_token_s": later}
+    names = {
+        "first_token_s": ([c.first_token_s for c in completions], 99),
+        "between_outputs_s": ([gap for c in completions for gap in c.gaps_s], 99),
+        "per_later_token_s": (later, 99),
+        "tokens_per_s_of_a_user": ([len(c.ids) / c.seconds for c in completions if c.seconds], 1),
+    }
     return {
-        name: {f"p{q}": float(np.percentile(values, q)) for q in (50, 99)} if values else None
-        for name, values in names.items()
+        name: {f"p{q}": float(np.percentile(values, q)) for q in (50, worst)} if values else None
+        for name, (values, worst) in names.items()
     }

@@ -2,16 +2,28 @@
 
 from dataclasses import replace
 
+import torch
+from safetensors.torch import load_file
+
 from drafthead.fsio import read_json
 from drafthead.head.checkpoint import load_head
+from drafthead.head.model import Eagle3Head
+from drafthead.head.prune import keep_tokens
+from drafthead.prove.costmodel import thinned
 from drafthead.prove.pairing import Point
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import existing_head
+from drafthead.states import Sample
 from drafthead.states.reader import StateReader
 from drafthead.targets import Target
 from drafthead.train.evaluate import evaluate
+from drafthead.vocab import choose
+
+# Draft vocabularies to judge, as shares of the one at hand: the smaller are tried out on the
+# held-out states, the larger are estimated.
+_SHARES = (0.25, 0.5, 1, 2, 4)
 
 
 def predicted_acceptance(run: RunDir, k: int | None = None) -> list[float] | None:
@@ -35,44 +47,90 @@ def predicted_acceptance(run: RunDir, k: int | None = None) -> list[float] | Non
     return [float(rate) for rate in rates[:k]]
 
 
-def predicted_over_served(
-    recipe: Recipe, run: RunDir, target: Target, point: Point
-) -> list[float] | None:
-    """Acceptance by position predicted over exactly what the bench serves: its prompts, each
-    answer cut at its length. A prediction over other text differs by more than the text's noise.
+class Rehearsal:
+    """The head drafting over exactly what the bench serves, on the states held out: its prompts,
+    each answer cut at its length. Over other text a prediction differs by more than noise.
 
     Args:
         recipe: the run's recipe.
-        run: a run with states and an exported head.
+        run: a run with an exported head.
         target: the recipe's target.
         point: what is served.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDir, target: Target, point: Point):
+        self.recipe, self.run, self.target, self.point = recipe, run, target, point
+
+    @property
+    def possible(self) -> bool:
+        """Whether the answers at hand are those that will be served, and their states are there."""
+        other_text = self.recipe.generate.temperature > 0 or self.point.temperature > 0
+        longer = self.recipe.generate.max_new_tokens < self.point.max_new_tokens
+        return not other_text and not longer and (self.run.states / "meta.json").exists()
+
+    def head(self) -> Eagle3Head:
+        return load_head(existing_head(self.run.head), self.target).head.float()
+
+    def samples(self) -> list[Sample]:
+        prompts = heldout_prompts(self.run, self.recipe.bench.prompts)
+        served = {prompt.conversation for prompt in prompts}
+        reader = StateReader(self.run.states, aux_layers=self.recipe.head.aux_layers)
+        samples = []
+        for index in reader.indices("heldout"):
+            sample = reader[int(index)]
+            end = sample.prompt_len + self.point.max_new_tokens
+            if sample.conversation in served:
+                samples.append(
+                    replace(
+                        sample,
+                        ids=sample.ids[:end],
+                        loss_mask=sample.loss_mask[:end],
+                        states=sample.states[: end - 1],
+                        scale=None if sample.scale is None else sample.scale[: end - 1],
+                    )
+                )
+        return samples
+
+    def acceptance(self, head: Eagle3Head, k: int) -> list[float]:
+        """Acceptance at k positions."""
+        embedding = self.target.embedding().float()
+        return evaluate(head, embedding, self.samples(), k)[0].acceptance
+
+
+def predicted_over_served(rehearsal: Rehearsal) -> list[float] | None:
+    """Acceptance by position predicted over exactly what the bench serves; None where that
+    cannot be told."""
+    if not rehearsal.possible:
+        return None
+    return rehearsal.acceptance(rehearsal.head(), rehearsal.point.num_speculative_tokens)
+
+
+def by_vocabulary(rehearsal: Rehearsal) -> dict[int, list[float]] | None:
+    """Acceptance by position with other draft vocabularies, by their size.
+
+    A smaller one is tried out: the head drafts over the held-out states with the rows that would
+    be left. A larger one is an estimate: the head's own acceptance, grown as the share of what
+    the target writes that it could draft. So is a smaller one where nothing can be tried out.
 
     Returns:
-        k rates; None where the answers at hand are not those that will be served (sampled, or
-        shorter), or where there are no states.
+        None for a run without a draft vocabulary or training of its own.
     """
-    length = point.max_new_tokens
-    other_text = recipe.generate.temperature > 0 or point.temperature > 0
-    if other_text or recipe.generate.max_new_tokens < length:
+    run = rehearsal.run
+    curve = predicted_acceptance(run)
+    if curve is None or not (run.vocab / "coverage.json").exists():
         return None
-    if not (run.states / "meta.json").exists():
-        return None
-    head = load_head(existing_head(run.head), target).head.float()
-    served = {prompt.conversation for prompt in heldout_prompts(run, recipe.bench.prompts)}
-    reader = StateReader(run.states, aux_layers=recipe.head.aux_layers)
-    samples = []
-    for index in reader.indices("heldout"):
-        sample = reader[int(index)]
-        end = sample.prompt_len + length
-        if sample.conversation in served:
-            samples.append(
-                replace(
-                    sample,
-                    ids=sample.ids[:end],
-                    loss_mask=sample.loss_mask[:end],
-                    states=sample.states[: end - 1],
-                    scale=None if sample.scale is None else sample.scale[: end - 1],
-                )
-            )
-    embedding = target.embedding().float()
-    return list(evaluate(head, embedding, samples, point.num_speculative_tokens)[0].acceptance)
+    about = read_json(run.vocab / "coverage.json", "the draft vocabulary's coverage")
+    counts = load_file(run.vocab / "vocab.safetensors")["counts"].numpy()
+    own, found = about["size"], {}
+    total = max(1, counts.sum())
+    for size in sorted({min(round(own * share), len(counts)) for share in _SHARES}):
+        if size < len(about["always_in"]):
+            continue
+        kept = choose(counts, size, about["always_in"])
+        if size < own and rehearsal.possible:
+            head = keep_tokens(rehearsal.head(), torch.from_numpy(kept))
+            found[size] = rehearsal.acceptance(head, len(curve))
+        else:
+            share = counts[kept].sum() / total / max(about["coverage"], 1e-9)
+            found[size] = [min(1.0, p) for p in thinned(curve, float(share))]
+    return found

@@ -12,6 +12,7 @@ from drafthead.fsio import read_json
 from drafthead.prove.proof import read_proof
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
+from drafthead.serve import served_k
 from drafthead.train.log import read_metrics
 
 
@@ -44,12 +45,8 @@ class Results:
 
     @property
     def recommended_k(self) -> int:
-        """The k that the cost model chooses at one request at a time, else the headline's."""
-        for fit in self.bench.get("cost_model") or []:
-            measured = {p["num_speculative_tokens"] for p in fit["points"]}
-            if fit["concurrency"] == 1 and len(measured) > 1:
-                return fit["best_num_speculative_tokens"]
-        return self.k
+        """The k to serve."""
+        return served_k(self.recipe, self.run)
 
     @property
     def commands(self) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ that pairs are timed and answers compared over HTTP as they are in process.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,23 @@ def histogram_mean(samples: Sequence[tuple[str, dict[str, str], float]], name: s
 class _Stream:
     """One streamed answer while it comes in."""
 
-    ids: list[int]
     start: float
-    first: float | None = None
-    last: float = 0.0
+    ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """When each output with tokens came."""
     finish_reason: str = "length"
+
+    def completion(self) -> Completion:
+        """What was written and when, once it has ended."""
+        first, last = (self.times[0], self.times[-1]) if self.times else (self.start, self.start)
+        return Completion(
+            ids=self.ids,
+            seconds=last - self.start,
+            first_token_s=first - self.start,
+            finish_reason=self.finish_reason,
+            logprobs=[],
+            gaps_s=[b - a for a, b in itertools.pairwise(self.times)],
+        )
 
 
 class Client:
@@ -167,15 +180,7 @@ class Client:
         begin = time.perf_counter()
         streams = asyncio.run(self._ask(bodies, concurrency))
         wall = time.perf_counter() - begin
-        return Generation(
-            [
-                Completion(
-                    s.ids, s.last - s.start, (s.first or s.last) - s.start, s.finish_reason, []
-                )
-                for s in streams
-            ],
-            wall,
-        )
+        return Generation([stream.completion() for stream in streams], wall)
 
     async def _ask(self, bodies: list[dict], concurrency: int) -> list[_Stream]:
         gate = asyncio.Semaphore(concurrency)
@@ -194,7 +199,7 @@ class Client:
                 raise DraftheadError(f"{self.name} ({self.url}): {error!r}") from None
 
     async def _stream(self, client: httpx.AsyncClient, body: dict) -> _Stream:
-        found = _Stream([], time.perf_counter())
+        found = _Stream(time.perf_counter())
         async with client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")[:500]
@@ -207,8 +212,7 @@ class Client:
                     raise DraftheadError(f"{self.name} ({self.url}): {event['error']}")
                 for choice in event["choices"]:
                     if choice["token_ids"]:
-                        found.last = time.perf_counter()
-                        found.first = found.first or found.last
+                        found.times.append(time.perf_counter())
                         found.ids += choice["token_ids"]
                     found.finish_reason = choice["finish_reason"] or found.finish_reason
         return found

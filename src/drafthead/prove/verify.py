@@ -179,7 +179,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     )
     head = existing_head(run.head)
     prompts = heldout_prompts(run, recipe.verify.prompts)
-    ks = recipe.verify.num_speculative_tokens or [recipe.serve.num_speculative_tokens]
+    ks = recipe.verify.num_speculative_tokens or [recipe.serve.k]
     base = engine_plan(recipe, head=None, target=target)
     drafted = {
         k: engine_plan(recipe, head=head, target=target, num_speculative_tokens=k) for k in ks

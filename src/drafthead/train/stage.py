@@ -65,7 +65,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
         teacher=teacher,
         reader=reader,
         settings=recipe.train,
-        k=recipe.serve.num_speculative_tokens,
+        k=recipe.serve.k,
         provenance=Provenance(recipe.target.path, target.fingerprint, target.architectures),
         own_embedding=embedding is not None,
         name=recipe.name,

@@ -1,0 +1,237 @@
+"""The whole grid on one machine: k × requests at once × temperature, and the cost model's error.
+
+    python benchmarks/grid.py --out OUT --prompts chat=chat.jsonl --prompts code=code.jsonl \
+        --case smollm2-nvfp4=TARGET,HEAD --case smollm2=TARGET,HEAD --lfm2
+    python benchmarks/grid.py --out /tmp/g --tiny            # rehearsal on a CPU
+
+Each --case is a target's folder and an EAGLE-3 head's; --lfm2 adds LFM2.5-8B-A1B's shapes with
+dummy weights (see lfm2_shapes.py), a random head and acceptance that is synthetic and so named:
+only its costs mean anything, and a second head of another draft vocabulary is there to hold the
+cost model's word on vocabularies against.
+
+All engines of all cases start side by side; only then are they timed, one at work at a time, the
+target alone and every k in turn on the same prompts. OUT/grid.json is written after every point.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lfm2_shapes
+import numpy as np
+from rich.console import Console
+
+from drafthead.data.template import Template
+from drafthead.errors import DraftheadError
+from drafthead.fsio import write_json
+from drafthead.machine import this_machine
+from drafthead.prove.costmodel import analyse
+from drafthead.prove.grid import line, running, start, time_grid
+from drafthead.prove.pairing import Engine, Point
+from drafthead.recipe import parse_recipe
+from drafthead.serve import Plan, Setting, engine_plan
+from drafthead.targets import load_target
+
+CONSOLE = Console(stderr=True, width=140)
+LONGEST_PROMPT = 256
+
+
+@dataclass
+class Case:
+    """A target alone and with a drafter at every k."""
+
+    name: str
+    base: Plan
+    drafted: dict[int, Plan]
+    prompts: list[tuple[list[int], str]]
+    about: dict
+    engines: list[Engine] = field(default_factory=list)
+
+
+def read_prompts(target: Path, sets: Sequence[str], count: int) -> list[tuple[list[int], str]]:
+    """Token ids and set of ``count`` prompts of each NAME=FILE (JSONL with ``prompt``)."""
+    loaded = load_target(target)
+    template = Template(loaded.tokenizer(), loaded.eos_token_ids, str(target))
+    found = []
+    for name, _, file in (entry.partition("=") for entry in sets):
+        texts = [json.loads(row)["prompt"] for row in Path(file).read_text().splitlines()]
+        ids = (template.encode([{"role": "user", "content": text}])[0].tolist() for text in texts)
+        short = [one for one in ids if len(one) <= LONGEST_PROMPT]
+        found += [(short[i * len(short) // count], name) for i in range(count)]
+    return found
+
+
+def served_case(name: str, target: str, head: str, options: argparse.Namespace) -> Case:
+    """A target and a head as `drafthead serve` would run them, but for the memory."""
+    recipe = parse_recipe(
+        {
+            "name": name,
+            "target": {"path": target},
+            "prompts": {"sources": [{"path": "unused"}]},
+            "engine": {
+                "dtype": "float32" if options.tiny else "bfloat16",
+                "max_model_len": LONGEST_PROMPT + options.tokens,
+                "max_num_seqs": max(options.concurrency),
+                "kv_cache_memory_bytes": (128 << 20) if options.tiny else (768 << 20),
+                "gpu_memory_utilization": 0.05,
+            },
+        },
+        "grid.py",
+    )
+    drafted = {k: engine_plan(recipe, head=head, num_speculative_tokens=k) for k in options.k}
+    prompts = read_prompts(Path(target), options.prompts, options.count)
+    about = {"target": target, "head": head, "acceptance": "served"}
+    return Case(name, engine_plan(recipe, head=None), drafted, prompts, about)
+
+
+def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """LFM2.5-8B-A1B's shapes in NVFP4 with the whole draft vocabulary, and a quarter of it."""
+    tiny, work = options.tiny, options.out / "lfm2"
+    lfm2_shapes.write_models(work, tiny)
+    whole = lfm2_shapes.draft_vocab(tiny)
+    lfm2_shapes.write_head(work / "head-small", tiny, whole // 4)
+    common = {
+        "model": str(work / ("bf16" if tiny else "nvfp4")),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": 512,
+        "max_num_seqs": max(options.concurrency),
+        "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
+        **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
+    }
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "")} if tiny else {}
+
+    def plan(**more: object) -> Plan:
+        return Plan([Setting(n, v, "") for n, v in {**common, **more}.items()], env)
+
+    def drafting(head: str, k: int) -> Plan:
+        speculative = {
+            "method": "eagle3",
+            "model": str(work / head),
+            "num_speculative_tokens": k,
+            "draft_load_config": {"load_format": "safetensors"},
+            "use_local_argmax_reduction": True,
+        }
+        if not tiny:  # vLLM's CPU build has no synthetic acceptance
+            speculative |= {
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_length": lfm2_shapes.ACCEPTED[k],
+            }
+        return plan(speculative_config=speculative)
+
+    rng = np.random.default_rng(0)
+    prompts = [(rng.integers(8, 500, 64).tolist(), "random") for _ in range(options.count)]
+    about = {"target": "LFM2.5-8B-A1B's shapes, dummy weights, NVFP4", "acceptance": "synthetic"}
+    heads = {"lfm2": ("head", whole, options.k), "lfm2-vocab": ("head-small", whole // 4, [3])}
+    for name, (head, size, ks) in heads.items():
+        drafted = {k: drafting(head, k) for k in ks}
+        yield Case(name, plan(), drafted, prompts, {**about, "draft_vocab_size": size})
+
+
+def tiny_cases(options: argparse.Namespace) -> None:
+    """A target and head of known tokens for the rehearsal."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.prove import crafted
+
+    target, head = options.out / "target", options.out / "head"
+    if not head.exists():
+        crafted.head(head, crafted.target(target))
+    file = options.out / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(20)))
+    options.case, options.prompts = [f"tiny={target},{head}"], [f"words={file}"]
+    options.lfm2, options.k, options.concurrency = True, [1, 3], [1, 2]
+    options.tokens, options.count = 16, 4
+
+
+def time_case(case: Case, options: argparse.Namespace) -> Iterator[dict]:
+    """Time a case's grid, greedy first; costs alone need no sampling."""
+    base, *fast = case.engines
+    drafted = dict(zip(case.drafted, fast, strict=True))
+    temperatures = options.temperature if case.about["acceptance"] == "served" else [0.0]
+    k = next(iter(drafted))
+    points = [Point(k, c, t, options.tokens) for t in temperatures for c in options.concurrency]
+    for _, cell in time_grid(base, drafted, case.prompts, points, repeats=1, warmup=2):
+        CONSOLE.print(f"{case.name}: {line(cell)}")
+        yield {name: value for name, value in cell.items() if name != "pairs"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--case", action="append", default=[], help="NAME=TARGET,HEAD")
+    parser.add_argument("--lfm2", action="store_true", help="also LFM2.5-8B-A1B's shapes")
+    parser.add_argument("--prompts", action="append", default=[], help="NAME=FILE")
+    parser.add_argument("--count", type=int, default=12, help="prompts of each set")
+    parser.add_argument("--k", type=numbers(int), default=[1, 3, 5])
+    parser.add_argument("--concurrency", type=numbers(int), default=[1, 4, 16, 64])
+    parser.add_argument("--temperature", type=numbers(float), default=[0.0, 0.7])
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer at most")
+    parser.add_argument("--seconds", type=float, default=280, help="time no point after so long")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.tiny:
+        tiny_cases(options)
+    cases = []
+    for entry in options.case:
+        name, _, paths = entry.partition("=")
+        cases.append(served_case(name, *paths.split(","), options))
+    if options.lfm2:
+        cases += lfm2_cases(options)
+    record = {
+        "benchmark": "grid",
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": this_machine().as_dict(),
+        "cases": {},
+    }
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(cases)) as pool:
+        begun = time.monotonic()
+
+        def launch(case: Case) -> None:
+            plans = {"alone": case.base} | {f"k{k}": p for k, p in case.drafted.items()}
+            logs = options.out / "logs"
+            engines = [
+                running(p, "engine", logs / f"{case.name}-{n}.log", f"{case.name} {n}")
+                for n, p in plans.items()
+            ]
+            case.engines = start(engines, stack)
+
+        starting = {case.name: pool.submit(launch, case) for case in cases}
+        failed = {name: future.exception() for name, future in starting.items()}
+        record["start_s"] = round(time.monotonic() - begun, 1)
+        CONSOLE.print(f"engines ready after {record['start_s']} s")
+        begun = time.monotonic()
+        for case in cases:
+            own = record["cases"][case.name] = {**case.about, "cells": []}
+            if (error := failed[case.name]) is not None:
+                own["failed"] = str(error)[-1500:]
+                CONSOLE.print(f"{case.name}: {own['failed']}")
+                continue
+            try:
+                for cell in time_case(case, options):
+                    own["cells"].append(cell)
+                    greedy = [c for c in own["cells"] if not c["temperature"]]
+                    own["cost_model"] = analyse(greedy, None)
+                    write_json(options.out / "grid.json", record)
+                    if time.monotonic() - begun > options.seconds:
+                        record["cut_short"] = f"at {case.name}, after {options.seconds:g} s"
+                        break
+            except DraftheadError as error:
+                own["failed"] = str(error)[-1500:]
+            if "cut_short" in record:
+                break
+    write_json(options.out / "grid.json", record)
+
+
+if __name__ == "__main__":
+    main()
