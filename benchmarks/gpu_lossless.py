@@ -28,10 +28,12 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from drafthead.vllm_plugin import COST_MENDS, MODEL_MENDS
+
 REPO = Path(__file__).resolve().parent.parent
-ALL_MENDS = (
-    "placeholder_drafts,draft_kv_group,accepted_counts,batch_order,cpu_rope,cpu_short_conv,"
-    "cpu_state_copies"
+# What `stock-*` leaves out; without `state_shape` they would not start.
+ALL_MENDS = ",".join(
+    {"placeholder_drafts", "draft_kv_group", *MODEL_MENDS, *COST_MENDS} - {"state_shape"}
 )
 VOCAB = {"gpu": 2048, "tiny": 512}
 
@@ -94,6 +96,9 @@ def configurations() -> list[Config]:
         Config("stock-ngram-k3-graphs-v2", "ngram", 3, stock=True),
         Config("stock-ngram-k3-slivers-v2", "ngram", 3, shape="slivers", stock=True),
         Config("stock-eagle3-k5-slivers-v1", "eagle3", 5, False, False, "v1", "slivers", True),
+        Config(
+            "stock-eagle3-k5-graphs-slivers-v1", "eagle3", 5, True, False, "v1", "slivers", True
+        ),
         Config("plain-graphs-v2-tf32", tf32=True),
         Config("eagle3-k3-graphs-v2-tf32", "eagle3", 3, tf32=True),
     ]
@@ -170,7 +175,7 @@ def run_engine(config: Config, target: str, head: str, out: Path, tiny: bool) ->
         max_model_len=512,
         enforce_eager=not config.graphs,
         enable_prefix_caching=config.prefix_caching,
-        kv_cache_memory_bytes=(4 << 20 if tiny else 12 << 20) if few else 256 << 20,
+        kv_cache_memory_bytes=(4 << 20 if tiny else 6 << 20) if few else 256 << 20,
         speculative_config=speculative,
         disable_log_stats=False,
         seed=0,

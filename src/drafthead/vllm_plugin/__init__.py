@@ -28,13 +28,14 @@ MODEL_MENDS = (
     "state_shape",
     "accepted_counts",
     "batch_order",
+    "prefill_graphs",
     "cpu_rope",
     "cpu_short_conv",
     "cpu_state_copies",
 )
 
 # Applied with the model's: answers stay the same, steps cost less.
-COST_MENDS = ("draft_argmax",)
+COST_MENDS = ("draft_argmax", "conv_metadata")
 
 
 def skipped(name: str) -> bool:
