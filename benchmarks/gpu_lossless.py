@@ -13,7 +13,8 @@ the target's margin (transformers, float64) between the two tokens is there: a d
 margin within ``--tie`` is rounding, any other is a fault.
 
 Configurations named ``stock-*`` run without the plugin's mends (only the aux states, without which
-EAGLE-3 cannot be served): they are the faults as vLLM ships them and do not count. Those named
+EAGLE-3 cannot be served), ``stock-order-*`` without one of them: they are the faults as vLLM ships
+them and do not count. Those named
 ``*-tf32`` leave Triton's matrix products in TF32 as it does by default; all others ask for IEEE
 fp32, because TF32 rounds away the equality that is being tested.
 """
@@ -64,6 +65,12 @@ SHAPES = {
         "max_num_batched_tokens": 24,
         "long_prefill_token_threshold": 7,
     },
+    # Prompts in chunks of a verify step's width at k = 3: they must not come before decode rows.
+    "chunks": {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 24,
+        "long_prefill_token_threshold": 4,
+    },
     # So few blocks that running requests are preempted and resumed.
     "preempt": {"max_num_seqs": 8, "max_num_batched_tokens": 64, "few_blocks": True},
     "wide": {"max_num_seqs": 32, "max_num_batched_tokens": 512},
@@ -98,6 +105,16 @@ def configurations() -> list[Config]:
         Config("stock-eagle3-k5-slivers-v1", "eagle3", 5, False, False, "v1", "slivers", True),
         Config(
             "stock-eagle3-k5-graphs-slivers-v1", "eagle3", 5, True, False, "v1", "slivers", True
+        ),
+        Config("ngram-k3-eager-chunks-v2", "ngram", 3, graphs=False, shape="chunks"),
+        Config(
+            "stock-order-ngram-k3-eager-chunks-v2",
+            "ngram",
+            3,
+            graphs=False,
+            shape="chunks",
+            stock=True,
+            env={"DRAFTHEAD_SKIP_MENDS": "batch_order"},
         ),
         Config("plain-graphs-v2-tf32", tf32=True),
         Config("eagle3-k3-graphs-v2-tf32", "eagle3", 3, tf32=True),

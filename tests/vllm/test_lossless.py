@@ -137,6 +137,19 @@ def test_dense_lfm2(tmp_path):
         assert counter(llm, "spec_decode_num_accepted_tokens") > 100
 
 
+def test_trained_hybrid_from_its_nvfp4_checkpoint(tmp_path):
+    """The tiny hybrid of the second demo, its weights expanded as they are loaded."""
+    target = Path(__file__).parents[1] / "assets" / "tiny-hybrid"
+    head = write_head(tmp_path, target, aux_layers=(2, 5, 11), repeats=True)
+    requests = [(ids, tokens) for ids, tokens in stress(seed=4) if tokens > 2][:32]
+    with engine(target) as llm:
+        expected = answers(llm, requests)
+    for speculative in (eagle3(head, 3), ngram(3)):
+        with engine(target, speculative) as llm:
+            assert answers(llm, requests) == expected
+            assert counter(llm, "spec_decode_num_accepted_tokens") > 20
+
+
 def test_compiled(target, head, plain):
     with engine(target, eagle3(head, 3), enforce_eager=False) as llm:
         assert answers(llm, STRESS) == plain["stress"]
