@@ -46,9 +46,17 @@ def skipped(name: str) -> bool:
 
 def apply(names: tuple[str, ...]) -> None:
     """Apply the mends ``names`` (modules of this package); a second call changes nothing."""
-    for name in names:
-        if not skipped(name):
-            importlib.import_module(f"{__name__}.{name}").apply()
+    from .patch import log
+
+    wanted = [name for name in names if not skipped(name)]
+    # Those that are not needed here say so themselves, or are for the CPU or the GPU only.
+    log.info_once(
+        "drafthead: mends: %s; left out by DRAFTHEAD_SKIP_MENDS: %s",
+        ", ".join(wanted) or "none",
+        ", ".join(name for name in names if skipped(name)) or "none",
+    )
+    for name in wanted:
+        importlib.import_module(f"{__name__}.{name}").apply()
 
 
 def register() -> None:
