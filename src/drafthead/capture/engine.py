@@ -79,9 +79,9 @@ class CaptureEngine:
         args: dict[str, Any] = plan.args | {"seed": recipe.generate.seed}
         if store is not None:
             gpu = this_machine().vllm_device == "cuda"
-            worker = "CaptureWorker" if gpu else "CaptureCPUWorker"
+            worker = "worker.CaptureWorker" if gpu else "cpu_worker.CaptureCPUWorker"
             args |= {
-                "worker_cls": f"drafthead.capture.worker.{worker}",
+                "worker_cls": f"drafthead.capture.{worker}",
                 "additional_config": {
                     KEY: {"layers": list(meta.layers), "encoding": meta.encoding}
                 },

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.interfaces import supports_eagle3
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from drafthead.capture.checks import Checker
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class _Capture:
+class Capture:
     """What the workers share; the rank 0 of tensor parallel holds the whole residual stream."""
 
     _tap: Tap | None = None
@@ -168,9 +167,5 @@ def _samples(
         )
 
 
-class CaptureWorker(_Capture, Worker):
+class CaptureWorker(Capture, Worker):
     """vLLM's GPU worker that also captures."""
-
-
-class CaptureCPUWorker(_Capture, CPUWorker):
-    """vLLM's CPU worker that also captures."""
