@@ -1,22 +1,20 @@
-"""LFM2.5-8B-A1B's exact shapes with dummy weights: does every k start and run, and at what cost?
+"""LFM2.5-8B-A1B's exact shapes with dummy weights: does every k start and run?
 
-    python benchmarks/lfm2_shapes.py --out results/shapes                 # start and run, k = 1..7
-    python benchmarks/lfm2_shapes.py --out results/cost --cost            # one engine at a time
+    python benchmarks/lfm2_shapes.py --out results/shapes                 # k = 1..7
     python benchmarks/lfm2_shapes.py --out /tmp/s --tiny                  # rehearsal on a CPU
 
 The target's weights are dummies (`load_format="dummy"`) in ModelOpt NVFP4, with what the real
 checkpoint is known to leave out left out; the head is random, with a draft vocabulary of its own,
 written to disk and loaded, because with dummy weights vLLM would give it the target's LM head.
 
-Without `--cost`, engines run side by side and only "started and ran" is claimed. With `--cost` one
-engine runs at a time: one request, greedy, 256 tokens, acceptance synthetic and so stated.
-Writes OUT/lfm2_shapes.json after every engine.
+Engines run side by side, so only "started and ran" is claimed; what a step costs is measured by
+`step_cost.py`. Acceptance is synthetic and so stated. Writes OUT/lfm2_shapes.json after every
+engine.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -159,25 +157,18 @@ def run_engine(spec: dict) -> None:
     started = time.monotonic() - begun
     tokens = 16 if tiny else 256
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    times = []
-    for seed in range(spec["repeats"]):
-        prompt = {"prompt_token_ids": [1 + (seed * 97 + i * 31) % 500 for i in range(64)]}
-        begun = time.monotonic()
-        out = engine.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
-        times.append(time.monotonic() - begun)
-        assert len(out) == tokens
+    prompt = {"prompt_token_ids": [1 + (i * 31) % 500 for i in range(64)]}
+    out = engine.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+    assert len(out) == tokens
     counters = {
         m.name: getattr(m, "value", None)
         for m in engine.get_metrics()
         if m.name.startswith("vllm:spec_decode_num")
     }
-    rates = [tokens / t for t in times[1:] or times]
     drafts = counters.get("vllm:spec_decode_num_drafts")
     accepted = counters.get("vllm:spec_decode_num_accepted_tokens")
     result = {
         "started_s": round(started, 1),
-        "tokens_per_s_median": round(statistics.median(rates), 1),
-        "tokens_per_s_all": [round(rate, 1) for rate in rates],
         "tokens_a_step": round(1 + accepted / drafts, 3) if drafts else 1.0,
     }
     print("RESULT " + json.dumps(result), flush=True)
@@ -210,7 +201,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/lfm2_shapes"))
-    parser.add_argument("--cost", action="store_true", help="time engines, one at a time")
     parser.add_argument("--k", default="1,2,3,4,5,6,7")
     parser.add_argument("--kv", default="auto,fp8")
     parser.add_argument("--targets", default="nvfp4")
@@ -229,12 +219,11 @@ def main() -> None:
         {"target": target, "kv": kv, "k": k}
         for target in args.targets.split(",")
         for kv in (["auto"] if args.tiny else args.kv.split(","))
-        for k in ([0, *ks] if args.cost else ks)
+        for k in ks
     ]
-    jobs = 1 if args.cost or args.tiny else args.jobs
+    jobs = 1 if args.tiny else args.jobs
     for spec in specs:
-        spec |= {"work": str(args.work), "tiny": args.tiny, "repeats": 6 if args.cost else 1}
-        spec["share"] = 0.85 / jobs
+        spec |= {"work": str(args.work), "tiny": args.tiny, "share": 0.85 / jobs}
     results = []
     with ThreadPoolExecutor(jobs) as pool:
         for found in pool.map(lambda spec: launch(spec, args.limit, args.out), specs):
@@ -243,7 +232,6 @@ def main() -> None:
                 "command": " ".join(["python", *sys.argv]),
                 "date": time.strftime("%Y-%m-%d", time.gmtime()),
                 "acceptance": "synthetic, 0.6 at every position",
-                "timed": args.cost,
                 "engines": results,
             }
             (args.out / "lfm2_shapes.json").write_text(json.dumps(record, indent=1))
