@@ -7,85 +7,49 @@
 
 prompts: the first human turns that can be salvaged from ShareGPT (read at run time, never kept in
 the project). capture: the target answers them, its states go to a store, once for everything below.
-explore: our head under many settings, each the same number of tokens, several seeds for the first:
-accepted length at k = 5 as served, GPU seconds. duel: our defaults against speculators 0.9.0 at its
-own defaults (learning rate 1e-3 falling linearly, 1 % warm-up, weight decay 0.01, norms before fc
-and residual, normed feedback, 3 steps), the same packed rows in the same order; both are evaluated
-ten times by our walk over the same held-out answers, evaluation not counted in their time. serve:
-both heads in vLLM at k = 1, 3, 5 on the held-out prompts: accepted length from the engine's
-counters, and speed against the target alone, paired, with intervals; once for each target given
-(--served-targets: the bf16 one and an NVFP4 one).
+
+explore: the waves of quality_variants.py, several heads at a time in processes of their own on the
+one GPU (a head this narrow leaves it mostly idle), each the same number of tokens an epoch. Their
+seconds are those of sharing the GPU: compare accepted lengths, not these.
+
+duel: alone on the GPU, compiled before the clock starts, both sides' rows read and copied ahead by
+the same threads: our winner, speculators 0.9.0 at its own defaults (learning rate 1e-3 falling
+linearly, 1 % warm-up, weight decay 0.01, norms before fc and residual, normed feedback, 3 steps),
+and speculators at the rate and row length that explore found best for it. Equal tokens; held-out
+accepted length by our walk, whose time is not counted.
+
+serve: our head of the duel and the better one of theirs in vLLM at k = 1, 3, 5 on the held-out
+prompts, once for each target given (--served-targets: the bf16 one and an NVFP4 one).
 
 Everything resumes; OUT/quality.json is written as it goes.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
-import io
 import json
+import multiprocessing
+import os
 import platform
 import re
 import shutil
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import quality_variants as variants
 import speculators_side
 import torch
+from quality_heads import Job, length, make_recipe, run_of, train
+from quality_serve import serve
 from rich.console import Console
 
 from drafthead.fsio import read_json, write_bytes, write_json
-from drafthead.head.checkpoint import save_head
-from drafthead.head.config import HeadConfig
-from drafthead.head.model import Eagle3Head
-from drafthead.prove.engine import EngineProcess
-from drafthead.prove.pairing import Point, run_pairs, summarize
-from drafthead.prove.prompts import heldout_prompts
-from drafthead.recipe import Recipe, parse_recipe
 from drafthead.run import execute
-from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan
-from drafthead.targets import load_target
-from drafthead.train.evaluate import evaluate
-from drafthead.train.loop import Task, fit
-from drafthead.train.parallel import World
-from drafthead.train.plan import Plan
-from drafthead.train.stage import make_task
 
-KS = (1, 3, 5)
-CONSOLE = Console(stderr=True, width=120)
-
-# Each differs from the recipe's defaults in what it names: (train section, head section).
-VARIANTS: dict[str, tuple[dict, dict]] = {
-    "default": ({}, {}),
-    "default-seed1": ({"seed": 1}, {}),
-    "default-seed2": ({"seed": 2}, {}),
-    "lr-3e-4": ({"learning_rate": 3e-4}, {}),
-    "lr-1e-3": ({"learning_rate": 1e-3}, {}),
-    "lr-2e-3": ({"learning_rate": 2e-3}, {}),
-    "ttt-1": ({"ttt_steps": 1}, {}),
-    "ttt-5": ({"ttt_steps": 5}, {}),
-    "ttt-7": ({"ttt_steps": 7}, {}),
-    "decay-1.0": ({"ttt_decay": 1.0}, {}),
-    "decay-0.6": ({"ttt_decay": 0.6}, {}),
-    "ce+smoothl1": ({"loss": "ce+smoothl1"}, {}),
-    "ce+0.1smoothl1": ({"loss": "ce+smoothl1", "regression_weight": 0.1}, {}),
-    "fc_norm": ({}, {"fc_norm": True}),
-    "norm_before_fc": ({}, {"norm_before_fc": True}),
-    "norm_output": ({}, {"norm_output": True}),
-    "norms-of-speculators": (
-        {},
-        {"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
-    ),
-    "layer_from_target": ({}, {"layer_from_target": True}),
-    "muon": ({"optimizer": "muon"}, {}),
-    "muon-lr-3e-4": ({"optimizer": "muon", "learning_rate": 3e-4}, {}),
-    "two-layers": ({}, {"num_hidden_layers": 2}),
-    "mlp-1536": ({}, {"intermediate_size": 1536}),
-}
+CONSOLE = Console(stderr=True, width=140)
 
 
 def salvage(out: Path, count: int) -> None:
@@ -110,201 +74,111 @@ def salvage(out: Path, count: int) -> None:
     CONSOLE.print(f"{len(found)} prompts")
 
 
-def make_recipe(options: argparse.Namespace, train: dict, head: dict, target: str) -> Recipe:
-    """The recipe of everything here; train and head change its sections."""
-    tiny = options.tiny
-    shape = {
-        "row_tokens": 512 if tiny else 8192,
-        "epochs": options.epochs,
-        "eval_every": 10**6,  # at the end only: explore counts pure training time
-    }
-    return parse_recipe(
-        {
-            "name": "quality",
-            "target": {"path": target},
-            "prompts": {"sources": [{"path": str(options.prompts)}], "heldout": options.heldout},
-            "generate": {"max_new_tokens": 32 if tiny else 256, "chunk": 256},
-            "vocab": {"size": 400 if tiny else 16000},
-            "head": head,
-            "train": shape | train,
-            "engine": {
-                "max_model_len": 256 if tiny else 2048,
-                "max_num_seqs": 8 if tiny else 256,
-                # So that several engines share the card without one measuring the others.
-                "kv_cache_memory_bytes": (64 << 20) if tiny else (3 << 30),
-                "gpu_memory_utilization": 0.1,
-                "dtype": "float32" if tiny else "bfloat16",
-            },
-            "serve": {"num_speculative_tokens": 5},
-        },
-        "quality.py",
-    )
-
-
-def train_one(
-    options: argparse.Namespace, run: RunDir, folder: Path, train: dict, head: dict
-) -> dict:
-    """Train one variant into `folder` (resumed or skipped if it is there); returns best.json."""
-    recipe = make_recipe(options, train, head, options.target)
-    if (folder / "best.json").exists():
-        return read_json(folder / "best.json", "a finished variant")
-    torch._dynamo.reset()
-    task = make_task(recipe, run, load_target(recipe.target.path))
-    return fit(task, folder, World.join(), Console(file=io.StringIO()))
-
-
-def explore(options: argparse.Namespace, run: RunDir, record: dict) -> None:
-    """Every variant in turn, until the time is used up."""
-    begun = time.monotonic()
-    found = record.setdefault("explore", {})
-    names = options.variants.split(",") if options.variants else list(VARIANTS)
-    for name in names:
-        if time.monotonic() - begun > options.explore_seconds:
-            CONSOLE.print(f"explore: out of time before {name}")
-            break
-        train, head = VARIANTS[name]
-        summary = train_one(options, run, options.out / "explore" / name, train, head)
-        at_5 = summary["heldout"][-1]
-        found[name] = {
-            "accepted_length_k5": at_5["accepted_length"],
-            "conditional": at_5["conditional_acceptance_by_position"],
-            "tokens": summary["tokens"],
-            "train_seconds": summary["train_seconds"],
+def capture(options: argparse.Namespace) -> dict:
+    """Answers, states and draft vocabulary."""
+    recipe = make_recipe(options, Job("capture"), options.target)
+    if not options.tiny:
+        # Many short steps: starting without compilation saves more than it costs.
+        update = {
+            "max_num_seqs": 1024,
+            "kv_cache_memory_bytes": 24 << 30,
+            "gpu_memory_utilization": 0.6,
+            "extra": {"enforce_eager": True},
         }
-        CONSOLE.print(f"{name}: {found[name]}")
-        write_json(options.out / "quality.json", record)
-
-
-def our_side(options: argparse.Namespace, run: RunDir) -> dict:
-    """Our head at the recipe's defaults; its curve of (GPU seconds, accepted length at k=5)."""
-    folder = options.out / "ours"
+        engine = recipe.engine.model_copy(update=update)
+        recipe = recipe.model_copy(update={"engine": engine})
     begun = time.monotonic()
-    train_one(options, run, folder, {"eval_every": options.curve_steps}, {})
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [(m["step"], m["accepted_length"]) for m in lines if "accepted_length" in m]
-    rates = [m["tokens_per_s"] for m in lines if "tokens_per_s" in m]
-    return {"curve": curve, "tokens_per_s": rates, "wall_s": time.monotonic() - begun}
+    runs = run_of(options).root.parent
+    found = execute(recipe, runs, first="generate", last="vocab", console=CONSOLE)
+    return {
+        "seconds": time.monotonic() - begun,
+        "answers": found["generate"],
+        "states": found["capture"],
+        "vocab": {k: v for k, v in found["vocab"].items() if k != "curve"},
+    }
 
 
-def their_side(options: argparse.Namespace, run: RunDir, task: Task) -> dict:
-    """speculators' head on the same rows, at its defaults; evaluated by our walk."""
-    folder = options.out / "theirs"
-    if (folder / "curve.json").exists():
-        return read_json(folder / "curve.json", "a finished side")
-    device = World.join().device
-    settings, reader = task.settings, task.reader
-    config = dataclasses.replace(
-        task.head.config, norm_before_residual=True, norm_before_fc=True, norm_output=True
-    )
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = speculators_side.make_model(config, device)
-    teacher = task.teacher
-    speculators_side.give_target(
-        model, task.embedding, teacher.norm_weight, teacher.head, task.head.target_ids()
-    )
-    side = speculators_side.Side(model, ttt_steps=3, learning_rate=1e-3, weight_decay=0.01)
-    plan = Plan.make(reader, settings.epochs, settings.row_tokens, 1, settings.seed)
-    warmup = max(1, plan.steps // 100)
-    heldout = [reader[int(i)] for i in reader.indices("heldout")]
-    embedding = task.embedding.to(device, torch.float32)
-    seconds, curve, start = 0.0, [], time.monotonic()
-    for step in range(plan.steps):
-        for group in side.optimizer.param_groups:
-            falling = (plan.steps - step) / max(1, plan.steps - warmup)
-            group["lr"] = 1e-3 * min((step + 1) / warmup, falling)
-        samples = [reader[i] for i in plan.rows[step]]
-        batch = speculators_side.make_batch(samples, settings.row_tokens, device, shift=1)
-        side.step(batch)
-        if (step + 1) % options.curve_steps == 0 or step + 1 == plan.steps:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds += time.monotonic() - start
-            head = as_head(model, config, task)
-            length = evaluate(head, embedding, heldout, 5)[0].accepted_length
-            curve.append((step + 1, seconds, length))
-            CONSOLE.print(f"speculators: step {step + 1}/{plan.steps}, {length:.3f}")
-            start = time.monotonic()
-    save_head(as_head(model, config, task), folder / "head", task.provenance, speculative_tokens=5)
-    result = {"curve": curve, "train_seconds": seconds}
-    write_json(folder / "curve.json", result)
-    return result
+def work(arguments: tuple[argparse.Namespace, Job, float]) -> str:
+    """Train a job in a worker process, unless the time for it is over; what there is to say."""
+    options, job, deadline = arguments
+    if time.time() > deadline:
+        return f"{job.name}: not begun, out of time"
+    try:
+        record = train(options, job)
+        return f"{job.name}: {length(record):.3f} after {record['train_seconds']:.0f} s"
+    except Exception:
+        return f"{job.name}: {traceback.format_exc(limit=4)}"
 
 
-def as_head(model: Any, config: HeadConfig, task: Task) -> Eagle3Head:
-    """Its weights as our head: the names are the same."""
-    head = Eagle3Head(config)
-    names = dict(head.named_parameters())
-    state = {n: t.detach().float().cpu() for n, t in model.state_dict().items() if n in names}
-    assert state.keys() == names.keys(), names.keys() - state.keys()
-    head.load_state_dict(state, strict=False)
-    head.set_vocab(task.head.d2t.cpu())
-    return head.to(next(model.parameters()).device)
+def trained(options: argparse.Namespace) -> dict[str, dict]:
+    """The records of all heads so far, by name."""
+    records = [
+        read_json(path, "a finished head") for path in (options.out / "heads").rglob("record.json")
+    ]
+    return {record["name"]: record for record in records}
 
 
-def duel(options: argparse.Namespace, run: RunDir, record: dict) -> None:
-    """Both sides, and how long ours takes to reach what theirs ends with."""
-    record["ours"] = our_side(options, run)
-    write_json(options.out / "quality.json", record)
-    recipe = make_recipe(options, {}, {}, options.target)
-    task = make_task(recipe, run, load_target(recipe.target.path))
-    record["theirs"] = their_side(options, run, task)
-    write_json(options.out / "quality.json", record)
+def explore(options: argparse.Namespace, record: dict, save: Callable[[], None]) -> None:
+    """All waves into `record["explore"]`, and the winners into `record["chosen"]`."""
+    begun = time.time()
+    # Read when a worker imports what counts its threads.
+    os.environ |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.jobs, speculators_side.find, (options.peers,)) as pool:
+
+        def wave(jobs: list[Job], share: float) -> dict[str, dict]:
+            deadline = begun + share * options.explore_seconds
+            results = pool.imap_unordered(work, [(options, job, deadline) for job in jobs])
+            for _ in jobs:
+                try:
+                    CONSOLE.print(results.next(timeout=max(0.1, deadline - time.time())))
+                except multiprocessing.TimeoutError:
+                    CONSOLE.print("out of time in this wave")
+                    break
+            record["explore"] = trained(options)
+            save()
+            return record["explore"]
+
+        first = variants.rates()
+        wave(first[:1], 0.3)
+        found = wave(first[1:], 0.42)
+        found = wave(variants.parts(found), 0.74)
+        found = wave(variants.finalists(found, options.epochs), 1.0)
+        pool.terminate()  # what the last wave left behind
+    record["chosen"] = {
+        "ours": dataclasses.asdict(variants.chosen(found)),
+        "theirs": dataclasses.asdict(variants.best(found, "theirs")),
+    }
 
 
-def serve(options: argparse.Namespace, run: RunDir, record: dict) -> None:
-    """Both heads at every k in vLLM, on each served target."""
-    heads = {"ours": options.out / "ours" / "best", "theirs": options.out / "theirs" / "head"}
-    cells = record.setdefault("served", [])
-    done = {(c["target"], c["head"], c["k"]) for c in cells}
-    prompts = [(p.ids, p.source) for p in heldout_prompts(run, options.timed)]
-    every = [p.ids for p in heldout_prompts(run, None)]
-    tokens = 16 if options.tiny else 256
-    logs = options.out / "logs"
-    for target in options.served_targets.split(",") if options.served_targets else [options.target]:
-        recipe = make_recipe(options, {}, {}, target)
-        plan = engine_plan(recipe, head=None)
-        with contextlib.ExitStack() as stack:
+def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
+    """Both sides; speculators as it comes, and at its best rate if that is another."""
+    as_it_comes = Job("", "theirs", train={"learning_rate": 1e-3, "row_tokens": 8192})
+    ours, tuned = Job(**chosen["ours"]), Job(**chosen["theirs"])
+    sides = {"speculators": as_it_comes, "drafthead": ours}
+    if tuned.train != as_it_comes.train:
+        sides["speculators-tuned"] = tuned
+    return [
+        dataclasses.replace(job, name=f"duel/{name}", epochs=options.epochs, evaluations=8)
+        for name, job in sides.items()
+    ]
 
-            def start(plan, name, stack=stack):
-                engine = EngineProcess(
-                    plan.args, env=plan.environment, log=logs / f"{name}.log", name=name
-                )
-                stack.callback(engine.close)
-                # On a GPU they load side by side; two cores take one after the other.
-                return engine.wait_ready() if options.tiny else engine.start()
 
-            base = start(plan, "alone")
-            drafted = {
-                (side, k): start(
-                    engine_plan(recipe, head=head, num_speculative_tokens=k), f"{side}-k{k}"
-                )
-                for side, head in heads.items()
-                for k in KS
-                if head.exists() and (target, side, k) not in done
-            }
-            for engine in (base, *drafted.values()):
-                if not engine.info:
-                    engine.wait_ready()
-            for (side, k), engine in drafted.items():
-                before = engine.counters()
-                engine.generate(every, max_tokens=tokens, concurrency=64)
-                counts = engine.counters().since(before)
-                point = Point(k, 1, 0.0, tokens)
-                (blocks,) = run_pairs(base, [engine], prompts, point, repeats=1, warmup=2)
-                cells.append(
-                    {
-                        "target": target,
-                        "head": side,
-                        "k": k,
-                        "accepted_length": counts.accepted_length,
-                        "acceptance_by_position": counts.acceptance_by_position,
-                        "drafts": counts.drafts,
-                        "timed": summarize(point, blocks),
-                    }
-                )
-                CONSOLE.print(f"{side} k={k}: accepted {counts.accepted_length:.3f}")
-                write_json(options.out / "quality.json", record)
+def verdict(sides: dict[str, dict]) -> dict:
+    """How long ours takes to where each of theirs ends, and how much further it gets."""
+    ours = sides["duel/drafthead"]
+    found = {}
+    for name, record in sides.items():
+        if record is ours:
+            continue
+        goal = length(record)
+        reached = [seconds for _, seconds, at in ours["curve"] if at >= goal]
+        found[name] = {
+            "accepted_length_ratio": length(ours) / goal,
+            "seconds_to_its_final_length": reached[0] if reached else None,
+            "share_of_its_seconds": reached[0] / record["train_seconds"] if reached else None,
+        }
+    return found
 
 
 def tiny_target(options: argparse.Namespace) -> None:
@@ -320,8 +194,8 @@ def tiny_target(options: argparse.Namespace) -> None:
     options.prompts = options.out / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"Say the number {n} in words."}) for n in range(60)]
     options.prompts.write_text("\n".join(lines) + "\n")
-    options.heldout, options.epochs, options.curve_steps, options.timed = 6, 1, 2, 2
-    options.variants = options.variants or "default,ttt-1"
+    options.heldout, options.epochs, options.timed, options.jobs = 6, 1, 2, 2
+    options.explore_seconds = min(options.explore_seconds, 90)
 
 
 def main() -> None:
@@ -334,13 +208,14 @@ def main() -> None:
     parser.add_argument("--served-targets", help="targets to serve on, comma-separated")
     parser.add_argument("--prompts", type=Path, help="default: OUT/prompts.jsonl")
     parser.add_argument("--peers", type=Path, help="folder with speculators, if not installed")
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--epochs", type=float, default=3, help="of finalists and duel")
+    parser.add_argument("--answer", type=int, default=160, help="longest answer, in tokens")
     parser.add_argument("--heldout", type=int, default=256)
     parser.add_argument("--count", type=int, default=8500, help="prompts to salvage")
-    parser.add_argument("--timed", type=int, default=32, help="held-out prompts timed, in pairs")
-    parser.add_argument("--variants", help="names to explore, comma-separated; default all")
-    parser.add_argument("--explore-seconds", type=float, default=400)
-    parser.add_argument("--curve-steps", type=int, default=100)
+    parser.add_argument("--timed", type=int, default=10, help="held-out prompts timed, in pairs")
+    parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")
+    parser.add_argument("--explore-seconds", type=float, default=240)
+    parser.add_argument("--serve-seconds", type=float, default=300)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier OUT")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -364,22 +239,29 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     record.setdefault("commands", []).append(" ".join(["python", *sys.argv]))
-    run = RunDir(options.out / "runs" / "quality")
+    save = lambda: write_json(path, record)
     if "capture" in stages:
-        recipe = make_recipe(options, {}, {}, options.target)
-        begun = time.monotonic()
-        found = execute(recipe, run.root.parent, first="generate", last="vocab", console=CONSOLE)
-        record["capture"] = {
-            "seconds": time.monotonic() - begun,
-            "answers": found["generate"],
-            "states": found["capture"],
-            "vocab": {k: v for k, v in found["vocab"].items() if k != "curve"},
-        }
-        write_json(path, record)
-    for stage, work in (("explore", explore), ("duel", duel), ("serve", serve)):
-        if stage in stages:
-            work(options, run, record)
-            write_json(path, record)
+        record["capture"] = capture(options)
+        save()
+    if "explore" in stages:
+        explore(options, record, save)
+        save()
+    if "duel" in stages:
+        record["duel"] = sides = {}
+        for job in duel_jobs(options, record["chosen"]):
+            sides[job.name] = train(options, job, warm=True)
+            seconds = sides[job.name]["train_seconds"]
+            CONSOLE.print(f"{job.name}: {length(sides[job.name]):.3f} after {seconds:.1f} s")
+            save()
+        record["verdict"] = verdict(sides)
+        save()
+    if "serve" in stages:
+        targets = (options.served_targets or options.target).split(",")
+        sides = record["duel"]
+        theirs = max((n for n in sides if n != "duel/drafthead"), key=lambda n: length(sides[n]))
+        heads = {name: Path(sides[name]["head_folder"]) for name in ("duel/drafthead", theirs)}
+        serve(options, targets, heads, record.setdefault("served", []), save, CONSOLE.print)
+    save()
 
 
 if __name__ == "__main__":

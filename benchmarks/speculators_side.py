@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,14 @@ def give_target(
         model.d2t.copy_(target_ids.to(order.device) - order)
 
 
-def make_batch(samples: list[Sample], tokens: int, device: torch.device, shift: int) -> dict:
+class Row(dict):
+    """A batch as its model takes it, by argument; `prefetch` moves it as it moves ours."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Row":
+        return Row({name: change(tensor) for name, tensor in self.items()})
+
+
+def make_batch(samples: list[Sample], tokens: int, shift: int) -> Row:
     """A row as its collator packs it: token i+1 and state i+1 of the verifier at position i.
 
     shift: 1 takes its own loss mask (that of token i+1), 2 ours (that of the predicted token i+2),
@@ -114,17 +122,17 @@ def make_batch(samples: list[Sample], tokens: int, device: torch.device, shift: 
     def stack(parts: list[Tensor], fill: int = 0) -> Tensor:
         out = parts[0].new_full((tokens, *parts[0].shape[1:]), fill)
         out[:used] = torch.cat(parts)[:used]
-        return out[None].to(device)
+        return out[None]
 
     pairs = list(zip(samples, lengths))
-    return {
-        "hidden_states": stack([s.aux[:n].flatten(1) for s, n in pairs]),
-        "verifier_last_hidden_states": stack([s.last[1 : n + 1] for s, n in pairs]),
-        "input_ids": stack([s.ids[1 : n + 1].long() for s, n in pairs]),
-        "loss_mask": stack([s.loss_mask[shift : n + shift] for s, n in pairs]),
-        "position_ids": stack([torch.arange(1, n + 1) for _, n in pairs]),
-        "document_ids": stack([torch.full((n,), i) for i, (_, n) in enumerate(pairs)], fill=-1),
-    }
+    return Row(
+        hidden_states=stack([s.aux[:n].flatten(1) for s, n in pairs]),
+        verifier_last_hidden_states=stack([s.last[1 : n + 1] for s, n in pairs]),
+        input_ids=stack([s.ids[1 : n + 1].long() for s, n in pairs]),
+        loss_mask=stack([s.loss_mask[shift : n + shift] for s, n in pairs]),
+        position_ids=stack([torch.arange(1, n + 1) for _, n in pairs]),
+        document_ids=stack([torch.full((n,), i) for i, (_, n) in enumerate(pairs)], fill=-1),
+    )
 
 
 class Side:

@@ -144,7 +144,9 @@ class Speculators:
         model.load_state_dict(like.start, strict=False)
         self.side = speculators_side.Side(model, steps, 1e-4, 0.0)
         self.batches = [
-            speculators_side.make_batch(documents, shape.tokens, device, shift=2)
+            speculators_side.make_batch(documents, shape.tokens, shift=2).map(
+                lambda x: x.to(device)
+            )
             for documents in samples
         ]
 

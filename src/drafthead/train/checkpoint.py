@@ -22,7 +22,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     seconds: float = 0.0
-    """Time spent in training, evaluation included, over all starts."""
+    """Time spent in training alone, without evaluation and checkpoints, over all starts."""
     best_step: int = -1
     best_length: float = 0.0
     """Accepted length of the best evaluation so far."""

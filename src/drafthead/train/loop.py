@@ -156,27 +156,27 @@ class _Fit:
         batches = prefetch(self.make, numbers, world.device)
         meter = Meter(world, self.task.settings.ttt_steps, rate)
         started = saved = time.monotonic()
-        before, cost = progress.seconds, 0.0
+        before, cost, aside = progress.seconds, 0.0, 0.0
         with log:
             try:
                 while progress.step < plan.steps and not progress.stopped:
                     norm = self._step(batches, meter)
                     progress.step += 1
-                    now = time.monotonic()
-                    progress.seconds = before + now - started
                     evaluating = progress.step in self.eval_steps
                     meter.update(norm, progress.step)
                     if evaluating or progress.step % LOG_EVERY == 0:
                         self._report(meter, log)
+                    now = time.monotonic()
+                    progress.seconds = before + now - started - aside
                     if evaluating:
                         self._evaluate(log)
                         meter.restart()
-                    due = max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE)
-                    if evaluating or now - saved > due:
+                    if evaluating or now - saved > max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE):
                         begun = time.monotonic()
                         self._save()
                         saved = time.monotonic()
                         cost = saved - begun
+                        aside += saved - now
             finally:
                 batches.close()
         return self._finish(plan)

@@ -1,0 +1,238 @@
+"""One head of the quality benchmark, trained in this process: ours, or speculators' on the same
+states. Imported by quality.py, whose worker processes call `train`.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import speculators_side
+import torch
+from rich.console import Console
+
+from drafthead.fsio import read_json, write_json
+from drafthead.head.checkpoint import save_head
+from drafthead.head.config import HeadConfig
+from drafthead.head.model import Eagle3Head
+from drafthead.recipe import Recipe, parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.targets import load_target
+from drafthead.train.batches import prefetch
+from drafthead.train.evaluate import evaluate
+from drafthead.train.loop import Task, fit
+from drafthead.train.parallel import World
+from drafthead.train.plan import Plan
+from drafthead.train.stage import make_task
+from drafthead.vocab import vocab
+
+KS = (1, 2, 3, 4, 5)
+THEIR_STEPS = 3  # speculators' default number of training-time-test steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """A head to train. Of `train`, theirs takes learning_rate, row_tokens and seed."""
+
+    name: str
+    side: Literal["ours", "theirs"] = "ours"
+    train: dict = field(default_factory=dict)
+    """What differs from the recipe's `train` section."""
+    head: dict = field(default_factory=dict)
+    """What differs from its `head` section."""
+    vocab: int = 16000
+    epochs: float = 1.0
+    evaluations: int = 1
+    """Evaluations over the run, evenly spread; their time is not counted."""
+    all_layers: bool = False
+    """Read all four captured auxiliary layers instead of the usual three."""
+    random_fc: bool = False
+    """Draw `fc` at random instead of passing the deepest state through."""
+
+
+def aux_layers(target_path: str) -> tuple[list[int], list[int]]:
+    """The usual auxiliary layers, and those with one more between the last two."""
+    usual = list(load_target(target_path).default_aux_layers())
+    return usual, sorted({*usual, (usual[-2] + usual[-1]) // 2})
+
+
+def make_recipe(options: argparse.Namespace, job: Job, target: str) -> Recipe:
+    """The recipe that a job stands for. Tiny rehearsals shrink every length sixteenfold."""
+    tiny = options.tiny
+    usual, more = aux_layers(options.target)
+    train = {"row_tokens": 8192, "epochs": job.epochs} | job.train
+    if tiny:
+        train["row_tokens"] //= 16
+    return parse_recipe(
+        {
+            "name": "quality",
+            "target": {"path": target},
+            "prompts": {"sources": [{"path": str(options.prompts)}], "heldout": options.heldout},
+            "generate": {"max_new_tokens": 24 if tiny else options.answer, "chunk": 2200},
+            "capture": {"aux_layers": more},
+            "vocab": {"size": job.vocab // 40 if tiny else job.vocab},
+            "head": {"aux_layers": more if job.all_layers else usual} | job.head,
+            "train": train,
+            "engine": {
+                "max_model_len": 256 if tiny else 2048,
+                "max_num_seqs": 8 if tiny else 64,
+                # So that several engines share the card without one measuring the others.
+                "kv_cache_memory_bytes": (64 << 20) if tiny else (3 << 29),
+                "gpu_memory_utilization": 0.05,
+                "dtype": "float32" if tiny else "bfloat16",
+            },
+            "serve": {"num_speculative_tokens": 5},
+        },
+        "quality.py",
+    )
+
+
+def run_of(options: argparse.Namespace, size: int | None = None) -> RunDir:
+    """The run that was captured, or one with the same states and a draft vocabulary of `size`."""
+    captured = RunDir(options.out / "runs" / "quality")
+    if size is None:
+        return captured
+    run = RunDir(options.out / "vocabularies" / str(size))
+    run.root.mkdir(parents=True, exist_ok=True)
+    for mine, theirs in ((run.states, captured.states), (run.answers, captured.answers)):
+        if not mine.exists():
+            mine.symlink_to(theirs.resolve())
+    if not (run.vocab / "vocab.safetensors").exists():
+        recipe = make_recipe(options, Job("vocabulary", vocab=size), options.target)
+        vocab(recipe, run, console=Console(file=io.StringIO()))
+    return run
+
+
+def train(options: argparse.Namespace, job: Job, warm: bool = False) -> dict:
+    """Train a job (once: a finished one is read back); its record, JSON-able.
+
+    warm: compile first, so that the times are of training alone.
+    """
+    folder = options.out / "heads" / job.name
+    if (folder / "record.json").exists():
+        return read_json(folder / "record.json", "a finished head")
+    begun = time.monotonic()
+    recipe = make_recipe(options, job, options.target)
+    task = make_task(recipe, run_of(options, job.vocab), load_target(options.target))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        if job.random_fc:
+            torch.manual_seed(job.train.get("seed", 0))
+            task.head.fc.weight.normal_(0.0, 0.02)
+    found = (_ours if job.side == "ours" else _theirs)(options, job, task, folder, warm)
+    record = dataclasses.asdict(job) | found | {"wall_seconds": time.monotonic() - begun}
+    write_json(folder / "record.json", record)
+    return record
+
+
+def _eval_every(steps: int, evaluations: int) -> int:
+    return max(1, -(-steps // evaluations))
+
+
+def _ours(options: argparse.Namespace, job: Job, task: Task, folder: Path, warm: bool) -> dict:
+    settings = task.settings
+    plan = Plan.make(task.reader, settings.epochs, settings.row_tokens, 1, settings.seed)
+    settings = settings.model_copy(
+        update={"eval_every": _eval_every(plan.steps, job.evaluations), "rows_per_step": 1}
+    )
+    quiet, world = Console(file=io.StringIO()), World.join()
+    if warm:
+        few = settings.model_copy(update={"epochs": 4 / plan.steps * settings.epochs})
+        recipe = make_recipe(options, job, options.target)
+        again = make_task(recipe, run_of(options, job.vocab), load_target(options.target))
+        fit(dataclasses.replace(again, settings=few), folder / "warm-up", world, quiet)
+    summary = fit(dataclasses.replace(task, settings=settings), folder, world, quiet)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [(m["step"], m["seconds"], m["accepted_length"]) for m in lines if "seconds" in m]
+    return {
+        "steps": summary["steps"],
+        "tokens": summary["tokens"],
+        "train_seconds": summary["train_seconds"],
+        "curve": curve,
+        "heldout": summary["heldout"],
+        "head_folder": str(folder / "best"),
+    }
+
+
+def _theirs(options: argparse.Namespace, job: Job, task: Task, folder: Path, warm: bool) -> dict:
+    device = World.join().device
+    settings, reader = task.settings, task.reader
+    config = dataclasses.replace(
+        task.head.config, norm_before_residual=True, norm_before_fc=True, norm_output=True
+    )
+    torch.manual_seed(settings.seed)
+    model = speculators_side.make_model(config, device)
+    teacher = task.teacher
+    speculators_side.give_target(
+        model, task.embedding, teacher.norm_weight, teacher.head, task.head.target_ids()
+    )
+    side = speculators_side.Side(model, THEIR_STEPS, settings.learning_rate, weight_decay=0.01)
+    plan = Plan.make(reader, settings.epochs, settings.row_tokens, 1, settings.seed)
+    heldout = [reader[int(i)] for i in reader.indices("heldout")]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    embedding = task.embedding.to(device, dtype)
+
+    def make(number: int) -> Any:
+        samples = [reader[i] for i in plan.rows[number]]
+        return speculators_side.make_batch(samples, settings.row_tokens, shift=1)
+
+    def set_rate(rate: float) -> None:
+        for group in side.optimizer.param_groups:
+            group["lr"] = rate
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    if warm:
+        set_rate(0.0)
+        for batch in prefetch(make, range(min(3, plan.steps)), device):
+            side.step(batch)
+        side.optimizer.state.clear()
+    warmup = max(1, plan.steps // 100)
+    every = _eval_every(plan.steps, job.evaluations)
+    batches = prefetch(make, range(plan.steps), device)
+    seconds, curve, totals, start = 0.0, [], [], wait()
+    for step in range(plan.steps):
+        falling = (plan.steps - step) / max(1, plan.steps - warmup)
+        set_rate(settings.learning_rate * min((step + 1) / warmup, falling))
+        side.step(next(batches))
+        if (step + 1) % every == 0 or step + 1 == plan.steps:
+            seconds += wait() - start
+            head = as_head(model, config, task).to(dtype)
+            totals = evaluate(head, embedding, heldout, KS)
+            curve.append((step + 1, seconds, totals[-1].accepted_length))
+            start = wait()
+    batches.close()
+    save_head(as_head(model, config, task), folder / "best", task.provenance, speculative_tokens=5)
+    longest = settings.row_tokens
+    tokens = sum(min(int(reader.tokens[i]) - 2, longest) for row in plan.rows for i in row)
+    return {
+        "steps": plan.steps,
+        "tokens": tokens,
+        "train_seconds": seconds,
+        "curve": curve,
+        "heldout": [total.summary() for total in totals],
+        "head_folder": str(folder / "best"),
+    }
+
+
+def as_head(model: Any, config: HeadConfig, task: Task) -> Eagle3Head:
+    """Its weights as our head, float32: the names are the same."""
+    head = Eagle3Head(config)
+    names = dict(head.named_parameters())
+    state = {n: t.detach().float().cpu() for n, t in model.state_dict().items() if n in names}
+    assert state.keys() == names.keys(), names.keys() - state.keys()
+    head.load_state_dict(state, strict=False)
+    head.set_vocab(task.head.d2t.cpu())
+    return head.to(next(model.parameters()).device)
+
+
+def length(record: dict) -> float:
+    """Held-out accepted length at k = 5, as served."""
+    return record["heldout"][-1]["accepted_length"]

@@ -1,0 +1,137 @@
+"""What the quality benchmark compares, in three waves, and how one wave's result enters the next.
+
+1. `rates`: optimizer, learning rate and tokens of a step, for ours and for speculators.
+2. `parts`: everything else, each changed alone from the best of the first wave.
+3. `finalists`: that best one, the same with every part that won, and speculators at its best rate,
+   three seeds each, for more epochs.
+"""
+
+from dataclasses import replace
+
+from quality_heads import Job, length
+
+MARGIN = 0.01
+"""A part wins if it adds so much accepted length, and two standard deviations over seeds."""
+
+LEVELS: dict[str, list[Job]] = {
+    "steps": [
+        Job("ttt-1", train={"ttt_steps": 1}),
+        Job("ttt-5", train={"ttt_steps": 5}),
+        Job("ttt-7", train={"ttt_steps": 7}),
+    ],
+    "decay": [
+        Job("decay-1.0", train={"ttt_decay": 1.0}),
+        Job("decay-0.6", train={"ttt_decay": 0.6}),
+    ],
+    "loss": [
+        Job("acceptance", train={"loss": "acceptance"}),
+        Job("ce+smoothl1", train={"loss": "ce+smoothl1"}),
+        Job("ce+0.1smoothl1", train={"loss": "ce+smoothl1", "regression_weight": 0.1}),
+    ],
+    "start": [
+        Job("layer-from-target", head={"layer_from_target": True}),
+        Job("random-fc", random_fc=True),
+    ],
+    "norms": [
+        Job("fc_norm", head={"fc_norm": True}),
+        Job("norm_before_fc", head={"norm_before_fc": True}),
+        Job("norm_output", head={"norm_output": True}),
+        Job("norm_before_residual", head={"norm_before_residual": True}),
+        Job(
+            "norms-of-speculators",
+            head={"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
+        ),
+    ],
+}
+# These change what a draft costs when served, so accepted length alone must not choose them.
+SHAPES = [
+    Job("vocab-4000", vocab=4000),
+    Job("vocab-8000", vocab=8000),
+    Job("vocab-32000", vocab=32000),
+    Job("four-aux-layers", all_layers=True),
+    Job("mlp-2x", head={"intermediate_size": 1152}),
+    Job("mlp-8x", head={"intermediate_size": 4608}),
+    Job("two-layers", head={"num_hidden_layers": 2}),
+]
+SEEDS = [Job("seed-1", train={"seed": 1}), Job("seed-2", train={"seed": 2})]
+
+
+def rates() -> list[Job]:
+    """The first wave; the first job is the one that fills the compiler's cache."""
+    ours = [
+        Job(
+            f"{optimizer}-{rate:g}-rows{rows}",
+            train={"optimizer": optimizer, "learning_rate": rate, "row_tokens": rows},
+        )
+        for optimizer in ("adamw", "muon")
+        for rows in (8192, 2048)
+        for rate in (1e-3, 2e-3, 4e-3, 5e-4)
+    ]
+    theirs = [
+        Job(
+            f"speculators-{rate:g}-rows{rows}",
+            "theirs",
+            train={"learning_rate": rate, "row_tokens": rows},
+        )
+        for rows in (8192, 2048)
+        for rate in (1e-3, 3e-3, 3e-4)
+    ]
+    return [*ours[:8], *theirs, *ours[8:]]
+
+
+def best(found: dict[str, dict], side: str) -> Job:
+    """The winner of the first wave on one side."""
+    jobs = [job for job in rates() if job.side == side]
+    # Out of time before any of them: the first, which is what each side's authors would take.
+    return max(jobs, key=lambda job: length(found[job.name]) if job.name in found else 0.0)
+
+
+def over(base: Job, change: Job) -> Job:
+    """`base` with what `change` names."""
+    return replace(
+        base,
+        name=f"{base.name}+{change.name}",
+        train=base.train | change.train,
+        head=base.head | change.head,
+        vocab=change.vocab,
+        all_layers=base.all_layers or change.all_layers,
+        random_fc=base.random_fc or change.random_fc,
+    )
+
+
+def parts(found: dict[str, dict]) -> list[Job]:
+    """The second wave."""
+    base = best(found, "ours")
+    changes = [*SEEDS, *(job for level in LEVELS.values() for job in level), *SHAPES]
+    return [over(base, change) for change in changes]
+
+
+def chosen(found: dict[str, dict]) -> Job:
+    """The best of the first wave with the winner of each part."""
+    job = base = best(found, "ours")
+    at_base = [length(found[base.name])]
+    at_base += [length(found[n]) for s in SEEDS if (n := over(base, s).name) in found]
+    middle = sum(at_base) / len(at_base)
+    spread = (sum((x - middle) ** 2 for x in at_base) / max(1, len(at_base) - 1)) ** 0.5
+    for level in LEVELS.values():
+        known = [c for c in level if over(base, c).name in found]
+        if not known:
+            continue
+        winner = max(known, key=lambda c: length(found[over(base, c).name]))
+        gain = length(found[over(base, winner).name]) - middle
+        if gain > max(MARGIN, 2 * spread):
+            job = over(job, winner)
+    return job
+
+
+def finalists(found: dict[str, dict], epochs: float) -> list[Job]:
+    """The third wave."""
+    jobs = [best(found, "ours"), chosen(found), best(found, "theirs")]
+    unique = {job.name: job for job in jobs}.values()  # nothing may have won over the first
+    return [
+        replace(
+            job, name=f"final/{job.name}/{seed}", train=job.train | {"seed": seed}, epochs=epochs
+        )
+        for seed in range(3)
+        for job in unique
+    ]
