@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=160, help="longest answer, in tokens")
     parser.add_argument("--heldout", type=int, default=256)
     parser.add_argument("--count", type=int, default=8500, help="prompts to salvage")
-    parser.add_argument("--timed", type=int, default=10, help="held-out prompts timed, in pairs")
+    parser.add_argument("--timed", type=int, default=24, help="held-out prompts timed, in pairs")
     parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")
     parser.add_argument("--explore-seconds", type=float, default=240)
     parser.add_argument("--serve-seconds", type=float, default=300)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from quality_heads import Job, make_recipe, run_of
@@ -27,8 +28,9 @@ def serve(
     save: Callable[[], None],
     say: Callable[[str], None],
 ) -> None:
-    """Add a cell to `cells` for each target, head and k that it lacks, k = 5 first, until
-    `options.serve_seconds` are over. `save` is called after each."""
+    """Add a cell to `cells` for each target, head and k that it lacks; no target is begun once
+    `options.serve_seconds` are over. All engines of a target are timed against one of the target
+    alone, prompt by prompt. `save` is called after each target."""
     deadline = time.monotonic() + options.serve_seconds
     done = {(c["target"], c["head"], c["k"]) for c in cells}
     wanted = [(t, h, k) for k in KS for t in targets for h in heads if (t, h, k) not in done]
@@ -56,26 +58,34 @@ def serve(
                 broken[key] = str(error)
                 say(f"{key}: {error}")
         say(f"{len(engines) - len(broken)} of {len(engines)} engines are up")
-        for target, head, k in wanted:
-            base, drafted = (target, None, 0), (target, head, k)
-            if base in broken or drafted in broken or time.monotonic() > deadline:
+        for target in targets:
+            base = (target, None, 0)
+            keys = [key for key in wanted if key[0] == target and key not in broken]
+            if base in broken or not keys or time.monotonic() > deadline:
                 continue
-            before = engines[drafted].counters()
-            engines[drafted].generate(every, max_tokens=tokens, concurrency=64)
-            counts = engines[drafted].counters().since(before)
-            point = Point(k, 1, 0.0, tokens)
-            blocks = run_pairs(engines[base], engines[drafted], prompts, point, repeats=1, warmup=2)
-            cells.append(
-                {
-                    "target": target,
-                    "head": head,
-                    "k": k,
-                    "accepted_length": counts.accepted_length,
-                    "acceptance_by_position": counts.acceptance_by_position,
-                    "drafts": counts.drafts,
-                    "timed": summarize(point, blocks),
-                }
-            )
-            speed = cells[-1]["timed"]["speedup"]
-            say(f"{Path(target).name} {head} k={k}: {counts.accepted_length:.3f}, {speed:.2f}x")
+            counts = []
+            for key in keys:
+                before = engines[key].counters()
+                engines[key].generate(every, max_tokens=tokens, concurrency=64)
+                counts.append(engines[key].counters().since(before))
+            point = Point(0, 1, 0.0, tokens)
+            drafted = [engines[key] for key in keys]
+            found = run_pairs(engines[base], drafted, prompts, point, repeats=1, warmup=2)
+            for (_, head, k), count, blocks in zip(keys, counts, found):
+                timed = summarize(replace(point, num_speculative_tokens=k), blocks)
+                cells.append(
+                    {
+                        "target": target,
+                        "head": head,
+                        "k": k,
+                        "accepted_length": count.accepted_length,
+                        "acceptance_by_position": count.acceptance_by_position,
+                        "drafts": count.drafts,
+                        "timed": timed,
+                    }
+                )
+                say(
+                    f"{Path(target).name} {head} k={k}: {count.accepted_length:.3f}, "
+                    f"{timed['speedup']:.2f}x {timed['speedup_ci95']}"
+                )
             save()
