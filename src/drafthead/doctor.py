@@ -18,7 +18,7 @@ from drafthead.prove.live import Finding, diagnose_server
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
-from drafthead.targets import load_target
+from drafthead.targets import recipe_target
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
@@ -186,9 +186,7 @@ def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
     if not (run.head / "config.json").exists():
         return []
     try:
-        target = load_target(
-            recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-        )
+        target = recipe_target(recipe)
     except DraftheadError:
         return []
     about = inspect_head(run.head, target)

@@ -19,7 +19,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, write_json
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
-from drafthead.targets import load_target
+from drafthead.targets import recipe_target
 
 CURVE = (500, 1000, 2000, 4000, 8000, 12000, 16000, 24000, 32000, 48000, 64000, 96000, 128000)
 
@@ -128,9 +128,7 @@ def vocab(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     Raises:
         DraftheadError: no answers, or a vocabulary larger than the target's.
     """
-    target = load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
+    target = recipe_target(recipe)
     always = always_in(target.tokenizer(), target.eos_token_ids)
     counts, heldout = (
         count_tokens(

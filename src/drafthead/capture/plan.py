@@ -9,7 +9,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
 from drafthead.recipe import Recipe
 from drafthead.states import StoreMeta
-from drafthead.targets import Target, load_target
+from drafthead.targets import Target, recipe_target
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def make_plan(recipe: Recipe) -> WorkPlan:
     Raises:
         DraftheadError: target, template, prompts or layers are not usable.
     """
-    where = recipe.target
-    target = load_target(where.path, where.revision, where.trust_remote_code)
+    target = recipe_target(recipe)
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     chats = load_chats(recipe.prompts)
     work = chats.all()

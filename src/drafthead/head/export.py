@@ -10,7 +10,7 @@ from drafthead.head.formats import Format, Provenance
 from drafthead.head.inspect import inspect_head
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
-from drafthead.targets import Target, load_target
+from drafthead.targets import Target, recipe_target
 
 
 def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -22,9 +22,7 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     Raises:
         DraftheadError: nothing trained yet, or the head is broken or of another target.
     """
-    target = load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
+    target = recipe_target(recipe)
     best = run.train / "best"
     if not best.is_dir():
         raise DraftheadError(f"{best}: no trained head there; run `drafthead train` first")

@@ -14,7 +14,7 @@ from drafthead.prove.results import Results
 from drafthead.prove.table import lossless_words
 from drafthead.prove.words import environment, facts, speed_rows
 from drafthead.serve import Plan, engine_plan
-from drafthead.targets import Target, load_target
+from drafthead.targets import Target, recipe_target
 
 # Known by the words that open them; others are named, not classified.
 _LICENCES = (
@@ -219,8 +219,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
 
 def write_card(r: Results) -> Path:
     """Write ``README.md`` into the head's folder, the target's licence file beside it."""
-    where = r.recipe.target
-    target = load_target(where.path, where.revision, where.trust_remote_code)
+    target = recipe_target(r.recipe)
     repo = r.recipe.publish.repo or f"YOUR-NAME/{r.target_name}-eagle3"
     card = r.run.head / "README.md"
     write_bytes(card, render_card(r, target, repo).encode())

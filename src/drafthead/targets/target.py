@@ -10,6 +10,7 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint, sha256_file
+from drafthead.recipe import Recipe
 from drafthead.targets.safetensors_folder import SafetensorsFolder
 
 # Where the three tensors that a head needs live, by the suffix of their names. LFM2 calls its
@@ -288,3 +289,13 @@ def load_target(
         architectures=tuple(raw.get("architectures") or ()),
         trust_remote_code=trust_remote_code,
     )
+
+
+def recipe_target(recipe: Recipe) -> Target:
+    """The target that a recipe names.
+
+    Raises:
+        DraftheadError: as :func:`load_target`.
+    """
+    where = recipe.target
+    return load_target(where.path, where.revision, where.trust_remote_code)

@@ -14,7 +14,7 @@ from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
-from drafthead.targets import Target, load_target
+from drafthead.targets import Target, recipe_target
 from drafthead.train.loop import Task, fit
 from drafthead.train.losses import Teacher
 from drafthead.train.parallel import World
@@ -29,9 +29,7 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     Raises:
         DraftheadError: states, vocabulary and target do not fit together, or training failed.
     """
-    target = load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
+    target = recipe_target(recipe)
     world = World.join()
     try:
         return fit(make_task(recipe, run, target), run.train, world, console)
