@@ -3,20 +3,20 @@
 With ``--json`` a command prints one object on stdout; what people read goes to stderr.
 """
 
-import json
 import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from drafthead import __version__
+from drafthead.cli_options import AsJson, Overwrite, RecipeFile, RunsDir, console, emit, one_stage
+from drafthead.cli_prove import bench, verify
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.recipe import Recipe, load_recipe
+from drafthead.recipe import load_recipe
 
 app = typer.Typer(
     name="drafthead",
@@ -25,21 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(stderr=True)
-
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
-RunsDir = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace output made with other settings.")
-]
-
-
-def _emit(result: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result, ensure_ascii=False))
-    elif result is not None:
-        console.print_json(json.dumps(result))
 
 
 def _version(show: bool) -> None:
@@ -67,7 +52,7 @@ def init(
     """Look at a target and write a commented recipe fit for it."""
     from drafthead.init import write_recipe
 
-    _emit(write_recipe(target, prompts, out), as_json)
+    emit(write_recipe(target, prompts, out), as_json)
     console.print(f"wrote {out}; read it, then: drafthead run {out}")
 
 
@@ -87,14 +72,7 @@ def run(
         load_recipe(recipe), runs, first=first, last=last, overwrite=overwrite, console=console
     )
     if as_json:
-        _emit(result, as_json)
-
-
-def _one_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool, as_json: bool) -> None:
-    from drafthead.run import execute
-
-    result = execute(recipe, runs, first=name, last=name, overwrite=overwrite, console=console)
-    _emit(result[name], as_json)
+        emit(result, as_json)
 
 
 def _add_stage(name: str, help_text: str) -> None:
@@ -104,7 +82,7 @@ def _add_stage(name: str, help_text: str) -> None:
         overwrite: Overwrite = False,
         as_json: AsJson = False,
     ) -> None:
-        _one_stage(name, load_recipe(recipe), runs, overwrite, as_json)
+        one_stage(name, load_recipe(recipe), runs, overwrite, as_json)
 
     app.command(name, help=help_text, epilog=f"Example: drafthead {name} recipe.yaml")(command)
 
@@ -114,11 +92,13 @@ for _name, _help in (
     ("capture", "Take the target's hidden states for the answers, and check them."),
     ("vocab", "Choose the draft vocabulary from what the target wrote."),
     ("export", "Write the folder that vLLM serves."),
-    ("verify", "Prove that greedy output is the same with the head as without."),
-    ("bench", "Measure the speed with the head against the speed without."),
     ("report", "Write the report and the model card of a finished run."),
 ):
     _add_stage(_name, _help)
+
+
+app.command(epilog="Example: drafthead verify recipe.yaml --k 1,2,3,5,7 --concurrency 64")(verify)
+app.command(epilog="Example: drafthead bench recipe.yaml --k 1,3,5 --head OTHER")(bench)
 
 
 @app.command(epilog="Example: torchrun --nproc-per-node 8 -m drafthead train recipe.yaml")
@@ -138,7 +118,7 @@ def train(
     rank = int(os.environ.get("RANK", "0"))
     console.quiet = rank > 0
     found = from_head(load_recipe(recipe), start)
-    _one_stage("train", found, runs, overwrite, as_json and rank == 0)
+    one_stage("train", found, runs, overwrite, as_json and rank == 0)
 
 
 class _Format(StrEnum):
@@ -168,7 +148,7 @@ def quantize(
     calibration, held = chats_of(prompts, samples, heldout)
     record = make(target, out, calibration, held, exclude=exclude or EXCLUDE, console=console)
     if as_json:
-        _emit(record, as_json)
+        emit(record, as_json)
 
 
 @app.command(epilog="Example: drafthead inspect runs/demo/head --target ./my-model")
@@ -183,7 +163,7 @@ def inspect(
 
     found = inspect_head(head, load_target(target) if target else None)
     if as_json:
-        _emit(found, as_json)
+        emit(found, as_json)
     else:
         console.print(describe(found))
     if found["problems"]:
@@ -208,7 +188,7 @@ def serve(
 
     plan = serve_plan(load_recipe(recipe), runs, extra=context.args)
     if as_json:
-        _emit(plan.as_dict(), as_json)
+        emit(plan.as_dict(), as_json)
     elif print_only:
         print(plan.text())
     if not print_only:
@@ -236,7 +216,7 @@ def states_check(
     for fault in found["faults"]:
         console.print(f"[red]unit {fault['unit']}[/red]: {escape(fault['what'])}", soft_wrap=True)
     if as_json:
-        _emit(found, as_json)
+        emit(found, as_json)
     if found["whole"]:
         console.print(f"{store}: all {found['units']} units are whole")
         return
@@ -261,7 +241,7 @@ def states_compare(
     found = compare_stores(first, second, load_target(target))
     console.print(describe(found))
     if as_json:
-        _emit(found, as_json)
+        emit(found, as_json)
 
 
 @app.command(epilog="Example: drafthead publish recipe.yaml --repo me/my-model-eagle3 --dry-run")
@@ -279,7 +259,7 @@ def publish(
 
     result = upload(load_recipe(recipe), runs, repo=repo, dry_run=dry_run, console=console)
     if as_json:
-        _emit(result, as_json)
+        emit(result, as_json)
 
 
 @app.command(epilog="Example: drafthead doctor recipe.yaml")
@@ -294,7 +274,7 @@ def doctor(
 
     found = diagnose(load_recipe(recipe) if recipe else None, runs, url=url, console=console)
     if as_json:
-        _emit(found, as_json)
+        emit(found, as_json)
     if not found["healthy"]:
         raise typer.Exit(DraftheadError.exit_code)
 

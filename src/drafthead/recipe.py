@@ -231,13 +231,20 @@ class VerifySection(Section):
     """The proof that the head changes no token."""
 
     prompts: Annotated[int, Field(gt=0)] | None = None
-    """Held-out prompts to check; None is all."""
+    """Prompts to check; None is all that are held out. More than those takes training prompts too:
+    the claim is of every prompt, seen or not."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer."""
     num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
     """Each k to prove; None is the one that is served."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
     """Requests at once; None is the engine's `max_num_seqs`, so that the proof is under load."""
+    prefix_cache: bool = False
+    """Also ask every prompt again, and prompts that begin as others do: answers that start from
+    cached blocks."""
+    max_num_batched_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Tokens of one engine step; a small number (64) cuts prompts into chunks that share steps with
+    drafts. None is vLLM's own, which few prompts exceed."""
     mixed_lengths: bool = False
     """Also cut prompts and answers to random lengths, from one token up: the batches in which
     faults of speculation have hidden."""
@@ -250,7 +257,10 @@ class BenchSection(Section):
     """The measurement of speed."""
 
     prompts: Annotated[int, Field(gt=0)] = 24
-    """Held-out prompts timed, each with and without the head."""
+    """Prompts timed, each with and without the head."""
+    sources: list[Source] | None = None
+    """Prompt sets of your own to time (chat, code, maths, …), each with figures of its own; None
+    takes the held-out prompts, by the sources that they came from."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer; the published page took 256."""
     warmup: Annotated[int, Field(ge=0)] = 2
@@ -263,6 +273,8 @@ class BenchSection(Section):
     """Requests at once, each a column of the grid; the first is the headline's."""
     temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
     """Sampling temperatures of the grid; the first is the headline's."""
+    tensor_parallel_size: list[Annotated[int, Field(ge=1)]] | None = None
+    """Numbers of GPUs to spread the target over, each measured; None is the one that is served."""
     over: Literal["engine", "http"] = "engine"
     """`engine`: vLLM's engine itself. `http`: two servers asked by streaming, so that what the
     server adds is in the times."""
@@ -342,6 +354,25 @@ def parse_recipe(data: Any, where: str) -> Recipe:
             else:
                 lines.append(f"{where}: `{field}`: {item['msg']}, found {item['input']!r}")
         raise DraftheadError("\n".join(lines)) from None
+
+
+def with_options(recipe: Recipe, section: str, options: dict[str, Any]) -> Recipe:
+    """The recipe with fields of one section replaced by what a command line gives.
+
+    Args:
+        recipe: the recipe.
+        section: the section's name.
+        options: value by field; None leaves the recipe's.
+
+    Raises:
+        DraftheadError: a value that the field does not take.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return recipe
+    data = recipe.model_dump(mode="json")
+    data[section] |= given
+    return parse_recipe(data, "command line")
 
 
 def load_recipe(path: Path | str) -> Recipe:

@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, fingerprint, sha256_file
-from drafthead.recipe import Recipe
+from drafthead.recipe import Recipe, Source
 from drafthead.rundir import RunDir
-from drafthead.targets import load_target
+from drafthead.targets import recipe_target
 
 
 @dataclass(frozen=True)
@@ -108,20 +108,24 @@ def stage_named(name: str) -> Stage:
 
 def stage_inputs(recipe: Recipe) -> dict[str, dict]:
     """What each stage depends on: equal inputs mean that a finished output still holds."""
-    target = load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
-    files = [source.path for source in recipe.prompts.sources if source.path]
-    missing = [path for path in files if not Path(path).is_file()]
-    if missing:
-        raise DraftheadError(f"prompts.sources: {missing[0]}: no such file")
+    target = recipe_target(recipe)
+
+    def hashes(sources: list[Source]) -> dict[str, str]:
+        files = [source.path for source in sources if source.path]
+        missing = [path for path in files if not Path(path).is_file()]
+        if missing:
+            raise DraftheadError(f"prompts: {missing[0]}: no such file")
+        return {path: sha256_file(path) for path in files}
+
     dumped = recipe.model_dump(mode="json")
     inputs: dict[str, dict] = {}
     for stage in STAGES:
         own = {section: dumped[section] for section in stage.sections}
+        if stage.name == "bench":
+            own["prompt_files"] = hashes(recipe.bench.sources or [])
         if stage.after is None:
             own["target_files"] = target.fingerprint
-            own["prompt_files"] = {path: sha256_file(path) for path in files}
+            own["prompt_files"] = hashes(recipe.prompts.sources)
         else:
             own["after"] = fingerprint(inputs[stage.after])
         inputs[stage.name] = own

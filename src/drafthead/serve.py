@@ -15,7 +15,7 @@ from drafthead.head.inspect import refuse_unfit
 from drafthead.machine import Machine, this_machine
 from drafthead.recipe import Recipe, load_recipe
 from drafthead.rundir import RunDir
-from drafthead.targets import Target, load_target
+from drafthead.targets import Target, recipe_target
 
 # Reasoning parsers of vLLM by the target's `model_type`; other targets whose chat template knows
 # `</think>` get deepseek_r1, which reads `<think>…</think>`.
@@ -206,9 +206,7 @@ def engine_plan(
     """
     engine = recipe.engine
     machine = machine or this_machine()
-    target = target or load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
+    target = target or recipe_target(recipe)
     k = num_speculative_tokens or recipe.serve.k
     settings = [Setting("model", recipe.target.path, "the target, as the recipe names it")]
     env: dict[str, tuple[str, str]] = {}
@@ -259,6 +257,8 @@ def engine_plan(
         kv = engine.kv_cache_memory_bytes or _CPU_KV_CACHE_BYTES
         add("kv_cache_memory_bytes", kv, "CPU: a fixed cache, vLLM may misjudge the memory")
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = ("0", "CPU: the engine in its caller's process")
+        if (speculative_config or {}).get("method") == "ngram":
+            env["NUMBA_NUM_THREADS"] = ("1", "CPU: lookup threads wait for the engine's core")
     else:
         if engine.kv_cache_memory_bytes:
             add("kv_cache_memory_bytes", engine.kv_cache_memory_bytes, "the recipe's KV cache")

@@ -5,13 +5,16 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from drafthead.data.answers import Answer, write_part
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import read_json, write_json
-from drafthead.prove.bench import bench
+from drafthead.head.checkpoint import load_head, save_head
+from drafthead.head.formats import Provenance
+from drafthead.prove.bench import bench, contest
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.lossless import TIE
 from drafthead.prove.proof import read_proof
@@ -124,6 +127,26 @@ def test_bench_counts_what_is_known_beforehand(recipe, run):
     tokens, seconds = (sum(p[f"base_{x}"] for p in pairs) for x in ("tokens", "s"))
     assert summary["base_tokens_per_s"] == pytest.approx(tokens / seconds)
     assert result["machine"]["cores"] >= 1
+
+
+def test_other_drafters_are_measured_beside(recipe, run, tmp_path):
+    other = tmp_path / "other"
+    same = load_head(run.head).head
+    save_head(same, other, Provenance(), format="speculators", dtype=torch.float32)
+    section = recipe.bench.model_copy(update={"concurrency": [2], "prompts": 3})
+    found = contest_after(run, recipe.model_copy(update={"bench": section}), [str(other)])
+    beside = read_json(run.bench_json, "")["beside"]
+    assert set(found) == set(beside) == {str(other), "ngram"}
+    # The same head in the other format; the same counts as in bench.
+    assert found[str(other)]["acceptance_by_position"] == [18 / 42, 6 / 42, 6 / 42]
+    # What repeats is looked up too, what alternates and rings as well, once it has come round.
+    assert found["ngram"]["accepted_length"] > 2
+    assert beside["ngram"]["grid"][0]["concurrency"] == 2
+
+
+def contest_after(run, recipe, heads):
+    write_json(run.bench_json, {"grid": []})
+    return contest(recipe, run, heads=heads, ngram=True, console=QUIET)
 
 
 def _change_lm_head(folder, change):

@@ -6,6 +6,7 @@ itself.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -180,9 +181,8 @@ def load_chats(prompts: PromptsSection) -> Chats:
     unique: dict[str, Chat] = {}
     left_out: dict[str, int] = {}
     for source in prompts.sources:
-        name = source.name or Path(source.path or str(source.dataset)).stem
         kept = 0
-        for chat in _chats(source, name, left_out):
+        for chat in _chats(source, left_out):
             if chat.id in unique:
                 left_out["seen before"] = left_out.get("seen before", 0) + 1
                 continue
@@ -212,7 +212,17 @@ def load_chats(prompts: PromptsSection) -> Chats:
     )
 
 
-def _chats(source: Source, name: str, left_out: dict[str, int]) -> Iterable[Chat]:
+def chats_of(source: Source) -> list[Chat]:
+    """The conversations of one source that can be asked, as they come.
+
+    Raises:
+        DraftheadError: it cannot be read.
+    """
+    return list(itertools.islice(_chats(source, {}), source.limit))
+
+
+def _chats(source: Source, left_out: dict[str, int]) -> Iterable[Chat]:
+    name = source.name or Path(source.path or str(source.dataset)).stem
     for where, record in read_records(source):
         chat = to_chat(record, where, name)
         if isinstance(chat, Chat):

@@ -17,13 +17,13 @@ from drafthead.prove.prediction import (
     predicted_acceptance,
     predicted_over_served,
 )
-from drafthead.prove.prompts import heldout_prompts
+from drafthead.prove.prompts import timed_prompts
 from drafthead.prove.proof import command_line, now
 from drafthead.prove.rowcost import row_seconds
-from drafthead.recipe import Recipe
+from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
-from drafthead.targets import Target, load_target
+from drafthead.targets import Target, recipe_target
 
 _METHOD = (
     "measured; the same prompts on both engines, alternating which goes first, warm-up left out; "
@@ -33,7 +33,7 @@ _METHOD = (
 )
 # vLLM's own prompt lookup; a match of two tokens at least, as its examples take.
 _NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-_SUMMARY = (
+_MEASURED = (
     "base_tokens_per_s",
     "drafted_tokens_per_s",
     "speedup",
@@ -41,7 +41,6 @@ _SUMMARY = (
     "verdict",
     "accepted_length",
     "acceptance_by_position",
-    "predicted_acceptance_by_position",
 )
 
 
@@ -81,10 +80,11 @@ def _measure(
     recipe: Recipe, run: RunDir, target: Target, drafted: dict[int, Plan], console: Console
 ) -> list[dict]:
     machine = this_machine()
-    return measure(
-        engine_plan(recipe, head=None, target=target),
+    base = engine_plan(recipe, head=None, target=target)
+    cells = measure(
+        base,
         drafted,
-        [(p.ids, p.source) for p in heldout_prompts(run, recipe.bench.prompts)],
+        [(p.ids, p.source) for p in timed_prompts(recipe, run, target)],
         grid(recipe),
         over=recipe.bench.over,
         repeats=recipe.bench.repeats,
@@ -94,6 +94,16 @@ def _measure(
         logs=run.root / "logs",
         console=console,
     )
+    gpus = base.args.get("tensor_parallel_size", 1)
+    return [{**cell, "tensor_parallel_size": gpus} for cell in cells]
+
+
+def _on_each_number_of_gpus(recipe: Recipe) -> list[Recipe]:
+    """The recipe as it is, or spread over each number of GPUs that the grid names."""
+    sizes = recipe.bench.tensor_parallel_size
+    if sizes is None:
+        return [recipe]
+    return [with_options(recipe, "serve", {"tensor_parallel_size": size}) for size in sizes]
 
 
 def _vocabularies(recipe: Recipe, rehearsal: Rehearsal) -> Vocabularies | None:
@@ -125,24 +135,28 @@ def contest(
         console: where people read what happens.
 
     Returns:
-        For each drafter its grid.
+        For each drafter the first point of its grid.
 
     Raises:
         DraftheadError: the run has not been benched, or an engine does not run.
     """
     result = read_json(run.bench_json, "the figures of `drafthead bench`")
-    target = load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
-    drafters = {head: _plans(recipe, target, head=existing_head(head)) for head in heads}
+    target = recipe_target(recipe)
+    drafters: dict[str, dict[str, Any]] = {head: {"head": existing_head(head)} for head in heads}
     if ngram:
-        drafters["ngram"] = _plans(recipe, target, speculative_config=_NGRAM)
+        drafters["ngram"] = {"speculative_config": _NGRAM}
     beside = result.get("beside", {})
-    for name, drafted in drafters.items():
+    for name, drafter in drafters.items():
         console.print(f"bench: {name}")
-        beside[name] = {"grid": _measure(recipe, run, target, drafted, console), "date": now()}
+        cells = [
+            cell
+            for own in _on_each_number_of_gpus(recipe)
+            for cell in _measure(own, run, target, _plans(own, target, **drafter), console)
+        ]
+        beside[name] = {"grid": cells, "command": command_line(), "date": now()}
         write_json(run.bench_json, {**result, "beside": beside})
-    return {name: beside[name] for name in drafters}
+    first = {name: beside[name]["grid"][0] for name in drafters}
+    return {name: {key: cell[key] for key in _MEASURED} for name, cell in first.items()}
 
 
 def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -162,16 +176,19 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: an engine does not run.
     """
     points = grid(recipe)
-    target = load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
+    target = recipe_target(recipe)
     rehearsal = Rehearsal(recipe, run, target, points[0])
     expected = predicted_over_served(rehearsal) or predicted_acceptance(
         run, points[0].num_speculative_tokens
     )
-    plans = _plans(recipe, target, head=existing_head(run.head))
-    cells = _measure(recipe, run, target, plans, console)
-    greedy = [c for c in cells if not c["temperature"]]
+    head = existing_head(run.head)
+    cells = [
+        cell
+        for own in _on_each_number_of_gpus(recipe)
+        for cell in _measure(own, run, target, _plans(own, target, head=head), console)
+    ]
+    gpus = cells[0]["tensor_parallel_size"]
+    greedy = [c for c in cells if not c["temperature"] and c["tensor_parallel_size"] == gpus]
     fits = analyse(greedy, predicted_acceptance(run), _vocabularies(recipe, rehearsal))
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
@@ -187,4 +204,4 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "date": now(),
     }
     write_json(run.bench_json, result)
-    return {name: result[name] for name in _SUMMARY}
+    return {name: result[name] for name in (*_MEASURED, "predicted_acceptance_by_position")}

@@ -65,6 +65,7 @@ class Rehearsal:
     def possible(self) -> bool:
         """Whether the answers at hand are those that will be served, and their states are there."""
         other_text = self.recipe.generate.temperature > 0 or self.point.temperature > 0
+        other_text |= self.recipe.bench.sources is not None
         longer = self.recipe.generate.max_new_tokens < self.point.max_new_tokens
         return not other_text and not longer and (self.run.states / "meta.json").exists()
 

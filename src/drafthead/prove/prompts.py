@@ -1,21 +1,39 @@
-"""The held-out prompts that verify and bench put to both engines."""
+"""The prompts that verify and bench put to both engines."""
 
 from dataclasses import dataclass
 
 from drafthead.data.answers import read_answers
+from drafthead.data.chats import chats_of
+from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
+from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
+from drafthead.targets import Target
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One held-out prompt, as the target met it when it wrote its answer."""
+    """One prompt, as the target meets it."""
 
     ids: list[int]
     """Token ids, chat template and generation prompt included."""
     conversation: str
     source: str
     """What the recipe calls the source it comes from (chat, code, …)."""
+
+
+def spread(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """At most ``limit`` of them, spread evenly over all; None is all."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    return [prompts[i * len(prompts) // limit] for i in range(limit)]
+
+
+def _answered(run: RunDir, split: str) -> list[Prompt]:
+    return [
+        Prompt(answer.prompt_ids.tolist(), answer.conversation, answer.source)
+        for answer in read_answers(run.answers, split)
+    ]
 
 
 def heldout_prompts(run: RunDir, limit: int | None) -> list[Prompt]:
@@ -28,12 +46,47 @@ def heldout_prompts(run: RunDir, limit: int | None) -> list[Prompt]:
     Raises:
         DraftheadError: no answers, or none held out.
     """
-    prompts = [
-        Prompt(answer.prompt_ids.tolist(), answer.conversation, answer.source)
-        for answer in read_answers(run.answers, "heldout")
-    ]
+    prompts = _answered(run, "heldout")
     if not prompts:
         raise DraftheadError(f"{run.answers}: no held-out answers; raise prompts.heldout")
-    if limit is None or limit >= len(prompts):
-        return prompts
-    return [prompts[i * len(prompts) // limit] for i in range(limit)]
+    return spread(prompts, limit)
+
+
+def many_prompts(run: RunDir, limit: int | None) -> list[Prompt]:
+    """The held-out prompts of a run, and training prompts after them if ``limit`` asks for more.
+
+    Raises:
+        DraftheadError: no answers, or none held out.
+    """
+    heldout = heldout_prompts(run, limit)
+    if limit is None or len(heldout) >= limit:
+        return heldout
+    return heldout + spread(_answered(run, "train"), limit - len(heldout))
+
+
+def timed_prompts(recipe: Recipe, run: RunDir, target: Target) -> list[Prompt]:
+    """What bench times: the recipe's own sets, as many prompts of each, else the held-out ones.
+
+    Raises:
+        DraftheadError: a set cannot be read, or none of its prompts leaves room for an answer.
+    """
+    section = recipe.bench
+    if section.sources is None:
+        return heldout_prompts(run, section.prompts)
+    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    longest = recipe.engine.max_model_len or target.max_position_embeddings
+    found = []
+    for source in section.sources:
+        own = []
+        for chat in chats_of(source):
+            system = [{"role": "system", "content": chat.system}] if chat.system else []
+            ids, _ = template.encode([*system, {"role": "user", "content": chat.turns[0]}])
+            if len(ids) + section.max_new_tokens <= longest:
+                own.append(Prompt(list(ids), chat.id, chat.source))
+        if not own:
+            raise DraftheadError(
+                f"bench.sources: {source.path or source.dataset}: no prompt of it leaves room for "
+                f"{section.max_new_tokens} tokens within {longest}"
+            )
+        found += spread(own, -(-section.prompts // len(section.sources)))
+    return found

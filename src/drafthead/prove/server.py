@@ -69,7 +69,7 @@ def histogram_mean(samples: Sequence[tuple[str, dict[str, str], float]], name: s
 
 
 @dataclass
-class _Stream:
+class Stream:
     """One streamed answer while it comes in."""
 
     start: float
@@ -97,13 +97,14 @@ class Client:
     Args:
         url: of the server, without ``/v1``.
         name: what errors call it.
+        pid: its process, if it was started here.
 
     Raises:
         DraftheadError: it does not answer, or refuses a request.
     """
 
-    def __init__(self, url: str, name: str = "server"):
-        self.url, self.name = url.rstrip("/").removesuffix("/v1"), name
+    def __init__(self, url: str, name: str = "server", pid: int | None = None):
+        self.url, self.name, self.pid = url.rstrip("/").removesuffix("/v1"), name, pid
 
     def get(self, path: str) -> httpx.Response:
         """A page of the server."""
@@ -178,33 +179,41 @@ class Client:
             for i, prompt in enumerate(prompts)
         ]
         begin = time.perf_counter()
-        streams = asyncio.run(self._ask(bodies, concurrency))
+        streams = asyncio.run(self._ask_all(bodies, concurrency))
         wall = time.perf_counter() - begin
         return Generation([stream.completion() for stream in streams], wall)
 
-    async def _ask(self, bodies: list[dict], concurrency: int) -> list[_Stream]:
+    async def _ask_all(self, bodies: list[dict], concurrency: int) -> list[Stream]:
         gate = asyncio.Semaphore(concurrency)
-        limits = httpx.Limits(max_connections=concurrency)
-        timeout = httpx.Timeout(600)
-        # No proxy of the environment's: it would be timed with the server, or lead elsewhere.
-        async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
+        async with connections(concurrency) as http:
 
-            async def ask(body: dict) -> _Stream:
+            async def ask(body: dict) -> Stream:
                 async with gate:
-                    return await self._stream(client, body)
+                    return await self.stream(http, body)
 
             try:
                 return await asyncio.gather(*(ask(body) for body in bodies))
             except httpx.HTTPError as error:
                 raise DraftheadError(f"{self.name} ({self.url}): {error!r}") from None
 
-    async def _stream(self, client: httpx.AsyncClient, body: dict) -> _Stream:
-        found = _Stream(time.perf_counter())
-        async with client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
+    async def stream(
+        self, http: httpx.AsyncClient, body: dict, *, leave_after: int | None = None
+    ) -> Stream:
+        """Ask for one completion and read it as it comes.
+
+        Args:
+            http: connections, from :func:`connections`.
+            body: of the request; it asks for a stream with token ids.
+            leave_after: hang up after so many outputs.
+        """
+        found = Stream(time.perf_counter())
+        async with http.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")[:500]
                 raise DraftheadError(f"{self.name} ({self.url}): {response.status_code}: {text}")
             async for line in response.aiter_lines():
+                if leave_after is not None and len(found.times) >= leave_after:
+                    break
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 event = json.loads(line[6:])
@@ -216,6 +225,13 @@ class Client:
                         found.ids += choice["token_ids"]
                     found.finish_reason = choice["finish_reason"] or found.finish_reason
         return found
+
+
+def connections(count: int) -> httpx.AsyncClient:
+    """So many connections at most. No proxy of the environment's: it would be timed with the
+    server, or lead elsewhere."""
+    limits = httpx.Limits(max_connections=count)
+    return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(600), trust_env=False)
 
 
 def _free_port() -> int:
@@ -243,7 +259,7 @@ def running_server(plan: Plan, *, log: Path, name: str) -> Iterator[Client]:
             start_new_session=True,
         )
     try:
-        client = Client(f"http://127.0.0.1:{port}", name)
+        client = Client(f"http://127.0.0.1:{port}", name, process.pid)
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             with contextlib.suppress(DraftheadError):

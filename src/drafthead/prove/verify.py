@@ -12,13 +12,13 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.lossless import NOT_LOSSLESS, compare
-from drafthead.prove.prompts import Prompt, heldout_prompts
+from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
-from drafthead.recipe import Recipe
+from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
-from drafthead.targets import load_target
+from drafthead.targets import recipe_target
 
 # Lengths that faults of speculation have hidden at: one-token prompts, a block's edge, chunks.
 _PROMPT_LENGTHS = (1, 1, 2, 3, 4, 5, 8, 20, 60, 130, 200)
@@ -50,13 +50,28 @@ def mixed_lengths(prompts: Sequence[Sequence[int]], seed: int = 0) -> tuple[list
     return cut, [int(n) for n in rng.choice(_ANSWER_LENGTHS, len(cut))]
 
 
+def begun_alike(prompts: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
+    """Every prompt again, then its first half with the next prompt after it: what was met before
+    comes from cached blocks, whole or in part."""
+    again = [list(prompt) for prompt in prompts]
+    following = [*again[1:], *again[:1]]
+    halves = [(a[: -(-len(a) // 2)] + b)[:longest] for a, b in zip(again, following, strict=True)]
+    return again + halves
+
+
 def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> list[Workload]:
-    """What verify runs: the held-out prompts and, if asked for, the same at mixed lengths."""
+    """What verify runs: the prompts and, if asked for, the same from cached blocks and at mixed
+    lengths."""
     section = recipe.verify
     concurrency = section.concurrency or recipe.engine.max_num_seqs
     ids = [p.ids for p in prompts if len(p.ids) < max_model_len]
     limits = [min(section.max_new_tokens, max_model_len - len(p)) for p in ids]
-    found = [Workload("held-out", ids, limits, concurrency)]
+    found = [Workload("prompts", ids, limits, concurrency)]
+    if section.prefix_cache:
+        longest = max(1, max_model_len - section.max_new_tokens)
+        cached = begun_alike(ids, longest)
+        room = [min(section.max_new_tokens, max_model_len - len(p)) for p in cached]
+        found.append(Workload("cached prefixes", cached, room, concurrency))
     if section.mixed_lengths:
         found.append(Workload("mixed lengths", *mixed_lengths(ids), concurrency))
     return found
@@ -121,7 +136,7 @@ def prove_lossless(
     Args:
         drafted: a plan for each number of tokens drafted a step.
         base: the plan of the target alone.
-        prompts: the held-out prompts.
+        prompts: what is asked.
         recipe: limits and load.
         logs: folder for what the engines print.
     """
@@ -174,17 +189,16 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: an engine does not run.
         ClaimFailed: a difference that is no tie.
     """
-    target = load_target(
-        recipe.target.path, recipe.target.revision, recipe.target.trust_remote_code
-    )
+    target = recipe_target(recipe)
     head = existing_head(run.head)
-    prompts = heldout_prompts(run, recipe.verify.prompts)
+    prompts = many_prompts(run, recipe.verify.prompts)
     ks = recipe.verify.num_speculative_tokens or [recipe.serve.k]
     base = engine_plan(recipe, head=None, target=target)
+    chunked = _in_chunks(recipe)
     drafted = {
-        k: engine_plan(recipe, head=head, target=target, num_speculative_tokens=k) for k in ks
+        k: engine_plan(chunked, head=head, target=target, num_speculative_tokens=k) for k in ks
     }
-    console.print(f"verify: {len(prompts)} held-out prompts, k = {', '.join(map(str, ks))}")
+    console.print(f"verify: {len(prompts)} prompts, k = {', '.join(map(str, ks))}")
     outcome = prove_lossless(drafted, base, prompts, recipe, run.root / "logs")
     runs, sampled = outcome.runs, outcome.sampled
     result = {
@@ -212,6 +226,15 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     if sampled is not None and not sampled.same:
         raise ClaimFailed(f"not lossless: {sampled.words} See {run.verify_json}")
     return {key: result[key] for key in ("lossless", "prompts", "identical", "ties", "differences")}
+
+
+def _in_chunks(recipe: Recipe) -> Recipe:
+    """The recipe with engine steps as small as verify asks for."""
+    size = recipe.verify.max_num_batched_tokens
+    if size is None:
+        return recipe
+    extra = {**recipe.engine.extra, "max_num_batched_tokens": size}
+    return with_options(recipe, "engine", {"extra": extra})
 
 
 def _failure(runs: list[dict], run: RunDir) -> str:

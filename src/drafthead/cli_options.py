@@ -1,0 +1,40 @@
+"""What the commands share: the console, common options, how a result is told."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from drafthead.recipe import Recipe
+
+console = Console(stderr=True)
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+RunsDir = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace output made with other settings.")
+]
+
+
+def emit(result: Any, as_json: bool) -> None:
+    """A command's result: one JSON object on stdout, or for people on stderr."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    elif result is not None:
+        console.print_json(json.dumps(result))
+
+
+def run_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool) -> dict:
+    """Run one stage; returns its summary."""
+    from drafthead.run import execute
+
+    found = execute(recipe, runs, first=name, last=name, overwrite=overwrite, console=console)
+    return found[name]
+
+
+def one_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool, as_json: bool) -> None:
+    """Run one stage and tell its summary."""
+    emit(run_stage(name, recipe, runs, overwrite), as_json)

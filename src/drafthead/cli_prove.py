@@ -1,0 +1,139 @@
+"""The commands verify and bench: their many options, as fields of the recipe."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from drafthead.cli_options import (
+    AsJson,
+    Overwrite,
+    RecipeFile,
+    RunsDir,
+    console,
+    emit,
+    one_stage,
+    run_stage,
+)
+from drafthead.recipe import Recipe, load_recipe, with_options
+
+
+def _numbers(text: str | None) -> list[str] | None:
+    """The parts of ``1,2,3``; the recipe's own check says what is wrong with one."""
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _with_options(recipe: Path, section: str, options: dict[str, Any]) -> Recipe:
+    """The recipe with a section's fields as the command line gives them, and a word on it."""
+    changed = {name: value for name, value in options.items() if value is not None}
+    if changed:
+        console.print(
+            f"{section}: {', '.join(f'{n}={v}' for n, v in changed.items())} instead of the "
+            f"recipe's; what comes after this stage wants the same in {recipe}"
+        )
+    return with_options(load_recipe(recipe), section, changed)
+
+
+def _sets(named: list[str] | None) -> list[dict[str, str]] | None:
+    """``NAME=FILE`` as sources of the recipe."""
+    if named is None:
+        return None
+    pairs = [entry.partition("=") for entry in named]
+    return [{"path": file, "name": name} if file else {"path": name} for name, _, file in pairs]
+
+
+def verify(
+    recipe: RecipeFile,
+    k: Annotated[str | None, typer.Option(help="Tokens drafted a step: 1,2,3.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="How many prompts, trained on or not.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
+    mixed_lengths: Annotated[
+        bool | None, typer.Option(help="Also prompts and answers of mixed lengths.")
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None, typer.Option(help="Also answers that start from cached blocks.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an engine step: prompts in chunks.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Sampled answers at each context, with and without.")
+    ] = None,
+    runs: RunsDir = Path("runs"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that greedy output is the same with the head as without."""
+    options = {
+        "num_speculative_tokens": _numbers(k),
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "concurrency": concurrency,
+        "mixed_lengths": mixed_lengths,
+        "prefix_cache": prefix_cache,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "samples": samples,
+    }
+    one_stage("verify", _with_options(recipe, "verify", options), runs, overwrite, as_json)
+
+
+class _Baseline(StrEnum):
+    ngram = "ngram"
+
+
+class _Over(StrEnum):
+    engine = "engine"
+    http = "http"
+
+
+def bench(
+    recipe: RecipeFile,
+    k: Annotated[str | None, typer.Option(help="Tokens drafted a step: 1,3,5.")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Requests at once: 1,4,16,64.")] = None,
+    temperature: Annotated[str | None, typer.Option(help="Temperatures: 0,0.7.")] = None,
+    tensor_parallel: Annotated[str | None, typer.Option(help="Numbers of GPUs: 1,2.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Prompts of your own, NAME=FILE; more than one is fine."),
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts to time.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Times each pair is run.")] = None,
+    over: Annotated[_Over | None, typer.Option(help="The engine itself, or servers.")] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option("--head", help="Another EAGLE-3 head, vLLM or speculators format."),
+    ] = None,
+    baseline: Annotated[
+        _Baseline | None, typer.Option(help="Also a drafter that needs no head.")
+    ] = None,
+    runs: RunsDir = Path("runs"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the speed with the head against the speed without, other drafters beside it."""
+    options = {
+        "num_speculative_tokens": _numbers(k),
+        "concurrency": _numbers(concurrency),
+        "temperature": _numbers(temperature),
+        "tensor_parallel_size": _numbers(tensor_parallel),
+        "sources": _sets(sets),
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "repeats": repeats,
+        "over": over and over.value,
+    }
+    found = _with_options(recipe, "bench", options)
+    summary = run_stage("bench", found, runs, overwrite)
+    if heads or baseline:
+        from drafthead.prove.bench import contest
+        from drafthead.rundir import RunDir
+
+        run, ngram = RunDir(runs / found.name), baseline is not None
+        beside = contest(found, run, heads=heads or [], ngram=ngram, console=console)
+        summary = {**summary, "beside": beside}
+    emit(summary, as_json)

@@ -1,0 +1,81 @@
+"""Which prompts are put to the engines."""
+
+import json
+
+import numpy as np
+import pytest
+
+from drafthead.data.answers import Answer, write_part
+from drafthead.errors import DraftheadError
+from drafthead.prove.prompts import heldout_prompts, many_prompts, timed_prompts
+from drafthead.prove.verify import begun_alike, workloads
+from drafthead.recipe import parse_recipe, with_options
+from drafthead.rundir import RunDir
+from drafthead.targets import load_target
+
+
+@pytest.fixture
+def recipe(llama):
+    return parse_recipe(
+        {
+            "name": "r",
+            "target": {"path": str(llama)},
+            "prompts": {"sources": [{"path": "p.jsonl"}]},
+            "engine": {"max_model_len": 64},
+        },
+        "test",
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDir(tmp_path / "r")
+    none = np.zeros(0, np.int32)
+    answers = []
+    for i, split in enumerate(["train", "heldout", "train", "heldout", "train"]):
+        ids, mask = np.arange(1, 3 + i, dtype=np.int32), np.zeros(2 + i, bool)
+        answers.append(Answer(f"c{i}", "s", split, ids, mask, none, "stop", ""))
+    write_part(run.answers, 0, answers, {})
+    return run
+
+
+def test_more_prompts_than_held_out_takes_trained_ones(run):
+    names = lambda prompts: [p.conversation for p in prompts]
+    assert names(heldout_prompts(run, None)) == names(many_prompts(run, None)) == ["c1", "c3"]
+    assert names(many_prompts(run, 1)) == ["c1"]
+    assert names(many_prompts(run, 4)) == ["c1", "c3", "c0", "c2"]
+    assert len(many_prompts(run, 99)) == 5
+
+
+def test_sets_of_ones_own(recipe, run, llama, tmp_path):
+    files = []
+    for name in ("code", "maths"):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [{"prompt": f"{name} {i}"} for i in range(5)] + [{"prompt": "word " * 200}]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append({"path": str(file), "name": name})
+    options = {"sources": files, "prompts": 4, "max_new_tokens": 8}
+    found = timed_prompts(with_options(recipe, "bench", options), run, load_target(llama))
+    assert [p.source for p in found] == ["code"] * 2 + ["maths"] * 2
+    assert all(len(p.ids) <= 56 for p in found)
+    with pytest.raises(DraftheadError, match="no prompt of it leaves room"):
+        longer = with_options(recipe, "bench", {**options, "max_new_tokens": 60})
+        timed_prompts(longer, run, load_target(llama))
+
+
+def test_prompts_from_cached_blocks(recipe, run):
+    assert begun_alike([[1, 2, 3], [4]], 3) == [[1, 2, 3], [4], [1, 2, 4], [4, 1, 2]]
+    options = {"prefix_cache": True, "mixed_lengths": True, "max_new_tokens": 60}
+    found = workloads(with_options(recipe, "verify", options), heldout_prompts(run, None), 64)
+    assert [w.name for w in found] == ["prompts", "cached prefixes", "mixed lengths"]
+    for work in found[:2]:
+        assert all(len(p) + n <= 64 for p, n in zip(work.prompts, work.max_tokens, strict=True))
+    assert [len(w.prompts) for w in found] == [2, 4, 2]
+
+
+def test_options_are_checked_like_the_recipe(recipe):
+    changed = with_options(recipe, "bench", {"concurrency": ["1", "16"], "prompts": None})
+    assert (changed.bench.concurrency, changed.bench.prompts) == ([1, 16], 24)
+    assert with_options(recipe, "bench", {"prompts": None}) is recipe
+    with pytest.raises(DraftheadError, match=r"command line: `bench.concurrency.1`: .* found 'x'"):
+        with_options(recipe, "bench", {"concurrency": ["1", "x"]})
