@@ -25,15 +25,17 @@ from pathlib import Path
 
 import lfm2_shapes
 import numpy as np
+import torch
 from rich.console import Console
 
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
-from drafthead.prove.costmodel import analyse
+from drafthead.prove.costmodel import StepCost, analyse, median_error
 from drafthead.prove.grid import line, running, start, time_grid
 from drafthead.prove.pairing import Engine, Point
+from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import parse_recipe
 from drafthead.serve import Plan, Setting, engine_plan
 from drafthead.targets import load_target
@@ -61,7 +63,7 @@ def read_prompts(target: Path, sets: Sequence[str], count: int) -> list[tuple[li
     found = []
     for name, _, file in (entry.partition("=") for entry in sets):
         texts = [json.loads(row)["prompt"] for row in Path(file).read_text().splitlines()]
-        ids = (template.encode([{"role": "user", "content": text}])[0].tolist() for text in texts)
+        ids = (list(template.encode([{"role": "user", "content": text}])[0]) for text in texts)
         short = [one for one in ids if len(one) <= LONGEST_PROMPT]
         found += [(short[i * len(short) // count], name) for i in range(count)]
     return found
@@ -149,16 +151,87 @@ def tiny_cases(options: argparse.Namespace) -> None:
     options.tokens, options.count = 16, 4
 
 
-def time_case(case: Case, options: argparse.Namespace) -> Iterator[dict]:
-    """Time a case's grid, greedy first; costs alone need no sampling."""
+def time_case(case: Case, temperature: float, options: argparse.Namespace) -> Iterator[dict]:
+    """Time a case's grid at one temperature, cell by cell."""
     base, *fast = case.engines
     drafted = dict(zip(case.drafted, fast, strict=True))
-    temperatures = options.temperature if case.about["acceptance"] == "served" else [0.0]
     k = next(iter(drafted))
-    points = [Point(k, c, t, options.tokens) for t in temperatures for c in options.concurrency]
+    points = [Point(k, c, temperature, options.tokens) for c in options.concurrency]
     for _, cell in time_grid(base, drafted, case.prompts, points, repeats=1, warmup=2):
         CONSOLE.print(f"{case.name}: {line(cell)}")
         yield {name: value for name, value in cell.items() if name != "pairs"}
+
+
+def launch(cases: Sequence[Case], logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
+    """Start every engine of every case side by side; returns why cases failed, by their names."""
+
+    def one(case: Case) -> None:
+        plans = {"alone": case.base} | {f"k{k}": plan for k, plan in case.drafted.items()}
+        engines = [
+            running(plan, "engine", logs / f"{case.name}-{name}.log", f"{case.name} {name}")
+            for name, plan in plans.items()
+        ]
+        case.engines = start(engines, stack)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        starting = {case.name: pool.submit(one, case) for case in cases}
+    failed = {name: future.exception() for name, future in starting.items()}
+    return {name: str(error)[-1500:] for name, error in failed.items() if error is not None}
+
+
+def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -> None:
+    """Time every case greedily, then at the other temperatures, until the time is used up."""
+    begun = time.monotonic()
+    for temperature in options.temperature:
+        for case in cases:
+            own = record["cases"][case.name]
+            if temperature and own["acceptance"] == "synthetic":
+                continue  # costs alone need no sampling
+            for cell in time_case(case, temperature, options):
+                own["cells"].append(cell)
+                own["cost_model"] = analyse([c for c in own["cells"] if not c["temperature"]], None)
+                write_json(options.out / "grid.json", record)
+                last = cell["num_speculative_tokens"] == list(case.drafted)[-1]
+                if last and time.monotonic() - begun > options.seconds:
+                    record["cut_short"] = f"{case.name}, temperature {temperature:g}"
+                    return
+
+
+def check_vocabulary(record: dict, options: argparse.Namespace) -> list[dict]:
+    """The step with a quarter of the draft vocabulary: predicted from the whole one's fit and what
+    a row costs by itself, against measured."""
+    whole, small = (record["cases"].get(name, {}) for name in ("lfm2", "lfm2-vocab"))
+    if not whole.get("cost_model") or not small.get("cells"):
+        return []
+    rows, fewer = whole["draft_vocab_size"], small["draft_vocab_size"] - whole["draft_vocab_size"]
+    hidden = lfm2_shapes.target_config(options.tiny, False)["hidden_size"]
+    device, dtype = this_machine().vllm_device, torch.float32 if options.tiny else torch.bfloat16
+    cells = {cell["concurrency"]: cell for cell in small["cells"]}
+    found = []
+    for fit in whole["cost_model"]:
+        cell = cells.get(fit["concurrency"])
+        if cell is None:
+            continue
+        k, tokens = cell["num_speculative_tokens"], fit["concurrency"]
+        row_s = row_seconds(hidden, rows, tokens, device=device, dtype=dtype)
+        cost = StepCost(
+            tokens, fit["plain_step_s"], fit["fixed_s"], fit["per_draft_token_s"], row_s
+        )
+        # Both in plain steps: the machine may have drifted between the two cases.
+        predicted = cost.step(k, fewer) / cost.plain
+        measured = cell["step_s"]["drafted"] / cell["step_s"]["base"]
+        found.append(
+            {
+                "concurrency": tokens,
+                "num_speculative_tokens": k,
+                "per_row_s": row_s,
+                "predicted_plain_steps": predicted,
+                "predicted_with_the_whole": cost.step(k) / cost.plain,
+                "measured_plain_steps": measured,
+                "relative_error": predicted / measured - 1,
+            }
+        )
+    return found
 
 
 def main() -> None:
@@ -174,7 +247,7 @@ def main() -> None:
     parser.add_argument("--k", type=numbers(int), default=[1, 3, 5])
     parser.add_argument("--concurrency", type=numbers(int), default=[1, 4, 16, 64])
     parser.add_argument("--temperature", type=numbers(float), default=[0.0, 0.7])
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer at most")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer at most")
     parser.add_argument("--seconds", type=float, default=280, help="time no point after so long")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -192,45 +265,23 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": this_machine().as_dict(),
-        "cases": {},
     }
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(cases)) as pool:
+    with contextlib.ExitStack() as stack:
         begun = time.monotonic()
-
-        def launch(case: Case) -> None:
-            plans = {"alone": case.base} | {f"k{k}": p for k, p in case.drafted.items()}
-            logs = options.out / "logs"
-            engines = [
-                running(p, "engine", logs / f"{case.name}-{n}.log", f"{case.name} {n}")
-                for n, p in plans.items()
-            ]
-            case.engines = start(engines, stack)
-
-        starting = {case.name: pool.submit(launch, case) for case in cases}
-        failed = {name: future.exception() for name, future in starting.items()}
-        record["start_s"] = round(time.monotonic() - begun, 1)
-        CONSOLE.print(f"engines ready after {record['start_s']} s")
-        begun = time.monotonic()
-        for case in cases:
-            own = record["cases"][case.name] = {**case.about, "cells": []}
-            if (error := failed[case.name]) is not None:
-                own["failed"] = str(error)[-1500:]
-                CONSOLE.print(f"{case.name}: {own['failed']}")
-                continue
-            try:
-                for cell in time_case(case, options):
-                    own["cells"].append(cell)
-                    greedy = [c for c in own["cells"] if not c["temperature"]]
-                    own["cost_model"] = analyse(greedy, None)
-                    write_json(options.out / "grid.json", record)
-                    if time.monotonic() - begun > options.seconds:
-                        record["cut_short"] = f"at {case.name}, after {options.seconds:g} s"
-                        break
-            except DraftheadError as error:
-                own["failed"] = str(error)[-1500:]
-            if "cut_short" in record:
-                break
+        failed = launch(cases, options.out / "logs", stack)
+        record |= {"start_s": round(time.monotonic() - begun, 1), "failed": failed}
+        CONSOLE.print(f"engines ready after {record['start_s']} s; failed: {failed}")
+        record["cases"] = {case.name: {**case.about, "cells": []} for case in cases}
+        try:
+            time_all([case for case in cases if case.name not in failed], options, record)
+        except DraftheadError as error:
+            record["died"] = str(error)[-1500:]
+    record["cost_model_error"] = {
+        name: median_error(case.get("cost_model", [])) for name, case in record["cases"].items()
+    }
+    record["vocabulary"] = check_vocabulary(record, options)
     write_json(options.out / "grid.json", record)
+    CONSOLE.print({name: record[name] for name in ("cost_model_error", "vocabulary")})
 
 
 if __name__ == "__main__":
