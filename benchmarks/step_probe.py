@@ -11,8 +11,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-# (what, class attribute path from the worker, method): timed one inside the other, so a line of
-# the table includes the lines that it calls.
+# (owner, method), owners as in `Probe._phases`. Some call others, so their times must not be added.
 PHASES = (
     ("runner", "execute_model"),
     ("runner", "gather_batch_req_state"),

@@ -74,7 +74,7 @@ def test_eagle3_that_is_never_right(tmp_path, target, plain):
         assert counter(llm, "spec_decode_num_accepted_tokens") < 50
 
 
-@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
 def test_ngram(target, plain, k):
     with engine(target, ngram(k)) as llm:
         assert staggered(llm, STAGGERED) == plain["staggered"]
