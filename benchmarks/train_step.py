@@ -104,20 +104,20 @@ class Ours:
         with torch.device(device):
             head = Eagle3Head(config).to(dtype)
             embedding = torch.randn(shape.vocab, shape.hidden).mul_(0.02).to(dtype)
-        rows = embedding[: shape.draft_vocab].clone()
+        rows, embedding = embedding[: shape.draft_vocab].clone(), embedding.cpu()
         head.lm_head.weight.data.copy_(rows)
         teacher = Teacher(torch.ones(shape.hidden, device=device, dtype=dtype), 1e-5, rows)
         to_draft = torch.arange(shape.vocab)
         to_draft[shape.draft_vocab :] = -1
         self.batches: list[Batch] = []
         for documents in samples:
-            batch = assemble(documents, steps, to_draft, shape.tokens)
+            batch = assemble(documents, steps, to_draft, shape.tokens, embedding)
             assert batch is not None
             self.batches.append(batch.map(lambda x: x.to(device)))
         objective = Objective("kl", steps, 1.0, chunk_rows=options.chunk)
         self.embedding = embedding
         self.start = {name: t.cpu().clone() for name, t in head.state_dict().items()}
-        self.step = TrainStep(head, embedding, teacher, objective, compiled=options.compile)
+        self.step = TrainStep(head, teacher, objective, compiled=options.compile)
         self.optimizer = AdamW(head.named_parameters(), AdamWSettings())
         self.operations = operations(config, self.batches[0])
 
@@ -256,7 +256,9 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="folder with speculators, if not installed")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--chunk", type=int, default=4096, help="rows of logits at once")
+    parser.add_argument(
+        "--chunk", type=int, default=Objective.chunk_rows, help="rows of logits at once"
+    )
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10, help="steps of a block")
     parser.add_argument("--warmup", type=int, default=5)

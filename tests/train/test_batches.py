@@ -10,6 +10,7 @@ from drafthead.train.batches import OPEN_ROWS, assemble, draft_ids, pack, prefet
 from tests.train.samples import sample
 
 TO_DRAFT = draft_ids(torch.arange(0, 50, 2), 50)
+EMBEDDING = torch.arange(200.0).view(50, 4)
 
 
 @given(st.lists(st.integers(-2, 130), max_size=60), st.integers(1, 100))
@@ -40,7 +41,7 @@ def test_every_row_is_what_its_definition_says(data):
         mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
         states = data.draw(st.sampled_from([length, length - 1]))
         samples.append(sample(length, 1, str(number), number, states, mask))
-    batch = assemble(samples, steps, TO_DRAFT, tokens)
+    batch = assemble(samples, steps, TO_DRAFT, tokens, EMBEDDING)
 
     expected = []  # (document, token index) of the supervised tokens
     for d, s in enumerate(samples):
@@ -54,7 +55,7 @@ def test_every_row_is_what_its_definition_says(data):
     assert batch.names == tuple(str(d) for d in used)
     document = torch.repeat_interleave(torch.tensor(used), torch.tensor(batch.documents.k_lengths))
     for at, (d, i) in enumerate(zip(document.tolist(), batch.positions.tolist())):
-        assert batch.next_ids[at] == samples[d].ids[i + 1]
+        assert torch.equal(batch.embeds[at], EMBEDDING[int(samples[d].ids[i + 1])])
         assert torch.equal(batch.aux[at], samples[d].aux[i])
     assert torch.equal(batch.live_of[batch.live], torch.arange(len(batch.live)))
     assert (batch.live_of >= 0).sum() == len(batch.live)
@@ -78,7 +79,7 @@ def test_every_row_is_what_its_definition_says(data):
 
 
 def test_nothing_supervised_is_no_batch():
-    assert assemble([sample(5, 5)], 2, TO_DRAFT, 10) is None
+    assert assemble([sample(5, 5)], 2, TO_DRAFT, 10, EMBEDDING) is None
 
 
 def test_draft_ids_maps_back():
@@ -86,7 +87,7 @@ def test_draft_ids_maps_back():
 
 
 def test_prefetch_gives_every_batch_in_order_and_hands_on_errors():
-    batches = [assemble([sample(6 + i, 3, str(i))], 1, TO_DRAFT, 99) for i in range(8)]
+    batches = [assemble([sample(6 + i, 3, str(i))], 1, TO_DRAFT, 99, EMBEDDING) for i in range(8)]
     device = torch.device("cpu")
     found = list(prefetch(lambda n: batches[n], range(8), device, depth=2))
     assert [b.names for b in found] == [b.names for b in batches]
@@ -101,7 +102,7 @@ def test_prefetch_gives_every_batch_in_order_and_hands_on_errors():
 
 
 def test_prefetch_ends_when_its_consumer_does():
-    batch = assemble([sample(6, 3)], 1, TO_DRAFT, 99)
+    batch = assemble([sample(6, 3)], 1, TO_DRAFT, 99, EMBEDDING)
     stream = prefetch(lambda n: batch, range(10**9), torch.device("cpu"))
     next(stream)
     stream.close()  # joins the thread, or hangs here

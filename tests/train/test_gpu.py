@@ -56,13 +56,12 @@ def test_step_on_the_gpu_is_the_plain_step(loss, compiled):
     for s in samples:
         object.__setattr__(s, "states", torch.randn(len(s.ids), 4, 128, generator=g).bfloat16())
         object.__setattr__(s, "num_aux", 3)
-    batch = assemble(samples, 3, to_draft, 1000)
+    batch = assemble(samples, 3, to_draft, 1000, embedding)
     weights = torch.ones(128), 1e-5, torch.randn(256, 128, generator=g).bfloat16()
     objective = Objective(loss, 3, 0.8, chunk_rows=100)
 
     plain = TrainStep(
         head.double(),
-        embedding.double(),
         Teacher(weights[0].double(), weights[1], weights[2].double()),
         objective,
     )
@@ -74,7 +73,6 @@ def test_step_on_the_gpu_is_the_plain_step(loss, compiled):
     fast = fast.to("cuda", torch.bfloat16)
     step = TrainStep(
         fast,
-        embedding.cuda(),
         Teacher(weights[0].cuda().bfloat16(), weights[1], weights[2].cuda()),
         objective,
         compiled,

@@ -194,13 +194,13 @@ def test_rows_of_a_step_add_up_to_one_row(store):
     """Accumulation: the gradients of two rows are those of one row with all their documents."""
     task = make_task(store)
     to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
-    step = TrainStep(task.head, task.embedding, task.teacher, Objective())
+    step = TrainStep(task.head, task.teacher, Objective())
     samples = [task.reader[i] for i in (1, 2, 3, 4)]
 
     def gradients(parts):
         task.head.zero_grad()
         for part in parts:
-            batch = assemble(part, 3, to_draft, 1000)
+            batch = assemble(part, 3, to_draft, 1000, task.embedding)
             assert batch is not None
             step.backward(batch)
         return [p.grad.clone() for p in task.head.parameters()]

@@ -57,7 +57,7 @@ def problem(**changes):
             replace(s, ids=s.ids % c.vocab_size, states=states, num_aux=len(c.aux_layer_ids))
         )
     embedding = torch.randn(c.vocab_size, c.hidden_size, generator=g).double()
-    return head, embedding, samples, assemble(samples, STEPS, to_draft, 100)
+    return head, embedding, samples, assemble(samples, STEPS, to_draft, 100, embedding)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def problem(**changes):
 )
 def test_packed_steps_equal_one_position_at_a_time(changes):
     head, embedding, samples, batch = problem(**changes)
-    found = TrainingTimeTest(head, embedding, STEPS)(batch)
+    found = TrainingTimeTest(head, STEPS)(batch)
     expected, m, rows = torch.zeros_like(found), 0, 0
     for s in samples:
         chains = [one_position(head, embedding, s.ids, s.aux, i) for i in range(len(s.aux))]

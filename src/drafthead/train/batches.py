@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drafthead.states import Sample
@@ -33,8 +34,9 @@ class Batch:
 
     names: tuple[str, ...]
     """The conversations in it, for messages."""
-    next_ids: Tensor
-    """int [N]: the token after each position."""
+    embeds: Tensor
+    """[N, H]: the embedding of the token after each position. Gathered on the host: a vocabulary's
+    embedding takes half a gigabyte of a device's memory, a row of it 33 MB."""
     positions: Tensor
     """int [N]: index of each position in its document."""
     aux: Tensor
@@ -61,7 +63,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """N: the positions that are packed."""
-        return len(self.next_ids)
+        return len(self.positions)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with every tensor changed."""
@@ -106,10 +108,13 @@ def draft_ids(target_ids: Tensor, vocab_size: int) -> Tensor:
     return ids
 
 
-def assemble(samples: list[Sample], steps: int, to_draft: Tensor, tokens: int) -> Batch | None:
+def assemble(
+    samples: list[Sample], steps: int, to_draft: Tensor, tokens: int, embedding: Tensor
+) -> Batch | None:
     """Pack samples for `steps` of training-time test; None if nothing in them is supervised.
 
-    to_draft int [V] (see `draft_ids`). Of a document only the first `tokens` positions are used.
+    to_draft int [V] (see `draft_ids`). embedding [V, H]: the target's, on the CPU. Of a document
+    only the first `tokens` positions are used.
     """
     names, next_ids, positions, aux, last, labels = [], [], [], [], [], []
     live, student, q_lengths, k_lengths = [], [], [], []
@@ -144,7 +149,7 @@ def assemble(samples: list[Sample], steps: int, to_draft: Tensor, tokens: int) -
     student_of.scatter_(1, rows % (len(live_rows) + 1), torch.arange(total).expand(steps, -1))
     return Batch(
         names=tuple(names),
-        next_ids=torch.cat(next_ids),
+        embeds=F.embedding(torch.cat(next_ids), embedding),
         positions=torch.cat(positions),
         aux=torch.cat(aux),
         live=live_rows,

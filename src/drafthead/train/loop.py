@@ -93,15 +93,13 @@ class _Fit:
         )
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.head = task.head.to(device, self.dtype)
-        self.embedding = task.embedding.to(device, self.dtype)
+        self.embedding = task.embedding.to(self.dtype)
         weight, eps, rows = task.teacher.norm_weight, task.teacher.eps, task.teacher.head
         teacher = Teacher(weight.to(device, self.dtype), eps, rows.to(device, self.dtype))
         objective = Objective(
             settings.loss, settings.ttt_steps, settings.ttt_decay, settings.regression_weight
         )
-        self.step = TrainStep(
-            self.head, self.embedding, teacher, objective, compiled=device.type == "cuda"
-        )
+        self.step = TrainStep(self.head, teacher, objective, compiled=device.type == "cuda")
         self.optimizer = AdamW(
             self.head.named_parameters(),
             AdamWSettings(
@@ -130,7 +128,9 @@ class _Fit:
         """Read and pack row `number` of the plan."""
         samples = [self.task.reader[index] for index in self.plan.rows[number]]
         settings = self.task.settings
-        batch = assemble(samples, settings.ttt_steps, self.to_draft, settings.row_tokens)
+        batch = assemble(
+            samples, settings.ttt_steps, self.to_draft, settings.row_tokens, self.embedding
+        )
         return batch if batch is None else batch.map(self._shrink)
 
     def _shrink(self, x: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class _Fit:
         samples = (reader[int(i)] for i in own)
         totals = [Acceptance(k) for k in ks]
         if own:
-            totals = evaluate(self.head, self.embedding, samples, ks)
+            totals = evaluate(self.head, self.embedding.to(world.device), samples, ks)
         for total in totals:
             counts = [total.known, total.accepted, total.outside, total.past_end]
             tensors = [torch.tensor(total.steps), *(torch.from_numpy(c) for c in counts)]

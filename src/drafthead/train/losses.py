@@ -188,6 +188,8 @@ class _FusedLoss(torch.autograd.Function):
                 gradient = gradient.view(-1, lm_head.shape[0])
                 d_normed[:, part] = (gradient @ lm_head).view(steps, -1, width)
                 d_head.addmm_(gradient.t(), rows)
+            # Or they would live on beside the next chunk's: most of the step's peak memory.
+            del logits, soft, gradient
         ctx.save_for_backward(d_normed, d_head)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -207,7 +209,7 @@ def fused_loss(
     labels: Tensor,
     weights: Tensor,
     kind: LossKind,
-    chunk_rows: int = 4096,
+    chunk_rows: int = 2048,
 ) -> tuple[Tensor, Tensor]:
     """LM head and loss in chunks, gradients computed on the way: no logits outlive their chunk.
 

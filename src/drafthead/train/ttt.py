@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from drafthead.head.model import DecoderLayer, Eagle3Head, rotate
@@ -90,8 +89,8 @@ class TrainingTimeTest:
     dynamic, so each compiles once; the attention is a kernel of its own in between).
     """
 
-    def __init__(self, head: Eagle3Head, embedding: Tensor, steps: int, compiled: bool = False):
-        self.head, self.embedding, self.steps = head, embedding, steps
+    def __init__(self, head: Eagle3Head, steps: int, compiled: bool = False):
+        self.head, self.steps = head, steps
         wrap: Callable = functools.partial(torch.compile, dynamic=True, fullgraph=True)
         wrap = wrap if compiled else lambda f: f
         self._first_inputs, self._project, self._project_live = map(
@@ -106,7 +105,7 @@ class TrainingTimeTest:
         docs, all_docs = batch.documents, _all_rows(batch.documents)
         final = len(head.layers) - 1
 
-        embeds = F.embedding(batch.next_ids, self.embedding).to(dtype)
+        embeds = batch.embeds.to(dtype)
         cos, sin = head.rotary(batch.positions, dtype)
         prefix: list[tuple[Tensor, Tensor]] = []
         own: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in head.layers]
@@ -128,12 +127,11 @@ class TrainingTimeTest:
         states = [self._select(head, hidden, batch.student[0], batch.student_of[0])]
 
         for step in range(1, self.steps):
-            ids = batch.next_ids[(live + step).clamp(max=batch.tokens - 1)]
-            embeds = F.embedding(ids, self.embedding).to(dtype)
+            later = embeds[(live + step).clamp(max=batch.tokens - 1)]
             cos, sin = head.rotary(batch.positions[live] + step, dtype)
             hidden = head.feedback(hidden)
             for index, layer in enumerate(head.layers):
-                x, residual = self._next(layer, embeds, hidden)
+                x, residual = self._next(layer, later, hidden)
                 q, k, v = self._project(layer, x, cos, sin)
                 for kept, new in zip(own[index], (k, v)):
                     kept.append(new)
