@@ -2,6 +2,7 @@
 
 from drafthead.states.format import Encoding, Sample, StoreMeta
 from drafthead.states.reader import StateReader
+from drafthead.states.samples import Samples
 from drafthead.states.writer import StateWriter
 
-__all__ = ["Encoding", "Sample", "StateReader", "StateWriter", "StoreMeta"]
+__all__ = ["Encoding", "Sample", "Samples", "StateReader", "StateWriter", "StoreMeta"]

@@ -136,6 +136,10 @@ class StoreMeta:
         per_layer = self.hidden_size * _DTYPES[self.encoding].itemsize
         return len(self.layers) * (per_layer + (4 if self.encoding == "fp8" else 0))
 
+    def bytes_of(self, tokens: int, states: int) -> int:
+        """Bytes of a sample of so many tokens and states, ids and mask counted."""
+        return states * self.bytes_per_token + 5 * tokens
+
     @property
     def fingerprint(self) -> str:
         return fingerprint(asdict(self))

@@ -103,7 +103,7 @@ def _check_shard(shard: Shard, name: str, meta: StoreMeta) -> None:
             raise ValueError("a length that is not a whole number")
         if not (0 <= prompt <= tokens and 0 <= states <= tokens):
             raise ValueError("lengths that contradict each other")
-    if sum(shard.states) * meta.bytes_per_token + 5 * sum(shard.tokens) > shard.bytes:
+    if meta.bytes_of(sum(shard.tokens), sum(shard.states)) > shard.bytes:
         raise ValueError("more samples than the shard has bytes for")
     if not all(isinstance(text, str) for text in shard.conversation + shard.split):
         raise ValueError("a name that is not text")

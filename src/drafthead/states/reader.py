@@ -1,9 +1,7 @@
 """Reads a state store: random access by sample, memory-mapped, checked before it is believed."""
 
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import sha256_file
 from drafthead.states.format import Sample, StoreMeta, shard_tensors
 from drafthead.states.index import Shard, load_unit, missing_units, unit_numbers
+from drafthead.states.samples import Samples
 
 
-class StateReader:
+class StateReader(Samples):
     """The samples of a state store, as a sequence.
 
         reader = StateReader("runs/demo/states")
@@ -25,16 +24,12 @@ class StateReader:
         sample = reader[7]                                  # ids, loss_mask, aux, last, …
         for sample in reader.stream(reader.order(seed=0, split="train")): ...
 
-    Opening reads the index only. Columns of the index, each with one entry a sample:
-    ``tokens`` int64 [N] (T), ``states`` int64 [N] (T'), ``prompt`` int64 [N], ``conversation``
-    and ``split`` object [N]. Samples come in the order of the units and of the prompts in them,
-    the same whoever wrote the store.
+    Opening reads the index only: the columns of ``Samples``.
 
     ``reader[i]`` gives a ``Sample`` whose tensors are private or memory-mapped read-only pages:
     do not write to them. Thread-safe. A shard's checksum is verified when it is first touched
     (``verify=False`` leaves that out: only after `drafthead states check`). A store that lacks
-    units is refused, unless ``partial``. ``aux_layers``: hand out only these of the captured
-    auxiliary layers; the attribute of that name says which are handed out.
+    units is refused, unless ``partial``.
 
     Raises:
         DraftheadError: no store there, or any part of it missing, altered, swapped or broken;
@@ -49,24 +44,25 @@ class StateReader:
         partial: bool = False,
         aux_layers: Iterable[int] | None = None,
     ):
-        self.path = Path(path)
-        if not self.path.is_dir():
+        path = Path(path)
+        if not path.is_dir():
             raise DraftheadError(
-                f"{self.path}: no such state store; `drafthead capture RECIPE` makes one"
+                f"{path}: no such state store; `drafthead capture RECIPE` makes one"
             )
-        self.meta = StoreMeta.load(self.path)
-        self.aux_layers, self._columns = _selected(self.path, self.meta, aux_layers)
-        numbers = unit_numbers(self.path)
-        missing, first = missing_units(self.meta, numbers)
+        meta = StoreMeta.load(path)
+        numbers = unit_numbers(path)
+        missing, first = missing_units(meta, numbers)
         if missing > 0 and not partial:
             raise DraftheadError(
-                f"{self.path}: {missing} of {self.meta.units} units are missing (the first is "
+                f"{path}: {missing} of {meta.units} units are missing (the first is "
                 f"{first}); `drafthead capture RECIPE` goes on where it stopped"
             )
-        self.units = [load_unit(self.path, self.meta, number) for number in numbers]
+        self.units = [load_unit(path, meta, number) for number in numbers]
         self.shards = [shard for unit in self.units for shard in unit.shards]
         for shard in self.shards:
-            check_size(self.path, shard)
+            check_size(path, shard)
+        counts = [len(shard.tokens) for shard in self.shards]
+        super().__init__(path, meta, counts, aux_layers)
         self._verify = verify
         self._open: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -79,18 +75,11 @@ class StateReader:
         self.prompt = column("prompt", np.int64)
         self.conversation = column("conversation", object)
         self.split = column("split", object)
-        counts = [len(shard.tokens) for shard in self.shards]
-        self._shard = np.repeat(np.arange(len(counts)), counts)
         self._token_start = _starts(self.tokens, counts)
         self._state_start = _starts(self.states, counts)
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
     def __getitem__(self, index: int) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.path}: sample {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = self.place(index)
         handle = self._handle(int(self._shard[index]))
         start, stop = self._token_start[index], self._token_start[index] + self.tokens[index]
         first, end = self._state_start[index], self._state_start[index] + self.states[index]
@@ -98,9 +87,9 @@ class StateReader:
         scale = None
         if self.meta.encoding == "fp8":
             scale = handle.get_slice("scale")[int(first) : int(end)]
-        if self._columns is not None:
-            states = states[:, self._columns]
-            scale = None if scale is None else scale[:, self._columns]
+        if self.columns is not None:
+            states = states[:, self.columns]
+            scale = None if scale is None else scale[:, self.columns]
         return Sample(
             ids=handle.get_slice("ids")[int(start) : int(stop)],
             loss_mask=handle.get_slice("loss_mask")[int(start) : int(stop)],
@@ -112,63 +101,12 @@ class StateReader:
             scale=scale,
         )
 
-    def indices(self, split: str) -> np.ndarray:
-        """int64 [n]: the samples of ``train`` or ``heldout``, in store order."""
-        return np.flatnonzero(self.split == split)
-
-    def order(self, seed: int, split: str | None = None, pool: int = 8) -> np.ndarray:
-        """int64 [n]: the samples shuffled across shards, the same for the same seed.
-
-        Shards are shuffled, then the samples of each ``pool`` of them together, so that a store
-        larger than memory is read nearly in sequence, ``pool`` shards at a time.
-        """
-        rng = np.random.default_rng(seed)
-        wanted = np.ones(len(self), bool) if split is None else self.split == split
-        shards = rng.permutation(len(self.shards))
-        rank = np.empty(len(self.shards), np.int64)
-        rank[shards] = np.arange(len(self.shards)) // pool
-        keys = (rng.permutation(len(self)), rank[self._shard])
-        mixed = np.lexsort(keys)
-        return mixed[wanted[mixed]]
-
-    def stream(self, order: Iterable[int], ahead: int = 16, threads: int = 2) -> Iterator[Sample]:
-        """The samples of ``order``, read by threads up to ``ahead`` of the consumer."""
-        with ThreadPoolExecutor(threads, thread_name_prefix="reader") as pool:
-            waiting: deque = deque()
-            try:
-                for index in order:
-                    waiting.append(pool.submit(self.__getitem__, int(index)))
-                    if len(waiting) > ahead:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
     def _handle(self, number: int) -> Any:
         with self._lock:
             if number not in self._open:
                 shard = self.shards[number]
                 self._open[number] = open_shard(self.path, self.meta, shard, verify=self._verify)
             return self._open[number]
-
-
-def _selected(
-    path: Path, meta: StoreMeta, wanted: Iterable[int] | None
-) -> tuple[tuple[int, ...], list[int] | None]:
-    """The auxiliary layers to hand out, ascending, and their places in a shard with that of the
-    last layer; None for the places if all are wanted."""
-    if wanted is None:
-        return tuple(meta.aux_layers), None
-    chosen = tuple(sorted(set(wanted)))
-    unknown = [layer for layer in chosen if layer not in meta.aux_layers]
-    if unknown or not chosen:
-        raise DraftheadError(
-            f"head.aux_layers: {unknown or 'empty'}: {path} holds the layers "
-            f"{list(meta.aux_layers)}; set capture.aux_layers to capture others"
-        )
-    return chosen, [*(meta.layers.index(layer) for layer in chosen), len(meta.layers) - 1]
 
 
 def _starts(lengths: np.ndarray, counts: list[int]) -> np.ndarray:

@@ -1,16 +1,18 @@
 """Writes a state store in the background, a unit of work at a time."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import disk_errors
 from drafthead.states.format import Sample, StoreMeta, encode, write_shard
 from drafthead.states.index import Shard, Unit, save_unit, shard_name, unit_path
+
+T = TypeVar("T")
 
 
 class StateWriter:
@@ -108,25 +110,36 @@ def write_unit(
         DraftheadError: the disk refuses, or a sample's shapes do not fit the store.
     """
     unit_path(store, number).unlink(missing_ok=True)
+    encoded = (_encoded(sample, meta) for sample in samples)
     shards: list[Shard] = []
-    group: list[Sample] = []
-    size = 0
-    for sample in samples:
-        check_sample(sample, meta)
-        if sample.scale is None:
-            states, scale = encode(sample.states, meta.encoding)
-            sample = replace(sample, states=states, scale=scale)
-        bytes_ = sample.states.shape[0] * meta.bytes_per_token + 5 * sample.ids.shape[0]
-        if group and size + bytes_ > shard_bytes:
-            shards.append(_write_group(store, meta, number, len(shards), group))
-            group, size = [], 0
-        group.append(sample)
-        size += bytes_
-    if group:
+    for group in grouped(encoded, lambda s: meta.bytes_of(len(s.ids), len(s.states)), shard_bytes):
         shards.append(_write_group(store, meta, number, len(shards), group))
     unit = Unit(number, shards, checks)
     save_unit(store, meta, unit)
     return unit
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """What goes into one shard each: as many as fit into ``limit`` bytes, one at least."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        own = size(item)
+        if group and total + own > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += own
+    if group:
+        yield group
+
+
+def _encoded(sample: Sample, meta: StoreMeta) -> Sample:
+    check_sample(sample, meta)
+    if sample.scale is not None:
+        return sample
+    states, scale = encode(sample.states, meta.encoding)
+    return replace(sample, states=states, scale=scale)
 
 
 def check_sample(sample: Sample, meta: StoreMeta) -> None:
