@@ -159,7 +159,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         found.append(Finding("memory", "fault", str(error), "see the message"))
     conversations = sum(len(unit) for unit in plan.units)
     tokens = int(conversations * _longest_mean(plan))
-    need = tokens * plan.meta.bytes_per_token
+    need = 0 if recipe.capture.mode == "online" else tokens * plan.meta.bytes_per_token
     have = sum(f.stat().st_size for f in run.states.rglob("*") if f.is_file())
     folder = run.root
     while not folder.exists():

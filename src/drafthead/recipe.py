@@ -94,9 +94,17 @@ class CaptureSection(Section):
     token and layer; half the disk), fp32 (exact for an fp32 target)."""
     shard_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 30
     """Size of a shard: a gigabyte is large enough to stream and small enough to redo."""
-    mode: Literal["generate", "prefill"] = "generate"
+    mode: Literal["generate", "prefill", "online"] = "generate"
     """`generate`: one pass writes answers and states, the states are those of decoding.
-    `prefill`: a second pass over the finished answers; use it for answers you already have."""
+    `prefill`: a second pass over the finished answers; use it for answers you already have.
+    `online`: no store; an engine computes states, by prefill, while training asks for them."""
+    online_bytes: Annotated[int, Field(gt=0)] = 2 << 30
+    """Shared memory for states on their way to training, for each training process: some ten rows
+    of 8192 tokens of a target 2048 wide."""
+    online_devices: list[Annotated[int, Field(ge=0)]] | None = None
+    """GPUs of the engines that compute states online, by CUDA's numbers, in the order of the
+    training processes. None: each shares its training process's GPU; then lower
+    `engine.gpu_memory_utilization`, to leave room for training."""
 
 
 class VocabSection(Section):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import psutil
 import pytest
 import yaml
@@ -25,35 +24,7 @@ from drafthead.rundir import RunDir
 from drafthead.states import StateReader
 from drafthead.states.check import check_store, repair
 from drafthead.states.writer import open_store
-
-WORDS = "the sum of two numbers and a city on river stone house while sun"
-
-
-def recipe_for(folder, tmp_path, conversations=18, chunk=6, **sections):
-    rng = np.random.default_rng(0)
-    records = []
-    for i in range(conversations):
-        turns = [" ".join(rng.choice(WORDS.split(), 5)) for _ in range(1 + (i % 3 == 2))]
-        messages = [{"role": "user", "content": turn} for turn in turns]
-        records.append({"messages": messages})
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
-    recipe = {
-        "name": "t",
-        "target": {"path": str(folder)},
-        "prompts": {"sources": [{"path": str(prompts)}], "heldout": 4},
-        "generate": {"max_new_tokens": 24, "chunk": chunk},
-        "capture": {"aux_layers": [1, 3], "format": "fp32"},
-        "engine": {
-            "dtype": "float32",
-            "max_model_len": 256,
-            "max_num_seqs": 4,
-            "kv_cache_memory_bytes": 32 << 20,
-        },
-    }
-    for name, section in sections.items():
-        recipe[name] = recipe.get(name, {}) | section
-    return recipe
+from tests.vllm.runs import WORDS, recipe_for
 
 
 def run_dir_files(root):

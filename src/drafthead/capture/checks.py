@@ -80,23 +80,42 @@ class Checker:
         Raises:
             DraftheadError: states that are not finite, zero, or not those of the served tokens.
         """
-        last, served = [], []
+        picked = []
         checks.update(samples=0, tokens=0, greedy_checked=0, greedy_agree=0)
         for sample in samples:
             self._attempt(check_values, checks, sample, meta)
-            at = self._spread(sample)
-            last.append(_last(sample, at))
-            served.append(sample.ids[at + 1].long())
+            picked.append(self.pick(sample))
             checks["samples"] += 1
             checks["tokens"] += len(sample.states)
             yield sample
-        if self.greedy and served:
-            with torch.cuda.stream(self._stream):
-                states = torch.cat(last).to(self.device)
-                predicted = teacher_argmax(states, self._norm, self._eps, self._lm_head).cpu()
-            agree = int((predicted == torch.cat(served)).sum())
+        if self.greedy and picked:
+            self._attempt(self.agreement, checks, picked, checks)
+
+    def pick(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the teacher needs of a sample: last-layer states [n, Ht] at some positions, and the
+        token int64 [n] that the target served after each."""
+        at = self._spread(sample)
+        return _last(sample, at), sample.ids[at + 1].long()
+
+    def agreement(
+        self,
+        picked: list[tuple[torch.Tensor, torch.Tensor]],
+        checks: dict[str, Any] | None = None,
+    ) -> None:
+        """Hold greedily served tokens against the teacher's; ``checks`` is told how many there are
+        and how many are the same.
+
+        Raises:
+            DraftheadError: too few are.
+        """
+        last, served = (torch.cat(parts) for parts in zip(*picked))
+        with torch.cuda.stream(self._stream):
+            states = last.to(self.device)
+            predicted = teacher_argmax(states, self._norm, self._eps, self._lm_head).cpu()
+        agree = int((predicted == served).sum())
+        if checks is not None:
             checks.update(greedy_checked=len(predicted), greedy_agree=agree)
-            self._attempt(check_agreement, checks, agree, len(predicted))
+        check_agreement(agree, len(predicted))
 
     def _attempt(self, check: Callable[..., None], checks: dict[str, Any], *args: Any) -> None:
         try:

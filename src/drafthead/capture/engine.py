@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from drafthead.capture.pages import SharedPages
 from drafthead.capture.tap import KEY
 from drafthead.errors import DraftheadError
 from drafthead.machine import this_machine
@@ -56,7 +57,7 @@ class CaptureEngine:
         recipe: names the target and how it is run.
         target: the recipe's target.
         meta: what the states are of; its layers are captured.
-        store: folder of the state store; None generates only.
+        sink: folder of the state store, or pages shared with who reads them; None generates only.
         strict: states that fail a check stop the work; off for dummy weights only, which no
             check can hold for.
 
@@ -69,15 +70,15 @@ class CaptureEngine:
         recipe: Recipe,
         target: Target,
         meta: StoreMeta,
-        store: Path | None,
+        sink: Path | SharedPages | None,
         *,
         strict: bool = True,
     ):
         plan = engine_plan(recipe, head=None, target=target)
         os.environ.update(plan.environment)
-        self.recipe, self.store = recipe, store
+        self.recipe = recipe
         args: dict[str, Any] = plan.args | {"seed": recipe.generate.seed}
-        if store is not None:
+        if sink is not None:
             gpu = this_machine().vllm_device == "cuda"
             worker = "worker.CaptureWorker" if gpu else "cpu_worker.CaptureCPUWorker"
             args |= {
@@ -100,14 +101,15 @@ class CaptureEngine:
         self._sequences: dict[int, list[int]] = {}
         self._keys = 0
         self.max_len: int = self.llm.llm_engine.vllm_config.model_config.max_model_len
-        if store is not None:
+        if sink is not None:
+            where = {"store": str(sink)} if isinstance(sink, Path) else {"pages": sink.path}
             options = {
                 "shard_bytes": recipe.capture.shard_bytes,
                 "positions": CHECKED_POSITIONS,
                 "greedy": recipe.generate.temperature == 0,
                 "strict": strict,
             }
-            self._rpc("drafthead_open", str(store), asdict(meta), str(target.path), options)
+            self._rpc("drafthead_open", where, asdict(meta), str(target.path), options)
 
     def generate(
         self,
@@ -186,16 +188,20 @@ class CaptureEngine:
             raise DraftheadError(f"vLLM answered {len(written)} of {len(prompts)} prompts")
         return [written[key] for key in sorted(written)]
 
-    def save(self, unit: int, wanted: Sequence[Wanted]) -> None:
-        """Hand the states of ``wanted`` to the store as ``unit``; all else captured since the last
-        call is dropped. Written in the background.
+    def save(self, place: int | Sequence[Sequence[int]], wanted: Sequence[Wanted]) -> None:
+        """Hand the states of ``wanted`` to the store as a unit, or to the pages of each; all else
+        captured since the last call is dropped. Written in the background.
+
+        Args:
+            place: number of the unit, or for each wanted sequence the numbers of its pages.
+            wanted: sequences that ran since the last call.
 
         Raises:
             DraftheadError: of this unit or an earlier one: a check failed, or the disk is full.
         """
         sequences = list(self._sequences.items())
         self._report(
-            self._rpc("drafthead_unit", unit, sequences, [asdict(item) for item in wanted])
+            self._rpc("drafthead_unit", place, sequences, [asdict(item) for item in wanted])
         )
         # A unit stands for itself: what is found in the prefix cache was computed within it.
         self._sequences.clear()
@@ -206,7 +212,7 @@ class CaptureEngine:
             time.sleep(0.01)
 
     def flush(self) -> None:
-        """Wait until everything saved is on disk.
+        """Wait until everything saved is where it belongs.
 
         Raises:
             DraftheadError: as ``save``.

@@ -1,22 +1,12 @@
-"""The stages `generate` and `capture` of a run, each with its engine in a process of its own.
+"""The stages `generate` and `capture` of a run, each with its engine in a process of its own."""
 
-A process per engine gives all memory back for certain, keeps what vLLM does to its process away
-from training, and keeps what it prints out of the way.
-"""
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from drafthead.capture.child import Child, child_main
 from drafthead.capture.engine import CaptureEngine
 from drafthead.capture.generate import generate_units, prefill_units
 from drafthead.capture.plan import WorkPlan, make_plan
@@ -24,6 +14,7 @@ from drafthead.data.answers import part_path, read_answers, read_left_out
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
+from drafthead.states import StoreMeta
 from drafthead.states.index import unit_path
 from drafthead.states.reader import StateReader
 from drafthead.states.writer import open_store
@@ -65,7 +56,8 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
 
 def capture(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     """Stage: the states of every answer in ``run.states``, checked. What ``generate`` captured is
-    only looked at; what is missing is captured in a pass of its own.
+    only looked at; what is missing is captured in a pass of its own. With ``capture.mode: online``
+    there is nothing to do: training draws them from an engine of its own.
 
     Returns:
         Counts, bytes, and the share of greedily served tokens that the states explain.
@@ -74,21 +66,33 @@ def capture(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: as ``generate``.
     """
     plan = make_plan(recipe)
+    if recipe.capture.mode == "online":
+        tokens = [len(answer.ids) - 1 for answer in read_answers(run.answers)]
+        return _summary(plan.meta, samples=len(tokens), tokens=sum(tokens), bytes_=0)
     open_store(run.states, plan.meta)
     if not all(unit_path(run.states, unit).exists() for unit in range(len(plan.units))):
         _in_child("capture", plan, run, console)
     reader = StateReader(run.states)
     checked = sum(unit.checks.get("greedy_checked", 0) for unit in reader.units)
     agree = sum(unit.checks.get("greedy_agree", 0) for unit in reader.units)
+    return _summary(
+        reader.meta,
+        samples=len(reader),
+        tokens=int(reader.states.sum()),
+        bytes_=sum(shard.bytes for shard in reader.shards),
+    ) | {"greedy_checked": checked, "greedy_agreement": agree / checked if checked else None}
+
+
+def _summary(meta: StoreMeta, *, samples: int, tokens: int, bytes_: int) -> dict:
     return {
-        "samples": len(reader),
-        "tokens": int(reader.states.sum()),
-        "bytes": sum(shard.bytes for shard in reader.shards),
-        "bytes_per_token": reader.meta.bytes_per_token,
-        "layers": list(reader.meta.layers),
-        "format": reader.meta.encoding,
-        "greedy_checked": checked,
-        "greedy_agreement": agree / checked if checked else None,
+        "samples": samples,
+        "tokens": tokens,
+        "bytes": bytes_,
+        "bytes_per_token": meta.bytes_per_token,
+        "layers": list(meta.layers),
+        "format": meta.encoding,
+        "greedy_checked": 0,
+        "greedy_agreement": None,
     }
 
 
@@ -120,51 +124,20 @@ def _work(stage: str, plan: WorkPlan, run: RunDir, report: Callable[[dict], None
 
 
 def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
-    """Run ``_work`` in a process of its own and show its progress.
-
-    What the engine prints goes to ``run.root/logs``; errors quote its end.
-    """
-    log = run.root / "logs" / f"{stage}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    """Run ``_work`` in a process of its own and show its progress."""
     order = {"stage": stage, "recipe": plan.recipe.model_dump(mode="json"), "run": str(run.root)}
-    with log.open("ab") as output:
-        begin = output.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "drafthead.capture.stages"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            text=True,
-            start_new_session=True,
-        )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    child = Child(stage, "drafthead.capture.stages", order, run.root / "logs" / f"{stage}.log")
     try:
-        process.stdin.write(json.dumps(order) + "\n")
-        process.stdin.flush()
         with _progress(console) as progress:
             total = sum(len(unit) for unit in plan.units)
             bar = progress.add_task(stage, total=total, tokens=0)
             tokens = 0
-            for line in process.stdout:
-                message = json.loads(line)
-                if "error" in message:
-                    raise DraftheadError(message["error"])
+            for message in child.messages():
                 tokens += message.get("tokens", 0)
                 if "tokens" in message:
                     progress.update(bar, advance=1, tokens=tokens)
-        if process.wait() != 0:
-            with log.open("rb") as file:
-                file.seek(begin)
-                tail = file.read()[-16384:].decode(errors="replace").splitlines()[-15:]
-            raise DraftheadError(
-                f"{stage}: the vLLM process died (exit code {process.returncode}); the end of "
-                f"{log}:\n" + "\n".join(f"  {line}" for line in tail)
-            )
     finally:
-        process.stdin.close()  # the child ends itself, and all that it started, when this closes
-        process.stdout.close()
-        process.wait()
+        child.close()
 
 
 def _progress(console: Console) -> Progress:
@@ -179,29 +152,10 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os.killpg(0, signal.SIGKILL)
-
-
-def main() -> None:
-    """The child's side: an order on stdin, progress as JSON lines on stdout. stdin closes when
-    the parent ends, however it ends; then this ends too."""
-    order: dict[str, Any] = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # vLLM prints to stdout; that goes to the log
-
-    def report(message: dict) -> None:
-        out.write(json.dumps(message) + "\n")
-
-    try:
-        plan = make_plan(parse_recipe(order["recipe"], "recipe"))
-        _work(order["stage"], plan, RunDir(Path(order["run"])), report)
-    except DraftheadError as error:
-        report({"error": str(error)})
-        sys.exit(error.exit_code)
+def _child(order: dict, report: Callable[[dict], None]) -> None:
+    plan = make_plan(parse_recipe(order["recipe"], "recipe"))
+    _work(order["stage"], plan, RunDir(Path(order["run"])), report)
 
 
 if __name__ == "__main__":
-    main()
+    child_main(_child)

@@ -9,7 +9,7 @@ The layers come in `additional_config["drafthead"]`, which is part of vLLM's com
 cache key: a graph compiled without these outputs is never mistaken for one with them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.v1.worker.gpu_worker import Worker
 
 from drafthead.capture.checks import Checker
+from drafthead.capture.pages import PageWriter, SharedPages
 from drafthead.capture.tap import KEY, Captured, Tap
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateWriter, StoreMeta
@@ -32,7 +33,9 @@ class Capture:
     """What the workers share; the rank 0 of tensor parallel holds the whole residual stream."""
 
     _tap: Tap | None = None
-    _writer: StateWriter | None = None
+    _meta: StoreMeta
+    _submit: Callable[[Any, Iterator[Sample]], None]
+    _flush: Callable[[], None]
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
@@ -95,55 +98,67 @@ class Capture:
 
     # What `LLM.collective_rpc` calls; ranks other than 0 have nothing to do.
 
-    def drafthead_open(self, store: str, meta: dict, target: str, options: dict) -> None:
-        """Write to ``store`` from now on. ``meta``: of ``StoreMeta``; ``options``: of the writer
-        (``shard_bytes``) and of the checks (``positions``, ``greedy``, ``strict``)."""
+    def drafthead_open(self, sink: dict, meta: dict, target: str, options: dict) -> None:
+        """Write to ``sink`` from now on: ``{"store": folder}`` or ``{"pages": path}``. ``meta``: of
+        ``StoreMeta``; ``options``: of the writer (``shard_bytes``) and of the checks
+        (``positions``, ``greedy``, ``strict``)."""
         if self._tap is None:
             return
-        fields = meta | {"aux_layers": tuple(meta["aux_layers"])}
-        self._writer = StateWriter(Path(store), StoreMeta(**fields), options["shard_bytes"])
-        loaded = load_target(target)
-        device = self.device  # type: ignore[attr-defined]
-        self._checker = Checker(
-            loaded, options["positions"], options["greedy"], device, options["strict"]
+        about = self._meta = StoreMeta(**(meta | {"aux_layers": tuple(meta["aux_layers"])}))
+        checker = Checker(
+            load_target(target),
+            options["positions"],
+            options["greedy"],
+            self.device,  # type: ignore[attr-defined]
+            options["strict"],
         )
+        if "pages" in sink:
+            pages = PageWriter(SharedPages.open(sink["pages"]), about, checker)
+            self._submit, self._flush = pages.submit, pages.flush
+            return
+        store = StateWriter(Path(sink["store"]), about, options["shard_bytes"])
+
+        def submit(unit: int, samples: Iterator[Sample]) -> None:
+            checks: dict[str, Any] = {}
+            store.submit(unit, checker.watch(samples, about, checks), checks)
+
+        self._submit, self._flush = submit, store.flush
 
     def drafthead_unit(
-        self, unit: int, sequences: list[tuple[int, list[int]]], wanted: list[dict]
+        self, place: Any, sequences: list[tuple[int, list[int]]], wanted: list[dict]
     ) -> str | None:
-        """Hand to the writer, as ``unit``, the states of ``wanted`` (see ``engine.Wanted``).
-        ``sequences``: key and token ids of all that the engine ran since the last unit.
+        """Hand the states of ``wanted`` (see ``engine.Wanted``) to the sink, to ``place`` (see
+        ``CaptureEngine.save``). ``sequences``: key and token ids of all that the engine ran since
+        the last call.
 
         Returns:
-            What went wrong with this or an earlier unit, or None.
+            What went wrong with this or an earlier one, or None.
         """
         if self._tap is None:
             return None
-        assert self._writer is not None
-        try:
-            meta = self._writer.meta
-            samples = _samples(self._tap.take(), dict(sequences), wanted, len(meta.aux_layers))
-            checks: dict[str, Any] = {}
-            self._writer.submit(unit, self._checker.watch(samples, meta, checks), checks)
-        except DraftheadError as error:
-            return str(error)
-        return None
+        taken, num_aux = self._tap.take(), len(self._meta.aux_layers)
+        return _trouble(
+            lambda: self._submit(place, _samples(taken, dict(sequences), wanted, num_aux))
+        )
 
     def drafthead_flush(self) -> str | None:
-        """Wait until every unit is on disk; returns what went wrong, or None."""
-        if self._writer is None:
-            return None
-        try:
-            self._writer.flush()
-        except DraftheadError as error:
-            return str(error)
-        return None
+        """Wait until everything has arrived; returns what went wrong, or None."""
+        return None if self._tap is None else _trouble(self._flush)
 
     def drafthead_stats(self) -> dict | None:
         """See ``CaptureEngine.stats``."""
         if self._tap is None:
             return None
         return {"waits": self._tap.waits, "device_bytes": self._tap.device_bytes}
+
+
+def _trouble(action: Callable[[], None]) -> str | None:
+    """What went wrong with an action, for the process that asked for it."""
+    try:
+        action()
+    except DraftheadError as error:
+        return str(error)
+    return None
 
 
 def _samples(

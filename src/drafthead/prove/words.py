@@ -79,7 +79,9 @@ def facts(r: Results) -> list[tuple[str, str]]:
         found.append(
             (
                 "hidden states",
-                f"{states['tokens']:,} tokens, {states['bytes'] / 1e6:,.0f} MB ({states['format']})"
+                f"{states['tokens']:,} tokens, "
+                + (f"{states['bytes'] / 1e6:,.0f} MB" if states["bytes"] else "never on disk")
+                + f" ({states['format']})"
                 + (f", teacher equals the token served in {agree:.2%}" if agree else ""),
             )
         )

@@ -16,7 +16,7 @@ from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import TrainSection
-from drafthead.states import StateReader
+from drafthead.states import Samples
 from drafthead.train import checkpoint
 from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
 from drafthead.train.evaluate import Acceptance, evaluate
@@ -43,7 +43,7 @@ class Task:
     embedding: Tensor
     """[V, H]: the target's, frozen (or the head's own)."""
     teacher: Teacher
-    reader: StateReader
+    reader: Samples
     settings: TrainSection
     k: int
     """Drafts a step when served: the best head is the one with the highest accepted length at k."""
@@ -148,11 +148,12 @@ class _Fit:
             self.console,
             quiet=not world.first,
         )
-        numbers = (
+        numbers = [
             number
             for step in range(progress.step, plan.steps)
             for number in plan.row_numbers(step, world.rank, world.size)
-        )
+        ]
+        self.task.reader.expect(index for number in numbers for index in plan.rows[number])
         batches = prefetch(self.make, numbers, world.device)
         meter = Meter(world, self.task.settings.ttt_steps, rate)
         started = saved = time.monotonic()
@@ -266,6 +267,7 @@ class _Fit:
                 "capture again"
             )
         own = indices[world.rank :: world.size]
+        reader.expect(own)
         samples = (reader[int(i)] for i in own)
         totals = [Acceptance(k) for k in ks]
         if own:

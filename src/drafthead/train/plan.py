@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
-from drafthead.states import StateReader
+from drafthead.states import Samples
 from drafthead.train.batches import pack
 
 
@@ -18,7 +18,7 @@ class Plan:
 
     @classmethod
     def make(
-        cls, reader: StateReader, epochs: float, tokens: int, rows_per_step: int, seed: int
+        cls, reader: Samples, epochs: float, tokens: int, rows_per_step: int, seed: int
     ) -> "Plan":
         """Shuffle and pack each epoch by itself; a fraction of an epoch is its first rows.
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drafthead.capture.online import open_states
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head
 from drafthead.head.formats import Provenance
@@ -13,7 +14,7 @@ from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
-from drafthead.states import StateReader
+from drafthead.states import Samples
 from drafthead.targets import Target, recipe_target
 from drafthead.train.loop import Task, fit
 from drafthead.train.losses import Teacher
@@ -21,7 +22,7 @@ from drafthead.train.parallel import World
 
 
 def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
-    """Stage: train the head on `run.states` for the vocabulary in `run.vocab`.
+    """Stage: train the head on the run's states for the vocabulary in `run.vocab`.
 
     Under torchrun all its processes train together. Leaves in `run.train` what `loop.fit` says,
     `best/` being the head. Returns `best.json`.
@@ -32,17 +33,21 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     target = recipe_target(recipe)
     world = World.join()
     try:
-        return fit(make_task(recipe, run, target), run.train, world, console)
+        task = make_task(recipe, run, target)
+        try:
+            return fit(task, run.train, world, console)
+        finally:
+            task.reader.close()
     finally:
         world.leave()
 
 
 def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
     """What a recipe asks to be trained, on the states and the vocabulary of its run."""
-    reader = StateReader(run.states, aux_layers=recipe.head.aux_layers)
+    reader = open_states(recipe, run)
     if reader.meta.hidden_size != target.hidden_size:
         raise DraftheadError(
-            f"{run.states}: states of width {reader.meta.hidden_size}, the target {target.path} "
+            f"{reader.path}: states of width {reader.meta.hidden_size}, the target {target.path} "
             f"has {target.hidden_size}: they are of another target; capture again"
         )
     embedding = None
@@ -70,7 +75,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
     )
 
 
-def _new_head(recipe: Recipe, run: RunDir, reader: StateReader, target: Target) -> Eagle3Head:
+def _new_head(recipe: Recipe, run: RunDir, reader: Samples, target: Target) -> Eagle3Head:
     path = run.vocab / "vocab.safetensors"
     if not path.exists():
         raise DraftheadError(f"{path}: no draft vocabulary; run `drafthead vocab` first")
@@ -78,9 +83,7 @@ def _new_head(recipe: Recipe, run: RunDir, reader: StateReader, target: Target) 
     return new_head(recipe.head, target, reader.aux_layers, d2t, recipe.train.seed)
 
 
-def _given_head(
-    folder: Path, reader: StateReader, target: Target
-) -> tuple[Eagle3Head, Tensor | None]:
+def _given_head(folder: Path, reader: Samples, target: Target) -> tuple[Eagle3Head, Tensor | None]:
     """A head of either format to go on from, and its own embedding if it has one."""
     loaded = load_head(folder, target)
     config = loaded.head.config

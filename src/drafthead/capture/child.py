@@ -1,0 +1,131 @@
+"""A process of its own for an engine: JSON lines in and out, its output in a log, its life the
+parent's.
+
+A process per engine gives all memory back for certain, keeps what vLLM does to its process away
+from training, and keeps what it prints out of the way.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from drafthead.errors import DraftheadError
+
+
+class Child:
+    """The parent's side: runs ``python -m module`` and hands it an order.
+
+    Args:
+        what: what it is for, in messages.
+        module: runs ``child_main``.
+        order: JSON-able.
+        log: where what it prints is appended; errors quote its end.
+        environment: set in the child beside the parent's.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        module: str,
+        order: dict[str, Any],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ):
+        self.what, self.log = what, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._begin = output.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                start_new_session=True,
+                env=_environment() | dict(environment or {}),
+            )
+        self.send(order)
+
+    def send(self, message: Any) -> None:
+        """One line to the child; nothing if it is dead, which ``messages`` tells."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def messages(self) -> Iterator[dict]:
+        """What the child reports, until it ends.
+
+        Raises:
+            DraftheadError: the child's own error, or it died.
+        """
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            message = json.loads(line)
+            if "error" in message:
+                raise DraftheadError(message["error"])
+            yield message
+        if self.process.wait() != 0:
+            with self.log.open("rb") as file:
+                file.seek(self._begin)
+                tail = file.read()[-16384:].decode(errors="replace").splitlines()[-15:]
+            raise DraftheadError(
+                f"{self.what}: the vLLM process died (exit code {self.process.returncode}); the "
+                f"end of {self.log}:\n" + "\n".join(f"  {line}" for line in tail)
+            )
+
+    def close(self) -> None:
+        """End the child, and all that it started."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()  # it ends itself when this closes
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what torchrun tells a training process: an engine is not one."""
+    torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kinds = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in torchrun and not name.startswith(kinds)
+    }
+
+
+def child_main(
+    work: Callable[[dict, Callable[[dict], None]], None],
+    receive: Callable[[Any], None] = lambda _: None,
+) -> None:
+    """The child's side: ``work(order, report)``, and ``receive`` for each later line, in a thread.
+
+    stdin closes when the parent ends, however it ends; then this ends too.
+    """
+    order: dict[str, Any] = json.loads(sys.stdin.readline())
+
+    def listen() -> None:
+        for line in sys.stdin:
+            receive(json.loads(line))
+        os.killpg(0, signal.SIGKILL)
+
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # vLLM prints to stdout; that goes to the log
+    threading.Thread(target=listen, daemon=True).start()
+
+    def report(message: dict) -> None:
+        out.write(json.dumps(message) + "\n")
+
+    try:
+        work(order, report)
+    except DraftheadError as error:
+        report({"error": str(error)})
+        sys.exit(error.exit_code)
