@@ -3,8 +3,9 @@
     python benchmarks/capture.py --out OUT --smollm2 DIR [--smollm2-nvfp4 DIR] [--peers DIR]
     python benchmarks/capture.py --out OUT --tiny --smollm2 DIR     # a rehearsal on two CPU cores
 
-For each target three engines live side by side, each a vLLM of its own: plain (vLLM as it comes),
-capturing in bf16, capturing in fp8. Blocks of the same prompts alternate between them. A block's
+For each target engines live side by side, each a vLLM of its own: plain (vLLM as it comes),
+capturing in bf16, capturing in fp8 (not for SmolLM2 in NVFP4, whose states are no other size).
+Blocks of the same prompts alternate between them. A block's
 time runs from its first prompt to its last token and, for capture, to its last byte on disk
 (`ratio`); `generating_ratio` leaves out that last write, which in a longer run overlaps what is
 generated next.
@@ -13,9 +14,9 @@ All engines get the same bytes for their KV cache; `kv_tokens` is what vLLM says
 `device_bytes` what capture takes beside it. `decode_against_prefill` holds the states of decoding
 against those of prefilling the very same sequences.
 
-With --peers (where `pack_peers` put speculators 0.9.0) its own capture follows, on the very
-sequences that the plain engine wrote; the plain engine's own time for writing them counts as its
-generation (which favours it: its own goes over HTTP too).
+With --peers (where `pack_peers` put speculators 0.9.0) its own capture follows for SmolLM2 in bf16
+and LFM2.5-8B-A1B, on the very sequences that the plain engine wrote; the plain engine's own time
+for writing them counts as its generation (which favours it: its own goes over HTTP too).
 
 LFM2.5-8B-A1B stands in its exact shapes with dummy weights in NVFP4: its tokens mean nothing, its
 speed does. Checks of the states are made and not enforced there.
@@ -47,7 +48,6 @@ ASKS = (
     "List ten facts about {}.",
     "Write a Python program that has to do with {} and explain it.",
 )
-FORMATS = ("bf16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Case:
     model: Path
     weights: Path
     aux: tuple[int, ...]
-    dummy: bool
+    dummy: bool = False
+    formats: tuple[str, ...] = ("bf16", "fp8")
+    peer: bool = True
 
 
 def dummy_lfm2(work: Path, tiny: bool) -> Case:
@@ -87,7 +89,8 @@ def dummy_lfm2(work: Path, tiny: bool) -> Case:
         "model.embedding_norm.weight": torch.ones(hidden, dtype=dtype),
     }
     save_file(tensors, weights / "model.safetensors")
-    return Case("lfm2.5-8b-a1b-nvfp4", model, weights, (2, 4, 6) if tiny else (2, 12, 21), True)
+    aux = (2, 4, 6) if tiny else (2, 12, 21)
+    return Case("lfm2.5-8b-a1b-nvfp4", model, weights, aux, dummy=True)
 
 
 def prompts_of(case: Case, count: int, tiny: bool) -> list[list[int]]:
@@ -136,13 +139,13 @@ class Running:
         self.record: dict[str, Any] = {"name": case.name, "dummy_weights": case.dummy}
         self.record |= {k: self.spec[k] for k in ("aux", "seqs", "chunk", "new_tokens", "kv_bytes")}
         self.engines: dict[str, Engine] = {}
-        for name in ("plain", *FORMATS):
+        for name in ("plain", *case.formats):
             encoding = "fp32" if args.tiny and name == "bf16" else name
             store = None if name == "plain" else str(args.work / f"{case.name}-{name}")
             own = {"store": store, "encoding": "bf16" if name == "plain" else encoding}
             self.engines[name] = Engine(name, self.spec | own, args.work)
         self.server = None
-        if args.peers and not args.tiny:
+        if args.peers and case.peer and not args.tiny:
             config = json.loads((case.weights / "config.json").read_text())
             layers = [*case.aux, config["num_hidden_layers"]]
             self.server = Server(self.spec, layers, port, args.work)
@@ -161,11 +164,12 @@ class Running:
             while number <= args.blocks or time.monotonic() - begun < args.seconds:
                 names = list(self.engines)
                 order = names if number % 2 else names[::-1]
-                block = {n: self.engines[n].ask("generate", prompts, args.limit) for n in order}
+                asked = prompts if number else prompts[: spec["seqs"]]  # the first is a warm-up
+                block = {n: self.engines[n].ask("generate", asked, args.limit) for n in order}
                 ids = block["plain"].pop("ids")
                 number += 1
                 if number == 1:
-                    begun = time.monotonic()  # a warm-up: allocators, page cache, all graphs
+                    begun = time.monotonic()
                     continue
                 record["blocks"].append(block)
                 record |= summary(record["blocks"])
@@ -192,7 +196,7 @@ class Running:
             engine.close()
         if self.server:
             self.server.close()
-        for name in FORMATS:
+        for name in self.case.formats:
             shutil.rmtree(self.args.work / f"{self.case.name}-{name}", ignore_errors=True)
 
 
@@ -211,7 +215,7 @@ def summary(blocks: list[dict]) -> dict:
     found: dict[str, Any] = {"plain_tokens_per_s": round(statistics.median(plain), 1)}
     found["plain_range"] = [round(min(plain), 1), round(max(plain), 1)]
     found["capture"] = {}
-    for name in FORMATS:
+    for name in (name for name in blocks[0] if name != "plain"):
         own = [block[name] for block in blocks]
         whole = [c / p for c, p in zip(rates(name, "total_s"), plain)]
         generating = [c / p for c, p in zip(rates(name, "generating_s"), plain)]
@@ -254,11 +258,11 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M-Instruct, a dense folder")
     parser.add_argument("--smollm2-nvfp4", type=Path, help="the same in NVFP4")
     parser.add_argument("--peers", type=Path, help="where speculators 0.9.0 lies unpacked")
-    parser.add_argument("--seconds", type=float, default=40, help="of blocks for each target")
+    parser.add_argument("--seconds", type=float, default=0, help="of blocks for each target")
     parser.add_argument("--blocks", type=int, default=3, help="at least so many")
     parser.add_argument("--seqs", type=int, default=128)
-    parser.add_argument("--chunk", type=int, default=256, help="prompts of a unit")
-    parser.add_argument("--units", type=int, default=2, help="units of a block")
+    parser.add_argument("--chunk", type=int, default=128, help="prompts of a unit")
+    parser.add_argument("--units", type=int, default=3, help="units of a block")
     parser.add_argument("--limit", type=float, default=300, help="seconds for any one answer")
     parser.add_argument("--skip-lfm2", action="store_true")
     parser.add_argument("--tiny", action="store_true")
@@ -270,11 +274,13 @@ def main() -> None:
     if args.tiny:
         args.seconds, args.blocks = 0, 1
     cases = []
-    for name, folder in (("bf16", args.smollm2), ("nvfp4", args.smollm2_nvfp4)):
-        if folder:
-            cases.append(Case(f"smollm2-135m-{name}", folder, folder, (2, 15, 27), False))
+    dense, nvfp4, aux = args.smollm2, args.smollm2_nvfp4, (2, 15, 27)
+    if dense:
+        cases.append(Case("smollm2-135m-bf16", dense, dense, aux))
     if not args.skip_lfm2:
         cases.append(dummy_lfm2(args.work, args.tiny))
+    if nvfp4:
+        cases.append(Case("smollm2-135m-nvfp4", nvfp4, nvfp4, aux, formats=("bf16",), peer=False))
     about = {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -24,6 +24,7 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
             tap.record(outputs, [(unit * 100 + step, 0, n)])
             expected[step, n:] = 0
         captured = tap.take()
+        captured.wait()
         for step in range(40):
             n = int((expected[step].float().abs().sum((1, 2)) > 0).sum())
             rows = captured.resolve({unit * 100 + step: [0] * (n + 1)})

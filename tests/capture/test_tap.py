@@ -32,6 +32,7 @@ def run(steps, ids):
 
 
 def check(captured, ids):
+    captured.wait()
     rows = captured.resolve(ids)
     for key, tokens in ids.items():
         assert torch.equal(*captured.take(rows[key]), true_states(tokens)[:-1].float())
@@ -95,6 +96,13 @@ def test_take_starts_anew():
     again = tap.take()
     check(again, {1: [9, 9, 9]})
     assert again.rows == 2
+
+
+def test_what_was_lost_on_the_way_is_not_passed_over():
+    captured = Captured()
+    captured.complete(MemoryError("no room"))
+    with pytest.raises(MemoryError, match="no room"):
+        captured.wait()
 
 
 def test_ring_never_hands_out_what_is_in_use():

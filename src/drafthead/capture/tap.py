@@ -32,6 +32,19 @@ class Captured:
         """Pieces of ``SEGMENT_ROWS`` rows: the tensors that ``append`` was given."""
         self.rows = 0
         self._notes: list[tuple[int, int, int, int]] = []
+        self._complete = threading.Event()
+        self._failed: Exception | None = None
+
+    def complete(self, failed: Exception | None = None) -> None:
+        """Nothing more will come, or something was lost."""
+        self._failed = failed
+        self._complete.set()
+
+    def wait(self) -> None:
+        """Wait until everything has come; raises if something was lost."""
+        self._complete.wait()
+        if self._failed is not None:
+            raise self._failed
 
     def append(self, *tensors: torch.Tensor) -> None:
         """Add n rows of the host's memory, copied: states [n, L, Ht] and their scale, if any."""
@@ -201,8 +214,6 @@ class Tap:
             ]
             self._stream = torch.cuda.Stream(device)
             self._queue: queue.SimpleQueue = queue.SimpleQueue()
-            self._idle = threading.Semaphore(0)
-            self._failed: Exception | None = None
             threading.Thread(target=self._drain, name="tap", daemon=True).start()
 
     @property
@@ -232,24 +243,24 @@ class Tap:
             self._captured.append(*_present(encode(torch.stack(rows, dim=1), self.encoding)))
             return
         if self._staged + n > len(self._stages[0]):
-            self._send()
+            self._send(self._captured)
         # The step's own tensors lie in CUDA graph memory that the next step overwrites.
         torch.stack(rows, dim=1, out=self._stages[self._at][self._staged : self._staged + n])
         self._staged += n
 
     def take(self) -> Captured:
-        """What was recorded since the last call, once all of it has reached the host."""
-        if self._cuda:
-            self._send()
-            self._queue.put(None)
-            self._idle.acquire()
-            if self._failed is not None:
-                raise self._failed
+        """What was recorded since the last call. Its rows may still be on their way to the host:
+        ``wait`` for them where the engine does not wait too."""
         done, self._captured, self._rows = self._captured, Captured(), 0
+        if self._cuda:
+            self._send(done)
+            self._queue.put((None, 0, 0, done))
+        else:
+            done.complete()
         return done
 
-    def _send(self) -> None:
-        """Start the stage on its way to the host, and go on with the other one."""
+    def _send(self, captured: Captured) -> None:
+        """Start the stage on its way to ``captured``, and go on with the other one."""
         n, stage = self._staged, self._stages[self._at]
         if n == 0:
             return
@@ -261,7 +272,7 @@ class Tap:
                 pinned[start:stop].copy_(tensor, non_blocking=True)
             done = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps
             done.record(self._stream)
-        self._queue.put((done, start, stop, self._captured))
+        self._queue.put((done, start, stop, captured))
         self._copied[self._at] = done
         self._at, self._staged = 1 - self._at, 0
         before = self._copied[self._at]
@@ -269,17 +280,18 @@ class Tap:
             steps.wait_event(before)  # the GPU waits, should it be so far ahead; the host does not
 
     def _drain(self) -> None:
+        failed: Exception | None = None
         while True:
-            item = self._queue.get()
-            if item is None:
-                self._idle.release()
+            done, start, stop, captured = self._queue.get()
+            if done is None:
+                captured.complete(failed)
+                failed = None
                 continue
-            done, start, stop, captured = item
             try:
                 done.synchronize()
                 captured.append(*(pinned[start:stop] for pinned in self._pinned))
-            except Exception as error:  # the host is out of memory: `take` says so
-                self._failed = error
+            except Exception as error:  # the host is out of memory
+                failed = error
             self._ring.give()
 
 

@@ -164,6 +164,7 @@ def _trouble(action: Callable[[], None]) -> str | None:
 def _samples(
     captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], num_aux: int
 ) -> Iterator[Sample]:
+    captured.wait()
     rows = captured.resolve(sequences)
     for item in wanted:
         ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
