@@ -1,6 +1,7 @@
 """A finished run with figures made from a seed, for what reads runs: report, card, table."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from drafthead.prove.engine import Completion, Generation, SpecCounters
 from drafthead.prove.pairing import Block, Point, summarize
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.proof import write_proof
+from drafthead.prove.sampled import TwoSample
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.targets import load_target
@@ -29,7 +31,8 @@ MACHINE = Machine("Linux", "a processor", 16, 128 << 30, (_GPU,), True, "570.1",
 
 
 def _completion(tokens, step_s):
-    return Completion(list(range(tokens)), 0.03 + (tokens - 1) * step_s, 0.03, "length", [])
+    seconds = 0.03 + (tokens - 1) * step_s
+    return Completion(list(range(tokens)), seconds, 0.03, "length", [], [step_s] * (tokens - 1))
 
 
 def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
@@ -54,7 +57,7 @@ def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
                 SpecCounters(drafts, k * drafts, sum(per), per),
             )
         )
-    return summarize(Point(k, concurrency, temperature, 128), blocks)
+    return summarize(Point(k, concurrency, temperature, 128), blocks) | {"tensor_parallel_size": 1}
 
 
 def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
@@ -81,6 +84,10 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": curve[: ks[0]],
         "predicted_accepted_length": 1 + sum(curve[: ks[0]]),
+        "beside": {
+            "heads/other": {"grid": [cell(ks[0], 1, 0.8 * gain)]},
+            "ngram": {"grid": [cell(ks[0], 1, 0.62 * gain)]},
+        },
         "method": "made",
         "grid": cells,
         "cost_model": fits,
@@ -105,10 +112,12 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         "noise": None,
         "examined": [],
     }
+    sampled = TwoSample(p_value=0.43, detectable_shift=0.05, contexts=8, samples=500, positions=8)
     names = ("lossless", "prompts", "identical", "ties", "differences", "tokens")
     verify = {
         **{name: one[name] for name in names},
         "runs": [one],
+        "sampled": asdict(sampled) | {"words": sampled.words},
         "command": "drafthead verify recipe.yaml",
         "machine": MACHINE.as_dict(),
     }

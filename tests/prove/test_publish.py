@@ -68,7 +68,7 @@ def test_card_follows_the_figures(made):
     write_card(read_results(recipe, run))
     _, body = card_of(run)
     assert "**7.77×**" in body
-    assert f"| **{old}**" not in body.split("k=3 |")[1].split("\n")[0]
+    assert f"| **{old}**" not in body.split("k=3, 1 at once |")[1].split("\n")[0]
 
 
 def test_licence_of_the_target_is_bundled_and_named(made):

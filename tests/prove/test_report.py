@@ -98,3 +98,24 @@ def test_ticks_are_round_and_cover(low, high):
     assert found[-1] >= high - 1e-9
     assert 2 <= len(found) <= 8
     assert all(len(f"{tick:.10g}") <= 7 for tick in found)
+
+
+def test_the_grid_and_what_stands_beside(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    bench = read_json(run.bench_json, "")
+    unsure = bench["grid"][4]
+    unsure |= {"speedup_ci95": [0.9, 1.1], "verdict": "not distinguishable: the interval spans 1"}
+    write_json(run.bench_json, bench)
+    html, markdown, _ = written(recipe, run)
+    for text in (html, markdown):
+        for cell in bench["grid"]:
+            assert f"{cell['speedup']:.2f}×" in text
+        assert text.count("spans 1") >= 2  # in the grid and in the table of speeds
+        assert "other" in text
+        assert "ngram" in text
+        assert f"median error of {bench['cost_model_median_error']:.1%}" in text
+        best = bench["recommended_num_speculative_tokens"]
+        assert f"k = {best} is recommended but was not proved (k = 3 was)" in text
+        for row in bench["cost_model"][0]["by_vocabulary"]:
+            assert f"{row['draft_vocab_size']:,}" in text
+    assert "p = 0.43" in html

@@ -12,7 +12,7 @@ from drafthead.fsio import write_bytes
 from drafthead.machine import Gpu, Machine, this_machine
 from drafthead.prove.results import Results
 from drafthead.prove.table import lossless_words
-from drafthead.prove.words import environment, facts, speed_rows
+from drafthead.prove.words import environment, facts, notes, sampled_words, speed_rows
 from drafthead.serve import Plan, engine_plan
 from drafthead.targets import Target, recipe_target
 
@@ -154,6 +154,7 @@ def limitations(r: Results) -> list[str]:
             f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "
             "within its numeric noise, as they do between any two batch shapes."
         )
+    found += notes(r)
     found.append(f"Measured on one machine only: {bench['machine']['summary']}.")
     return found
 
@@ -202,6 +203,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "quantized": quantization.get("quant_algo") or quantization.get("quant_method"),
         "speed": speed_rows(r.bench),
         "lossless": lossless_words(r.verify),
+        "sampled": sampled_words(r.verify),
         "ks": ", ".join(sorted(r.proof["served"], key=int)),
         "args": one.args,
         "one": one.shell(),

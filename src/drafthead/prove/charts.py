@@ -211,6 +211,8 @@ def stacks(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, str, float]
         body.append(_text(left - 10, top + 15, label, "label", "end"))
         for name, css, size in parts:
             wide = x(at + size) - x(at)
+            if not size:
+                continue
             body.append(_rect(x(at), top, wide - 1, 22, f"bar {css}"))
             if wide > 7 * len(name) + 6:
                 body.append(_text(x(at) + wide / 2, top + 15, name, "inside"))

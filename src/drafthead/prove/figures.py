@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from drafthead.prove import charts
 from drafthead.prove.results import Results
-from drafthead.prove.words import speed_rows
+from drafthead.prove.words import load_words
 
 
 def _figure(title: str, caption: str, svg: str, legend: Sequence = (), foot: str = "") -> dict:
@@ -26,33 +26,52 @@ def _acceptance(r: Results) -> dict:
 
 
 def _speeds(r: Results) -> dict | None:
-    rows = [(row["name"], row["speedup"], *row["speedup_ci95"]) for row in speed_rows(r.bench)]
+    """The headline's load at every k, and its sources: the whole grid is a table."""
+    first = r.bench["grid"][0]
+    load = {name: first[name] for name in ("concurrency", "temperature", "tensor_parallel_size")}
+    cells = [c for c in r.bench["grid"] if load.items() <= c.items()]
+    cells.sort(key=lambda cell: cell["num_speculative_tokens"])
+    named = [(f"k = {c['num_speculative_tokens']}", c) for c in cells]
+    if len(first["by_source"]) > 1:
+        named += [(f"{s}, k = {r.k}", c) for s, c in first["by_source"].items()]
+    rows = [(name, c["speedup"], *c["speedup_ci95"]) for name, c in named]
     if len(rows) < 2:
         return None
     svg = charts.intervals("Speed with the head over speed without", rows)
     caption = (
-        "Dots are measured ratios, bars their 95 % intervals. Left of 1 the head costs more than "
-        "it saves."
+        f"{load_words(first).capitalize()}: dots are measured ratios, bars their 95 % intervals. "
+        "Left of 1 the head costs more than it saves."
     )
     return _figure("Speed with the head over without", caption, svg)
 
 
 def _step_time(r: Results) -> dict | None:
     """Where a step's time goes: with each k, beside a plain step."""
-    cells = [c for c in r.bench["grid"] if c["concurrency"] == 1 and not c["temperature"]]
+    load = r.bench["concurrency"]
+    cells = [c for c in r.bench["grid"] if c["concurrency"] == load and not c["temperature"]]
     cells = [c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"]]
     if not cells:
         return None
     cells.sort(key=lambda cell: cell["num_speculative_tokens"])
+    fits = [f for f in r.bench["cost_model"] if f["concurrency"] == load]
+    # A draft reads every row of the head's LM head; what a row costs was timed by itself.
+    row_s = fits[0]["per_row_s"] if fits else None
+    lm_head = 1000 * (row_s or 0.0) * r.head_config["draft_vocab_size"]
     plain = 1000 * cells[0]["step_s"]["base"]
     rows: list[tuple[str, list[tuple[str, str, float]]]] = [
         ("plain step", [("target", "base", plain)])
     ]
     for cell in cells:
-        step = 1000 * cell["step_s"]["drafted"]
-        extra = ("drafting, checking", "head", max(step - plain, 0.0))
-        k = cell["num_speculative_tokens"]
-        rows.append((f"k = {k}", [("target", "base", min(plain, step)), extra]))
+        k, step = cell["num_speculative_tokens"], 1000 * cell["step_s"]["drafted"]
+        extra = max(step - plain, 0.0)
+        reading = min(k * lm_head, extra)
+        parts = [("target", "base", min(plain, step)), ("LM head", "predicted", reading)]
+        rows.append((f"k = {k}", [*parts, ("drafting, checking", "head", extra - reading)]))
+    legend = [
+        ("base", "as long as a plain step"),
+        ("predicted", "the head's LM head, timed by itself"),
+        ("head", "the rest of drafting, and checking more tokens"),
+    ]
     pays = ", ".join(
         f"{c['accepted_length'] * plain / (1000 * c['step_s']['drafted']):.2f}× at k = "
         f"{c['num_speculative_tokens']}"
@@ -60,9 +79,9 @@ def _step_time(r: Results) -> dict | None:
     )
     return _figure(
         "Where a step's time goes",
-        "Milliseconds of one decoding step, one request at a time. A plain step writes one token.",
+        f"Milliseconds of one decoding step, {load} at once. A plain step writes one token.",
         charts.stacks("Milliseconds of a decoding step", rows),
-        [("base", "as long as a plain step"), ("head", "drafting, and checking more tokens")],
+        [entry for entry in legend if lm_head or entry[0] != "predicted"],
         f"Tokens a step over what a step takes: {pays} (decoding alone, prefill left out).",
     )
 
@@ -70,7 +89,7 @@ def _step_time(r: Results) -> dict | None:
 def _cost_model(r: Results) -> dict | None:
     for fit in r.bench.get("cost_model") or []:
         points = fit["points"]
-        if fit["concurrency"] != 1 or len(points) < 2:
+        if fit["concurrency"] != r.bench["concurrency"] or len(points) < 2:
             continue
         ks = [int(k) for k in fit["predicted_speedup"]]
         line = charts.Series("model", "predicted", ks, list(fit["predicted_speedup"].values()))
@@ -84,7 +103,7 @@ def _cost_model(r: Results) -> dict | None:
         error = fit["median_relative_error"]
         return _figure(
             "How many drafts pay",
-            "Decoding speed with k drafts a step over without, one request at a time.",
+            f"Decoding speed with k drafts a step over without, {fit['concurrency']} at once.",
             charts.lines("Decoding speedup by k", [line, dots], "drafts a step (k)"),
             [("predicted", "cost model"), ("head", "measured")],
             f"Best: k = {fit['best_num_speculative_tokens']}."

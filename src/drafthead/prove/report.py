@@ -10,13 +10,18 @@ from drafthead.prove.figures import figures
 from drafthead.prove.results import Results, read_results
 from drafthead.prove.table import lossless_words, results_table, verdict_words
 from drafthead.prove.words import (
+    beside_rows,
     environment,
     facts,
+    grid_table,
     machine_facts,
+    notes,
+    sampled_summary,
     sampled_words,
     setting,
     speed_rows,
     tone,
+    vocabulary_rows,
 )
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
@@ -40,9 +45,14 @@ def render(r: Results, template: str) -> str:
         "setting": setting(r.bench),
         "lossless": lossless_words(r.verify),
         "sampled": sampled_words(r.verify),
+        "sampling": sampled_summary(r.verify),
         "gap": gap,
         "figures": figures(r),
         "speed": speed_rows(r.bench),
+        "grid": grid_table(r.bench),
+        "beside": beside_rows(r.bench),
+        "vocabularies": vocabulary_rows(r.bench),
+        "notes": notes(r),
         "facts": facts(r),
         "machine": machine_facts(r.bench["machine"]),
         "serve": plan.shell(),

@@ -25,30 +25,95 @@ def environment() -> jinja2.Environment:
     )
 
 
+_LOAD = ("tensor_parallel_size", "temperature", "concurrency")
+
+
+def load_words(cell: dict) -> str:
+    """The load of a point: requests at once, temperature if sampled, GPUs if several."""
+    found = [f"{cell['concurrency']} at once"]
+    if cell["temperature"]:
+        found.append(f"T={cell['temperature']:g}")
+    if cell["tensor_parallel_size"] > 1:
+        found.append(f"{cell['tensor_parallel_size']} GPUs")
+    return ", ".join(found)
+
+
+def speed_row(name: str, cell: dict) -> dict:
+    """A point of the grid, or a part of one, as a row of the speed table."""
+    latency = cell["latency"]["drafted"]
+
+    def milliseconds(what: str) -> str:
+        found = latency[what]
+        return f"{1000 * found['p50']:.1f} / {1000 * found['p99']:.1f} ms" if found else "–"
+
+    user = latency["tokens_per_s_of_a_user"]
+    return {
+        **cell,
+        "name": name,
+        "tone": tone(cell),
+        "first": milliseconds("first_token_s"),
+        "between": milliseconds("between_outputs_s"),
+        "user": f"{user['p50']:.1f}" if user else "–",
+    }
+
+
 def speed_rows(bench: dict) -> list[dict]:
     """Rows of the speed table: each point of the grid, then the sources of the first."""
-
-    def row(name: str, cell: dict) -> dict:
-        latency = cell["latency"]["drafted"]
-        first, later = latency["first_token_s"], latency["per_later_token_s"]
-        return {
-            **cell,
-            "name": name,
-            "tone": tone(cell),
-            "first": f"{1000 * first['p50']:.0f} ms" if first else "–",
-            "later": f"{1000 * later['p50']:.1f} / {1000 * later['p99']:.1f} ms" if later else "–",
-        }
-
-    rows = []
-    order = ("temperature", "concurrency", "num_speculative_tokens")
-    for cell in sorted(bench["grid"], key=lambda cell: [cell[name] for name in order]):
-        warm = f", T={cell['temperature']:g}" if cell["temperature"] else ""
-        at_once = f", {cell['concurrency']} at once" if cell["concurrency"] > 1 else ""
-        rows.append(row(f"k={cell['num_speculative_tokens']}{at_once}{warm}", cell))
+    order = (*_LOAD, "num_speculative_tokens")
+    rows = [
+        speed_row(f"k={cell['num_speculative_tokens']}, {load_words(cell)}", cell)
+        for cell in sorted(bench["grid"], key=lambda cell: [cell[name] for name in order])
+    ]
     by_source = bench["grid"][0]["by_source"]
     if len(by_source) > 1:
-        rows += [row(source, cell) for source, cell in by_source.items()]
+        rows += [speed_row(source, cell) for source, cell in by_source.items()]
     return rows
+
+
+def beside_rows(bench: dict) -> list[dict]:
+    """The run's own head and every other drafter that was measured beside it, at the headline's
+    point; empty without others."""
+    others = bench.get("beside", {})
+    if not others:
+        return []
+    found = [speed_row("this head", bench["grid"][0])]
+    return found + [speed_row(Path(name).name, other["grid"][0]) for name, other in others.items()]
+
+
+def grid_table(bench: dict) -> dict | None:
+    """The ratios of the grid: a row a load, a column a k; None if there is one of them only.
+
+    Returns:
+        ``ks``, and ``rows`` with ``name`` and for each k its cell (or None), the largest ratio of
+        a row marked ``best``.
+    """
+    ks = sorted({cell["num_speculative_tokens"] for cell in bench["grid"]})
+    loads: dict[tuple, dict[int, dict]] = {}
+    for cell in bench["grid"]:
+        load = tuple(cell[name] for name in _LOAD)
+        loads.setdefault(load, {})[cell["num_speculative_tokens"]] = cell
+    if len(ks) * len(loads) < 2:
+        return None
+    rows = []
+    for _, by_k in sorted(loads.items()):
+        best = max(by_k.values(), key=lambda cell: cell["speedup"])
+        cells = [
+            by_k[k] | {"tone": tone(by_k[k]), "best": by_k[k] is best} if k in by_k else None
+            for k in ks
+        ]
+        rows.append({"name": load_words(best), "cells": cells})
+    return {"ks": ks, "rows": rows}
+
+
+def vocabulary_rows(bench: dict) -> list[dict]:
+    """What the cost model says of other draft vocabularies at the headline's load."""
+    for fit in bench.get("cost_model") or []:
+        if fit["concurrency"] == bench["concurrency"]:
+            return [
+                {**row, "gain": row["predicted_speedup"][str(row["best_num_speculative_tokens"])]}
+                for row in fit["by_vocabulary"]
+            ]
+    return []
 
 
 def facts(r: Results) -> list[tuple[str, str]]:
@@ -110,6 +175,35 @@ def setting(bench: dict) -> str:
     return (
         f"{load}, {heat}, k = {bench['num_speculative_tokens']}, answers of {tokens} tokens at most"
     )
+
+
+def notes(r: Results) -> list[str]:
+    """What the recommendation rests on, and what it does not."""
+    found, error = [], r.bench["cost_model_median_error"]
+    if error is not None:
+        found.append(
+            f"The cost model predicted points it had not seen with a median error of {error:.1%}."
+        )
+    if str(r.recommended_k) not in r.proof["served"]:
+        proved = ", ".join(sorted(r.proof["served"], key=int))
+        found.append(
+            f"k = {r.recommended_k} is recommended but was not proved (k = {proved} was): "
+            f"drafthead verify --k {r.recommended_k} would do it."
+        )
+    return found
+
+
+def sampled_summary(verify: dict) -> list[str]:
+    """The same in a few words, for the headline."""
+    sampled = verify.get("sampled")
+    if not sampled:
+        return []
+    if not verify["lossless"]:
+        return [sampled["words"].removeprefix("Sampling: ").capitalize()]
+    return [
+        f"Two-sample test over {sampled['contexts']} contexts of {sampled['samples']} answers: "
+        f"p = {sampled['p_value']:.2g}."
+    ]
 
 
 def sampled_words(verify: dict) -> list[str]:
