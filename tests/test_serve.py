@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 import drafthead
 from drafthead.errors import DraftheadError
@@ -87,6 +88,12 @@ def test_quantization_and_reasoning_parser_come_from_the_checkpoint(recipe, llam
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     (folder / "config.json").write_text(json.dumps(config))
     template = folder / "chat_template.jinja"
+    template.write_text("{{ message['content'].split('</think>')[-1] }}")
+    unable = engine_plan(recipe(target={"path": str(folder)}), head=None, machine=CPU)
+    assert "--reasoning-parser" not in unable.command  # no tokens for the ends of a block
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(folder)
     template.write_text("{{ message['content'].split('</think>')[-1] }}")
     plan = engine_plan(recipe(target={"path": str(folder)}), head=None, machine=CPU)
     assert plan.args["quantization"] == "modelopt"

@@ -141,11 +141,16 @@ def chat_template(path: Path) -> str:
 
 
 def reasoning_parser(target: Target) -> str | None:
-    """vLLM's parser for the target's reasoning blocks; None if its template knows none."""
+    """vLLM's parser for the target's reasoning blocks; None if its template knows none, or if its
+    tokenizer has no tokens for their ends: vLLM's parsers look for those and refuse to start."""
     model_type = target.config.model_type
-    if model_type == "gpt_oss" or "</think>" in chat_template(target.path):
-        return _REASONING_PARSERS.get(model_type, "deepseek_r1")
-    return None
+    if model_type == "gpt_oss":
+        return _REASONING_PARSERS[model_type]
+    if "</think>" not in chat_template(target.path):
+        return None
+    if not {"<think>", "</think>"} <= target.tokenizer().get_vocab().keys():
+        return None
+    return _REASONING_PARSERS.get(model_type, "deepseek_r1")
 
 
 def tensor_parallel(target: Target, machine: Machine, asked: int | None) -> int:
