@@ -204,4 +204,8 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "date": now(),
     }
     write_json(run.bench_json, result)
+    if (best := result["recommended_num_speculative_tokens"]) is not None:
+        error = result["cost_model_median_error"]
+        checked = "" if error is None else f", whose median error on points unseen was {error:.1%}"
+        console.print(f"bench: k = {best} is best by the cost model{checked}")
     return {name: result[name] for name in (*_MEASURED, "predicted_acceptance_by_position")}

@@ -78,7 +78,8 @@ def write_proof(
         "drafthead": __version__,
         "lossless": outcome["lossless"],
         "claim": "greedy output with the head equals greedy output without, token for token, "
-        "except where the target's own choice is a tie within its numeric noise",
+        "except where the target's own choice is a tie within its numeric noise"
+        + ("; sampled output has the same distribution" if outcome.get("sampled") else ""),
         "outcome": {k: v for k, v in outcome.items() if k not in ("machine", "command")},
         "target": {"name": name, "sha256": hash_folder(target.path)},
         "head": {"sha256": hash_folder(run.head)},
