@@ -76,6 +76,9 @@ class CaptureEngine:
     ):
         plan = engine_plan(recipe, head=None, target=target)
         os.environ.update(plan.environment)
+        # vLLM would fork its engine's process from this one, whose threads (tokenizer, tensors)
+        # may hold locks: on a GPU the fork then waits for ever.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self.recipe = recipe
         args: dict[str, Any] = plan.args | {"seed": recipe.generate.seed}
         if sink is not None:
