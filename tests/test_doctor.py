@@ -9,7 +9,7 @@ from rich.console import Console
 
 from drafthead import doctor
 from drafthead.machine import Gpu, Machine
-from drafthead.recipe import parse_recipe
+from drafthead.recipe import TargetSection, VocabSection, parse_recipe
 from drafthead.rundir import RunDir
 from tests.prove import crafted
 
@@ -78,6 +78,7 @@ def recipe(tmp_path):
             "target": {"path": str(crafted.target(tmp_path / "target"))},
             "prompts": {"sources": [{"path": str(prompts)}], "heldout": 4},
             "generate": {"max_new_tokens": 100},
+            "vocab": {"size": 64},
         },
         "test",
     )
@@ -102,7 +103,41 @@ def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypa
     assert disk.state == "ok"
 
 
-def test_head_of_another_target_is_a_fault(recipe, tmp_path):
+def test_a_recipe_that_does_not_fit_is_a_fault_with_its_mend(recipe, tmp_path):
+    run = RunDir(tmp_path / "runs" / "r")
+    too_many = recipe.model_copy(update={"vocab": VocabSection(size=9999)})
+    (finding,) = doctor.check_recipe(too_many, run, CPU)[-1:]
+    assert (finding.what, finding.state) == ("recipe", "fault")
+    assert "only 512 tokens" in finding.found
+    nowhere = recipe.model_copy(update={"target": TargetSection(path=str(tmp_path / "no"))})
+    (finding,) = doctor.check_recipe(nowhere, run, CPU)
+    assert (finding.what, finding.state) == ("target", "fault")
+    assert "target.path" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("machine", "code", "found", "mend"),
+    [
+        (CPU, "print('torch', '', flush=True)", "ok", ""),
+        (CUDA, "print('torch', 'cuda', flush=True)", "ok", ""),
+        (CPU, "import no_such_torch", "PyTorch cannot be imported: ModuleNotFound", "[cpu]"),
+        (CUDA, "print('torch cuda', flush=True); import no_vllm", "vLLM cannot be", "[cuda]"),
+        (CUDA, "import os; os.abort()", "PyTorch cannot be imported: exit code -6", "[cuda]"),
+        (CUDA, "print('torch', '', flush=True)", "cannot use the GPU (driver None)", "driver"),
+    ],
+)
+def test_libraries_that_are_there_and_broken(monkeypatch, machine, code, found, mend):
+    monkeypatch.setattr(doctor, "_IMPORTS", code)
+    (finding,) = doctor.check_imports(machine)
+    assert (finding.state == "ok") == (found == "ok")
+    assert found == "ok" or found in finding.found
+    assert mend in finding.mend
+    nothing = dataclasses.replace(machine, versions={})  # said already, by check_installation
+    assert doctor.check_imports(nothing) == []
+
+
+def test_head_of_another_target_is_a_fault(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "check_imports", lambda _: [])
     runs = tmp_path / "runs"
     run = RunDir(runs / "r")
     crafted.head(run.head, tmp_path / "target")

@@ -31,6 +31,7 @@ def job(tmp_path, llama, monkeypatch):
                 "name": "job",
                 "target": {"path": str(llama)},
                 "prompts": {"sources": [{"path": str(prompts)}]},
+                "vocab": {"size": 256},
             }
             path.write_text(yaml.safe_dump(base | sections))
             return load_recipe(path)

@@ -16,6 +16,7 @@ from drafthead import __version__
 from drafthead.cli_options import AsJson, Overwrite, RecipeFile, RunsDir, console, emit, one_stage
 from drafthead.cli_prove import bench, verify
 from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.fsio import disk_errors
 from drafthead.recipe import load_recipe
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+INTERRUPTED = 130
 
 
 def _version(show: bool) -> None:
@@ -282,13 +284,24 @@ def doctor(
 def main() -> None:
     """Run the command line; errors a user can mend are one line and an exit code, no traceback."""
     try:
-        app()
+        with disk_errors("drafthead"):  # the last net: a disk that fills up is no traceback
+            app()
     except ClaimFailed as error:
         console.print(f"[red]claim failed:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
     except DraftheadError as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.print("stopped; run the same command again to go on")
-        sys.exit(130)
+    except ImportError as error:
+        if (error.name or "").startswith("drafthead"):
+            raise
+        console.print(
+            f"[red]error:[/red] {escape(str(error))}: an installation that is not whole; "
+            "`drafthead doctor` looks at it, or install drafthead in a fresh environment",
+            soft_wrap=True,
+        )
+        sys.exit(DraftheadError.exit_code)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer's own answer to Ctrl-C
+            console.print("stopped; run the same command again to go on")
+        raise

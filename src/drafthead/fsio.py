@@ -13,25 +13,33 @@ from typing import Any
 
 from drafthead.errors import DraftheadError
 
+_MENDS = {
+    errno.ENOSPC: "the disk is full; free some space or move the run, then run again",
+    errno.EDQUOT: "your disk quota is used up; free some space, then run again",
+    errno.EACCES: "no permission; choose a file or folder that you may read and write",
+    errno.EPERM: "not permitted; choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",
+    errno.EEXIST: "is there already and is no folder; choose another path",
+    errno.EISDIR: "is a folder, a file is needed",
+    errno.ENAMETOOLONG: "this name is too long for the file system; choose a shorter one",
+    errno.EIO: "the disk cannot be read or written (input/output error); look at the disk",
+}
+
 
 @contextlib.contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
     """Turn what the file system refuses into an error that names the path and the mend.
 
     Raises:
-        DraftheadError: disk full, quota, no permission, read-only file system.
+        DraftheadError: disk full, quota, no permission, read-only file system, a wrong path.
     """
     try:
         yield
     except OSError as error:
-        mends = {
-            errno.ENOSPC: "the disk is full; free some space or move the run, then run again",
-            errno.EDQUOT: "your disk quota is used up; free some space, then run again",
-            errno.EACCES: "no permission; choose a folder you may write to",
-            errno.EROFS: "the file system is read-only; choose another folder",
-        }
-        if error.errno in mends:
-            raise DraftheadError(f"{error.filename or path}: {mends[error.errno]}") from error
+        if error.errno in _MENDS:
+            raise DraftheadError(f"{error.filename or path}: {_MENDS[error.errno]}") from error
         raise
 
 

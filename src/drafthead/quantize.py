@@ -105,6 +105,8 @@ def quantize(
             _show(record, console)
             return record
         raise DraftheadError(f"{out}: holds a checkpoint made otherwise; remove it or name another")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise DraftheadError(f"{out}: exists already and would be replaced; name a new folder")
     record = _quantize(target, out, calibration, heldout, exclude, max_new_tokens, seed, made_of)
     _show(record, console)
     return record
@@ -194,8 +196,7 @@ def _answered(
     """For each chat, ids [T] of its first turn with the target's answer, and where that starts."""
     prompts = []
     for chat in chats:
-        system = [{"role": "system", "content": chat.system}] if chat.system else []
-        ids, _ = template.encode([*system, {"role": "user", "content": chat.turns[0]}])
+        ids, _ = template.encode(chat.opening)
         prompts.append(ids[-(model.config.max_position_embeddings - max_new_tokens) :])
     answered = []
     for first in range(0, len(prompts), BATCH):

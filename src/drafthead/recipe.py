@@ -4,6 +4,7 @@ A recipe is a YAML file. Unknown or misspelt keys are refused, with the nearest 
 """
 
 import difflib
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,9 @@ Loss = Literal["kl", "ce+smoothl1", "acceptance"]
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values do not change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class TargetSection(Section):
@@ -344,11 +347,14 @@ def parse_recipe(data: Any, where: str) -> Recipe:
         DraftheadError: one line for each wrong field.
     """
     if not isinstance(data, dict):
+        found = "nothing" if data is None else type(data).__name__
         raise DraftheadError(
-            f"{where}: a recipe is a mapping of sections, found {type(data).__name__}"
+            f"{where}: a recipe is a mapping of sections (name, target, prompts, …), found {found}"
         )
+    # A section whose keys are all commented out is null in YAML; its defaults are meant.
+    given = {key: value for key, value in data.items() if value is not None}
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(given)
     except ValidationError as error:
         lines = []
         for item in error.errors():
@@ -360,7 +366,11 @@ def parse_recipe(data: Any, where: str) -> Recipe:
             elif item["type"] == "missing":
                 lines.append(f"{where}: `{field}` is missing; add it")
             else:
-                lines.append(f"{where}: `{field}`: {item['msg']}, found {item['input']!r}")
+                wanted = item["msg"]
+                if item["type"] in ("model_type", "dict_type"):
+                    wanted = "should be a mapping (`key: value` lines)"
+                found = textwrap.shorten(repr(item["input"]), 80, placeholder=" …")
+                lines.append(f"{where}: `{field}`: {wanted}, found {found}")
         raise DraftheadError("\n".join(lines)) from None
 
 
@@ -383,6 +393,21 @@ def with_options(recipe: Recipe, section: str, options: dict[str, Any]) -> Recip
     return parse_recipe(data, "command line")
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice: YAML itself would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if (first := seen.get(str(key.value))) is not None:
+                raise yaml.MarkedYAMLError(
+                    problem=f"`{key.value}` is written twice, here and in line {first}; keep one",
+                    problem_mark=key.start_mark,
+                )
+            seen[str(key.value)] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe. Relative file paths in it are relative to the folder it is run from.
 
@@ -391,13 +416,18 @@ def load_recipe(path: Path | str) -> Recipe:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # utf-8-sig: editors on Windows put a mark before the first line
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
     except FileNotFoundError:
         raise DraftheadError(
             f"{path}: no such recipe; `drafthead init TARGET` writes one, examples lie in recipes/"
         ) from None
+    except IsADirectoryError:
+        raise DraftheadError(f"{path}: is a folder; a recipe is a YAML file in it") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DraftheadError(f"{path}: cannot be read: {error}") from error
+        raise DraftheadError(
+            f"{path}: cannot be read ({error}); a recipe is a YAML file in UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         raise DraftheadError(f"{path}: not YAML: {error}") from error
     return parse_recipe(data, str(path))

@@ -4,18 +4,20 @@ import contextlib
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from drafthead.data.chats import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, fingerprint, sha256_file
 from drafthead.recipe import Recipe, Source
 from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
+from drafthead.vocab import check_size
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,22 @@ def stage_named(name: str) -> Stage:
     raise DraftheadError(f"no stage is called {name!r}; they are, in order: {', '.join(NAMES)}")
 
 
-def stage_inputs(recipe: Recipe) -> dict[str, dict]:
-    """What each stage depends on: equal inputs mean that a finished output still holds."""
+def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
+    """What each stage depends on: equal inputs mean that a finished output still holds.
+
+    Raises:
+        DraftheadError: target or prompts cannot be read, or do not fit what the ``wanted`` stages
+            need: better now than hours later.
+    """
     target = recipe_target(recipe)
+    if "vocab" in wanted:
+        check_size(recipe.vocab.size, target.vocab_size)
+    target.check_aux_layers(recipe.capture.aux_layers)
 
     def hashes(sources: list[Source]) -> dict[str, str]:
         files = [source.path for source in sources if source.path]
-        missing = [path for path in files if not Path(path).is_file()]
-        if missing:
-            raise DraftheadError(f"prompts: {missing[0]}: no such file")
+        for path in files:
+            check_file(path)
         return {path: sha256_file(path) for path in files}
 
     dumped = recipe.model_dump(mode="json")
@@ -185,7 +194,7 @@ def execute(
     if not wanted:
         raise DraftheadError(f"--from {first} comes after --to {last}")
     run = RunDir(runs_dir / recipe.name)
-    inputs = stage_inputs(recipe)
+    inputs = stage_inputs(recipe, wanted)
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
     anything_ran = False
@@ -202,9 +211,10 @@ def execute(
             anything_ran = True
             before = stage.after
             if before and before not in wanted and run.finished(before, inputs[before]) is None:
+                unfinished = next(s for s in NAMES if run.finished(s, inputs[s]) is None)
                 raise DraftheadError(
                     f"{run.root}: stage {stage.name} needs {before}, which has not ended with this "
-                    f"recipe; run `drafthead run --from {before}`"
+                    f"recipe; run `drafthead run RECIPE --from {unfinished}`"
                 )
             try:
                 summaries[stage.name] = _run_stage(

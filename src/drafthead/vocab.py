@@ -37,6 +37,19 @@ def count_tokens(written: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
     return counts
 
 
+def check_size(size: int, vocab_size: int) -> None:
+    """Refuse a draft vocabulary of `size` tokens that is larger than the target's.
+
+    Raises:
+        DraftheadError: it is.
+    """
+    if size > vocab_size:
+        raise DraftheadError(
+            f"recipe: vocab.size is {size}, the target's vocabulary has only {vocab_size} tokens; "
+            f"ask for at most {vocab_size}"
+        )
+
+
 def choose(counts: np.ndarray, size: int, always: Iterable[int]) -> np.ndarray:
     """The draft vocabulary: target ids int64 [size], ascending.
 
@@ -46,11 +59,7 @@ def choose(counts: np.ndarray, size: int, always: Iterable[int]) -> np.ndarray:
     """
     vocab_size = len(counts)
     forced = sorted({i for i in always if 0 <= i < vocab_size})
-    if size > vocab_size:
-        raise DraftheadError(
-            f"recipe: vocab.size is {size}, the target's vocabulary has only {vocab_size} tokens; "
-            f"ask for at most {vocab_size}"
-        )
+    check_size(size, vocab_size)
     if size < len(forced):
         raise DraftheadError(
             f"recipe: vocab.size is {size}, but the target has {len(forced)} special and end "

@@ -99,7 +99,7 @@ class CaptureEngine:
             ) from None
         try:
             self.llm = LLM(**args)
-        except (RuntimeError, ValueError, AssertionError, OSError) as error:
+        except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
             raise DraftheadError(f"{target.path}: vLLM does not start: {error}") from error
         self._sequences: dict[int, list[int]] = {}
         self._keys = 0

@@ -48,6 +48,7 @@ def make_plan(recipe: Recipe) -> WorkPlan:
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     chats = load_chats(recipe.prompts)
     work = chats.all()
+    template.render(work[0][0].opening, prompt=True)  # a broken template shows here
     size = recipe.generate.chunk
     units = [work[i : i + size] for i in range(0, len(work), size)]
     max_len = recipe.engine.max_model_len or target.max_position_embeddings

@@ -41,8 +41,10 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
             f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''})[/yellow]"
         )
     if not any(answer.split == "train" for answer in answers):
+        reasons = ", ".join(f"{len(names)}: {reason}" for reason, names in too_long.items())
         raise DraftheadError(
-            f"{run.answers}: no answer to train on; every prompt was left out ({too_long})"
+            f"{run.answers}: no answer to train on, every prompt was left out ({reasons}); raise "
+            "engine.max_model_len, or take shorter prompts"
         )
     return {
         "conversations": len(answers),

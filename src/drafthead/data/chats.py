@@ -44,6 +44,12 @@ class Chat:
         text = json.dumps([self.system, *self.turns])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def opening(self) -> list[dict[str, str]]:
+        """The messages before the target's first answer."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.turns[0]}]
+
 
 @dataclass
 class Chats:
@@ -61,6 +67,21 @@ class Chats:
         return sorted(pairs, key=lambda pair: pair[0].id)
 
 
+def check_file(path: Path | str) -> None:
+    """Whether a source's path is a file.
+
+    Raises:
+        DraftheadError: it is a folder, or nothing.
+    """
+    if Path(path).is_dir():
+        raise DraftheadError(
+            f"prompts.sources: {path} is a folder; name the JSONL or Parquet file in it, or give "
+            "the folder as `dataset`"
+        )
+    if not Path(path).is_file():
+        raise DraftheadError(f"prompts.sources: {path}: no such file")
+
+
 def read_records(source: Source) -> Iterator[tuple[str, Any]]:
     """The records of a source, each with where it stands (file and line), for errors.
 
@@ -71,8 +92,7 @@ def read_records(source: Source) -> Iterator[tuple[str, Any]]:
         yield from _hub_records(source)
         return
     path = Path(str(source.path))
-    if not path.is_file():
-        raise DraftheadError(f"{path}: no such file (prompts.sources)")
+    check_file(path)
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -88,18 +108,21 @@ def read_records(source: Source) -> Iterator[tuple[str, Any]]:
         raise DraftheadError(
             f"{path}: prompts come from .jsonl or .parquet, found {path.suffix or 'no suffix'}"
         )
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
+
+
+def _parse(line: bytes, where: str) -> Any:
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
+        # utf-8-sig: editors on Windows put a mark before the first line
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DraftheadError(f"{path}: not UTF-8: {error}") from None
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
+        raise DraftheadError(
+            f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line); save the "
+            "file as UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise DraftheadError(f"{where}: broken JSON: {error}; each line is one record") from None
 

@@ -193,8 +193,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     agree = None
     for chat in chats:
         if len(chat.turns) == 1:
-            system = [{"role": "system", "content": chat.system}] if chat.system else []
-            said = client.tokenize_chat([*system, {"role": "user", "content": chat.turns[0]}])
+            said = client.tokenize_chat(chat.opening)
             agree = said == by_id[chat.id]
             break
     return LiveFacts(

@@ -64,10 +64,14 @@ class SafetensorsFolder:
             try:
                 wanted = set(json.loads(index.read_text())["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise DraftheadError(f"{index}: broken index: {error}") from error
+                raise DraftheadError(
+                    f"{index}: broken index ({error}); fetch or save it again"
+                ) from error
             missing = sorted(wanted - {file.name for file in files})
             if missing:
-                raise DraftheadError(f"{folder}: shards are missing: {', '.join(missing)}")
+                raise DraftheadError(
+                    f"{folder}: shards are missing: {', '.join(missing)}; fetch them again"
+                )
             files = [folder / name for name in sorted(wanted)]
         if not files:
             raise DraftheadError(

@@ -220,7 +220,9 @@ def _local_folder(path_or_id: str, revision: str | None) -> Path:
     if folder.exists():
         raise DraftheadError(f"{folder}: a target is a folder, this is a file")
     if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
-        raise DraftheadError(f"{path_or_id}: no such folder")
+        raise DraftheadError(
+            f"{path_or_id}: no such folder; a target is a checkpoint folder or a hub id, OWNER/NAME"
+        )
     from huggingface_hub import snapshot_download
 
     try:
