@@ -89,9 +89,38 @@ def _add_stage(name: str, help_text: str) -> None:
     app.command(name, help=help_text, epilog=f"Example: drafthead {name} recipe.yaml")(command)
 
 
+def _add_cluster_stage(name: str, help_text: str) -> None:
+    def command(
+        recipe: RecipeFile,
+        ray: Annotated[
+            str | None, typer.Option(help="Ray cluster to spread over: auto, local, an address.")
+        ] = None,
+        workers: Annotated[
+            int | None, typer.Option(help="Engines at once; as many as there is room for.", min=1)
+        ] = None,
+        location: Annotated[
+            str | None, typer.Option(help="fsspec URL for what the workers finish.")
+        ] = None,
+        runs: RunsDir = Path("runs"),
+        overwrite: Overwrite = False,
+        as_json: AsJson = False,
+    ) -> None:
+        from drafthead.capture.cluster import on_cluster
+
+        spread = on_cluster(load_recipe(recipe), ray, workers, location)
+        one_stage(name, spread, runs, overwrite, as_json)
+
+    epilog = f"Example: drafthead {name} recipe.yaml --ray auto --location s3://bucket/run"
+    app.command(name, help=help_text, epilog=epilog)(command)
+
+
 for _name, _help in (
     ("generate", "Let the target write the answers (and capture its states in the same pass)."),
     ("capture", "Take the target's hidden states for the answers, and check them."),
+):
+    _add_cluster_stage(_name, _help)
+
+for _name, _help in (
     ("vocab", "Choose the draft vocabulary from what the target wrote."),
     ("export", "Write the folder that vLLM serves."),
     ("report", "Write the report and the model card of a finished run."),

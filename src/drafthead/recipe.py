@@ -110,6 +110,20 @@ class CaptureSection(Section):
     `engine.gpu_memory_utilization`, to leave room for training."""
 
 
+class ClusterSection(Section):
+    """Generation and capture on many machines, through Ray."""
+
+    address: str | None = None
+    """A Ray cluster (`auto` finds the one that this machine is in; `local` starts one here).
+    None: this machine, without Ray. `drafthead generate --ray ADDRESS` sets it."""
+    workers: Annotated[int, Field(gt=0)] | None = None
+    """Engines at once, each on `engine.tensor_parallel_size` GPUs, or a CPU core in a cluster
+    without GPUs; None is as many as the cluster has room for."""
+    location: str | None = None
+    """A URL that fsspec knows (s3://…, gs://…, file://…): workers put finished units there, and
+    training brings the states from there. None: the run's folder, which all machines must share."""
+
+
 class VocabSection(Section):
     """The tokens that the head may draft."""
 
@@ -313,6 +327,7 @@ class Recipe(Section):
     prompts: PromptsSection
     generate: GenerateSection = GenerateSection()
     capture: CaptureSection = CaptureSection()
+    cluster: ClusterSection = ClusterSection()
     vocab: VocabSection = VocabSection()
     head: HeadSection = HeadSection()
     train: TrainSection = TrainSection()

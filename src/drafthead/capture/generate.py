@@ -146,7 +146,7 @@ def generate_units(
         plan: the run's work.
         answers: folder of the answers.
         states: folder of the state store, or None to only generate.
-        units: numbers of the units to do.
+        units: numbers of the units to do; the next is drawn when the one before is computed.
         start: makes the engine; called only if there is work.
         report: called with progress: ``{"tokens": n}`` for each answer, ``{"unit": n}`` for each
             unit.
@@ -154,10 +154,7 @@ def generate_units(
     Raises:
         DraftheadError: a check of the states failed, or the disk is full; finished units stay.
     """
-    todo = [unit for unit in units if not part_path(answers, unit).exists()]
-    if not todo:
-        return
-    engine = start()
+    engine: CaptureEngine | None = None
     waiting: deque[tuple[int, Unit]] = deque()
 
     def settle(everything: bool) -> None:
@@ -169,7 +166,10 @@ def generate_units(
             report({"unit": number})
 
     try:
-        for number in todo:
+        for number in units:
+            if part_path(answers, number).exists():
+                continue
+            engine = engine or start()
             if states is not None:
                 # An index from before belongs to answers that were lost.
                 unit_path(states, number).unlink(missing_ok=True)
@@ -183,11 +183,12 @@ def generate_units(
                 engine.save(number, unit.wanted)
             waiting.append((number, unit))
             settle(False)
-        if states is not None:
+        if engine and states is not None:
             engine.flush()
         settle(True)
     finally:
-        engine.close()
+        if engine:
+            engine.close()
 
 
 def prefill_units(
@@ -204,19 +205,29 @@ def prefill_units(
     states are those of prefill, which differ from decoding's by rounding. Arguments and errors as
     for ``generate_units``.
     """
-    todo = [unit for unit in units if not unit_path(states, unit).exists()]
-    if not todo:
-        return
-    engine = start()
+    engine: CaptureEngine | None = None
+    waiting: deque[int] = deque()
+
+    def settle(everything: bool) -> None:
+        while waiting and (everything or unit_path(states, waiting[0]).exists()):
+            report({"unit": waiting.popleft()})
+
     try:
-        for number in todo:
+        for number in units:
+            if unit_path(states, number).exists():
+                continue
+            engine = engine or start()
             written = read_part(part_path(answers, number))
             keys = engine.prefill(
                 [answer.ids.tolist() for answer in written],
                 lambda tokens: report({"tokens": tokens}),
             )
             engine.save(number, [as_wanted(key, a) for key, a in zip(keys, written, strict=True)])
-            report({"unit": number})
-        engine.flush()
+            waiting.append(number)
+            settle(False)
+        if engine:
+            engine.flush()
+        settle(True)
     finally:
-        engine.close()
+        if engine:
+            engine.close()

@@ -1,7 +1,9 @@
 """What a run will generate and capture: the conversations cut into units of work."""
 
 import importlib.metadata
+import platform
 from dataclasses import dataclass
+from typing import Any
 
 from drafthead.data.chats import Chat, load_chats
 from drafthead.data.template import Template
@@ -51,23 +53,7 @@ def make_plan(recipe: Recipe) -> WorkPlan:
     template.render(work[0][0].opening, prompt=True)  # a broken template shows here
     size = recipe.generate.chunk
     units = [work[i : i + size] for i in range(0, len(work), size)]
-    max_len = recipe.engine.max_model_len or target.max_position_embeddings
-    if max_len > target.max_position_embeddings:
-        raise DraftheadError(
-            f"engine.max_model_len: {max_len}, but {target.path} reaches only "
-            f"{target.max_position_embeddings} tokens"
-        )
-    inputs = {
-        "target": target.fingerprint,
-        "quantization": (target.quantization or {}).get("quant_method"),
-        "vllm": vllm_version(),
-        "template": fingerprint(template.tokenizer.chat_template),
-        "prompts": fingerprint([(chat.id, split) for chat, split in work]),
-        "generate": recipe.generate.model_dump(mode="json"),
-        "mode": recipe.capture.mode,
-        "dtype": recipe.engine.dtype,
-        "max_model_len": max_len,
-    }
+    inputs = _inputs(recipe, target, template, fingerprint([(c.id, split) for c, split in work]))
     meta = StoreMeta(
         aux_layers=target.check_aux_layers(recipe.capture.aux_layers),
         num_layers=target.num_layers,
@@ -76,4 +62,46 @@ def make_plan(recipe: Recipe) -> WorkPlan:
         units=len(units),
         inputs=inputs,
     )
+    max_len = inputs["max_model_len"]
     return WorkPlan(recipe, target, template, units, chats.left_out, meta, max_len)
+
+
+def plan_elsewhere(recipe: Recipe, meta: StoreMeta) -> WorkPlan:
+    """The plan that another machine made, on this one, which may lack the prompts: its units are
+    empty until they are filled.
+
+    Raises:
+        DraftheadError: target, template or vLLM are not that machine's.
+    """
+    target = recipe_target(recipe)
+    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    own = _inputs(recipe, target, template, meta.inputs["prompts"])
+    differing = [key for key in own if own[key] != meta.inputs[key]]
+    if differing:
+        raise DraftheadError(
+            f"{platform.node()}: {', '.join(differing)} differ(s) from the machine that started "
+            "the work; states from both would not belong together"
+        )
+    units: list[list[tuple[Chat, str]]] = [[] for _ in range(meta.units)]
+    return WorkPlan(recipe, target, template, units, {}, meta, own["max_model_len"])
+
+
+def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) -> dict[str, Any]:
+    """What the content of a run's store follows from; ``prompts`` is their fingerprint."""
+    max_len = recipe.engine.max_model_len or target.max_position_embeddings
+    if max_len > target.max_position_embeddings:
+        raise DraftheadError(
+            f"engine.max_model_len: {max_len}, but {target.path} reaches only "
+            f"{target.max_position_embeddings} tokens"
+        )
+    return {
+        "target": target.fingerprint,
+        "quantization": (target.quantization or {}).get("quant_method"),
+        "vllm": vllm_version(),
+        "template": fingerprint(template.tokenizer.chat_template),
+        "prompts": prompts,
+        "generate": recipe.generate.model_dump(mode="json"),
+        "mode": recipe.capture.mode,
+        "dtype": recipe.engine.dtype,
+        "max_model_len": max_len,
+    }

@@ -1,6 +1,7 @@
 """The stages `generate` and `capture` of a run, each with its engine in a process of its own."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from drafthead.rundir import RunDir
 from drafthead.states import StoreMeta
 from drafthead.states.index import unit_path
 from drafthead.states.reader import StateReader
+from drafthead.states.remote import Location, fetch_store
 from drafthead.states.writer import open_store
 
 
@@ -32,7 +34,7 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     """
     plan = make_plan(recipe)
     if not all(part_path(run.answers, unit).exists() for unit in range(len(plan.units))):
-        _in_child("generate", plan, run, console)
+        _do("generate", plan, run, console)
     answers = list(read_answers(run.answers))
     too_long = read_left_out(run.answers)
     for reason, names in too_long.items():
@@ -73,7 +75,7 @@ def capture(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         return _summary(plan.meta, samples=len(tokens), tokens=sum(tokens), bytes_=0)
     open_store(run.states, plan.meta)
     if not all(unit_path(run.states, unit).exists() for unit in range(len(plan.units))):
-        _in_child("capture", plan, run, console)
+        _do("capture", plan, run, console)
     reader = StateReader(run.states)
     checked = sum(unit.checks.get("greedy_checked", 0) for unit in reader.units)
     agree = sum(unit.checks.get("greedy_agree", 0) for unit in reader.units)
@@ -98,65 +100,85 @@ def _summary(meta: StoreMeta, *, samples: int, tokens: int, bytes_: int) -> dict
     }
 
 
-def _work(stage: str, plan: WorkPlan, run: RunDir, report: Callable[[dict], None]) -> None:
-    """Do a stage's work in this process."""
-    units = range(len(plan.units))
-    one_pass = plan.recipe.capture.mode == "generate"
+def work(
+    stage: str, plan: WorkPlan, run: RunDir, units: Iterable[int], report: Callable[[dict], None]
+) -> None:
+    """Do units of a stage in this process."""
+    one_pass = stage == "generate" and plan.recipe.capture.mode == "generate"
+    states = run.states if one_pass or stage == "capture" else None
+    if states is not None:
+        open_store(states, plan.meta)
+
+    def start() -> CaptureEngine:
+        return CaptureEngine(plan.recipe, plan.target, plan.meta, states)
+
     if stage == "generate":
-        states = run.states if one_pass else None
-        if states is not None:
-            open_store(states, plan.meta)
-        generate_units(
-            plan,
-            run.answers,
-            states,
-            units,
-            lambda: CaptureEngine(plan.recipe, plan.target, plan.meta, states),
-            report,
-        )
+        generate_units(plan, run.answers, states, units, start, report)
     else:
-        prefill_units(
-            plan,
-            run.answers,
-            run.states,
-            units,
-            lambda: CaptureEngine(plan.recipe, plan.target, plan.meta, run.states),
-            report,
-        )
+        prefill_units(plan, run.answers, run.states, units, start, report)
+
+
+def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
+    """A stage's work, on this machine or on the cluster that the recipe names."""
+    cluster = plan.recipe.cluster
+    if cluster.address is None:
+        _in_child(stage, plan, run, console)
+        return
+    from drafthead.capture.cluster import spread
+
+    spread(stage, plan, run, console)
+    if cluster.location is None:
+        return
+    location = Location(cluster.location)
+    if stage == "generate":
+        for unit in range(len(plan.units)):
+            part = part_path(run.answers, unit)
+            if not part.exists():
+                location.get(f"answers/{part.name}", part)
+    else:
+        fetch_store(location, "states", run.states)
 
 
 def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
-    """Run ``_work`` in a process of its own and show its progress."""
+    """Run ``work`` in a process of its own and show its progress."""
     order = {"stage": stage, "recipe": plan.recipe.model_dump(mode="json"), "run": str(run.root)}
     child = Child(stage, "drafthead.capture.stages", order, run.root / "logs" / f"{stage}.log")
     try:
-        with _progress(console) as progress:
-            total = sum(len(unit) for unit in plan.units)
-            bar = progress.add_task(stage, total=total, tokens=0)
-            tokens = 0
+        with progress_bar(stage, plan, console) as advance:
             for message in child.messages():
-                tokens += message.get("tokens", 0)
                 if "tokens" in message:
-                    progress.update(bar, advance=1, tokens=tokens)
+                    advance(1, message["tokens"])
     finally:
         child.close()
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
+@contextlib.contextmanager
+def progress_bar(
+    stage: str, plan: WorkPlan, console: Console
+) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many conversations are done, and their tokens; yields what counts them."""
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f} conversations"),
         TextColumn("{task.fields[tokens]} tokens"),
         TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
     )
+    tokens = 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(stage, total=sum(map(len, plan.units)), tokens=0)
+
+        def advance(conversations: int, more: int) -> None:
+            nonlocal tokens
+            tokens += more
+            progress.update(bar, advance=conversations, tokens=tokens)
+
+        yield advance
 
 
 def _child(order: dict, report: Callable[[dict], None]) -> None:
     plan = make_plan(parse_recipe(order["recipe"], "recipe"))
-    _work(order["stage"], plan, RunDir(Path(order["run"])), report)
+    work(order["stage"], plan, RunDir(Path(order["run"])), range(len(plan.units)), report)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Capture:
         (``positions``, ``greedy``, ``strict``)."""
         if self._tap is None:
             return
-        about = self._meta = StoreMeta(**(meta | {"aux_layers": tuple(meta["aux_layers"])}))
+        about = self._meta = StoreMeta.of(meta)
         checker = Checker(
             load_target(target),
             options["positions"],

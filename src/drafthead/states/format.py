@@ -144,6 +144,11 @@ class StoreMeta:
     def fingerprint(self) -> str:
         return fingerprint(asdict(self))
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "StoreMeta":
+        """From its ``asdict``, which may have been JSON in between."""
+        return cls(**(record | {"aux_layers": tuple(record["aux_layers"])}))
+
     def save(self, store: Path) -> None:
         record = {"format": "drafthead-states", "version": VERSION, **asdict(self)}
         write_json(store / "meta.json", record | {"fingerprint": self.fingerprint})

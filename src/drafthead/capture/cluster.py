@@ -1,0 +1,321 @@
+"""Generation and capture spread over a Ray cluster: units of work handed to actors, each with an
+engine of its own.
+
+An actor is light: its engine lives in a child process that dies with it, so that nothing is left of
+a lost worker that could still write. Units are handed out one by one. When a worker is lost, those
+it had not finished go to others and another takes its place. What a unit holds does not depend on
+who makes it, so neither does the store.
+"""
+
+import contextlib
+import os
+import queue
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from drafthead.capture.child import Child, child_main
+from drafthead.capture.plan import WorkPlan, plan_elsewhere
+from drafthead.capture.stages import progress_bar, work
+from drafthead.data.answers import part_path
+from drafthead.data.chats import Chat
+from drafthead.errors import DraftheadError
+from drafthead.recipe import Recipe, parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.states import StoreMeta
+from drafthead.states.index import unit_path
+from drafthead.states.remote import Location, publish_unit
+from drafthead.states.writer import open_store
+
+ATTEMPTS = 3
+"""Workers that a unit may cost before it is held to be what kills them."""
+_LOOK_SECONDS = 0.5
+
+
+class Board:
+    """Who works on what. An actor of its own, so that workers ask it and not the driver."""
+
+    def __init__(self, units: list[int]):
+        self._open = deque(units)
+        self._held: dict[str, list[int]] = {}
+        self._lost: dict[str, int] = {}
+        self.done: list[int] = []
+        self._tokens: list[int] = []
+
+    def take(self, worker: str) -> int | None:
+        """The next unit, now this worker's; None if there is none to give out."""
+        if not self._open:
+            return None
+        self._held.setdefault(worker, []).append(self._open.popleft())
+        return self._held[worker][-1]
+
+    def finish(self, worker: str, unit: int) -> None:
+        """A unit is whole, where it belongs."""
+        self._held[worker].remove(unit)
+        self.done.append(unit)
+
+    def lose(self, worker: str) -> str | None:
+        """A worker is dead: its unfinished units are open again, the first to be given out.
+
+        Returns:
+            What makes it hopeless to go on, if ``ATTEMPTS`` workers went the same way.
+        """
+        units = self._held.pop(worker, [])
+        self._open.extendleft(reversed(units))
+        for what in [f"unit {unit}" for unit in units] or ["starting an engine"]:
+            self._lost[what] = self._lost.get(what, 0) + 1
+            if self._lost[what] >= ATTEMPTS:
+                return what
+        return None
+
+    def count(self, tokens: list[int]) -> None:
+        """Answers that ended, by their tokens."""
+        self._tokens += tokens
+
+    def look(self) -> tuple[int, int, list[int]]:
+        """Units open, units held, and the answers since the last look, by their tokens."""
+        tokens, self._tokens = self._tokens, []
+        return len(self._open), sum(map(len, self._held.values())), tokens
+
+
+class Hand:
+    """A worker: an engine's process, and the way of its units to the run's folder or location."""
+
+    def __init__(
+        self,
+        name: str,
+        order: dict[str, Any],
+        chats: dict[int, list],
+        board: Any,
+        location: str | None,
+    ):
+        self.name, self.order, self.chats, self.board = name, order, chats, board
+        self.location = Location(location) if location else None
+        self.scratch = Path(tempfile.mkdtemp(prefix="drafthead-")) if location else None
+        self.run = RunDir(self.scratch) if self.scratch else RunDir(Path(order["run"]))
+
+    def work(self) -> None:
+        """Units until there are no more.
+
+        Raises:
+            DraftheadError: what no other worker could do better: a failed check, a full disk.
+        """
+        import ray
+
+        order = self.order | {"run": str(self.run.root)}
+        log = Path(self.order["run"]) / "logs" / f"{self.order['stage']}-{self.name}.log"
+        child = Child(f"worker {self.name}", "drafthead.capture.cluster", order, log)
+        meta = StoreMeta.of(order["meta"])
+        publishing: deque[Future] = deque()
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="publish") as pool:
+                for message in child.messages():
+                    while publishing and publishing[0].done():
+                        publishing.popleft().result()
+                    if "next" in message:
+                        unit = ray.get(self.board.take.remote(self.name))
+                        child.send(self._asked(unit))
+                    elif "unit" in message:
+                        publishing.append(pool.submit(self._finish, message["unit"], meta))
+                    elif "tokens" in message:
+                        self.board.count.remote([message["tokens"]])
+                for future in publishing:
+                    future.result()
+        finally:
+            child.close()
+            if self.scratch:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _asked(self, unit: int | None) -> tuple[int, list] | None:
+        """A unit with its conversations. Before it is prefilled, its answers have to be here."""
+        if unit is None:
+            return None
+        if self.location and self.order["stage"] == "capture":
+            part = part_path(self.run.answers, unit)
+            self.location.get(f"answers/{part.name}", part)
+        return unit, self.chats[unit]
+
+    def _finish(self, unit: int, meta: StoreMeta) -> None:
+        import ray
+
+        if self.location:
+            index, part = unit_path(self.run.states, unit), part_path(self.run.answers, unit)
+            if index.exists():
+                publish_unit(self.run.states, meta, unit, self.location, "states")
+                for file in self.run.states.glob(f"unit-{unit:06d}*"):
+                    file.unlink()
+            if self.order["stage"] == "generate":
+                self.location.put(part, f"answers/{part.name}")
+            part.unlink()
+        ray.get(self.board.finish.remote(self.name, unit))
+
+
+def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
+    """Do what is missing of a stage on the cluster of ``recipe.cluster``.
+
+    Raises:
+        DraftheadError: no Ray, no such cluster, a worker's own error, or a unit that kills workers.
+    """
+    recipe, cluster = plan.recipe, plan.recipe.cluster
+    location = Location(cluster.location) if cluster.location else None
+    todo = _missing(stage, plan, run, location)
+    if not todo:
+        return
+    if stage == "capture" or recipe.capture.mode == "generate":
+        _describe(plan, run, location)
+    chats = {n: [(asdict(chat), split) for chat, split in plan.units[n]] for n in todo}
+    order = {
+        "stage": stage,
+        "recipe": recipe.model_dump(mode="json"),
+        "meta": asdict(plan.meta),
+        "run": str(run.root.resolve()),
+    }
+    with _connected(recipe) as ray:
+        board = ray.remote(num_cpus=0)(Board).remote(todo)
+        need = {"num_gpus": recipe.engine.tensor_parallel_size} if _gpus(ray) else {"num_cpus": 1}
+        hand = ray.remote(max_restarts=0, **need)(Hand)
+        wanted = min(len(todo), cluster.workers or _room(ray, need))
+        shared, hired = ray.put(chats), 0
+        workers: dict[Any, tuple[str, Any]] = {}
+        with _all_ended(ray, workers), progress_bar(stage, plan, console) as advance:
+            advance(sum(map(len, plan.units)) - sum(len(plan.units[n]) for n in todo), 0)
+            while True:
+                left, held, tokens = ray.get(board.look.remote())
+                advance(len(tokens), sum(tokens))
+                while len(workers) < min(wanted, len(workers) + left):
+                    name = f"{hired:03d}"
+                    actor = hand.remote(name, order, shared, board, cluster.location)
+                    workers[actor.work.remote()] = (name, actor)
+                    hired += 1
+                    left -= 1
+                if not workers and not left + held:
+                    return
+                ended, _ = ray.wait(list(workers), timeout=_LOOK_SECONDS)
+                for reference in ended:
+                    name, actor = workers[reference]
+                    try:
+                        ray.get(reference)
+                    except ray.exceptions.RayActorError as error:
+                        console.print(f"[yellow]worker {name} is lost; its units go to others[/]")
+                        hopeless = ray.get(board.lose.remote(name))
+                        if hopeless:
+                            raise DraftheadError(
+                                f"{stage}: {hopeless} has cost {ATTEMPTS} workers, at last: {error}"
+                            ) from None
+                    except ray.exceptions.RayTaskError as error:
+                        if isinstance(error.cause, DraftheadError):
+                            raise error.cause from None
+                        raise
+                    del workers[reference]
+                    ray.kill(actor)
+
+
+@contextlib.contextmanager
+def _all_ended(ray: Any, workers: dict[Any, tuple[str, Any]]) -> Iterator[None]:
+    """However the work ends, no worker is left."""
+    try:
+        yield
+    finally:
+        for _, actor in workers.values():
+            ray.kill(actor)
+
+
+def _missing(stage: str, plan: WorkPlan, run: RunDir, location: Location | None) -> list[int]:
+    """The units that have no file that says they are whole."""
+    folder = "answers" if stage == "generate" else "states"
+    path_of = part_path if stage == "generate" else unit_path
+    local = run.answers if stage == "generate" else run.states
+    there = location.names(folder) if location else {p.name for p in local.glob("*")}
+    return [n for n in range(len(plan.units)) if path_of(local, n).name not in there]
+
+
+def _describe(plan: WorkPlan, run: RunDir, location: Location | None) -> None:
+    """``meta.json`` of the store, here and at the location, which must not be of something else."""
+    open_store(run.states, plan.meta)
+    if location is None:
+        return
+    if location.exists("states/meta.json"):
+        with tempfile.TemporaryDirectory() as folder:
+            location.get("states/meta.json", Path(folder) / "meta.json")
+            open_store(Path(folder), plan.meta)
+    else:
+        location.put(run.states / "meta.json", "states/meta.json")
+
+
+@contextlib.contextmanager
+def _connected(recipe: Recipe) -> Iterator[Any]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise DraftheadError(
+            f"cluster.address: Ray is not installed ({error}); pip install 'drafthead[ray]'"
+        ) from None
+    already = ray.is_initialized()
+    if not already:
+        try:
+            ray.init(address=recipe.cluster.address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise DraftheadError(
+                f"cluster.address: {recipe.cluster.address}: no Ray cluster answers: {error}; "
+                "`local` starts one on this machine"
+            ) from None
+    try:
+        yield ray
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _gpus(ray: Any) -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _room(ray: Any, need: dict[str, int]) -> int:
+    """Workers that the whole cluster has room for, one at least."""
+    ((kind, count),) = need.items()
+    total = ray.cluster_resources().get("GPU" if kind == "num_gpus" else "CPU", 1)
+    return max(1, int(total // count))
+
+
+_incoming: queue.SimpleQueue = queue.SimpleQueue()
+
+
+def _child(order: dict, report: Callable[[dict], None]) -> None:
+    """The engine's process: asks for a unit, does it, asks for the next."""
+    plan = plan_elsewhere(parse_recipe(order["recipe"], "recipe"), StoreMeta.of(order["meta"]))
+
+    def asked() -> Iterator[int]:
+        while True:
+            report({"next": True})
+            given = _incoming.get()
+            if given is None:
+                return
+            number, chats = given
+            plan.units[number] = [
+                (Chat(chat["system"], tuple(chat["turns"]), chat["source"]), split)
+                for chat, split in chats
+            ]
+            yield number
+
+    work(order["stage"], plan, RunDir(Path(order["run"])), asked(), report)
+
+
+def on_cluster(
+    recipe: Recipe, address: str | None, workers: int | None, location: str | None
+) -> Recipe:
+    """The recipe with what the command line says of the cluster."""
+    given = {"address": address, "workers": workers, "location": location}
+    update = {key: value for key, value in given.items() if value is not None}
+    return recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=update)})
+
+
+if __name__ == "__main__":
+    child_main(_child, _incoming.put)

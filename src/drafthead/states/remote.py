@@ -1,0 +1,113 @@
+"""Finished files of a run kept at a URL that fsspec knows (s3://, gs://, hdfs://, file://, …).
+
+A file appears there whole or not at all: object stores put whole objects; where there is a rename,
+it is under another name until it is whole. A unit's index goes last, as in a local store.
+"""
+
+import os
+import uuid
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import disk_errors
+from drafthead.states.format import StoreMeta
+from drafthead.states.index import load_unit, unit_numbers, unit_path
+
+# These put whole objects, and renaming would copy them.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "oci", "oss", "hf"}
+
+
+class Location:
+    """A folder at a URL.
+
+    Raises:
+        DraftheadError: a scheme that fsspec does not know, or whose package is not installed.
+    """
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise DraftheadError(f"{url}: cannot be used as a location: {error}") from None
+        schemes = self._fs.protocol
+        self._whole = bool(
+            _OBJECT_STORES & ({schemes} if isinstance(schemes, str) else set(schemes))
+        )
+
+    def exists(self, name: str) -> bool:
+        return bool(self._fs.exists(self._at(name)))
+
+    def names(self, folder: str) -> set[str]:
+        """The files in a folder, without its name; none if there is no such folder."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(self._at(folder), detail=False)
+        except FileNotFoundError:
+            return set()
+        return {PurePosixPath(path).name for path in found}
+
+    def put(self, local: Path, name: str) -> None:
+        """Copy a file there, replacing what is."""
+        final = self._at(name)
+        with disk_errors(final):
+            if self._whole:
+                self._fs.put_file(str(local), final)
+                return
+            folder, _, last = final.rpartition("/")
+            self._fs.makedirs(folder, exist_ok=True)
+            temporary = f"{folder}/.{last}.{uuid.uuid4().hex}"
+            self._fs.put_file(str(local), temporary)
+            self._fs.mv(temporary, final)
+
+    def get(self, name: str, local: Path) -> None:
+        """Copy a file here, whole or not at all."""
+        temporary = local.with_name(f".{local.name}.{os.getpid()}.tmp")
+        with disk_errors(local):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._fs.get_file(self._at(name), str(temporary))
+                os.replace(temporary, local)
+            except FileNotFoundError:
+                raise DraftheadError(f"{self.url}/{name}: not there") from None
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def publish_unit(store: Path, meta: StoreMeta, number: int, to: Location, folder: str) -> None:
+    """Copy a finished unit of a local store to ``folder`` there: shards, then its index."""
+    for shard in load_unit(store, meta, number).shards:
+        to.put(store / shard.file, f"{folder}/{shard.file}")
+    index = unit_path(store, number)
+    to.put(index, f"{folder}/{index.name}")
+
+
+def fetch_store(location: Location, folder: str, store: Path) -> dict[str, Any]:
+    """Bring what a local copy of a store lacks; what is there already is kept.
+
+    Returns:
+        Counts of units brought and of bytes.
+
+    Raises:
+        DraftheadError: no store there, or a unit's index is not what it was written as.
+    """
+    location.get(f"{folder}/meta.json", store / "meta.json")
+    meta = StoreMeta.load(store)
+    there = location.names(folder)
+    units = {n for n in range(meta.units) if unit_path(store, n).name in there}
+    missing, size = sorted(units - set(unit_numbers(store))), 0
+    for number in missing:
+        index = unit_path(store, number)
+        aside = store / ".incoming"
+        location.get(f"{folder}/{index.name}", aside / index.name)
+        for shard in load_unit(aside, meta, number).shards:
+            location.get(f"{folder}/{shard.file}", store / shard.file)
+            size += shard.bytes
+        os.replace(aside / index.name, index)
+    return {"units": len(missing), "bytes": size}

@@ -1,0 +1,78 @@
+"""The parts of a cluster's work that need no cluster."""
+
+from pathlib import Path
+
+import pytest
+
+from drafthead.capture.cluster import ATTEMPTS, Board
+from drafthead.errors import DraftheadError
+from drafthead.states import StateReader, StateWriter, StoreMeta
+from drafthead.states.remote import Location, fetch_store, publish_unit
+from tests.states.test_store import META, make_sample
+
+
+def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
+    board = Board([0, 1, 2, 3, 4])
+    assert [board.take("a"), board.take("b"), board.take("a")] == [0, 1, 2]
+    board.finish("a", 0)
+    assert board.lose("a") is None  # it held 2
+    assert board.look()[:2] == (3, 1)
+    assert [board.take("b") for _ in range(4)] == [2, 3, 4, None]
+    for unit in (3, 1, 4, 2):
+        board.finish("b", unit)
+    assert board.lose("b") is None
+    assert sorted(board.done) == [0, 1, 2, 3, 4]
+    assert board.look() == (0, 0, [])
+
+
+def test_what_kills_every_worker_is_named():
+    board = Board([7, 8])
+    for worker in range(ATTEMPTS):
+        assert board.take(str(worker)) == 7
+        found = board.lose(str(worker))
+    assert found == "unit 7"
+    board = Board([7])
+    assert [board.lose(str(w)) for w in range(ATTEMPTS)][-1] == "starting an engine"
+
+
+@pytest.mark.parametrize("scheme", ["file://{}/there", "memory://{}/there"])
+def test_a_store_goes_to_a_location_and_comes_back(tmp_path, scheme):
+    store, copy = tmp_path / "store", tmp_path / "copy"
+    with StateWriter(store, META, shard_bytes=1 << 11) as writer:
+        for unit in range(3):
+            writer.submit(unit, [make_sample(unit * 3 + i, tokens=9) for i in range(3)])
+    there = Location(scheme.format(tmp_path))
+    assert there.names("states") == set()
+    there.put(store / "meta.json", "states/meta.json")
+    for unit in (2, 0):
+        publish_unit(store, META, unit, there, "states")
+    assert fetch_store(there, "states", copy)["units"] == 2
+    assert len(StateReader(copy, partial=True)) == 6
+    publish_unit(store, META, 1, there, "states")
+    publish_unit(store, META, 1, there, "states")  # again, as a worker that was thought lost
+    assert fetch_store(there, "states", copy)["units"] == 1  # and only what was missing
+    files = {p.name for p in store.iterdir()}
+    assert there.names("states") == files
+    assert {p.name for p in copy.iterdir()} - {".incoming"} == files
+    assert all((copy / name).read_bytes() == (store / name).read_bytes() for name in files)
+
+
+def test_a_unit_whose_index_was_altered_there_is_not_brought(tmp_path):
+    store = tmp_path / "store"
+    with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:
+        writer.submit(0, [make_sample(0)])
+    there = Location(f"file://{tmp_path}/there")
+    for name in ("meta.json", "unit-000000.json", "unit-000000-00.safetensors"):
+        there.put(store / name, f"states/{name}")
+    index = tmp_path / "there" / "states" / "unit-000000.json"
+    index.write_text(index.read_text().replace('"c0"', '"c9"'))
+    with pytest.raises(DraftheadError, match="altered"):
+        fetch_store(there, "states", tmp_path / "copy")
+    assert not (tmp_path / "copy" / "unit-000000.json").exists()
+
+
+def test_locations_that_cannot_be():
+    with pytest.raises(DraftheadError, match="nowhere://x: cannot be used as a location"):
+        Location("nowhere://x")
+    with pytest.raises(DraftheadError, match="not there"):
+        Location("memory://empty").get("states/meta.json", Path("x"))

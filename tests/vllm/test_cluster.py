@@ -1,0 +1,81 @@
+"""Generation and capture on a local Ray cluster, one of whose workers is killed."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from rich.console import Console
+
+from drafthead.capture import stages
+from drafthead.capture.cluster import on_cluster
+from drafthead.capture.plan import make_plan
+from drafthead.data.answers import part_path
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
+from tests.vllm.runs import recipe_for
+
+QUIET = Console(quiet=True)
+UNITS = 8
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two CPU workers' worth of Ray on this machine."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(stages.__file__).parents[2]))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def files(run):
+    return {
+        path.relative_to(run.root): path.read_bytes()
+        for folder in (run.answers, run.states)
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+    }
+
+
+def kill_a_worker_that_works(location, killed):
+    """SIGKILLs a worker while its engine runs, once the first unit has arrived."""
+    while not list(Path(location).glob("answers/part-*")):
+        time.sleep(0.05)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        children = process.children() if "ray::Hand" in " ".join(process.cmdline()) else []
+        if any("drafthead.capture.cluster" in child.cmdline() for child in children):
+            os.kill(process.pid, signal.SIGKILL)
+            killed += [child.pid for child in children]
+            return
+
+
+def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_path):
+    alone = parse_recipe(recipe_for(llama, tmp_path, UNITS * 4, 4), "test")
+    one = RunDir(tmp_path / "one")
+    plan = make_plan(alone)
+    assert len(plan.units) == UNITS
+    stages.work("generate", plan, one, range(UNITS), lambda _: None)
+    location = tmp_path / "there"
+    recipe = on_cluster(alone, "auto", 2, f"file://{location}")
+    many, killed = RunDir(tmp_path / "many"), []
+    killer = threading.Thread(target=kill_a_worker_that_works, args=(location, killed))
+    killer.start()
+    summary = stages.generate(recipe, many, console=QUIET)
+    killer.join(timeout=10)
+    assert summary["conversations"] == UNITS * 4
+    assert killed
+    assert not any(psutil.pid_exists(pid) for pid in killed)  # the engine died with its worker
+    captured = stages.capture(recipe, many, console=QUIET)
+    assert captured["greedy_agreement"] == 1.0
+    assert files(one).keys() == files(many).keys()
+    assert [name for name, body in files(one).items() if files(many)[name] != body] == []
+    # What is lost in the run's own folder only is prefilled where the answers are.
+    (many.states / "unit-000003.json").unlink()
+    (location / "states" / "unit-000003.json").unlink()
+    stages.capture(recipe, many, console=QUIET)
+    assert part_path(many.answers, 3).exists()
+    assert files(one).keys() == files(many).keys()
