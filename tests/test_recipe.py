@@ -1,11 +1,14 @@
 """The recipe: what it refuses, and how it says so."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe, load_recipe
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GOOD = {
     "name": "r",
     "target": {"path": "some/target"},
@@ -65,6 +68,25 @@ def test_wrong_recipes_are_refused_in_words(tmp_path, data, words):
 def test_missing_recipe_names_the_mend(tmp_path):
     with pytest.raises(DraftheadError, match="drafthead init"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_along_hold(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.serve.k <= recipe.train.ttt_steps
+    # Each k that bench measures was proved before, or is the one that is served.
+    proved = {*(recipe.verify.num_speculative_tokens or []), recipe.serve.k}
+    assert {*(recipe.bench.num_speculative_tokens or [])} <= proved
+
+
+def test_lfm2_recipe_fits_the_target_that_it_names():
+    """LFM2.5-8B-A1B's published shape: 24 layers, hidden 2048, 128,000 tokens."""
+    recipe = load_recipe(RECIPES / "lfm2.5-8b-a1b-nvfp4.yaml")
+    assert recipe.capture.aux_layers == [2, 24 // 2, 24 - 3]
+    assert recipe.vocab.size < 128_000
+    assert recipe.engine.max_model_len <= 128_000
+    assert recipe.head.intermediate_size == 4 * 2048
 
 
 def test_every_field_says_why():
