@@ -200,6 +200,9 @@ class TrainSection(Section):
     """Packed rows of an optimizer step over all processes together; more than processes means
     accumulation. None: one for each process of the first start. The result does not depend on how
     many processes share the work."""
+    shard: bool = False
+    """Under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2).
+    For heads that outgrow a card; a head of ordinary size trains faster without."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between held-out evaluations; None is ten times in a run."""
     patience: Annotated[int, Field(ge=1)] | None = None

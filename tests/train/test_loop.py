@@ -52,8 +52,12 @@ def whole(store, tmp_path_factory):
     return folder
 
 
-def run(store, folder, processes=1, die_at=None, **settings):
-    """`fit` in processes of its own, killed after step `die_at` if given; returns its exit code."""
+def run(store, folder, processes=1, die_at=None, restarts=0, **settings):
+    """`fit` in processes of its own, killed after step `die_at` if given; returns its exit code.
+
+    restarts: times that torchrun may start them again; then only the last process is killed, and
+    only once.
+    """
     code = f"""
 import io, os, signal
 import torch
@@ -66,9 +70,12 @@ from drafthead.train.step import Objective, TrainStep
 from tests.train.toy import make_task
 loop.CHECKPOINT_SECONDS = 0.0  # one after every step
 loop.CHECKPOINT_SHARE = 1e9
-die_at, original = {die_at!r}, loop._Fit._step
+die_at, original, once = {die_at!r}, loop._Fit._step, {bool(restarts)!r}
+died = Path({str(folder.with_suffix(".died"))!r})
 def step(self, *arguments):
-    if self.progress.step == die_at:
+    last = self.world.rank == self.world.size - 1
+    if self.progress.step == die_at and not (once and (died.exists() or not last)):
+        died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *arguments)
 loop._Fit._step = step
@@ -81,13 +88,14 @@ world.leave()
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start += [f"--max-restarts={restarts}"]
         script = folder.with_suffix(".py")
         script.write_text(code)
         command = [*start, str(script)]
     else:
         command = [*start, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if die_at is None:
+    if die_at is None or restarts:
         assert done.returncode == 0, done.stderr[-3000:]
     return done.returncode
 
@@ -179,6 +187,38 @@ def test_two_processes_follow_the_curve_of_one(store, whole, tmp_path):
         if "accepted_length" in line
     ]
     assert lengths(tmp_path / "two") == pytest.approx(lengths(whole), rel=0.02)
+
+
+def test_torchrun_starts_a_killed_worker_again_and_the_run_goes_on(store, whole, tmp_path):
+    restarted = tmp_path / "restarted"
+    run(store, restarted, processes=2, die_at=7, restarts=1)
+    assert restarted.with_suffix(".died").exists()
+    steps = [line["step"] for line in read_metrics(restarted / "metrics.jsonl")]
+    assert steps == sorted(steps)
+    assert curve(restarted)[-4:] == pytest.approx(curve(whole)[-4:], rel=1e-4)
+
+
+def test_shards_follow_the_curve_and_one_process_goes_on_from_them(store, whole, tmp_path):
+    sharded = tmp_path / "sharded"
+    last = lambda folder: next((folder / "checkpoint").glob("step-*/optimizer.safetensors"))
+    steps = checkpoint.read_progress(whole / "checkpoint").step
+    run(store, sharded, processes=2, die_at=steps - 1, shard=True)
+    found = curve(sharded)
+    assert len(found) > 3
+    assert found == pytest.approx(curve(whole)[: len(found)], rel=1e-4)
+    ours, theirs = load_file(last(sharded)), load_file(last(whole))
+    assert {name: t.shape for name, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+    run(store, sharded, shard=True)
+    assert curve(sharded) == pytest.approx(curve(whole), rel=1e-3)
+    assert_same_weights(sharded, whole, rtol=0.05, atol=5e-3)
+
+
+def test_shards_need_steps_that_all_share(store, tmp_path, monkeypatch):
+    two = World(0, 2, torch.device("cpu"))
+    with pytest.raises(DraftheadError, match=r"steps of 3 rows over 2.*multiple of 2"):
+        fit(make_task(store, shard=True, rows_per_step=3), tmp_path, two, quiet())
+    with pytest.raises(DraftheadError, match="muon steps whole matrices"):
+        fit(make_task(store, shard=True, optimizer="muon"), tmp_path, two, quiet())
 
 
 def test_goes_on_with_another_number_of_processes(store, whole, tmp_path):

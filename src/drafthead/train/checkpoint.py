@@ -2,14 +2,15 @@
 been. No random numbers are drawn after the start, so there is no generator to keep."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, read_json, write_json
-from drafthead.train.optimizer import AdamW
 
 
 @dataclass
@@ -32,10 +33,10 @@ class Progress:
     """Whether training ended early."""
 
 
-def save(folder: Path, progress: Progress, optimizer: AdamW) -> None:
+def save(folder: Path, progress: Progress, state: dict[str, Tensor]) -> None:
     """Write `folder/step-N` and then remove older ones."""
     with atomic_dir(folder / f"step-{progress.step:08d}") as temporary:
-        save_file(optimizer.state_dict(), temporary / "optimizer.safetensors")
+        save_file(state, temporary / "optimizer.safetensors")
         write_json(temporary / "progress.json", asdict(progress))
     for old in _all(folder)[:-1]:
         shutil.rmtree(old)
@@ -49,15 +50,15 @@ def read_progress(folder: Path) -> Progress | None:
     return Progress(**read_json(found[-1] / "progress.json", "the progress of training"))
 
 
-def load(folder: Path, progress: Progress, optimizer: AdamW) -> None:
-    """Take weights and moments from the checkpoint of `progress`.
+def load(folder: Path, progress: Progress, take: Callable[[dict[str, Tensor], int], None]) -> None:
+    """Hand the state in the checkpoint of `progress`, and its number of steps, to `take`.
 
     Raises:
         DraftheadError: unreadable, or of another head.
     """
     path = folder / f"step-{progress.step:08d}" / "optimizer.safetensors"
     try:
-        optimizer.load_state_dict(load_file(path), progress.step)
+        take(load_file(path), progress.step)
     except Exception as error:
         raise DraftheadError(
             f"{path}: cannot go on from this checkpoint ({error}); delete {folder} to train anew"

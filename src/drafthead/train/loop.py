@@ -27,6 +27,7 @@ from drafthead.train.operations import matmul_rate
 from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.parallel import World
 from drafthead.train.plan import Plan
+from drafthead.train.sharded import ShardedStep
 from drafthead.train.step import Objective, TrainStep
 
 LOG_EVERY = 10  # steps between two questions to the device; in between it is never waited for
@@ -100,14 +101,16 @@ class _Fit:
             settings.loss, settings.ttt_steps, settings.ttt_decay, settings.regression_weight
         )
         self.step = TrainStep(self.head, teacher, objective, compiled=device.type == "cuda")
+        self.sharded = self._shard() if settings.shard and world.size > 1 else None
         self.optimizer = AdamW(
-            self.head.named_parameters(),
+            self.sharded.parameters.items() if self.sharded else self.head.named_parameters(),
             AdamWSettings(
                 settings.optimizer == "muon",
                 *settings.betas,
                 weight_decay=settings.weight_decay,
                 max_grad_norm=settings.max_grad_norm,
             ),
+            world.sum if self.sharded else None,
         )
         self.to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
         every = settings.eval_every or -(-self.plan.steps // 10)
@@ -122,7 +125,23 @@ class _Fit:
                     f"{folder}/checkpoint: made with other settings or states; give this run "
                     "another name, or pass --overwrite to train anew"
                 )
-            checkpoint.load(folder / "checkpoint", self.found, self.optimizer)
+            checkpoint.load(folder / "checkpoint", self.found, self._take)
+
+    def _shard(self) -> ShardedStep:
+        rows, size = self.plan.rows_per_step, self.world.size
+        if rows % size:
+            raise DraftheadError(
+                f"train.shard: steps of {rows} rows over {size} processes; set train.rows_per_step "
+                f"to a multiple of {size}, so that all gather and scatter together"
+            )
+        if self.task.settings.optimizer == "muon":
+            raise DraftheadError(
+                "train.shard: muon steps whole matrices, a process has a part of each; use adamw"
+            )
+        return ShardedStep(self.step, self.world)
+
+    def _take(self, state: dict[str, Tensor], steps: int) -> None:
+        self.optimizer.load_state_dict(self.sharded.part(state) if self.sharded else state, steps)
 
     def make(self, number: int) -> Batch | None:
         """Read and pack row `number` of the plan."""
@@ -172,7 +191,8 @@ class _Fit:
                     if evaluating:
                         self._evaluate(log)
                         meter.restart()
-                    if evaluating or now - saved > max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE):
+                    due = now - saved > max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE)
+                    if evaluating or self._agreed(due):
                         begun = time.monotonic()
                         self._save()
                         saved = time.monotonic()
@@ -185,17 +205,22 @@ class _Fit:
     def _step(self, batches: Iterator[Batch | None], meter: Meter) -> Tensor:
         """Gradients of this process's rows, summed over all, and one update."""
         device, supervised = self.world.device, 0
-        for _ in self.plan.row_numbers(self.progress.step, self.world.rank, self.world.size):
+        rows = self.plan.row_numbers(self.progress.step, self.world.rank, self.world.size)
+        for number in rows:
             asked = time.monotonic()
             batch = next(batches)
             meter.waited += time.monotonic() - asked
-            if batch is None:
-                continue
-            loss, correct = self.step.backward(batch)
-            supervised += len(batch.labels)
-            meter.add(loss, correct, batch, self.head)
+            if self.sharded:
+                loss, correct = self.sharded.backward(batch, last=number == rows[-1])
+            elif batch is not None:
+                loss, correct = self.step.backward(batch)
+            if batch is not None:
+                supervised += len(batch.labels)
+                meter.add(loss, correct, batch, self.head)
         count = torch.full((), float(supervised), device=device)
-        if self.world.size > 1:
+        if self.sharded:
+            self.world.sum([count])
+        elif self.world.size > 1:
             for p in self.optimizer.parameters.values():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             self.world.sum([*self.optimizer.gradients(), count])
@@ -232,14 +257,15 @@ class _Fit:
 
     def _evaluate(self, log: Log) -> None:
         """Held-out accepted length as served, its share on each process; keeps the best head."""
-        total = self.acceptance([self.task.k])[0]
+        head = self.sharded.whole_head() if self.sharded else self.head
+        total = self.acceptance(head, [self.task.k])[0]
         progress = self.progress
         better = total.accepted_length > progress.best_length
         progress.stale = 0 if better else progress.stale + 1
         if better:
             progress.best_length, progress.best_step = total.accepted_length, progress.step
             if self.world.first:
-                self._save_best()
+                self._save_best(head)
         patience = self.task.settings.patience
         progress.stopped = patience is not None and progress.stale >= patience
         log.write(
@@ -257,7 +283,7 @@ class _Fit:
                 f"{total.k}: {total.accepted_length:.3f}" + (" (best)" if better else "")
             )
 
-    def acceptance(self, ks: list[int]) -> list[Acceptance]:
+    def acceptance(self, head: Eagle3Head, ks: list[int]) -> list[Acceptance]:
         """Counts over all held-out answers at each k, summed over processes."""
         reader, world = self.task.reader, self.world
         indices = [i for i in reader.indices("heldout") if reader.tokens[i] - reader.prompt[i] > 1]
@@ -271,7 +297,7 @@ class _Fit:
         samples = (reader[int(i)] for i in own)
         totals = [Acceptance(k) for k in ks]
         if own:
-            totals = evaluate(self.head, self.embedding.to(world.device), samples, ks)
+            totals = evaluate(head, self.embedding.to(world.device), samples, ks)
         for total in totals:
             counts = [total.known, total.accepted, total.outside, total.past_end]
             tensors = [torch.tensor(total.steps), *(torch.from_numpy(c) for c in counts)]
@@ -288,11 +314,11 @@ class _Fit:
         longest = self.task.settings.row_tokens
         return sum(min(int(self.task.reader.tokens[i]) - 2, longest) for row in rows for i in row)
 
-    def _save_best(self) -> None:
+    def _save_best(self, head: Eagle3Head) -> None:
         about = {"step": self.progress.step, "accepted_length": self.progress.best_length}
         provenance = self.task.provenance
         save_head(
-            self.head,
+            head,
             self.folder / "best",
             Provenance(
                 provenance.target,
@@ -304,18 +330,32 @@ class _Fit:
             embedding=self.embedding if self.task.own_embedding else None,
         )
 
+    def _agreed(self, due: bool) -> bool:
+        """Whether to write a checkpoint: each process by its own clock, since only the first one
+        writes; sharded ones all gather, so the first one's clock rules, asked at log steps."""
+        if self.sharded is None:
+            return due
+        if self.progress.step % LOG_EVERY:
+            return False
+        flag = torch.full((), float(due and self.world.first), device=self.world.device)
+        self.world.sum([flag])
+        return bool(flag)
+
     def _save(self) -> None:
-        """All processes hold the same, so one writes and none has to wait for it."""
+        """One process writes and none has to wait for it."""
+        if self.sharded:
+            state = self.sharded.whole(self.optimizer.state_dict())
+        elif self.world.first:
+            state = self.optimizer.state_dict()
         if self.world.first:
-            checkpoint.save(self.folder / "checkpoint", self.progress, self.optimizer)
+            checkpoint.save(self.folder / "checkpoint", self.progress, state)
 
     def _finish(self, plan: Plan) -> dict:
         """Evaluate the best head once more, from its file and at every k up to 5."""
         self.world.barrier()  # until the first process has written it
-        best = load_head(self.folder / "best").head
-        self.head.load_state_dict(best.to(self.dtype).state_dict())
+        best = load_head(self.folder / "best").head.to(self.world.device, self.dtype)
         ks = sorted({*range(1, 6), self.task.k})
-        totals = self.acceptance(ks)
+        totals = self.acceptance(best, ks)
         at_k = totals[ks.index(self.task.k)]
         progress = self.progress
         summary = {

@@ -5,7 +5,7 @@ it as int16. Nothing is stored twice, and a step reads and writes each number on
 a CPU) are their own masters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +88,17 @@ class AdamW:
     """Steps named parameters, clipped by global norm, without waiting for the device.
 
     parameters: (name, bf16 or fp32 parameter). Vectors (norm weights) get no weight decay.
+    total: adds up tensors in place over processes that hold shards of the parameters; None where
+    they are whole.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], settings: AdamWSettings):
-        self.parameters = dict(parameters)
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        settings: AdamWSettings,
+        total: Callable[[list[Tensor]], None] | None = None,
+    ):
+        self.parameters, self.total = dict(parameters), total
         self.settings = settings
         self.steps = 0
         zeros = lambda p, dtype: torch.zeros_like(p, dtype=dtype)
@@ -114,12 +121,17 @@ class AdamW:
         """
         s, self.steps = self.settings, self.steps + 1
         norms = torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms)) / count
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self.total is not None:
+            squared = norm**2
+            self.total([squared])
+            norm = squared.sqrt()
+        norm = norm / count
         scale = torch.clamp(s.max_grad_norm / (norm + 1e-6), max=1.0) / count
         scale = torch.where(norm.isfinite(), scale, torch.nan)
         corrections = 1 - s.beta1**self.steps, 1 - s.beta2**self.steps
         for name, p in self.parameters.items():
-            if p.grad is None:
+            if p.grad is None or not p.numel():
                 continue
             decay = s.weight_decay if p.dim() > 1 else 0.0
             numbers = rate, s.beta1, s.beta2, s.eps, decay, *corrections

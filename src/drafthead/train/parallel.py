@@ -27,8 +27,18 @@ class World:
             torch.cuda.set_device(device)
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size > 1 and not dist.is_initialized():
-            # Evaluation and checkpoints let the others wait: longer than NCCL's ten minutes.
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+            # Workers that torchrun starts again meet in the store of those that died, and would
+            # take a dead one's address for the new one's: each start gets names of its own.
+            store, rank, size = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            dist.init_process_group(
+                "nccl" if gpu else "gloo",
+                store=dist.PrefixStore(f"attempt-{attempt}", store),
+                rank=rank,
+                world_size=size,
+                # Evaluation and checkpoints let the others wait: longer than NCCL's ten minutes.
+                timeout=timedelta(hours=1),
+            )
         return cls(int(os.environ.get("RANK", "0")), size, device)
 
     @property
