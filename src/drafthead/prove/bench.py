@@ -1,5 +1,6 @@
 """Stage bench: the speed with the head against the speed without it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
 from drafthead.machine import this_machine
+from drafthead.prove.cells import Cells, forget
 from drafthead.prove.costmodel import Vocabularies, analyse, median_error, recommended_k
 from drafthead.prove.grid import measure
 from drafthead.prove.pairing import Point
@@ -18,7 +20,7 @@ from drafthead.prove.prediction import (
     predicted_over_served,
 )
 from drafthead.prove.prompts import timed_prompts
-from drafthead.prove.proof import command_line, now
+from drafthead.prove.proof import command_line, hash_folder, now
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
@@ -79,23 +81,49 @@ def _plans(
 def _measure(
     recipe: Recipe, run: RunDir, target: Target, drafted: dict[int, Plan], console: Console
 ) -> list[dict]:
-    machine = this_machine()
+    """The grid of one drafter; points of a bench that was ended, inputs the same, are kept."""
+    section, machine = recipe.bench, this_machine()
     base = engine_plan(recipe, head=None, target=target)
-    cells = measure(
+    prompts = [(p.ids, p.source) for p in timed_prompts(recipe, run, target)]
+    drafters = {k: plan.args for k, plan in drafted.items()}
+    speculative = next(iter(drafters.values()))["speculative_config"]
+    head = Path(speculative.get("model", "no head of a folder's"))
+    inputs = {
+        "engines": [base.args, drafters],
+        "target": target.fingerprint,
+        "head": hash_folder(head) if head.is_dir() else None,
+        "prompts": prompts,
+        "how": [section.max_new_tokens, section.repeats, section.warmup, section.over],
+        "machine": machine.as_dict(),
+    }
+    cells = Cells(run.root / ".stages", inputs)
+    points = grid(recipe)
+    missing = {_load(point) for point in points if point not in cells}
+    if len(missing) < len({_load(point) for point in points}):
+        console.print(f"bench: {len(missing)} loads are left to measure")
+    measured = measure(
         base,
         drafted,
-        [(p.ids, p.source) for p in timed_prompts(recipe, run, target)],
-        grid(recipe),
-        over=recipe.bench.over,
-        repeats=recipe.bench.repeats,
-        warmup=recipe.bench.warmup,
+        prompts,
+        [point for point in points if _load(point) in missing],
+        over=section.over,
+        repeats=section.repeats,
+        warmup=section.warmup,
         # On a GPU vLLM sizes its cache by what is free: with others loading it would misjudge.
         at_once=machine.vllm_device == "cpu" or recipe.engine.kv_cache_memory_bytes is not None,
         logs=run.root / "logs",
         console=console,
     )
     gpus = base.args.get("tensor_parallel_size", 1)
-    return [{**cell, "tensor_parallel_size": gpus} for cell in cells]
+    if missing:
+        for point, cell in measured:
+            cells.add(point, {**cell, "tensor_parallel_size": gpus})
+    return [cells[point] for point in points]
+
+
+def _load(point: Point) -> Point:
+    """The point whatever its k: all k of a load are measured together."""
+    return replace(point, num_speculative_tokens=0)
 
 
 def _on_each_number_of_gpus(recipe: Recipe) -> list[Recipe]:
@@ -155,6 +183,7 @@ def contest(
         ]
         beside[name] = {"grid": cells, "command": command_line(), "date": now()}
         write_json(run.bench_json, {**result, "beside": beside})
+        forget(run.root / ".stages")
     first = {name: beside[name]["grid"][0] for name in drafters}
     return {name: {key: cell[key] for key in _MEASURED} for name, cell in first.items()}
 
@@ -204,6 +233,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "date": now(),
     }
     write_json(run.bench_json, result)
+    forget(run.root / ".stages")
     if (best := result["recommended_num_speculative_tokens"]) is not None:
         error = result["cost_model_median_error"]
         checked = "" if error is None else f", whose median error on points unseen was {error:.1%}"

@@ -91,7 +91,7 @@ def measure(
     at_once: bool,
     logs: Path,
     console: Console,
-) -> list[dict]:
+) -> Iterator[tuple[Point, dict]]:
     """Measure every point of a grid, the target alone and with a drafter side by side.
 
     Only one engine works at a time.
@@ -108,8 +108,8 @@ def measure(
         logs: folder for what the engines print.
         console: where people read each point's figures.
 
-    Returns:
-        What :func:`drafthead.prove.pairing.summarize` gives for each point, in their order.
+    Yields:
+        Each point with what :func:`drafthead.prove.pairing.summarize` gives, once it is measured.
 
     Raises:
         DraftheadError: an engine does not run.
@@ -121,23 +121,21 @@ def measure(
 
     alone = engine(base, "target alone", "target")
     others = {k: engine(plan, f"drafted, k={k}", f"k{k}") for k, plan in drafted.items()}
-    cells: dict[Point, dict] = {}
 
-    def time_points(first: Engine, fast: dict[int, Engine]) -> None:
+    def time_points(first: Engine, fast: dict[int, Engine]) -> Iterator[tuple[Point, dict]]:
         for point, cell in time_grid(first, fast, prompts, points, repeats=repeats, warmup=warmup):
-            cells[point] = {**cell, "over": over}
             console.print(line(cell))
+            yield point, {**cell, "over": over}
 
     with contextlib.ExitStack() as stack:
         if at_once:
             first, *fast = start([alone, *others.values()], stack)
-            time_points(first, dict(zip(others, fast, strict=True)))
+            yield from time_points(first, dict(zip(others, fast, strict=True)))
         else:
             first = stack.enter_context(alone)
             for k, other in others.items():
                 with other as drafting:
-                    time_points(first, {k: drafting})
-    return [cells[point] for point in points]
+                    yield from time_points(first, {k: drafting})
 
 
 def line(cell: dict) -> str:

@@ -1,0 +1,152 @@
+"""The grid's bookkeeping, with engines that only say what they were asked."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from drafthead.data.answers import Answer, write_part
+from drafthead.fsio import read_json
+from drafthead.prove.bench import _on_each_number_of_gpus, bench
+from drafthead.prove.engine import Completion, Generation, SpecCounters
+from drafthead.prove.grid import shared, time_grid
+from drafthead.prove.pairing import Point, run_pairs
+from drafthead.recipe import parse_recipe, with_options
+from drafthead.rundir import RunDir
+from drafthead.serve import Plan, Setting, engine_plan
+from tests.prove import crafted, made_run
+
+
+class Engine:
+    """Takes ``step_s`` a token, and drafts as many times as it writes tokens."""
+
+    def __init__(self, name, step_s, asked):
+        self.name, self.step_s, self.asked = name, step_s, asked
+        self.count = SpecCounters()
+
+    def counters(self):
+        return self.count
+
+    def generate(self, prompts, **how):
+        self.asked.append((self.name, tuple(map(tuple, prompts)), how))
+        assert how["prefix_cache"] is False
+        tokens = how["max_tokens"]
+        c, n = self.count, tokens * len(prompts)
+        self.count = SpecCounters(c.drafts + n, c.draft_tokens + n, c.accepted_tokens, [0])
+        seconds = tokens * self.step_s
+        gaps = [self.step_s] * (tokens - 1)
+        one = Completion(list(range(tokens)), seconds, self.step_s, "length", [], gaps)
+        return Generation([one] * len(prompts), seconds)
+
+
+PROMPTS = [([1], "a"), ([2], "a"), ([3], "b")]
+
+
+def test_every_engine_gets_each_block_in_turn():
+    asked = []
+    base, one, two = (Engine(n, s, asked) for n, s in (("base", 0.2), ("one", 0.1), ("two", 0.4)))
+    point = Point(1, 2, 0.7, 5)
+    first, second = run_pairs(base, [one, two], PROMPTS, point, repeats=1, warmup=1)
+    assert all(len(prompts) == 2 for _, prompts, _ in asked[:3])  # as many as run at once
+    timed = asked[3:]
+    assert len(first) == len(second) == len(timed) // 3 >= 8
+    for n in range(len(first)):
+        block = timed[3 * n : 3 * n + 3]
+        assert len({(prompts, how["seed"]) for _, prompts, how in block}) == 1
+        order = ["base", "one", "two"]
+        assert [name for name, _, _ in block] == order[n % 3 :] + order[: n % 3]
+        assert first[n].base is second[n].base
+        assert first[n].counters.drafts == 5 * len(first[n].sources)
+    assert len({how["seed"] for _, _, how in timed}) == len(first)
+
+
+def test_the_grid_is_every_k_at_every_load():
+    asked = []
+    base, one, three = (Engine(n, s, asked) for n, s in (("base", 0.2), ("k1", 0.1), ("k3", 0.4)))
+    points = [Point(k, c, 0.0, 5) for k in (1, 3) for c in (1, 2)]
+    found = list(time_grid(base, {1: one, 3: three}, PROMPTS, points, repeats=1, warmup=0))
+    assert sorted((p.num_speculative_tokens, p.concurrency) for p, _ in found) == [
+        (1, 1),
+        (1, 2),
+        (3, 1),
+        (3, 2),
+    ]
+    for point, cell in found:
+        assert cell["speedup"] == pytest.approx(2 if point.num_speculative_tokens == 1 else 0.5)
+        assert cell["verdict"] == ("faster" if point.num_speculative_tokens == 1 else "slower")
+        assert set(cell["by_source"]) == {"a", "b"}
+        latency = cell["latency"]["base"]
+        assert latency["between_outputs_s"] == pytest.approx({"p50": 0.2, "p99": 0.2})
+        assert latency["tokens_per_s_of_a_user"] == pytest.approx({"p50": 5, "p1": 5})
+
+
+def test_engines_that_share_a_gpu_take_a_part_of_it_each():
+    plan = Plan([Setting("model", "m", ""), Setting("gpu_memory_utilization", 0.9, "")], {})
+    assert shared(plan, 3).args == {"model": "m", "gpu_memory_utilization": pytest.approx(0.3)}
+
+
+def test_an_ended_bench_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    target = crafted.target(tmp_path / "target")
+    run = RunDir(tmp_path / "r")
+    crafted.head(run.head, target)
+    none, ids = np.zeros(0, np.int32), np.array([1, 7], np.int32)
+    answer = Answer("c", "s", "heldout", ids, np.zeros(2, bool), none, "stop", "")
+    write_part(run.answers, 0, [answer], {})
+    recipe = parse_recipe(
+        {
+            "name": "r",
+            "target": {"path": str(target)},
+            "prompts": {"sources": [{"path": "p.jsonl"}]},
+            "bench": {"num_speculative_tokens": [1, 3], "concurrency": [1, 2, 4]},
+        },
+        "test",
+    )
+    asked = []
+    ended = iter([3, None])
+
+    def measure(base, drafted, prompts, points, **how):
+        left = next(ended)
+        for point in points:
+            if point.num_speculative_tokens == 1:
+                asked.append(point.concurrency)
+                for k in drafted:
+                    if left == 0:
+                        raise KeyboardInterrupt
+                    left = left and left - 1
+                    yield (
+                        replace(point, num_speculative_tokens=k),
+                        made_run.cell(k, point.concurrency),
+                    )
+
+    monkeypatch.setattr("drafthead.prove.bench.measure", measure)
+    console = Console(quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        bench(recipe, run, console=console)
+    assert asked == [1, 2]
+    assert not run.bench_json.exists()
+    bench(recipe, run, console=console)
+    assert asked == [1, 2, 2, 4]  # the second had only one of its two k
+    found = [
+        (c["concurrency"], c["num_speculative_tokens"])
+        for c in read_json(run.bench_json, "")["grid"]
+    ]
+    assert sorted(found) == [(c, k) for c in (1, 2, 4) for k in (1, 3)]
+    assert not list(run.root.glob(".stages/cells-*"))
+
+
+def test_each_number_of_gpus_has_plans_of_its_own(llama):
+    recipe = parse_recipe(
+        {
+            "name": "r",
+            "target": {"path": str(llama)},
+            "prompts": {"sources": [{"path": "p.jsonl"}]},
+        },
+        "test",
+    )
+    assert _on_each_number_of_gpus(recipe) == [recipe]
+    spread = _on_each_number_of_gpus(
+        with_options(recipe, "bench", {"tensor_parallel_size": [1, 2]})
+    )
+    sizes = [engine_plan(r, head=None).args.get("tensor_parallel_size", 1) for r in spread]
+    assert sizes == [1, 2]
