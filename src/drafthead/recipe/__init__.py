@@ -1,0 +1,27 @@
+"""One typed description of a whole run: its schema, and how it is read."""
+
+from drafthead.recipe.read import load_recipe, parse_recipe, with_options
+from drafthead.recipe.schema import (
+    HeadSection,
+    Loss,
+    PromptsSection,
+    Recipe,
+    Source,
+    TargetSection,
+    TrainSection,
+    VocabSection,
+)
+
+__all__ = [
+    "HeadSection",
+    "Loss",
+    "PromptsSection",
+    "Recipe",
+    "Source",
+    "TargetSection",
+    "TrainSection",
+    "VocabSection",
+    "load_recipe",
+    "parse_recipe",
+    "with_options",
+]

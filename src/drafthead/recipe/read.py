@@ -1,0 +1,121 @@
+"""Reading a recipe: each mistake is named with its file and field, and the nearest right key."""
+
+import difflib
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from drafthead.errors import DraftheadError
+from drafthead.recipe.schema import Recipe, Source
+
+
+def _nearest(location: tuple, found: str) -> str:
+    """The right key nearest to a misspelt one, looking at the section that it stands in."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, int) or not hasattr(model, "model_fields"):
+            continue
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if part == "sources":
+            annotation = Source
+        model = annotation
+    known = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+
+
+def parse_recipe(data: Any, where: str) -> Recipe:
+    """Check a recipe that is already read; ``where`` names it in errors.
+
+    Raises:
+        DraftheadError: one line for each wrong field.
+    """
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else type(data).__name__
+        raise DraftheadError(
+            f"{where}: a recipe is a mapping of sections (name, target, prompts, …), found {found}"
+        )
+    # A section whose keys are all commented out is null in YAML; its defaults are meant.
+    given = {key: value for key, value in data.items() if value is not None}
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            field = ".".join(str(part) for part in item["loc"]) or "recipe"
+            if item["type"] == "extra_forbidden":
+                lines.append(
+                    f"{where}: unknown key `{field}`; {_nearest(item['loc'], str(item['loc'][-1]))}"
+                )
+            elif item["type"] == "missing":
+                lines.append(f"{where}: `{field}` is missing; add it")
+            else:
+                wanted = item["msg"]
+                if item["type"] in ("model_type", "dict_type"):
+                    wanted = "should be a mapping (`key: value` lines)"
+                found = textwrap.shorten(repr(item["input"]), 80, placeholder=" …")
+                lines.append(f"{where}: `{field}`: {wanted}, found {found}")
+        raise DraftheadError("\n".join(lines)) from None
+
+
+def with_options(recipe: Recipe, section: str, options: dict[str, Any]) -> Recipe:
+    """The recipe with fields of one section replaced by what a command line gives.
+
+    Args:
+        recipe: the recipe.
+        section: the section's name.
+        options: value by field; None leaves the recipe's.
+
+    Raises:
+        DraftheadError: a value that the field does not take.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return recipe
+    data = recipe.model_dump(mode="json")
+    data[section] |= given
+    return parse_recipe(data, "command line")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice: YAML itself would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if (first := seen.get(str(key.value))) is not None:
+                raise yaml.MarkedYAMLError(
+                    problem=f"`{key.value}` is written twice, here and in line {first}; keep one",
+                    problem_mark=key.start_mark,
+                )
+            seen[str(key.value)] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read a recipe. Relative file paths in it are relative to the folder it is run from.
+
+    Raises:
+        DraftheadError: no such file, not YAML, or a wrong field.
+    """
+    path = Path(path)
+    try:
+        # utf-8-sig: editors on Windows put a mark before the first line
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except FileNotFoundError:
+        raise DraftheadError(
+            f"{path}: no such recipe; `drafthead init TARGET` writes one, examples lie in recipes/"
+        ) from None
+    except IsADirectoryError:
+        raise DraftheadError(f"{path}: is a folder; a recipe is a YAML file in it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DraftheadError(
+            f"{path}: cannot be read ({error}); a recipe is a YAML file in UTF-8"
+        ) from error
+    except yaml.YAMLError as error:
+        raise DraftheadError(f"{path}: not YAML: {error}") from error
+    return parse_recipe(data, str(path))
