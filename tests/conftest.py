@@ -1,6 +1,7 @@
 """Shared fixtures: tiny targets, made once a session. Set before any test imports vLLM or torch."""
 
 import os
+import sys
 
 # One engine in this process; a thread a process, since two cores run the suite.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -30,3 +31,22 @@ def lfm2_moe(tmp_path_factory):
 def lfm2(tmp_path_factory):
     """Folder of a tiny random dense LFM2."""
     return tiny.tiny_lfm2(tmp_path_factory.mktemp("lfm2"))
+
+
+@pytest.fixture
+def drafthead(monkeypatch, capsys):
+    """Run a command in this process, to its exit code, stdout and stderr."""
+
+    from drafthead import cli
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["drafthead", *args])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

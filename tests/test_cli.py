@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from drafthead import cli
 from drafthead.errors import ClaimFailed
 from drafthead.fsio import RunLock
 from tests.prove import crafted
@@ -37,23 +36,6 @@ def place(tmp_path, llama, monkeypatch):
     Path("p.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(40)))
     Path("r.yaml").write_text(RECIPE)
     return tmp_path
-
-
-@pytest.fixture
-def drafthead(monkeypatch, capsys):
-    """Run a command in this process, to its exit code, stdout and stderr."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["drafthead", *args])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def edit(old, new):

@@ -75,7 +75,7 @@ def cli_page() -> str:
         "",
         "Exit codes: 0 done, 1 the claim failed (not lossless, broken states), 2 the input or the",
         "environment is wrong, 130 stopped by Ctrl-C. With `--json` a command prints one object on",
-        "stdout; what people read goes to stderr.",
+        'stdout, `{"error": …}` if it failed; what people read goes to stderr.',
         "",
     ]
     for name, command in commands().items():

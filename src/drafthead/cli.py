@@ -7,7 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.markup import escape
@@ -22,11 +22,13 @@ from drafthead.recipe import load_recipe
 app = typer.Typer(
     name="drafthead",
     help="Make an EAGLE-3 draft head for the model you serve, serve it in vLLM, prove it.",
+    epilog="Example: drafthead init ./my-model --prompts chats.jsonl; drafthead run recipe.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 INTERRUPTED = 130
+STAGES, TOOLS = "The stages of run, one by one", "Tools"
 
 
 def _version(show: bool) -> None:
@@ -86,7 +88,8 @@ def _add_stage(name: str, help_text: str) -> None:
     ) -> None:
         one_stage(name, load_recipe(recipe), runs, overwrite, as_json)
 
-    app.command(name, help=help_text, epilog=f"Example: drafthead {name} recipe.yaml")(command)
+    epilog = f"Example: drafthead {name} recipe.yaml"
+    app.command(name, help=help_text, epilog=epilog, rich_help_panel=STAGES)(command)
 
 
 def _add_cluster_stage(name: str, help_text: str) -> None:
@@ -111,7 +114,7 @@ def _add_cluster_stage(name: str, help_text: str) -> None:
         one_stage(name, spread, runs, overwrite, as_json)
 
     epilog = f"Example: drafthead {name} recipe.yaml --ray auto --location s3://bucket/run"
-    app.command(name, help=help_text, epilog=epilog)(command)
+    app.command(name, help=help_text, epilog=epilog, rich_help_panel=STAGES)(command)
 
 
 for _name, _help in (
@@ -120,19 +123,13 @@ for _name, _help in (
 ):
     _add_cluster_stage(_name, _help)
 
-for _name, _help in (
-    ("vocab", "Choose the draft vocabulary from what the target wrote."),
-    ("export", "Write the folder that vLLM serves."),
-    ("report", "Write the report and the model card of a finished run."),
-):
-    _add_stage(_name, _help)
+_add_stage("vocab", "Choose the draft vocabulary from what the target wrote.")
 
 
-app.command(epilog="Example: drafthead verify recipe.yaml --k 1,2,3,5,7 --concurrency 64")(verify)
-app.command(epilog="Example: drafthead bench recipe.yaml --k 1,3,5 --head OTHER")(bench)
-
-
-@app.command(epilog="Example: torchrun --nproc-per-node 8 -m drafthead train recipe.yaml")
+@app.command(
+    epilog="Example: torchrun --nproc-per-node 8 -m drafthead train recipe.yaml",
+    rich_help_panel=STAGES,
+)
 def train(
     recipe: RecipeFile,
     start: Annotated[
@@ -152,11 +149,25 @@ def train(
     one_stage("train", found, runs, overwrite, as_json and rank == 0)
 
 
+_add_stage("export", "Write the folder that vLLM serves.")
+app.command(
+    epilog="Example: drafthead verify recipe.yaml --k 1,2,3,5,7 --concurrency 64",
+    rich_help_panel=STAGES,
+)(verify)
+app.command(
+    epilog="Example: drafthead bench recipe.yaml --k 1,3,5 --head OTHER", rich_help_panel=STAGES
+)(bench)
+_add_stage("report", "Write the report and the model card of a finished run.")
+
+
 class _Format(StrEnum):
     nvfp4 = "nvfp4"
 
 
-@app.command(epilog="Example: drafthead quantize ./my-model ./my-model-nvfp4 --prompts r.yaml")
+@app.command(
+    epilog="Example: drafthead quantize ./my-model ./my-model-nvfp4 --prompts r.yaml",
+    rich_help_panel=TOOLS,
+)
 def quantize(
     target: Annotated[str, typer.Argument(help="Dense target folder or hub id.")],
     out: Annotated[Path, typer.Argument(help="The new checkpoint's folder.")],
@@ -182,7 +193,9 @@ def quantize(
         emit(record, as_json)
 
 
-@app.command(epilog="Example: drafthead inspect runs/demo/head --target ./my-model")
+@app.command(
+    epilog="Example: drafthead inspect runs/demo/head --target ./my-model", rich_help_panel=TOOLS
+)
 def inspect(
     head: Annotated[Path, typer.Argument(help="Head folder, vLLM or speculators format.")],
     target: Annotated[str | None, typer.Option(help="Target to hold the head against.")] = None,
@@ -226,8 +239,12 @@ def serve(
         os.execvpe(plan.command[0], plan.command, os.environ | plan.environment)
 
 
-states_app = typer.Typer(help="Look after a store of states.", no_args_is_help=True)
-app.add_typer(states_app, name="states")
+states_app = typer.Typer(
+    help="Look after a store of states.",
+    epilog="Example: drafthead states check runs/demo/states",
+    no_args_is_help=True,
+)
+app.add_typer(states_app, name="states", rich_help_panel=TOOLS)
 
 
 @states_app.command(
@@ -311,26 +328,33 @@ def doctor(
 
 
 def main() -> None:
-    """Run the command line; errors a user can mend are one line and an exit code, no traceback."""
+    """Run the command line; errors a user can mend are one line and an exit code, no traceback.
+
+    With ``--json`` such an error is the one object on stdout: ``{"error": …}``.
+    """
     try:
         with disk_errors("drafthead"):  # the last net: a disk that fills up is no traceback
             app()
     except ClaimFailed as error:
-        console.print(f"[red]claim failed:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
+        _fail("claim failed", str(error), error.exit_code)
     except DraftheadError as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
+        _fail("error", str(error), error.exit_code)
     except ImportError as error:
         if (error.name or "").startswith("drafthead"):
             raise
-        console.print(
-            f"[red]error:[/red] {escape(str(error))}: an installation that is not whole; "
-            "`drafthead doctor` looks at it, or install drafthead in a fresh environment",
-            soft_wrap=True,
+        words = (
+            f"{error}: an installation that is not whole; `drafthead doctor` looks at it, or "
+            "install drafthead in a fresh environment"
         )
-        sys.exit(DraftheadError.exit_code)
+        _fail("error", words, DraftheadError.exit_code)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:  # typer's own answer to Ctrl-C
             console.print("stopped; run the same command again to go on")
         raise
+
+
+def _fail(kind: str, message: str, code: int) -> NoReturn:
+    console.print(f"[red]{kind}:[/red] {escape(message)}", soft_wrap=True)
+    if "--json" in sys.argv and not console.quiet:
+        emit({"error": message}, True)
+    sys.exit(code)
