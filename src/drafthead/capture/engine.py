@@ -76,8 +76,8 @@ class CaptureEngine:
     ):
         plan = engine_plan(recipe, head=None, target=target)
         os.environ.update(plan.environment)
-        # vLLM would fork its engine's process from this one, whose threads (tokenizer, tensors)
-        # may hold locks: on a GPU the fork then waits for ever.
+        # vLLM would fork its processes from this one, where a thread reads standard input
+        # (`child_main`): a fork closes its own first of all, and waits for that thread's lock.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self.recipe = recipe
         args: dict[str, Any] = plan.args | {"seed": recipe.generate.seed}
