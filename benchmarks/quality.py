@@ -78,12 +78,10 @@ def capture(options: argparse.Namespace) -> dict:
     """Answers, states and draft vocabulary."""
     recipe = make_recipe(options, Job("capture"), options.target)
     if not options.tiny:
-        # Many short steps: starting without compilation saves more than it costs.
         update = {
-            "max_num_seqs": 1024,
+            "max_num_seqs": 512,
             "kv_cache_memory_bytes": 24 << 30,
             "gpu_memory_utilization": 0.6,
-            "extra": {"enforce_eager": True},
         }
         engine = recipe.engine.model_copy(update=update)
         recipe = recipe.model_copy(update={"engine": engine})
@@ -126,8 +124,7 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.jobs, speculators_side.find, (options.peers,)) as pool:
 
-        def wave(jobs: list[Job], share: float) -> dict[str, dict]:
-            deadline = begun + share * options.explore_seconds
+        def train_all(jobs: list[Job], deadline: float) -> dict[str, dict]:
             results = pool.imap_unordered(work, [(options, job, deadline) for job in jobs])
             for _ in jobs:
                 try:
@@ -139,11 +136,14 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
             save()
             return record["explore"]
 
-        first = variants.rates()
-        wave(first[:1], 0.3)
-        found = wave(first[1:], 0.42)
-        found = wave(variants.parts(found), 0.74)
-        found = wave(variants.finalists(found, options.epochs), 1.0)
+        found, waves = trained(options), options.waves.split(",")
+        for number, name in enumerate(waves):
+            left = begun + options.explore_seconds - time.time()
+            deadline = time.time() + left / (len(waves) - number)
+            jobs = variants.WAVES[name](found, options.epochs)
+            if not found:  # one alone fills the compiler's cache for all
+                found = train_all([jobs.pop(0)], deadline)
+            found = train_all(jobs, deadline)
         pool.terminate()  # what the last wave left behind
     record["chosen"] = {
         "ours": dataclasses.asdict(variants.chosen(found)),
@@ -152,9 +152,14 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
 
 
 def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
-    """Both sides; speculators as it comes, and at its best rate if that is another."""
+    """Both sides; speculators as it comes, and at its best rate if that is another (without
+    `explore`: at ours)."""
     as_it_comes = Job("", "theirs", train={"learning_rate": 1e-3, "row_tokens": 8192})
-    ours, tuned = Job(**chosen["ours"]), Job(**chosen["theirs"])
+    if chosen:
+        ours, tuned = Job(**chosen["ours"]), Job(**chosen["theirs"])
+    else:
+        ours = Job("", train=json.loads(options.ours))
+        tuned = Job("", "theirs", train=ours.train)
     sides = {"speculators": as_it_comes, "drafthead": ours}
     if tuned.train != as_it_comes.train:
         sides["speculators-tuned"] = tuned
@@ -213,6 +218,12 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=256)
     parser.add_argument("--count", type=int, default=8500, help="prompts to salvage")
     parser.add_argument("--timed", type=int, default=24, help="held-out prompts timed, in pairs")
+    parser.add_argument("--waves", default="rates,parts,finalists", help="of explore")
+    parser.add_argument(
+        "--ours",
+        default='{"learning_rate": 2e-3, "row_tokens": 2048}',
+        help="our side's train section where explore has chosen none",
+    )
     parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")
     parser.add_argument("--explore-seconds", type=float, default=240)
     parser.add_argument("--serve-seconds", type=float, default=300)
@@ -248,7 +259,7 @@ def main() -> None:
         save()
     if "duel" in stages:
         record["duel"] = sides = {}
-        for job in duel_jobs(options, record["chosen"]):
+        for job in duel_jobs(options, record.get("chosen", {})):
             sides[job.name] = train(options, job, warm=True)
             seconds = sides[job.name]["train_seconds"]
             CONSOLE.print(f"{job.name}: {length(sides[job.name]):.3f} after {seconds:.1f} s")

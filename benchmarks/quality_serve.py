@@ -45,7 +45,9 @@ def serve(
             plan = engine_plan(recipe, head=folder, num_speculative_tokens=k or None)
             name = f"{Path(target).name}-{Path(head or 'alone').name}-k{k}"
             log = options.out / "logs" / f"{name}.log"
-            engine = EngineProcess(plan.args, env=plan.environment, log=log, name=name)
+            # One process an engine, not two: starting them is most of this stage's time.
+            env = plan.environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            engine = EngineProcess(plan.args, env=env, log=log, name=name)
             stack.callback(engine.close)
             # On a GPU all load side by side; two cores take one after the other.
             engines[target, head, k] = engine.wait_ready() if options.tiny else engine.start()

@@ -57,7 +57,7 @@ SEEDS = [Job("seed-1", train={"seed": 1}), Job("seed-2", train={"seed": 2})]
 
 
 def rates() -> list[Job]:
-    """The first wave; the first job is the one that fills the compiler's cache."""
+    """The first wave."""
     ours = [
         Job(
             f"{optimizer}-{rate:g}-rows{rows}",
@@ -109,6 +109,8 @@ def parts(found: dict[str, dict]) -> list[Job]:
 def chosen(found: dict[str, dict]) -> Job:
     """The best of the first wave with the winner of each part."""
     job = base = best(found, "ours")
+    if base.name not in found:
+        return base
     at_base = [length(found[base.name])]
     at_base += [length(found[n]) for s in SEEDS if (n := over(base, s).name) in found]
     middle = sum(at_base) / len(at_base)
@@ -135,3 +137,11 @@ def finalists(found: dict[str, dict], epochs: float) -> list[Job]:
         for seed in range(3)
         for job in unique
     ]
+
+
+WAVES = {
+    "rates": lambda found, epochs: rates(),
+    "parts": lambda found, epochs: parts(found),
+    "finalists": finalists,
+}
+"""The jobs of a wave, from the records so far and the finalists' epochs."""
