@@ -42,6 +42,7 @@ def recipe(target):
         "target": {"path": str(target)},
         "prompts": {"sources": [{"path": "p.jsonl"}]},
         "engine": {"dtype": "float32", "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 4},
+        "serve": {"num_speculative_tokens": 3},
         "verify": {"max_new_tokens": 24, "mixed_lengths": True, "samples": 40},
         "bench": {"max_new_tokens": 25, "warmup": 1, "concurrency": [1, 2]},
     }

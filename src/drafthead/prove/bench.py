@@ -48,7 +48,7 @@ _MEASURED = (
 
 def grid(recipe: Recipe) -> list[Point]:
     """The points to measure, those of one k together; the first is the headline's."""
-    ks = recipe.bench.num_speculative_tokens or [recipe.serve.k]
+    ks = recipe.bench.num_speculative_tokens or recipe.serve.candidates
     return [
         Point(k, concurrency, temperature, recipe.bench.max_new_tokens)
         for k in ks

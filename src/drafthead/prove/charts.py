@@ -188,7 +188,10 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> st
             f'<circle cx="{x(ratio):.1f}" cy="{middle:.1f}" r="3.5" class="dot {css}"/>',
             _text(WIDTH - 2, middle + 4, f"{ratio:.2f}×", "value", "end"),
         ]
-    words = "; ".join(f"{r[0]}: {r[1]:.2f} times, {r[2]:.2f} to {r[3]:.2f}" for r in rows)
+    words = "; ".join(
+        f"{label}: {ratio:.2f} times, {low:.2f} to {high:.2f}" + (", spans 1" * (low <= 1 <= high))
+        for label, ratio, low, high in rows
+    )
     return _svg(height, title, words, body)
 
 

@@ -192,7 +192,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     target = recipe_target(recipe)
     head = existing_head(run.head)
     prompts = many_prompts(run, recipe.verify.prompts)
-    ks = recipe.verify.num_speculative_tokens or [recipe.serve.k]
+    ks = recipe.verify.num_speculative_tokens or recipe.serve.candidates
     base = engine_plan(recipe, head=None, target=target)
     chunked = _in_chunks(recipe)
     drafted = {

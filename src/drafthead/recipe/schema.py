@@ -237,8 +237,8 @@ class ServeSection(Section):
     """How the head is served."""
 
     num_speculative_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens drafted a step (k). None is what the run's bench recommends if it measured several,
-    else 3."""
+    """Tokens drafted a step (k). None: verify and bench take 3, 1 and 5, and what bench then
+    recommends is served."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] | None = None
     """GPUs to serve on; None is the engine's if it is above 1, else the fewest that hold the
     weights."""
@@ -247,6 +247,12 @@ class ServeSection(Section):
     def k(self) -> int:
         """Tokens drafted a step as far as the recipe says."""
         return self.num_speculative_tokens or 3
+
+    @property
+    def candidates(self) -> list[int]:
+        """Each k to prove and measure where neither section names any: the one that is said, else
+        the fewest that a cost model can choose from, 3 for the headline."""
+        return [self.num_speculative_tokens] if self.num_speculative_tokens else [3, 1, 5]
 
 
 class VerifySection(Section):
@@ -258,7 +264,7 @@ class VerifySection(Section):
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer."""
     num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
-    """Each k to prove; None is the one that is served."""
+    """Each k to prove; None is the one that serve names, else 3, 1 and 5."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
     """Requests at once; None is the engine's `max_num_seqs`, so that the proof is under load."""
     prefix_cache: bool = False
@@ -290,7 +296,8 @@ class BenchSection(Section):
     repeats: Annotated[int, Field(ge=1)] = 1
     """Times each pair is run."""
     num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
-    """Each k to measure; None is the one that is served. The first is the headline's."""
+    """Each k to measure; None is the one that serve names, else 3, 1 and 5. The first is the
+    headline's."""
     concurrency: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
     """Requests at once, each a column of the grid; the first is the headline's."""
     temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
