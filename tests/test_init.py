@@ -1,5 +1,8 @@
 """`drafthead init`: the recipe that it writes is a good recipe, and says why."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from drafthead.errors import DraftheadError
@@ -36,3 +39,14 @@ def test_existing_recipe_is_kept(tmp_path, llama):
     with pytest.raises(DraftheadError, match="exists already"):
         write_recipe(str(llama), "chats.jsonl", out)
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("my model (v2)!", "my-model-v2"), (".", "here"), ("__", "run")]
+)
+def test_any_folder_gives_a_name_that_a_run_may_have(tmp_path, llama, monkeypatch, folder, name):
+    place = tmp_path / "here"
+    shutil.copytree(llama, place / folder, dirs_exist_ok=True)
+    monkeypatch.chdir(place)
+    write_recipe(folder, "chats.jsonl", Path("recipe.yaml"))
+    assert load_recipe("recipe.yaml").name == name

@@ -1,5 +1,6 @@
 """A commented recipe fit for a target that was looked at."""
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,17 @@ from drafthead.targets import Target, load_target
 _DRAFT_SHARE = 4
 
 
+def _run_name(path_or_id: str) -> str:
+    """The target's own name, without what a run's name may not have."""
+    name = Path(path_or_id).name or Path(path_or_id).resolve().name  # "." has a name there
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"
+
+
 def fit_recipe(target: Target, path_or_id: str, prompts: str) -> dict[str, Any]:
     """The fields whose best value follows from the target; all others keep their defaults."""
     vocab = min(32000, max(target.vocab_size // _DRAFT_SHARE, min(target.vocab_size, 4096)))
     return {
-        "name": Path(path_or_id).name,
+        "name": _run_name(path_or_id),
         "target": {"path": path_or_id},
         "prompts": {"sources": [{"path": prompts}]},
         "capture": {"aux_layers": list(target.default_aux_layers())},
@@ -39,7 +46,9 @@ def _scalar(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, list):
-        value = [v.model_dump(exclude_none=True) if isinstance(v, BaseModel) else v for v in value]
+        value = [
+            v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v for v in value
+        ]
     dumped = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
     return dumped.removesuffix("...\n").strip()
 
