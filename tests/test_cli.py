@@ -243,9 +243,10 @@ def test_a_disk_that_fills_up_anywhere_is_one_message(place, drafthead, monkeypa
     assert "runs/r/states/unit: the disk is full" in err
 
 
-def test_a_library_that_cannot_be_imported_is_one_message(place, drafthead, monkeypatch):
+@pytest.mark.parametrize("kind", [ImportError, OSError])
+def test_a_library_that_cannot_be_imported_is_one_message(place, drafthead, monkeypatch, kind):
     def broken(*_args, **_options):
-        raise ImportError("libcudart.so.13: cannot open shared object file", name="torch")
+        raise kind("libcudart.so.13: cannot open shared object file")
 
     monkeypatch.setattr("drafthead.run.execute", broken)
     code, _, err = drafthead(*RUN)

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -149,3 +153,27 @@ def test_head_of_another_target_is_a_fault(recipe, tmp_path, monkeypatch):
     faults = [f["found"] for f in result["findings"] if f["state"] == "fault"]
     assert any("vocab_size is 1024" in fault for fault in faults)
     assert "vocab_size is 1024" in console.export_text()
+
+
+@pytest.mark.parametrize("broken", ["torch", "vllm"])
+def test_works_where_libraries_do_not(recipe, tmp_path, broken):
+    """A real process in an environment whose PyTorch or vLLM is broken."""
+    stub = tmp_path / "stubs" / broken
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')\n")
+    sources = Path(doctor.__file__).parent.parent
+    path = os.pathsep.join([str(stub.parent), str(sources)])
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    done = subprocess.run(
+        [sys.executable, "-m", "drafthead", "doctor", str(tmp_path / "r.yaml"), "--json"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (fault,) = [f for f in json.loads(done.stdout)["findings"] if f["what"] == "imports"]
+    name = {"torch": "PyTorch", "vllm": "vLLM"}[broken]
+    assert fault["found"] == f"{name} cannot be imported: OSError: libcudart.so.13: cannot open"
+    assert "pip install" in fault["mend"]
+    assert "Traceback" not in done.stderr

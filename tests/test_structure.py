@@ -9,7 +9,7 @@ import drafthead
 
 SOURCE = Path(drafthead.__file__).parent
 ORDER = (
-    *("errors", "machine", "fsio", "recipe", "rundir", "targets", "data", "states"),
+    *("errors", "machine", "finding", "fsio", "recipe", "rundir", "targets", "data", "states"),
     *("head", "serve", "vocab", "init", "quantize", "capture", "train", "prove", "run", "doctor"),
     *("cli_options", "cli_prove", "cli", "__main__"),
 )

@@ -339,8 +339,10 @@ def main() -> None:
         _fail("claim failed", str(error), error.exit_code)
     except DraftheadError as error:
         _fail("error", str(error), error.exit_code)
-    except ImportError as error:
-        if (error.name or "").startswith("drafthead"):
+    except (ImportError, OSError) as error:
+        # A library that does not find its own shared objects raises an OSError without a number.
+        ours = (getattr(error, "name", None) or "").startswith("drafthead")
+        if ours or getattr(error, "errno", None) is not None:
             raise
         words = (
             f"{error}: an installation that is not whole; `drafthead doctor` looks at it, or "

@@ -8,19 +8,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from drafthead.capture.plan import WorkPlan, make_plan
 from drafthead.errors import DraftheadError
+from drafthead.finding import Finding
 from drafthead.machine import Machine, this_machine
-from drafthead.prove.live import Finding, diagnose_server
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan
-from drafthead.targets import recipe_target
-from drafthead.vocab import check_size
+
+# What needs PyTorch is imported where it is used: doctor must work where PyTorch does not.
+if TYPE_CHECKING:
+    from drafthead.capture.plan import WorkPlan
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
@@ -169,7 +170,7 @@ def _gpus(machine: Machine) -> Finding:
     return Finding("GPU", "ok", names + link)
 
 
-def _longest_mean(plan: WorkPlan, sample: int = 64) -> float:
+def _longest_mean(plan: "WorkPlan", sample: int = 64) -> float:
     """Mean tokens of a conversation if every answer is as long as it may be, over a sample."""
     chats = [chat for unit in plan.units for chat, _ in unit][:sample]
     tokenizer, limit = plan.template.tokenizer, plan.recipe.generate.max_new_tokens
@@ -183,6 +184,11 @@ def _longest_mean(plan: WorkPlan, sample: int = 64) -> float:
 
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
     """Target, prompts, fit into memory, and disk against the bytes of the states to come."""
+    from drafthead.capture.plan import make_plan
+    from drafthead.serve import engine_plan
+    from drafthead.targets import recipe_target
+    from drafthead.vocab import check_size
+
     found = []
     try:
         target = recipe_target(recipe)
@@ -229,6 +235,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
 def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
     """The run's head against the recipe's target, if it is exported."""
     from drafthead.head.inspect import inspect_head
+    from drafthead.targets import recipe_target
 
     if not (run.head / "config.json").exists():
         return []
@@ -263,10 +270,15 @@ def diagnose(
     """
     machine = this_machine()
     findings = check_installation(machine) + check_imports(machine)
+    if any(f.state == "fault" and f.what in ("PyTorch", "imports") for f in findings):
+        console.print("[yellow]the rest is looked at once PyTorch and vLLM work[/yellow]")
+        recipe = url = None
     if recipe is not None:
         run = RunDir(runs / recipe.name)
         findings += check_recipe(recipe, run, machine) + check_head(run, recipe)
     if url is not None:
+        from drafthead.prove.live import diagnose_server
+
         findings += diagnose_server(url, recipe, runs)
     for finding in findings:
         console.print(f"{_MARKS[finding.state]} {finding.what}: {escape(finding.found)}")

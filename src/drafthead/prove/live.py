@@ -8,6 +8,7 @@ they are prompts whose acceptance training has predicted.
 from dataclasses import dataclass
 from pathlib import Path
 
+from drafthead.finding import Finding
 from drafthead.fsio import read_json
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.prediction import predicted_acceptance
@@ -24,18 +25,6 @@ reach 0.5 to 0.8, and a fault of wiring leaves a few percent."""
 POINTS = 0.05
 """Distance from the prediction that 16 answers do not explain."""
 ENOUGH_DRAFTS = 200
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at."""
-
-    what: str
-    state: str
-    """``ok``, ``warning`` (works, but look) or ``fault``."""
-    found: str
-    mend: str = ""
-    """What to do; empty when nothing is to be done."""
 
 
 @dataclass(frozen=True)
