@@ -11,6 +11,10 @@ cost model's word on vocabularies against.
 
 All engines of all cases start side by side; only then are they timed, one at work at a time, the
 target alone and every k in turn on the same prompts. OUT/grid.json is written after every point.
+
+On a GPU machine where each process takes a minute to start, a case a call (four engines) is about
+two minutes of starting and one of timing; --in-process halves the processes, but then the host's
+work is not hidden behind the GPU's as it is in `vllm serve`, and the figures say so.
 """
 
 import argparse
@@ -20,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import lfm2_shapes
@@ -42,6 +46,7 @@ from drafthead.targets import load_target
 
 CONSOLE = Console(stderr=True, width=140)
 LONGEST_PROMPT = 256
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "")}
 
 
 @dataclass
@@ -71,16 +76,17 @@ def read_prompts(target: Path, sets: Sequence[str], count: int) -> list[tuple[li
 
 def served_case(name: str, target: str, head: str, options: argparse.Namespace) -> Case:
     """A target and a head as `drafthead serve` would run them, but for the memory."""
+    cuda = this_machine().vllm_device == "cuda"
     recipe = parse_recipe(
         {
             "name": name,
             "target": {"path": target},
             "prompts": {"sources": [{"path": "unused"}]},
             "engine": {
-                "dtype": "float32" if options.tiny else "bfloat16",
+                "dtype": options.dtype or ("bfloat16" if cuda else "float32"),
                 "max_model_len": LONGEST_PROMPT + options.tokens,
                 "max_num_seqs": max(options.concurrency),
-                "kv_cache_memory_bytes": (128 << 20) if options.tiny else (768 << 20),
+                "kv_cache_memory_bytes": (768 << 20) if cuda else (128 << 20),
                 "gpu_memory_utilization": 0.05,
             },
         },
@@ -89,7 +95,16 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
     drafted = {k: engine_plan(recipe, head=head, num_speculative_tokens=k) for k in options.k}
     prompts = read_prompts(Path(target), options.prompts, options.count)
     about = {"target": target, "head": head, "acceptance": "served"}
-    return Case(name, engine_plan(recipe, head=None), drafted, prompts, about)
+    base = engine_plan(recipe, head=None)
+    if options.in_process:
+        base, *rest = (in_process(plan) for plan in (base, *drafted.values()))
+        drafted = dict(zip(drafted, rest, strict=True))
+    return Case(name, base, drafted, prompts, about)
+
+
+def in_process(plan: Plan) -> Plan:
+    """The plan with the engine in the process that asks it."""
+    return replace(plan, env=plan.env | IN_PROCESS)
 
 
 def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -107,7 +122,7 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
         "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
         **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
     }
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "")} if tiny else {}
+    env = IN_PROCESS if options.in_process or tiny else {}
 
     def plan(**more: object) -> Plan:
         return Plan([Setting(n, v, "") for n, v in {**common, **more}.items()], env)
@@ -249,6 +264,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=numbers(float), default=[0.0, 0.7])
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer at most")
     parser.add_argument("--seconds", type=float, default=280, help="time no point after so long")
+    parser.add_argument("--in-process", action="store_true", help="no process for the engine")
+    parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -265,6 +282,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": this_machine().as_dict(),
+        "engine": "in the asking process" if options.in_process else "as in vllm serve",
     }
     with contextlib.ExitStack() as stack:
         begun = time.monotonic()

@@ -128,6 +128,8 @@ def main() -> None:
         request = json.loads(connection.recv_bytes())
         try:
             if request["op"] == "start":
+                # An engine forked from this process, which has threads, may hang in a lock.
+                os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
                 from vllm import LLM
 
                 llm = LLM(**request["args"])
