@@ -20,7 +20,7 @@ from drafthead.head.checkpoint import load_head
 from drafthead.recipe import TrainSection
 from drafthead.train import checkpoint
 from drafthead.train.batches import assemble, draft_ids
-from drafthead.train.log import read_metrics
+from drafthead.train.log import Log, read_metrics
 from drafthead.train.loop import fit, learning_rate
 from drafthead.train.parallel import World
 from drafthead.train.step import Objective, TrainStep
@@ -291,13 +291,15 @@ def test_a_tracker_that_is_not_installed(store, tmp_path, monkeypatch):
         fit(make_task(store, track=["trackio"]), tmp_path, ALONE, quiet())
 
 
-def test_trackers_get_the_figures(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_trackers_get_the_figures_and_one_run_stays_one(store, tmp_path, monkeypatch, tracker):
     class Fake:
         def __init__(self):
-            self.logged = []
+            self.logged, self.runs = [], []
 
-        def init(self, project, name, resume):
-            self.name = name
+        def init(self, *, project, resume, name, **own):
+            assert own.keys() == ({"id"} if tracker == "wandb" else set())
+            self.runs.append((project, resume, name, own.get("id")))
 
         def log(self, figures, step):
             self.logged.append((step, figures))
@@ -306,12 +308,31 @@ def test_trackers_get_the_figures(store, tmp_path, monkeypatch):
             self.done = True
 
     fake = Fake()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    fit(make_task(store, track=["wandb"], epochs=1), tmp_path, ALONE, quiet())
+    monkeypatch.setitem(sys.modules, tracker, fake)
+    fit(make_task(store, track=[tracker], epochs=1), tmp_path / "a", ALONE, quiet())
     assert fake.done
     assert {"loss", "accuracy/1", "acceptance/3", "learning_rate"} <= set().union(
         *(figures for _, figures in fake.logged)
     )
+    fit(make_task(store, track=[tracker], epochs=1), tmp_path / "a", ALONE, quiet())
+    fit(make_task(store, track=[tracker], epochs=1), tmp_path / "b", ALONE, quiet())
+    first, again, other = fake.runs
+    assert first == again != other
+
+
+def test_wandb_itself_takes_the_figures(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in (0, 10):
+        with Log(tmp_path / "train", step, 20, "toy", ["wandb"], quiet()) as log:
+            log.write(step + 10, {"acceptance": [0.1], "conditional_acceptance": [0.2]})
+            assert wandb.run.name == "toy"
+    records = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(records) == 2
+    assert len({path.name for path in records}) == 1, "both starts belong to one run"
+    assert all(b"conditional_acceptance/1" in path.read_bytes() for path in records)
 
 
 def test_the_line_on_a_terminal(store, tmp_path):

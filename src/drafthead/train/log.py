@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ class Log:
     """Metrics of a run, by step. Opening it cuts off what a killed run wrote after `step`.
 
     folder: `metrics.jsonl` and `tensorboard/` go there. trackers: "wandb" and "trackio", used
-    through their `init` and `log`. total: steps of the run. `quiet` is for processes that only
-    compute. A context manager.
+    through their `init`, `log` and `finish`. total: steps of the run. `quiet` is for processes that
+    only compute. A context manager.
 
     Raises:
         DraftheadError: a tracker that is not installed.
@@ -44,6 +45,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        run_id = _run_id(folder / "tracker_id") if trackers else ""
         for tracker in trackers:
             try:
                 module = importlib.import_module(tracker)
@@ -52,7 +54,12 @@ class Log:
                     f"recipe: train.track names {tracker}, which is not installed: "
                     f"pip install {tracker}"
                 ) from None
-            module.init(project="drafthead", name=name, resume="allow")
+            # A run that goes on after a kill stays one run; another run of the recipe is another.
+            # wandb knows runs by id, trackio by name.
+            own = (
+                {"name": name, "id": run_id} if tracker == "wandb" else {"name": f"{name}-{run_id}"}
+            )
+            module.init(project="drafthead", resume="allow", **own)
             self.trackers.append(module)
         self.bar = Progress(
             TextColumn("train"),
@@ -101,6 +108,13 @@ class Log:
             if self.length is not None:
                 figures += f" · accepted {self.length:.2f}"
             self.bar.update(self.task, completed=step, figures=figures)
+
+
+def _run_id(path: Path) -> str:
+    """The name that trackers know this folder's run by, drawn once."""
+    if not path.exists():
+        write_bytes(path, secrets.token_hex(4).encode())
+    return path.read_text(encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict]:
