@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from drafthead.vllm_plugin import conv_metadata, draft_argmax, patch, prefill_graphs
+from drafthead.vllm_plugin import (
+    conv_metadata,
+    draft_argmax,
+    patch,
+    prefill_graphs,
+    resumed_prefills,
+)
 from tests.vllm.engines import answers, counter, eagle3, engine, ngram, stress
 from tests.vllm.models import write_head, write_target
 
@@ -196,7 +202,42 @@ def test_decode_graphs_are_for_decodes(computed, uniform):
     assert seen == [uniform, True, None]
 
 
-@pytest.mark.parametrize("mend", [conv_metadata, draft_argmax, prefill_graphs])
+def test_resumed_requests_count_their_answer_as_prompt():
+    """Until all of it is computed, wherever the row goes, and only while someone looks."""
+    batch = SimpleNamespace(
+        req_id_to_index={"a": 0, "b": 1, "c": 2},
+        num_prompt_tokens=np.array([8, 8, 8]),
+        num_computed_tokens_cpu=np.array([9, 10, 12]),
+    )
+    runner = SimpleNamespace(
+        input_batch=batch, requests={r: SimpleNamespace(num_tokens=12) for r in "bc"}
+    )
+    step = SimpleNamespace(
+        finished_req_ids=set(),
+        preempted_req_ids=None,
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"b", "c"}),
+    )
+    seen = []
+
+    def reorder(self, scheduler_output):
+        seen.append(batch.num_prompt_tokens.tolist())
+        batch.num_prompt_tokens[[0, 1]] = batch.num_prompt_tokens[[1, 0]]
+        batch.num_computed_tokens_cpu[[0, 1]] = batch.num_computed_tokens_cpu[[1, 0]]
+        batch.req_id_to_index |= {"a": 1, "b": 0}
+
+    resumed_prefills._remember(reorder)(runner, step)
+    assert seen == [[8, 12, 8]]  # "c" has everything
+    assert batch.num_prompt_tokens.tolist() == [8, 8, 8]
+    look = resumed_prefills._told(lambda self: seen.append(batch.num_prompt_tokens.tolist()))
+    look(runner)
+    assert seen[-1] == [12, 8, 8]
+    step.scheduled_cached_reqs.resumed_req_ids, step.preempted_req_ids = set(), {"b"}
+    resumed_prefills._remember(lambda self, out: None)(runner, step)
+    look(runner)
+    assert seen[-1] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("mend", [conv_metadata, draft_argmax, prefill_graphs, resumed_prefills])
 def test_mend_steps_aside(mend, monkeypatch):
     replaced, said = [], []
     monkeypatch.setattr(mend, "FAULT", "text that no vLLM has")

@@ -127,6 +127,21 @@ def test_preemption(target, head, plain, caching):
         assert counter(llm, "num_preemptions") > 0
 
 
+def test_preempted_answers_are_computed_again_in_slivers(target, head, plain):
+    """Chunks of what a request had written are as narrow as a verify step."""
+    with engine(
+        target,
+        eagle3(head, 3),
+        block_size=32,
+        num_gpu_blocks_override=44,
+        max_num_seqs=8,
+        max_num_batched_tokens=36,
+        long_prefill_token_threshold=4,
+    ) as llm:
+        assert answers(llm, LONG) == plain["long"]
+        assert counter(llm, "num_preemptions") > 2
+
+
 def test_dense_lfm2(tmp_path):
     target = write_target(tmp_path / "target", moe=False)
     head = write_head(tmp_path / "head", target, aux_layers=(2, 3, 6), repeats=True)

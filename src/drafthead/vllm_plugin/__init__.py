@@ -29,6 +29,7 @@ MODEL_MENDS = (
     "accepted_counts",
     "batch_order",
     "prefill_graphs",
+    "resumed_prefills",
     "cpu_rope",
     "cpu_short_conv",
     "cpu_state_copies",

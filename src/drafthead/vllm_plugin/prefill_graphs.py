@@ -9,6 +9,7 @@ blocks of an earlier step. Here such a batch is dispatched as what its metadata 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from .patch import still_has, wrap
+from .resumed_prefills import lengths_to_prefill
 
 FAULT = "and (num_tokens == max_num_scheduled_tokens * num_reqs)"
 
@@ -26,8 +27,9 @@ def _by_prefill(stock):
             # The rule by which the metadata tells prefill rows from decode rows.
             batch = self.input_batch
             computed = batch.num_computed_tokens_cpu[:num_reqs]
-            if (computed < batch.num_prompt_tokens[:num_reqs]).any():
-                force_uniform_decode = False
+            with lengths_to_prefill(self):
+                if (computed < batch.num_prompt_tokens[:num_reqs]).any():
+                    force_uniform_decode = False
         return stock(
             self, *args, num_reqs=num_reqs, force_uniform_decode=force_uniform_decode, **kwargs
         )
