@@ -134,3 +134,14 @@ def test_broken_record_is_named(job):
     with pytest.raises(DraftheadError, match=r"vocab\.done\.json"):
         job.execute(recipe)
     assert RunDir(job.root).answers.exists()
+
+
+def test_again_measures_again_and_keeps_what_took_hours(job):
+    recipe = job.recipe()
+    job.execute(recipe)
+    job.execute(recipe, first="bench", last="bench", again=True)
+    assert job.ran == ["bench"]
+    job.execute(recipe)
+    assert job.ran == ["report"]  # it told of the old measurement
+    job.execute(recipe, again=True)
+    assert job.ran == [name for name in NAMES if name not in ("generate", "train")]

@@ -18,6 +18,8 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace output made with other settings.")
 ]
 
+Again = Annotated[bool, typer.Option("--again", help="Measure again what is finished.")]
+
 
 def emit(result: Any, as_json: bool) -> None:
     """A command's result: one JSON object on stdout, or for people on stderr."""
@@ -27,14 +29,18 @@ def emit(result: Any, as_json: bool) -> None:
         console.print_json(json.dumps(result))
 
 
-def run_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool) -> dict:
+def run_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool, again: bool = False) -> dict:
     """Run one stage; returns its summary."""
     from drafthead.run import execute
 
-    found = execute(recipe, runs, first=name, last=name, overwrite=overwrite, console=console)
+    found = execute(
+        recipe, runs, first=name, last=name, overwrite=overwrite, again=again, console=console
+    )
     return found[name]
 
 
-def one_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool, as_json: bool) -> None:
+def one_stage(
+    name: str, recipe: Recipe, runs: Path, overwrite: bool, as_json: bool, again: bool = False
+) -> None:
     """Run one stage and tell its summary."""
-    emit(run_stage(name, recipe, runs, overwrite), as_json)
+    emit(run_stage(name, recipe, runs, overwrite, again), as_json)

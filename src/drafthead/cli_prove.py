@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from drafthead.cli_options import (
+    Again,
     AsJson,
     Overwrite,
     RecipeFile,
@@ -65,6 +66,7 @@ def verify(
     ] = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
+    again: Again = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove that greedy output is the same with the head as without."""
@@ -78,7 +80,8 @@ def verify(
         "max_num_batched_tokens": max_num_batched_tokens,
         "samples": samples,
     }
-    one_stage("verify", _with_options(recipe, "verify", options), runs, overwrite, as_json)
+    found = _with_options(recipe, "verify", options)
+    one_stage("verify", found, runs, overwrite, as_json, again)
 
 
 class _Baseline(StrEnum):
@@ -113,6 +116,7 @@ def bench(
     ] = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
+    again: Again = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the speed with the head against the speed without, other drafters beside it."""
@@ -128,7 +132,7 @@ def bench(
         "over": over and over.value,
     }
     found = _with_options(recipe, "bench", options)
-    summary = run_stage("bench", found, runs, overwrite)
+    summary = run_stage("bench", found, runs, overwrite, again)
     if heads or baseline:
         from drafthead.prove.bench import contest
         from drafthead.rundir import RunDir

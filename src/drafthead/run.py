@@ -158,6 +158,9 @@ def _run_stage(
     summary = _load(stage.function)(recipe, run, console=console)
     summary["seconds"] = round(time.monotonic() - start, 1)
     run.finish(stage.name, inputs, summary)
+    for other in STAGES:
+        if other.reads_all and other is not stage:
+            run.forget(other.name)
     return summary
 
 
@@ -168,6 +171,7 @@ def execute(
     first: str = NAMES[0],
     last: str = NAMES[-1],
     overwrite: bool = False,
+    again: bool = False,
     console: Console,
 ) -> dict[str, dict]:
     """Run the stages from ``first`` to ``last``; what is finished is not done again.
@@ -181,6 +185,7 @@ def execute(
         first: name of the first stage to run.
         last: name of the last one.
         overwrite: let answers, states or training made with other settings be replaced.
+        again: do finished stages again, those that take hours excepted: measure once more.
         console: where people read what happens.
 
     Returns:
@@ -204,7 +209,8 @@ def execute(
             if stage.name not in wanted:
                 continue
             done = run.finished(stage.name, inputs[stage.name])
-            if done is not None and not (stage.reads_all and anything_ran):
+            redo = (again and not stage.costly) or (stage.reads_all and anything_ran)
+            if done is not None and not redo:
                 console.print(f"[dim]{stage.name}: done before[/dim]")
                 summaries[stage.name] = done
                 continue

@@ -92,6 +92,10 @@ class RunDir:
         """Record that ``stage`` ended with these ``inputs``."""
         write_json(self._record(stage, "done"), {"inputs": inputs, "summary": summary})
 
+    def forget(self, stage: str) -> None:
+        """Let ``stage`` run again: what it told of has changed."""
+        self._record(stage, "done").unlink(missing_ok=True)
+
     def _outputs(self, stage: str) -> list[Path]:
         return {
             # The states belong to the answers, whichever of the two stages wrote them.
