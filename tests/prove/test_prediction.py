@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from drafthead.data.answers import Answer, write_part
-from drafthead.fsio import write_json
 from drafthead.prove.bench import grid
-from drafthead.prove.prediction import Rehearsal, by_vocabulary, predicted_over_served
+from drafthead.prove.prediction import (
+    Rehearsal,
+    by_vocabulary,
+    predicted_curve,
+    predicted_over_served,
+)
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import Sample, StateWriter, StoreMeta
@@ -70,13 +74,13 @@ def test_a_smaller_vocabulary_is_tried_out(tmp_path):
     write_part(
         run.answers, 0, [Answer("c", "s", "heldout", prompt, none > 0, none, "stop", "")], {}
     )
-    curve = [0.9, 0.8, 0.7]
-    heldout = [{"k": 3, "acceptance_by_position": curve}]
-    write_json(run.train / "best.json", {"heldout": heldout})
     recipe = _recipe(target={"path": str(target_folder)})
-    found = by_vocabulary(Rehearsal(recipe, run, target, grid(recipe)[0]))
+    rehearsal = Rehearsal(recipe, run, target, grid(recipe)[0])
+    curve = predicted_curve(rehearsal, 3)
+    assert by_vocabulary(rehearsal, None) is None
+    found = by_vocabulary(rehearsal, curve)
     assert list(found) == [75, 150, 300, 512]
     assert found[75] == [0.0, 0.0, 0.0]
     # Six steps: the first repeats the prompt's end, the last reaches past the answer.
     assert found[150] == pytest.approx([5 / 6, 5 / 6, 4 / 6])
-    assert found[300] == found[512] == pytest.approx(curve)
+    assert found[150] == found[300] == found[512] == curve

@@ -17,6 +17,7 @@ from drafthead.prove.prediction import (
     Rehearsal,
     by_vocabulary,
     predicted_acceptance,
+    predicted_curve,
     predicted_over_served,
 )
 from drafthead.prove.prompts import timed_prompts
@@ -35,6 +36,8 @@ _METHOD = (
 )
 # vLLM's own prompt lookup; a match of two tokens at least, as its examples take.
 _NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+# The cost model looks at k up to here.
+_POSITIONS = 7
 _MEASURED = (
     "base_tokens_per_s",
     "drafted_tokens_per_s",
@@ -134,9 +137,11 @@ def _on_each_number_of_gpus(recipe: Recipe) -> list[Recipe]:
     return [with_options(recipe, "serve", {"tensor_parallel_size": size}) for size in sizes]
 
 
-def _vocabularies(recipe: Recipe, rehearsal: Rehearsal) -> Vocabularies | None:
+def _vocabularies(
+    recipe: Recipe, rehearsal: Rehearsal, curve: list[float] | None
+) -> Vocabularies | None:
     """What other draft vocabularies would cost here and accept; None for a head from elsewhere."""
-    acceptance = by_vocabulary(rehearsal)
+    acceptance = by_vocabulary(rehearsal, curve)
     if acceptance is None:
         return None
     config = read_json(rehearsal.run.head / "config.json", "the head's configuration")
@@ -218,7 +223,8 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     ]
     gpus = cells[0]["tensor_parallel_size"]
     greedy = [c for c in cells if not c["temperature"] and c["tensor_parallel_size"] == gpus]
-    fits = analyse(greedy, predicted_acceptance(run), _vocabularies(recipe, rehearsal))
+    curve = predicted_curve(rehearsal, max(_POSITIONS, *(p.num_speculative_tokens for p in points)))
+    fits = analyse(greedy, curve, _vocabularies(recipe, rehearsal, curve))
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,

@@ -98,6 +98,14 @@ class Rehearsal:
         return evaluate(head, embedding, self.samples(), k)[0].acceptance
 
 
+def predicted_curve(rehearsal: Rehearsal, positions: int) -> list[float] | None:
+    """Acceptance by position for the cost model: over what the bench serves where that can be
+    told, so far as so many positions; else as far as training evaluated. None without either."""
+    if rehearsal.possible:
+        return rehearsal.acceptance(rehearsal.head(), positions)
+    return predicted_acceptance(rehearsal.run)
+
+
 def predicted_over_served(rehearsal: Rehearsal) -> list[float] | None:
     """Acceptance by position predicted over exactly what the bench serves; None where that
     cannot be told."""
@@ -106,18 +114,21 @@ def predicted_over_served(rehearsal: Rehearsal) -> list[float] | None:
     return rehearsal.acceptance(rehearsal.head(), rehearsal.point.num_speculative_tokens)
 
 
-def by_vocabulary(rehearsal: Rehearsal) -> dict[int, list[float]] | None:
+def by_vocabulary(rehearsal: Rehearsal, curve: list[float] | None) -> dict[int, list[float]] | None:
     """Acceptance by position with other draft vocabularies, by their size.
 
     A smaller one is tried out: the head drafts over the held-out states with the rows that would
     be left. A larger one is an estimate: the head's own acceptance, grown as the share of what
     the target writes that it could draft. So is a smaller one where nothing can be tried out.
 
+    Args:
+        rehearsal: the head, and what it would be served with.
+        curve: acceptance with its own vocabulary.
+
     Returns:
-        None for a run without a draft vocabulary or training of its own.
+        None without a curve, or for a head whose draft vocabulary was not chosen in this run.
     """
     run = rehearsal.run
-    curve = predicted_acceptance(run)
     if curve is None or not (run.vocab / "coverage.json").exists():
         return None
     about = read_json(run.vocab / "coverage.json", "the draft vocabulary's coverage")
