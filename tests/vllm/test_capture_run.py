@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -234,3 +235,23 @@ def test_bad_targets_and_settings_are_refused_before_an_engine_starts(llama, tmp
         )
     assert done.returncode == 2
     assert "another drafthead run" in done.stderr
+
+
+def test_tensor_parallel_engine_gives_the_states_of_one(ran, llama, tmp_path, monkeypatch):
+    # Through the command, whose child reads standard input in a thread: vLLM's workers must not
+    # be forked from there.
+    one = StateReader(ran[1].states)
+    recipe = recipe_for(llama, tmp_path)
+    recipe["engine"]["tensor_parallel_size"] = 2
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(recipe))
+    # vLLM wants a NUMA node for each worker, or to be told which core each may have.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with (tmp_path / "log").open("w") as log:
+        process = start(recipe_file, tmp_path / "two", log)
+        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    two = StateReader(tmp_path / "two" / "t" / "states")
+    assert len(one) == len(two) == 18
+    for index in range(18):
+        assert torch.equal(one[index].ids, two[index].ids)
+        torch.testing.assert_close(two[index].states, one[index].states, rtol=1e-4, atol=1e-4)
