@@ -122,17 +122,20 @@ class Captured:
         return found
 
     def take(self, rows: np.ndarray) -> list[torch.Tensor]:
-        """The given rows of each tensor, copied: [n, L, Ht], and [n, L] if there is a scale."""
-        out: list[torch.Tensor] = []
-        for number in np.unique(rows // SEGMENT_ROWS):
-            here = torch.from_numpy(rows // SEGMENT_ROWS == number)
-            index = torch.from_numpy(rows % SEGMENT_ROWS)[here]
-            for i, tensor in enumerate(self.segments[number]):
-                if i == len(out):
-                    out.append(torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype))
+        """The given rows of each tensor, copied: [n, L, Ht], and [n, L] if there is a scale. One
+        copy a segment, whoever's rows they are: each small operation would hold up the engine's
+        thread, which shares the interpreter."""
+        out = [torch.empty(len(rows), *t.shape[1:], dtype=t.dtype) for t in self.segments[0]]
+        order = np.argsort(rows // SEGMENT_ROWS, kind="stable")
+        numbers = rows[order] // SEGMENT_ROWS
+        ends = np.searchsorted(numbers, np.arange(len(self.segments) + 1))
+        for number, segment in enumerate(self.segments):
+            places = order[ends[number] : ends[number + 1]]
+            here, index = torch.from_numpy(places), torch.from_numpy(rows[places] % SEGMENT_ROWS)
+            for target, tensor in zip(out, segment, strict=True):
                 # PyTorch gathers e4m3 as bytes only.
                 raw = torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype
-                out[i].view(raw)[here] = tensor.view(raw)[index]
+                target.view(raw)[here] = tensor.view(raw)[index]
         return out
 
 

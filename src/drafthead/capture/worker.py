@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.interfaces import supports_eagle3
@@ -164,13 +165,18 @@ def _trouble(action: Callable[[], None]) -> str | None:
 def _samples(
     captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], num_aux: int
 ) -> Iterator[Sample]:
+    if not wanted:
+        return
     captured.wait()
     rows = captured.resolve(sequences)
-    for item in wanted:
+    own = [rows[item["key"]] for item in wanted]
+    lengths = [len(r) for r in own]
+    taken = [tensor.split(lengths) for tensor in captured.take(np.concatenate(own))]
+    captured.segments.clear()
+    for item, states, *scale in zip(wanted, *taken, strict=True):
         ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.bool)
         mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
-        states, *scale = captured.take(rows[item["key"]])
         yield Sample(
             ids=ids,
             loss_mask=mask,
