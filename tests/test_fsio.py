@@ -37,6 +37,16 @@ def test_broken_json_names_file_and_line(tmp_path):
         fsio.read_json(tmp_path / "b.json", "a test")
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"a": 1}', "3"])
+def test_json_of_another_shape_names_what_it_lacks(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(DraftheadError, match=r"a\.json: not a test: no .*`b` in it.*make it anew"):
+        fsio.read_json(path, "a test", ("a", "b"))
+    path.write_text('{"a": 1, "b": 2}')
+    assert fsio.read_json(path, "a test", ("a", "b")) == {"a": 1, "b": 2}
+
+
 def test_atomic_dir_keeps_the_old_folder_on_error(tmp_path):
     final = tmp_path / "out"
     with fsio.atomic_dir(final) as folder:

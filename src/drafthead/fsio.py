@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,20 @@ def write_json(path: Path | str, obj: Any) -> None:
     write_bytes(path, text.encode())
 
 
-def read_json(path: Path | str, what: str) -> Any:
-    """Read a JSON file; ``what`` says what it is, for the error.
+def read_json(path: Path | str, what: str, needs: Sequence[str] = ()) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what it should hold, for the error.
+        needs: keys that the object in it must have; none are asked for by default.
 
     Raises:
-        DraftheadError: missing, unreadable, or not JSON.
+        DraftheadError: missing, unreadable, not JSON, or without those keys.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DraftheadError(f"{path}: not found; it should hold {what}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -85,6 +90,13 @@ def read_json(path: Path | str, what: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from error
+    lacks = [key for key in needs if not isinstance(found, dict) or key not in found]
+    if lacks:
+        raise DraftheadError(
+            f"{path}: not {what}: no `{'`, `'.join(lacks)}` in it; it was altered, or written by "
+            "another version: make it anew"
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class RunDir:
         path = self._record(stage, "done")
         if not path.exists():
             return None
-        record = read_json(path, f"the record of stage {stage}")
+        record = read_json(path, f"the record of stage {stage}", ("inputs", "summary"))
         return record["summary"] if record["inputs"] == inputs else None
 
     def begin(self, stage: str, inputs: dict, overwrite: bool) -> None:

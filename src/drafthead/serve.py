@@ -325,7 +325,9 @@ def served_k(recipe: Recipe, run: RunDir) -> int:
     explicit = recipe.serve.num_speculative_tokens
     if explicit is not None or not run.bench_json.exists():
         return recipe.serve.k
-    bench = read_json(run.bench_json, "the figures of `drafthead bench`")
+    bench = read_json(
+        run.bench_json, "the figures of `drafthead bench`", ("num_speculative_tokens",)
+    )
     return bench.get("recommended_num_speculative_tokens") or bench["num_speculative_tokens"]
 
 

@@ -104,7 +104,7 @@ def read_proof(run: RunDir) -> dict:
         DraftheadError: missing, altered after it was signed off, or of another head.
     """
     path = proof_path(run)
-    record = read_json(path, "the proof that verify signs off")
+    record = read_json(path, "the proof that verify signs off", ("lossless", "head", "target"))
     if record.get("seal") != seal(record):
         raise DraftheadError(f"{path}: altered after it was signed off; run verify again")
     found = hash_folder(run.head)

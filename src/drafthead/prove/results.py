@@ -76,13 +76,21 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
 
     summaries = {}
     for path in sorted((run.root / ".stages").glob("*.done.json")):
-        record = read_json(path, "the record of a stage")
+        record = read_json(path, "the record of a stage", ("summary",))
         summaries[path.name.split(".")[0]] = record["summary"]
     return Results(
         recipe=recipe,
         run=run,
-        verify=read_json(run.verify_json, "the outcome of `drafthead verify`"),
-        bench=read_json(run.bench_json, "the figures of `drafthead bench`"),
+        verify=read_json(
+            run.verify_json,
+            "the outcome of `drafthead verify`",
+            ("lossless", "prompts", "identical", "ties", "differences"),
+        ),
+        bench=read_json(
+            run.bench_json,
+            "the figures of `drafthead bench`",
+            ("num_speculative_tokens", "speedup", "grid", "machine"),
+        ),
         proof=read_proof(run),
         training=optional(run.train / "best.json", "the held-out evaluation"),
         coverage=optional(run.vocab / "coverage.json", "the draft vocabulary's coverage"),
