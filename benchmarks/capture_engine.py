@@ -24,7 +24,7 @@ class Engine:
     def __init__(self, name: str, spec: dict, work: Path):
         self.name, self.log = name, work / f"{spec['case']}-{name}.log"
         self.begun = time.monotonic()
-        env = os.environ | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if spec["tiny"] else {})
+        env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(spec["own_process"]))}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, json.dumps(spec)],
