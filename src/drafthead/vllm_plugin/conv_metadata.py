@@ -75,10 +75,12 @@ def _decodes_at_once(stock):
         *,
         num_accepted_tokens=None,
         num_decode_draft_tokens_cpu=None,
+        **rest,
     ):
         m = common_attn_metadata
         if not (
             _shares(self)
+            and not rest
             and num_accepted_tokens is not None
             and m.max_query_len <= self.reorder_batch_threshold
             and not m.is_prefilling.any()
@@ -92,6 +94,7 @@ def _decodes_at_once(stock):
                 fast_build,
                 num_accepted_tokens=num_accepted_tokens,
                 num_decode_draft_tokens_cpu=num_decode_draft_tokens_cpu,
+                **rest,
             )
         indices = _state_indices(self, m.block_table_tensor[: m.num_reqs], m.seq_lens)
         metadata = self.metadata_cls(
