@@ -127,6 +127,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         return {path: sha256_file(path) for path in files}
 
     dumped = recipe.model_dump(mode="json")
+    dumped["train"]["ttt_steps"] = recipe.ttt_steps
     inputs: dict[str, dict] = {}
     for stage in STAGES:
         own = {section: dumped[section] for section in stage.sections}

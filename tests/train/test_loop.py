@@ -213,7 +213,7 @@ def test_shards_follow_the_curve_and_one_process_goes_on_from_them(store, whole,
     assert_same_weights(sharded, whole, rtol=0.05, atol=5e-3)
 
 
-def test_shards_need_steps_that_all_share(store, tmp_path, monkeypatch):
+def test_shards_need_steps_that_all_share(store, tmp_path):
     two = World(0, 2, torch.device("cpu"))
     with pytest.raises(DraftheadError, match=r"steps of 3 rows over 2.*multiple of 2"):
         fit(make_task(store, shard=True, rows_per_step=3), tmp_path, two, quiet())

@@ -1,8 +1,11 @@
 """The chunked loss against its plain twin, value and gradients."""
 
+import weakref
+
 import pytest
 import torch
 
+from drafthead.train import losses
 from drafthead.train.losses import (
     Teacher,
     fused_loss,
@@ -113,6 +116,25 @@ def test_hidden_regression_is_the_weighted_sum_of_smooth_l1():
     torch.testing.assert_close(
         hidden_regression(normed, target, weights), (by_hand * weights).sum()
     )
+
+
+def test_a_chunk_is_freed_before_the_next(monkeypatch):
+    """Logits and teacher of two chunks at once would be most of a step's peak memory."""
+    plain, product, before = losses.gradient_rule(torch.zeros(())), losses.matmul_fp32, []
+
+    def rule(logits, teacher, *rest):
+        found = plain(logits, teacher, *rest)
+        before[:] = [weakref.ref(teacher), weakref.ref(found[1])]
+        return found
+
+    def teacher_logits(x, weight):
+        assert all(ref() is None for ref in before)
+        return product(x, weight)
+
+    monkeypatch.setattr(losses, "gradient_rule", lambda x: rule)
+    monkeypatch.setattr(losses, "matmul_fp32", teacher_logits)
+    fused_loss(*problem(torch.float32), "kl", 9)
+    assert before
 
 
 def test_no_gradient_no_buffers():

@@ -155,9 +155,9 @@ def facts(r: Results) -> list[tuple[str, str]]:
         found.append(
             (
                 "training",
-                f"{train.loss} loss, {train.ttt_steps} training-time-test steps, {train.epochs:g} "
-                f"epochs ({r.training['steps']:,} steps, {r.training['tokens']:,} positions), "
-                f"learning rate {train.learning_rate:g}",
+                f"{train.loss} loss, {r.recipe.ttt_steps} training-time-test steps, "
+                f"{train.epochs:g} epochs ({r.training['steps']:,} steps, "
+                f"{r.training['tokens']:,} positions), learning rate {train.learning_rate:g}",
             )
         )
     seconds = {name: s["seconds"] for name, s in r.stages.items() if "seconds" in s}

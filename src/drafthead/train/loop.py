@@ -97,8 +97,9 @@ class _Fit:
         self.embedding = task.embedding.to(self.dtype)
         weight, eps, rows = task.teacher.norm_weight, task.teacher.eps, task.teacher.head
         teacher = Teacher(weight.to(device, self.dtype), eps, rows.to(device, self.dtype))
+        self.steps = settings.ttt_steps or task.k
         objective = Objective(
-            settings.loss, settings.ttt_steps, settings.ttt_decay, settings.regression_weight
+            settings.loss, self.steps, settings.ttt_decay, settings.regression_weight
         )
         self.step = TrainStep(self.head, teacher, objective, compiled=device.type == "cuda")
         self.sharded = self._shard() if settings.shard and world.size > 1 else None
@@ -147,9 +148,7 @@ class _Fit:
         """Read and pack row `number` of the plan."""
         samples = [self.task.reader[index] for index in self.plan.rows[number]]
         settings = self.task.settings
-        batch = assemble(
-            samples, settings.ttt_steps, self.to_draft, settings.row_tokens, self.embedding
-        )
+        batch = assemble(samples, self.steps, self.to_draft, settings.row_tokens, self.embedding)
         return batch if batch is None else batch.map(self._shrink)
 
     def _shrink(self, x: Tensor) -> Tensor:
@@ -174,7 +173,7 @@ class _Fit:
         ]
         self.task.reader.expect(index for number in numbers for index in plan.rows[number])
         batches = prefetch(self.make, numbers, world.device)
-        meter = Meter(world, self.task.settings.ttt_steps, rate)
+        meter = Meter(world, self.steps, rate)
         started = saved = time.monotonic()
         before, cost, aside = progress.seconds, 0.0, 0.0
         with log:

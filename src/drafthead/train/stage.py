@@ -67,7 +67,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
         embedding=target.embedding() if embedding is None else embedding,
         teacher=teacher,
         reader=reader,
-        settings=recipe.train,
+        settings=recipe.train.model_copy(update={"ttt_steps": recipe.ttt_steps}),
         k=recipe.serve.k,
         provenance=Provenance(recipe.target.path, target.fingerprint, target.architectures),
         own_embedding=embedding is not None,
