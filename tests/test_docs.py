@@ -167,6 +167,15 @@ def test_examples_of_the_help_can_be_parsed():
         check_command(line.split(", ")[0], whole)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_quoted_files_of_the_repository_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(
+        r"(?<![\w./-])(?:src|tests|benchmarks|recipes|tools|docs)/[\w./-]+", text
+    ):
+        assert (ROOT / path.rstrip(".")).exists(), path
+
+
 def check_key(section, key):
     """`section.key` is a key of the recipe, if that section is one."""
     model = docs_pages.sections().get(section)
