@@ -203,9 +203,7 @@ class CaptureEngine:
             DraftheadError: of this unit or an earlier one: a check failed, or the disk is full.
         """
         sequences = list(self._sequences.items())
-        self._report(
-            self._rpc("drafthead_unit", place, sequences, [asdict(item) for item in wanted])
-        )
+        trouble = self._rpc("drafthead_unit", place, sequences, [asdict(item) for item in wanted])
         # A unit stands for itself: what is found in the prefix cache was computed within it.
         self._sequences.clear()
         end = time.monotonic() + _SETTLE_SECONDS
@@ -213,6 +211,7 @@ class CaptureEngine:
             if time.monotonic() > end:
                 raise DraftheadError("vLLM could not empty its prefix cache between units of work")
             time.sleep(0.01)
+        self._report(trouble)
 
     def flush(self) -> None:
         """Wait until everything saved is where it belongs.

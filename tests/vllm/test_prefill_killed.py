@@ -1,0 +1,91 @@
+"""Capture's own pass over finished answers: killed, out of disk, and started again."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from drafthead.capture.child import Child
+from drafthead.capture.engine import CaptureEngine
+from drafthead.capture.generate import generate_units, prefill_units
+from drafthead.capture.plan import make_plan
+from drafthead.errors import DraftheadError
+from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
+from drafthead.states.check import check_store
+from drafthead.states.index import unit_path
+from drafthead.states.writer import open_store
+from tests.vllm.runs import recipe_for
+
+UNITS = 20
+
+
+@pytest.fixture(scope="module")
+def captured(llama, tmp_path_factory):
+    """A run captured by prefill, its engine still on, and the bytes of its store."""
+    folder = tmp_path_factory.mktemp("prefill")
+    recipe = recipe_for(llama, folder, 2 * UNITS, 2, capture={"mode": "prefill"})
+    plan, run = make_plan(parse_recipe(recipe, "test")), RunDir(folder / "t")
+    open_store(run.states, plan.meta)
+    engine = CaptureEngine(plan.recipe, plan.target, plan.meta, run.states)
+    close, engine.close = engine.close, lambda: None
+    generate_units(plan, run.answers, None, range(UNITS), lambda: engine, lambda _: None)
+    prefill(plan, run, engine)
+    yield plan, run, engine, files(run)
+    close()
+
+
+def prefill(plan, run, engine):
+    prefill_units(plan, run.answers, run.states, range(UNITS), lambda: engine, lambda _: None)
+
+
+def files(run):
+    return {p.name: p.read_bytes() for p in run.states.glob("[!.]*")}
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_bytes(captured):
+    plan, run, engine, whole = captured
+    for path in run.states.glob("unit-*"):
+        path.unlink()
+    order = {"stage": "capture", "recipe": plan.recipe.model_dump(mode="json")}
+    child = Child(
+        "capture", "drafthead.capture.stages", order | {"run": str(run.root)}, run.root / "log"
+    )
+    end = time.monotonic() + 120
+    while not unit_path(run.states, 0).exists():
+        assert child.process.poll() is None, child.log.read_text()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    os.killpg(child.process.pid, signal.SIGKILL)
+    child.close()
+    done = [n for n in range(UNITS) if unit_path(run.states, n).exists()]
+    assert done[0] == 0
+    assert len(done) < UNITS
+    assert {fault.unit for fault in check_store(run.states)} == {len(done)}  # only missing ones
+    written = {name: (run.states / name).stat().st_mtime_ns for name in files(run)}
+    prefill(plan, run, engine)
+    assert files(run) == whole
+    kept = [unit_path(run.states, n).name for n in done]
+    assert all((run.states / n).stat().st_mtime_ns == written[n] for n in kept)  # not done twice
+
+
+def test_a_full_disk_stops_it_and_what_was_finished_counts(captured, monkeypatch):
+    plan, run, engine, whole = captured
+    for number in (3, 4, 5):
+        unit_path(run.states, number).unlink()
+    real = os.fsync
+
+    def full(fd):
+        if "unit-000004" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DraftheadError, match=r"unit-000004.*disk is full"):
+        prefill(plan, run, engine)
+    monkeypatch.undo()
+    assert unit_path(run.states, 3).exists()
+    assert not unit_path(run.states, 4).exists()
+    prefill(plan, run, engine)
+    assert files(run) == whole
