@@ -21,6 +21,7 @@ from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
+from drafthead.states import StateReader
 from drafthead.targets import load_target
 from drafthead.train.batches import prefetch
 from drafthead.train.evaluate import evaluate
@@ -107,6 +108,16 @@ def run_of(options: argparse.Namespace, size: int | None = None) -> RunDir:
     return run
 
 
+def task_of(options: argparse.Namespace, job: Job) -> Task:
+    """What the job trains on what. Shards are not verified again for each of many heads: it would
+    take longer than training one."""
+    run = run_of(options, job.vocab)
+    recipe = make_recipe(options, job, options.target)
+    task = make_task(recipe, run, load_target(options.target))
+    reader = StateReader(run.states, verify=False, aux_layers=recipe.head.aux_layers)
+    return dataclasses.replace(task, reader=reader)
+
+
 def train(options: argparse.Namespace, job: Job, warm: bool = False) -> dict:
     """Train a job (once: a finished one is read back); its record, JSON-able.
 
@@ -116,8 +127,7 @@ def train(options: argparse.Namespace, job: Job, warm: bool = False) -> dict:
     if (folder / "record.json").exists():
         return read_json(folder / "record.json", "a finished head")
     begun = time.monotonic()
-    recipe = make_recipe(options, job, options.target)
-    task = make_task(recipe, run_of(options, job.vocab), load_target(options.target))
+    task = task_of(options, job)
     torch._dynamo.reset()
     with torch.no_grad():
         if job.random_fc:
@@ -142,9 +152,8 @@ def _ours(options: argparse.Namespace, job: Job, task: Task, folder: Path, warm:
     quiet, world = Console(file=io.StringIO()), World.join()
     if warm:
         few = settings.model_copy(update={"epochs": 4 / plan.steps * settings.epochs})
-        recipe = make_recipe(options, job, options.target)
-        again = make_task(recipe, run_of(options, job.vocab), load_target(options.target))
-        fit(dataclasses.replace(again, settings=few), folder / "warm-up", world, quiet)
+        again = dataclasses.replace(task_of(options, job), settings=few)
+        fit(again, folder / "warm-up", world, quiet)
     summary = fit(dataclasses.replace(task, settings=settings), folder, world, quiet)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(m["step"], m["seconds"], m["accepted_length"]) for m in lines if "seconds" in m]

@@ -3,11 +3,12 @@ r"""Quality at equal data on two CPU cores: heads on the states of a finished ru
     python benchmarks/quality_small.py --run runs/demo --out OUT --peers DIR \
         [--only a,b] [--seeds 0,1,2]
 
-The demo's training settings (rate 2e-3, rows of 1,024 tokens, one epoch) for every head but what
-its name says; speculators 0.9.0 with its own schedule and loss on the same packed rows in the same
-order, at its default rate and at the demo's. Held-out accepted length at k = 1 to 5 by drafthead's
-walk. Far less data than quality.py's, so read it as a comparison at a demo's size. Finished heads
-are read back; OUT/quality_small.json is written after each.
+The demo's training settings (rate 2e-3, rows of 1,024 tokens, 3 steps of training-time test, one
+epoch) for every head but what its name says; speculators 0.9.0 with its own schedule and loss on
+the same packed rows in the same order, at its default rate and at the demo's. Held-out accepted
+length at k = 1 to 5 by drafthead's walk. Far less data than quality.py's, so read it as a
+comparison at a demo's size. Finished heads are read back; OUT/quality_small.json is written after
+each.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from quality_heads import Job, length, train
 from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
 
-DEMO = {"learning_rate": 2e-3, "row_tokens": 1024}
+DEMO = {"learning_rate": 2e-3, "row_tokens": 1024, "ttt_steps": 3}
 JOBS = [
     Job("drafthead", train=DEMO, vocab=8192),
     Job("speculators-1e-3", "theirs", train=DEMO | {"learning_rate": 1e-3}, vocab=8192),
