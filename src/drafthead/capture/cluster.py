@@ -311,7 +311,15 @@ def _child(order: dict, report: Callable[[dict], None]) -> None:
 def on_cluster(
     recipe: Recipe, address: str | None, workers: int | None, location: str | None
 ) -> Recipe:
-    """The recipe with what the command line says of the cluster."""
+    """The recipe with what the command line says of the cluster.
+
+    Raises:
+        DraftheadError: workers or a location for a cluster that nobody names.
+    """
+    if address is None and recipe.cluster.address is None and (workers or location):
+        raise DraftheadError(
+            "--workers and --location are for a cluster: add --ray, or set cluster.address"
+        )
     given = {"address": address, "workers": workers, "location": location}
     update = {key: value for key, value in given.items() if value is not None}
     return recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=update)})
