@@ -1,0 +1,54 @@
+"""How one wave of the quality benchmark leads to the next, and who wins the duel."""
+
+import quality
+import quality_variants as variants
+
+
+def record(length: float, curve=(), seconds: float = 1.0) -> dict:
+    return {"heldout": [{"accepted_length": length}], "curve": curve, "train_seconds": seconds}
+
+
+def records() -> dict[str, dict]:
+    """Rates at which muon wins, and parts around 2.0 of which two stand out."""
+    found = {job.name: record(1.5) for job in variants.rates()}
+    found["muon-0.002-rows2048"] = record(2.0)
+    found["speculators-0.003-rows8192"] = record(1.8)
+    base = variants.best(found, "ours")
+    gains = {"seed-1": 0.004, "seed-2": -0.004, "acceptance": 0.2, "fc_norm": 0.05}
+    gains |= {"decay-0.6": 0.009, "two-layers": 0.5}
+    for job in variants.parts(found):
+        found[job.name] = record(2.0 + gains.get(job.name.removeprefix(f"{base.name}+"), -0.1))
+    return found
+
+
+def test_what_wins_by_more_than_the_noise_is_taken_together():
+    job = variants.chosen(records())
+    assert job.name == "muon-0.002-rows2048+acceptance+fc_norm"
+    assert job.train["optimizer"] == "muon"
+    assert job.train["loss"] == "acceptance"
+    assert job.head == {"fc_norm": True}, "shapes cost when served: they are not chosen by length"
+
+
+def test_finalists_are_three_seeds_of_each_side():
+    jobs = variants.finalists(records(), epochs=3)
+    assert len({job.name for job in jobs}) == len(jobs) == 9
+    assert {job.train["seed"] for job in jobs} == {0, 1, 2}
+    assert {job.epochs for job in jobs} == {3}
+    theirs = [job for job in jobs if job.side == "theirs"]
+    assert {job.train["learning_rate"] for job in theirs} == {3e-3}
+
+
+def test_without_a_finished_wave_the_first_of_each_side_stands():
+    assert variants.chosen({}).name == "adamw-0.001-rows8192"
+    assert variants.best({}, "theirs").train["learning_rate"] == 1e-3
+
+
+def test_the_verdict_is_the_time_to_where_the_other_ends():
+    curve = [(10, 4.0, 1.5), (20, 8.0, 1.9), (30, 12.0, 2.1)]
+    sides = {"duel/drafthead": record(2.1, curve, 12.0)}
+    sides["duel/speculators"] = record(1.8, seconds=20.0)
+    sides["duel/speculators-tuned"] = record(2.2, seconds=20.0)
+    found = quality.verdict(sides)
+    assert found["duel/speculators"]["seconds_to_its_final_length"] == 8.0
+    assert found["duel/speculators"]["share_of_its_seconds"] == 0.4
+    assert found["duel/speculators-tuned"]["seconds_to_its_final_length"] is None
