@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from drafthead.capture.child import Child, child_main
@@ -98,7 +99,7 @@ class Hand:
     ):
         self.name, self.order, self.chats, self.board = name, order, chats, board
         self.location = Location(location) if location else None
-        self.scratch = Path(tempfile.mkdtemp(prefix="drafthead-")) if location else None
+        self.scratch = _scratch() if location else None
         self.run = RunDir(self.scratch) if self.scratch else RunDir(Path(order["run"]))
 
     def work(self) -> None:
@@ -110,7 +111,7 @@ class Hand:
         import ray
 
         order = self.order | {"run": str(self.run.root)}
-        log = Path(self.order["run"]) / "logs" / f"{self.order['stage']}-{self.name}.log"
+        log = self.run.root / "logs" / f"{self.order['stage']}-{self.name}.log"
         child = Child(f"worker {self.name}", "drafthead.capture.cluster", order, log)
         meta = StoreMeta.of(order["meta"])
         publishing: deque[Future] = deque()
@@ -157,6 +158,14 @@ class Hand:
         ray.get(self.board.finish.remote(self.name, unit))
 
 
+def _scratch() -> Path:
+    """A folder for units on their way to a location; what killed workers left here is swept."""
+    for old in Path(tempfile.gettempdir()).glob("drafthead-worker-*"):
+        if not psutil.pid_exists(int(old.name.split("-")[2])):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"drafthead-worker-{os.getpid()}-"))
+
+
 def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     """Do what is missing of a stage on the cluster of ``recipe.cluster``.
 
@@ -170,6 +179,11 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
         return
     if stage == "capture" or recipe.capture.mode == "generate":
         _describe(plan, run, location)
+    if stage == "capture" and location:
+        there = location.names("answers")
+        for part in (part_path(run.answers, number) for number in todo):
+            if part.name not in there:  # the answers were written without a cluster
+                location.put(part, f"answers/{part.name}")
     chats = {n: [(asdict(chat), split) for chat, split in plan.units[n]] for n in todo}
     order = {
         "stage": stage,
