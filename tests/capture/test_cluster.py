@@ -1,10 +1,15 @@
 """The parts of a cluster's work that need no cluster."""
 
+import os
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from drafthead.capture.cluster import ATTEMPTS, Board
+from drafthead.capture.cluster import ATTEMPTS, Board, Hand, _scratch
+from drafthead.data.answers import read_left_out, write_part
 from drafthead.errors import DraftheadError
 from drafthead.states import StateReader, StateWriter, StoreMeta
 from drafthead.states.remote import Location, fetch_store, publish_unit
@@ -69,6 +74,30 @@ def test_a_unit_whose_index_was_altered_there_is_not_brought(tmp_path):
     with pytest.raises(DraftheadError, match="altered"):
         fetch_store(there, "states", tmp_path / "copy")
     assert not (tmp_path / "copy" / "unit-000000.json").exists()
+
+
+def test_a_worker_brings_the_answers_of_a_unit_that_it_is_to_prefill(tmp_path):
+    write_part(tmp_path / "there" / "answers", 3, [], {"too long": ["c3"]})
+    order = {"stage": "capture", "run": str(tmp_path / "run")}
+    hand = Hand("000", order, {3: []}, None, f"file://{tmp_path}/there")
+    try:
+        assert hand._asked(3) == (3, [])
+        assert read_left_out(hand.run.answers) == {"too long": ["c3"]}
+        assert hand._asked(None) is None
+        assert str(os.getpid()) in hand.scratch.name
+    finally:
+        shutil.rmtree(hand.scratch)
+
+
+def test_what_killed_workers_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f"drafthead-worker-{pid}-x").mkdir()
+    made = _scratch()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"drafthead-worker-{os.getpid()}-x", made.name}
 
 
 def test_locations_that_cannot_be():

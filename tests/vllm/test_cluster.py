@@ -14,13 +14,12 @@ from rich.console import Console
 from drafthead.capture import stages
 from drafthead.capture.cluster import on_cluster
 from drafthead.capture.plan import make_plan
-from drafthead.data.answers import part_path
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from tests.vllm.runs import recipe_for
 
 QUIET = Console(quiet=True)
-UNITS = 8
+UNITS = 6
 
 
 @pytest.fixture
@@ -73,9 +72,3 @@ def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_pat
     assert captured["greedy_agreement"] == 1.0
     assert files(one).keys() == files(many).keys()
     assert [name for name, body in files(one).items() if files(many)[name] != body] == []
-    # What is lost in the run's own folder only is prefilled where the answers are.
-    (many.states / "unit-000003.json").unlink()
-    (location / "states" / "unit-000003.json").unlink()
-    stages.capture(recipe, many, console=QUIET)
-    assert part_path(many.answers, 3).exists()
-    assert files(one).keys() == files(many).keys()
