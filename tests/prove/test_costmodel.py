@@ -91,5 +91,7 @@ def test_a_recommendation_takes_two_k_at_that_load():
     assert recommended_k(fits, 1) is None
     assert recommended_k(fits, 4) == 3
     assert recommended_k(fits, 16) is None
+    bent = [cell(1, fixed=9.0), cell(3), cell(5, fixed=9.0)]
+    assert recommended_k(analyse(bent, CURVE), 1) is None  # the fit does not hold
     assert median_error(fits[:1]) is None
     assert median_error(fits) == pytest.approx(0, abs=1e-9)

@@ -240,8 +240,11 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     }
     write_json(run.bench_json, result)
     forget(run.root / ".stages")
-    if (best := result["recommended_num_speculative_tokens"]) is not None:
-        error = result["cost_model_median_error"]
-        checked = "" if error is None else f", whose median error on points unseen was {error:.1%}"
-        console.print(f"bench: k = {best} is best by the cost model{checked}")
+    if (error := result["cost_model_median_error"]) is not None:
+        console.print(f"bench: the cost model's median error on points unseen was {error:.1%}")
+    best = result["recommended_num_speculative_tokens"]
+    if best is not None:
+        console.print(f"bench: k = {best} is best by the cost model")
+    elif error is not None:
+        console.print("bench: too far off to choose k by; time more prompts, or on an idle machine")
     return {name: result[name] for name in (*_MEASURED, "predicted_acceptance_by_position")}

@@ -19,6 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+TRUSTED_ERROR = 0.1
+"""A fit whose median error out of sample is larger chooses no k: neighbouring k differ by less."""
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -191,9 +194,10 @@ def analyse(
 
 
 def recommended_k(fits: Sequence[dict], concurrency: int) -> int | None:
-    """The k to serve at a load; None unless two k were measured there, for with one alone a
-    draft's cost cannot be told from a step's."""
+    """The k to serve at a load. None unless two k were measured there, for with one alone a
+    draft's cost cannot be told from a step's; and none from a fit that proved wrong."""
     for fit in fits:
-        if fit["concurrency"] == concurrency and len(fit["points"]) > 1:
+        trusted = (fit["median_relative_error"] or 0.0) <= TRUSTED_ERROR
+        if fit["concurrency"] == concurrency and len(fit["points"]) > 1 and trusted:
             return fit["best_num_speculative_tokens"]
     return None

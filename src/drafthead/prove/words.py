@@ -184,6 +184,11 @@ def notes(r: Results) -> list[str]:
         found.append(
             f"The cost model predicted points it had not seen with a median error of {error:.1%}."
         )
+    if error is not None and r.bench["recommended_num_speculative_tokens"] is None:
+        found.append(
+            "At the headline's load it was too far off to choose k by: time more prompts, or on a "
+            "machine that does nothing else."
+        )
     if str(r.recommended_k) not in r.proof["served"]:
         proved = ", ".join(sorted(r.proof["served"], key=int))
         found.append(
