@@ -165,3 +165,10 @@ def test_a_hub_that_refuses_is_a_clear_error(made):
         assert "the hub refuses" in done.stderr
         assert "Traceback" not in done.stderr
         assert server.files == {}
+
+
+@pytest.mark.parametrize("repo", ["head", "me/some head", "a/b/c", "me/--x"])
+def test_no_repository_by_that_name(made, repo):
+    recipe, run = made
+    with pytest.raises(DraftheadError, match=r"publish\.repo: .*" + repo):
+        publish(recipe, run.root.parent, repo=repo, dry_run=True, console=QUIET)

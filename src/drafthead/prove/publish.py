@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
@@ -48,6 +49,12 @@ def publish(
     repo = repo or recipe.publish.repo
     if repo is None:
         raise DraftheadError("no repository named: pass --repo OWNER/NAME or set publish.repo")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise DraftheadError(f"publish.repo: {repo!r} is no repository's name: {error}") from None
+    if "/" not in repo:
+        raise DraftheadError(f"publish.repo: {repo!r} names no owner; write OWNER/{repo}")
     section = recipe.publish.model_copy(update={"repo": repo})
     results = read_results(recipe.model_copy(update={"publish": section}), run)
     if not results.proof["lossless"]:

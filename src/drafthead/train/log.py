@@ -119,11 +119,11 @@ def _run_id(path: Path) -> str:
 
 def read_metrics(path: Path) -> list[dict]:
     """The whole lines of a `metrics.jsonl`; a last one that a kill cut off is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     found = []
     for line in lines:
         try:
             found.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or not even text
             break
     return found
