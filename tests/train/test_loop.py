@@ -324,13 +324,15 @@ def test_wandb_itself_takes_the_figures(tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     for step in (0, 10):
+        # Folders are named by the second: two starts within one would share it.
+        (tmp_path / str(step)).mkdir()
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path / str(step)))
         with Log(tmp_path / "train", step, 20, "toy", ["wandb"], quiet()) as log:
             log.write(step + 10, {"acceptance": [0.1], "conditional_acceptance": [0.2]})
             assert wandb.run.name == "toy"
-    records = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    records = list(tmp_path.glob("*/wandb/offline-run-*/run-*.wandb"))
     assert len(records) == 2
     assert len({path.name for path in records}) == 1, "both starts belong to one run"
     assert all(b"conditional_acceptance/1" in path.read_bytes() for path in records)
