@@ -262,8 +262,11 @@ def test_a_library_that_cannot_be_imported_is_one_message(place, drafthead, monk
 def test_ctrl_c_says_how_to_go_on_and_lets_go_of_the_folder(place, drafthead):
     """A real process, stopped by a real SIGINT while a stage is at work."""
     script = """
-        import sys, time
+        import signal, sys, time
         from drafthead import cli, run
+
+        # Whoever starts the suite in the background has it ignore the signal.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def stage(recipe, run, *, console):
             print("at work", flush=True)

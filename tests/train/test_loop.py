@@ -332,6 +332,7 @@ def test_wandb_itself_takes_the_figures(tmp_path, monkeypatch):
         with Log(tmp_path / "train", step, 20, "toy", ["wandb"], quiet()) as log:
             log.write(step + 10, {"acceptance": [0.1], "conditional_acceptance": [0.2]})
             assert wandb.run.name == "toy"
+    wandb.teardown()  # its process would outlive this test
     records = list(tmp_path.glob("*/wandb/offline-run-*/run-*.wandb"))
     assert len(records) == 2
     assert len({path.name for path in records}) == 1, "both starts belong to one run"
