@@ -77,6 +77,7 @@ def test_eagle3_that_is_never_right(tmp_path, target, plain):
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
 def test_ngram(target, plain, k):
     with engine(target, ngram(k)) as llm:
+        assert [answers(llm, [request])[0] for request in ALONE] == plain["alone"]
         assert staggered(llm, STAGGERED) == plain["staggered"]
         assert answers(llm, STRESS) == plain["stress"]
         assert counter(llm, "spec_decode_num_accepted_tokens") > 100
