@@ -135,6 +135,14 @@ def fingerprint(obj: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def log_tail(path: Path, begin: int) -> str:
+    """The last lines of what was written to a log since the offset ``begin``, to end an error."""
+    with path.open("rb") as file:
+        file.seek(begin)
+        tail = file.read()[-16384:].decode(errors="replace").splitlines()[-15:]
+    return f"the end of {path}:\n" + "\n".join(f"  {line}" for line in tail)
+
+
 class RunLock:
     """Holds a run's folder for one process; the kernel lets go of it when the process dies."""
 

@@ -9,6 +9,7 @@ import torch
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
 from drafthead.states.format import decode, encode
+from tests import disk
 
 META = StoreMeta((1, 2), 4, 16, "fp32", 3, {"target": "tiny"})
 
@@ -140,14 +141,7 @@ def test_full_disk_says_so_and_keeps_what_was_finished(tmp_path, monkeypatch):
     with StateWriter(tmp_path, META) as writer:
         writer.submit(0, samples[:2])
         writer.submit(1, samples[2:])
-    real = os.fsync
-
-    def full(fd):
-        if "unit-000002-00" in os.readlink(f"/proc/self/fd/{fd}"):
-            raise OSError(28, "No space left on device")
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", full)
+    disk.fill(monkeypatch, "unit-000002-00")
     with (
         pytest.raises(DraftheadError, match="disk is full"),
         StateWriter(tmp_path, META) as writer,

@@ -25,6 +25,7 @@ from drafthead.rundir import RunDir
 from drafthead.states import StateReader
 from drafthead.states.check import check_store, repair
 from drafthead.states.writer import open_store
+from tests import disk
 from tests.vllm.runs import WORDS, recipe_for
 
 
@@ -170,14 +171,7 @@ def test_full_disk_stops_the_stage_and_what_is_there_counts(ran, monkeypatch):
     plan, run, engine, _ = ran
     for number in (1, 2):
         (run.answers / f"part-{number:06d}.parquet").unlink()
-    real = os.fsync
-
-    def full(fd):
-        if "unit-000002" in os.readlink(f"/proc/self/fd/{fd}"):
-            raise OSError(28, "No space left on device")
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", full)
+    disk.fill(monkeypatch, "unit-000002")
     with pytest.raises(DraftheadError, match=r"unit-000002.*disk is full"):
         generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
     monkeypatch.undo()

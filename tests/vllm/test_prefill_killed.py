@@ -16,6 +16,7 @@ from drafthead.rundir import RunDir
 from drafthead.states.check import check_store
 from drafthead.states.index import unit_path
 from drafthead.states.writer import open_store
+from tests import disk
 from tests.vllm.runs import recipe_for
 
 UNITS = 20
@@ -74,14 +75,7 @@ def test_a_full_disk_stops_it_and_what_was_finished_counts(captured, monkeypatch
     plan, run, engine, whole = captured
     for number in (3, 4, 5):
         unit_path(run.states, number).unlink()
-    real = os.fsync
-
-    def full(fd):
-        if "unit-000004" in os.readlink(f"/proc/self/fd/{fd}"):
-            raise OSError(28, "No space left on device")
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", full)
+    disk.fill(monkeypatch, "unit-000004")
     with pytest.raises(DraftheadError, match=r"unit-000004.*disk is full"):
         prefill(plan, run, engine)
     monkeypatch.undo()

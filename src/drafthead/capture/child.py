@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import log_tail
 
 
 class Child:
@@ -73,12 +74,9 @@ class Child:
                 raise DraftheadError(message["error"])
             yield message
         if self.process.wait() != 0:
-            with self.log.open("rb") as file:
-                file.seek(self._begin)
-                tail = file.read()[-16384:].decode(errors="replace").splitlines()[-15:]
             raise DraftheadError(
-                f"{self.what}: the vLLM process died (exit code {self.process.returncode}); the "
-                f"end of {self.log}:\n" + "\n".join(f"  {line}" for line in tail)
+                f"{self.what}: the vLLM process died (exit code {self.process.returncode}); "
+                + log_tail(self.log, self._begin)
             )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import log_tail
 
 
 @dataclass(frozen=True)
@@ -248,11 +249,6 @@ class EngineProcess:
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return DraftheadError(
-            f"{self.name}: the vLLM process {failure} ({how}{hint})\n{self._log_tail()}"
+            f"{self.name}: the vLLM process {failure} ({how}{hint})\n"
+            + log_tail(self.log, self._log_start)
         )
-
-    def _log_tail(self, lines: int = 15) -> str:
-        with self.log.open("rb") as file:
-            file.seek(self._log_start)
-            tail = file.read()[-16384:].decode(errors="replace").splitlines()[-lines:]
-        return f"the end of {self.log}:\n" + "\n".join(f"  {line}" for line in tail)
