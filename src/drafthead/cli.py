@@ -18,6 +18,7 @@ from drafthead.cli_prove import bench, verify
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import disk_errors
 from drafthead.recipe import load_recipe
+from drafthead.rundir import RunDir
 
 app = typer.Typer(
     name="drafthead",
@@ -228,11 +229,17 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve target and head with vLLM. Unknown arguments are passed on to it."""
+    from drafthead.prove.proof import doubt
     from drafthead.serve import serve_plan
 
-    plan = serve_plan(load_recipe(recipe), runs, extra=context.args)
+    loaded = load_recipe(recipe)
+    plan = serve_plan(loaded, runs, extra=context.args)
+    k = plan.args["speculative_config"]["num_speculative_tokens"]
+    not_proved = doubt(RunDir(runs / loaded.name), k)
+    if not_proved:
+        console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
     if as_json:
-        emit(plan.as_dict(), as_json)
+        emit(plan.as_dict() | {"not_proved": not_proved}, as_json)
     elif print_only:
         print(plan.text())
     if not print_only:

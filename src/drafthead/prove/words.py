@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jinja2
 
+from drafthead.prove.proof import doubt
 from drafthead.prove.results import Results
 
 _TONES = {"faster": "good", "slower": "bad"}
@@ -189,12 +190,8 @@ def notes(r: Results) -> list[str]:
             "At the headline's load it was too far off to choose k by: time more prompts, or on a "
             "machine that does nothing else."
         )
-    if str(r.recommended_k) not in r.proof["served"]:
-        proved = ", ".join(sorted(r.proof["served"], key=int))
-        found.append(
-            f"k = {r.recommended_k} is recommended but was not proved (k = {proved} was): "
-            f"drafthead verify --k {r.recommended_k} would do it."
-        )
+    if r.proof["lossless"] and (why := doubt(r.run, r.recommended_k)):
+        found.append(f"The k to serve: {why}")
     return found
 
 

@@ -1,0 +1,49 @@
+"""Who serves a head is told whether what is served was proved."""
+
+import json
+
+import pytest
+
+from drafthead.fsio import read_json, write_json
+from drafthead.prove.proof import doubt, proof_path, seal
+from tests.prove import made_run
+
+
+def altered(run, **changes):
+    record = read_json(proof_path(run), "") | changes
+    write_json(proof_path(run), record | {"seal": seal(record)})
+
+
+def test_a_k_that_was_not_proved_is_doubted(tmp_path):
+    _, run = made_run.make(tmp_path)
+    assert doubt(run, 3) is None
+    assert "k = 5 was not proved (k = 3 was): drafthead verify --k 5" in doubt(run, 5)
+    altered(run, served={"10": {}, "2": {}})
+    assert "(k = 2, 10 was)" in doubt(run, 3)
+    altered(run, lossless=False)
+    assert "not lossless" in doubt(run, 10)
+    (run.head / "more.json").write_text("{}")
+    assert "signed off for another head" in doubt(run, 10)
+    proof_path(run).unlink()
+    assert "k = 3 was not proved" in doubt(run, 3)
+
+
+@pytest.mark.parametrize(("named", "proved"), [(None, False), (2, False), (3, True)])
+def test_serve_says_so(named, proved, tmp_path, monkeypatch, drafthead):
+    recipe, run = made_run.make(tmp_path)
+    recommended = read_json(run.bench_json, "")["recommended_num_speculative_tokens"]
+    assert recommended != 3  # the k that was proved
+    data = recipe.model_dump(mode="json", exclude_defaults=True)
+    data["serve"] = {} if named is None else {"num_speculative_tokens": named}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(data))
+    monkeypatch.setattr("drafthead.serve.refuse_unfit", lambda *_: None)  # crafted, with zeros
+    monkeypatch.setattr("os.execvpe", lambda *_: None)
+    words = f"k = {named or recommended} was not proved"
+    for how in ("--print",), ():
+        code, out, err = drafthead("serve", str(path), "--runs", str(run.root.parent), *how)
+        assert code == 0, err
+        assert (words in err) is not proved
+        assert ("num_speculative_tokens" in out) is bool(how)
+    _, out, _ = drafthead("serve", str(path), "--runs", str(run.root.parent), "--print", "--json")
+    assert (words in (json.loads(out)["not_proved"] or "")) is not proved
