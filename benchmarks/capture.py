@@ -40,6 +40,7 @@ from typing import Any
 import lfm2_shapes
 from capture_engine import Engine, kv_tokens
 from speculators_capture import Server
+from turns import add_turn, turn
 
 KEPT = ("aux", "own_process", "seqs", "chunk", "new_tokens", "kv_bytes")
 TOPICS = ("a river", "prime numbers", "bread", "the moon", "a town", "sorting", "rain", "ants")
@@ -154,44 +155,47 @@ class Running:
 
     def measure(self, write: Callable[[dict], None]) -> None:
         """Alternate blocks between the engines, then compare, then speculators' side."""
-        record, args, spec = self.record, self.args, self.spec
+        record, args = self.record, self.args
         try:
             for name, engine in self.engines.items():
                 record[name] = engine.read(args.limit)
                 record[name] |= {"start_s": round(time.monotonic() - engine.begun, 1)}
                 record[name] |= {"kv_tokens": kv_tokens(engine.log), "vllm": engine.said()}
-            prompts = prompts_of(self.case, spec["chunk"] * args.units, args.tiny)
-            begun, number, ids = time.monotonic(), 0, []
-            record["blocks"] = []
-            while number <= args.blocks or time.monotonic() - begun < args.seconds:
-                names = list(self.engines)
-                order = names if number % 2 else names[::-1]
-                asked = prompts if number else prompts[: spec["seqs"]]  # the first is a warm-up
-                block = {n: self.engines[n].ask("generate", asked, args.limit) for n in order}
-                ids = block["plain"].pop("ids")
-                number += 1
-                if number == 1:
-                    begun = time.monotonic()
-                    continue
-                record["blocks"].append(block)
-                record |= summary(record["blocks"])
-                write(record)
-            if not self.case.dummy:
-                some = prompts[: spec["chunk"]]
-                record["decode_against_prefill"] = self.engines["bf16"].ask(
-                    "compare", some, args.limit
-                )
-                write(record)
-            if self.server:
-                theirs = self.server.capture(ids, args.peers, args.limit)
-                if "capture_s" in theirs:
-                    theirs["generation_s"] = plain = seconds(record["blocks"], "plain")
-                    tokens = record["blocks"][-1]["plain"]["tokens"]
-                    theirs["tokens_per_s"] = round(tokens / (plain + theirs["capture_s"]), 1)
-                record["speculators"] = theirs
+            with turn(args.turn):
+                self._measure(write)
         except (RuntimeError, OSError, ValueError) as error:
             record["failed"] = str(error)
         write(record)
+
+    def _measure(self, write: Callable[[dict], None]) -> None:
+        record, args, spec = self.record, self.args, self.spec
+        prompts = prompts_of(self.case, spec["chunk"] * args.units, args.tiny)
+        begun, number, ids = time.monotonic(), 0, []
+        record["blocks"] = []
+        while number <= args.blocks or time.monotonic() - begun < args.seconds:
+            names = list(self.engines)
+            order = names if number % 2 else names[::-1]
+            asked = prompts if number else prompts[: spec["seqs"]]  # the first is a warm-up
+            block = {n: self.engines[n].ask("generate", asked, args.limit) for n in order}
+            ids = block["plain"].pop("ids")
+            number += 1
+            if number == 1:
+                begun = time.monotonic()
+                continue
+            record["blocks"].append(block)
+            record |= summary(record["blocks"])
+            write(record)
+        if not self.case.dummy:
+            some = prompts[: spec["chunk"]]
+            record["decode_against_prefill"] = self.engines["bf16"].ask("compare", some, args.limit)
+            write(record)
+        if self.server:
+            theirs = self.server.capture(ids, args.peers, args.limit)
+            if "capture_s" in theirs:
+                theirs["generation_s"] = plain = seconds(record["blocks"], "plain")
+                tokens = record["blocks"][-1]["plain"]["tokens"]
+                theirs["tokens_per_s"] = round(tokens / (plain + theirs["capture_s"]), 1)
+            record["speculators"] = theirs
 
     def close(self) -> None:
         for engine in self.engines.values():
@@ -270,6 +274,7 @@ def main() -> None:
         "--own-process", action="store_true", help="vLLM's engine core apart, as it is by default"
     )
     parser.add_argument("--skip-lfm2", action="store_true")
+    add_turn(parser)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     from drafthead.fsio import write_json

@@ -31,6 +31,7 @@ import lfm2_shapes
 import numpy as np
 import torch
 from rich.console import Console
+from turns import add_turn, turn
 
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer at most")
     parser.add_argument("--seconds", type=float, default=280, help="time no point after so long")
     parser.add_argument("--in-process", action="store_true", help="no process for the engine")
+    add_turn(parser)
     parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -291,13 +293,15 @@ def main() -> None:
         CONSOLE.print(f"engines ready after {record['start_s']} s; failed: {failed}")
         record["cases"] = {case.name: {**case.about, "cells": []} for case in cases}
         try:
-            time_all([case for case in cases if case.name not in failed], options, record)
+            with turn(options.turn):
+                time_all([case for case in cases if case.name not in failed], options, record)
         except DraftheadError as error:
             record["died"] = str(error)[-1500:]
     record["cost_model_error"] = {
         name: median_error(case.get("cost_model", [])) for name, case in record["cases"].items()
     }
-    record["vocabulary"] = check_vocabulary(record, options)
+    with turn(options.turn):
+        record["vocabulary"] = check_vocabulary(record, options)
     write_json(options.out / "grid.json", record)
     CONSOLE.print({name: record[name] for name in ("cost_model_error", "vocabulary")})
 

@@ -45,6 +45,7 @@ import torch
 from quality_heads import Job, length, make_recipe, run_of, train
 from quality_serve import serve
 from rich.console import Console
+from turns import add_turn, turn
 
 from drafthead.fsio import read_json, write_bytes, write_json
 from drafthead.run import execute
@@ -80,8 +81,8 @@ def capture(options: argparse.Namespace) -> dict:
     if not options.tiny:
         update = {
             "max_num_seqs": 512,
-            "kv_cache_memory_bytes": 24 << 30,
-            "gpu_memory_utilization": 0.6,
+            "kv_cache_memory_bytes": 6 << 30,
+            "gpu_memory_utilization": 0.15,
         }
         engine = recipe.engine.model_copy(update=update)
         recipe = recipe.model_copy(update={"engine": engine})
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")
     parser.add_argument("--explore-seconds", type=float, default=240)
     parser.add_argument("--serve-seconds", type=float, default=300)
+    add_turn(parser)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier OUT")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -259,11 +261,12 @@ def main() -> None:
         save()
     if "duel" in stages:
         record["duel"] = sides = {}
-        for job in duel_jobs(options, record.get("chosen", {})):
-            sides[job.name] = train(options, job, warm=True)
-            seconds = sides[job.name]["train_seconds"]
-            CONSOLE.print(f"{job.name}: {length(sides[job.name]):.3f} after {seconds:.1f} s")
-            save()
+        with turn(options.turn):
+            for job in duel_jobs(options, record.get("chosen", {})):
+                sides[job.name] = train(options, job, warm=True)
+                seconds = sides[job.name]["train_seconds"]
+                CONSOLE.print(f"{job.name}: {length(sides[job.name]):.3f} after {seconds:.1f} s")
+                save()
         record["verdict"] = verdict(sides)
         save()
     if "serve" in stages:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quality_heads import Job, make_recipe, run_of
+from turns import turn
 
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import EngineProcess
@@ -72,7 +73,8 @@ def serve(
                 counts.append(engines[key].counters().since(before))
             point = Point(0, 1, 0.0, tokens)
             drafted = [engines[key] for key in keys]
-            found = run_pairs(engines[base], drafted, prompts, point, repeats=1, warmup=2)
+            with turn(options.turn):
+                found = run_pairs(engines[base], drafted, prompts, point, repeats=1, warmup=2)
             for (_, head, k), count, blocks in zip(keys, counts, found):
                 timed = summarize(replace(point, num_speculative_tokens=k), blocks)
                 cells.append(

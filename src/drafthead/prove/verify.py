@@ -1,5 +1,6 @@
 """Stage verify: the same tokens with the head as without it, proved and signed off."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from drafthead.errors import ClaimFailed
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
+from drafthead.prove.grid import shared, start
 from drafthead.prove.lossless import NOT_LOSSLESS, compare
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, write_proof
@@ -129,9 +131,10 @@ def prove_lossless(
 ) -> Outcome:
     """Run each drafted engine, then the target alone, and compare.
 
-    One engine at a time, so that each has the machine to itself. The target alone comes last and
-    stays for the examination of what differs; it computes every greedy answer anew, nothing of
-    it comes out of a prefix cache.
+    Only one engine works at a time. Where they can share a GPU, its memory being given in bytes,
+    all are started at once: starting takes longer than answering. Else one lives at a time. The
+    target alone comes last and stays for the examination of what differs; it computes every greedy
+    answer anew, nothing of it comes out of a prefix cache.
 
     Args:
         drafted: a plan for each number of tokens drafted a step.
@@ -140,34 +143,44 @@ def prove_lossless(
         recipe: limits and load.
         logs: folder for what the engines print.
     """
+    cuda = this_machine().vllm_device == "cuda"
+    at_once = cuda and recipe.engine.kv_cache_memory_bytes is not None
+
+    def engine_of(plan: Plan, name: str, log: str) -> EngineProcess:
+        plan = shared(plan, len(drafted) + 1) if at_once else plan
+        return EngineProcess(
+            plan.args, env=plan.environment, log=logs / f"verify-{log}.log", name=name
+        )
+
+    alone = engine_of(base, "target alone", "target")
+    others = {k: engine_of(plan, f"head, k={k}", f"k{k}") for k, plan in drafted.items()}
     work: list[Workload] = []
     written: dict[int, list[list[Completion]]] = {}
     draws: list[np.ndarray] = []
-    for k, plan in drafted.items():
-        with EngineProcess(
-            plan.args, env=plan.environment, log=logs / f"verify-k{k}.log", name=f"head, k={k}"
-        ) as engine:
-            work = work or workloads(recipe, prompts, engine.info["max_model_len"])
-            written[k] = _answers(engine, work)
-            contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
-            if recipe.verify.samples and not draws:
-                draws = _draws(engine, contexts, recipe, seed=_SEEDS)
-    alone = EngineProcess(
-        base.args, env=base.environment, log=logs / "verify-target.log", name="target alone"
-    )
-    with alone as engine:
-        wanted = _answers(engine, work, prefix_cache=False)
+    with contextlib.ExitStack() as stack:
+        if at_once:
+            start([*others.values(), alone], stack)
+        for k, engine in others.items():
+            with contextlib.nullcontext() if at_once else engine:
+                work = work or workloads(recipe, prompts, engine.info["max_model_len"])
+                written[k] = _answers(engine, work)
+                contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
+                if recipe.verify.samples and not draws:
+                    draws = _draws(engine, contexts, recipe, seed=_SEEDS)
+        if not at_once:
+            stack.enter_context(alone)
+        wanted = _answers(alone, work, prefix_cache=False)
         runs = [
             {
                 "num_speculative_tokens": k,
                 "workload": w.name,
                 "concurrency": w.concurrency,
-                **compare(engine, w.prompts, wanted[i], answers[i], w.max_tokens),
+                **compare(alone, w.prompts, wanted[i], answers[i], w.max_tokens),
             }
             for k, answers in written.items()
             for i, w in enumerate(work)
         ]
-        sampled = two_sample(_draws(engine, contexts, recipe, seed=0), draws) if draws else None
+        sampled = two_sample(_draws(alone, contexts, recipe, seed=0), draws) if draws else None
     return Outcome(runs, sampled)
 
 
