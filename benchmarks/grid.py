@@ -175,7 +175,7 @@ def time_case(case: Case, temperature: float, options: argparse.Namespace) -> It
     points = [Point(k, c, temperature, options.tokens) for c in options.concurrency]
     for _, cell in time_grid(base, drafted, case.prompts, points, repeats=1, warmup=2):
         CONSOLE.print(f"{case.name}: {line(cell)}")
-        yield {name: value for name, value in cell.items() if name != "pairs"}
+        yield cell
 
 
 def launch(cases: Sequence[Case], logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:

@@ -77,9 +77,10 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
     cells = [cell(k, c, gain) for k in ks for c in (1, 4, 16)]
     curve = [0.72, 0.49, 0.33, 0.21, 0.13, 0.08, 0.05][: max(ks)]
     row_s = {c: 2e-9 * c**0.5 for c in (1, 4, 16)}
-    smaller = thinned(curve, 0.93)
-    others = Vocabularies(crafted.DRAFT_VOCAB, row_s, {75: smaller, 300: curve, 1200: curve})
-    fits = analyse(cells, curve, others)
+    curves = [curve[:k] for k in range(1, len(curve) + 1)]
+    smaller = [thinned(one, 0.93) for one in curves]
+    others = Vocabularies(crafted.DRAFT_VOCAB, row_s, {75: smaller, 300: curves, 1200: curves})
+    fits = analyse(cells, curves, others)
     bench = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": curve[: ks[0]],
@@ -100,7 +101,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
     write_json(run.bench_json, bench)
     differences = 0 if lossless else 2
     one = {
-        "num_speculative_tokens": 3,
+        "num_speculative_tokens": 1,
         "workload": "held-out",
         "concurrency": 64,
         "lossless": lossless,
@@ -123,7 +124,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
     }
     write_json(run.verify_json, verify)
     write_proof(
-        run, str(target), load_target(target), verify, {3: {}}, [Prompt([1, 2], "c", "chat")]
+        run, str(target), load_target(target), verify, {1: {}}, [Prompt([1, 2], "c", "chat")]
     )
     heldout = [
         {"k": k, "accepted_length": 1 + sum(curve[:k]), "acceptance_by_position": curve[:k]}

@@ -9,30 +9,34 @@ from drafthead.prove.costmodel import (
     by_vocabulary,
     choose,
     fit,
+    lengths,
+    lengths_served,
     median_error,
     recommended_k,
     thinned,
 )
 
 CURVE = [0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02]
+CURVES = [CURVE[:k] for k in range(1, 8)]
+LENGTHS = lengths(CURVES)
 
 
-def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5, curve=CURVE):
+def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5):
+    step = fixed + slope * k
+    accepted = [round(1000 * p) for p in CURVE[:k]]
     return {
         "num_speculative_tokens": k,
         "concurrency": concurrency,
-        "accepted_length": 1 + sum(curve[:k]),
-        "acceptance_by_position": curve[:k],
-        "step_s": {"base": plain, "drafted": fixed + slope * k},
+        "accepted_length": LENGTHS[k - 1],
+        "step_s": {"base": plain, "drafted": step, "plain_steps": step / plain},
+        "pairs": [{"drafts": 1000, "accepted_by_position": accepted}],
     }
 
 
 def test_fit_finds_the_parts_and_speedup_is_tokens_over_time():
     cost = fit(1, 3.0, {1: 3.9, 3: 4.9, 5: 5.9})
     assert (cost.fixed, cost.slope) == pytest.approx((3.4, 0.5))
-    assert cost.speedup(3, CURVE) == pytest.approx(2.5 * 3.0 / 4.9)
-    with pytest.raises(ValueError, match="7 positions, k=8"):
-        cost.speedup(8, CURVE)
+    assert cost.speedup(3, 2.5) == pytest.approx(2.5 * 3.0 / 4.9)
 
 
 def test_one_k_is_taken_as_a_plain_step_and_its_drafts():
@@ -43,14 +47,14 @@ def test_one_k_is_taken_as_a_plain_step_and_its_drafts():
 
 def test_the_best_k_balances_cost_and_acceptance():
     cost = fit(1, 3.0, {1: 3.9, 5: 5.9})
-    gains = choose(cost, CURVE)
+    gains = choose(cost, LENGTHS)
     brute = {k: (1 + sum(CURVE[:k])) * 3.0 / (3.4 + 0.5 * k) for k in range(1, 8)}
     assert gains == pytest.approx(brute)
     assert next(iter(gains)) == max(brute, key=brute.__getitem__) == 3
     free = fit(1, 3.0, {1: 3.4, 5: 3.4})
-    assert next(iter(choose(free, CURVE))) == 7
+    assert next(iter(choose(free, LENGTHS))) == 7
     dear = fit(1, 3.0, {1: 6.0, 5: 18.0})
-    assert next(iter(choose(dear, CURVE))) == 1
+    assert next(iter(choose(dear, LENGTHS))) == 1
 
 
 def test_error_is_out_of_sample():
@@ -67,17 +71,28 @@ def test_error_is_out_of_sample():
     assert last["relative_error"] == pytest.approx((6.0 + 3.5) / (3.4 + 3.5) - 1)
 
 
-def test_a_predicted_curve_takes_the_place_of_the_served_one():
-    (found,) = analyse([cell(1), cell(3)], [0.9] * 5)
-    assert found["acceptance_by_position"] == [0.9] * 5
+def test_predicted_curves_take_the_place_of_the_served_one():
+    (found,) = analyse([cell(1), cell(3)], [[0.9] * k for k in range(1, 6)])
+    assert found["accepted_length_by_k"] == pytest.approx([1.9, 2.8, 3.7, 4.6, 5.5])
     assert set(found["predicted_speedup"]) == {"1", "2", "3", "4", "5"}
-    (found,) = analyse([cell(1), cell(3)], [0.9])  # too short for the grid
-    assert found["acceptance_by_position"] == CURVE[:3]
+    (found,) = analyse([cell(1), cell(3)], [[0.9]])  # too short for the grid
+    assert found["accepted_length_by_k"] == pytest.approx(LENGTHS[:3])
+
+
+def test_text_that_is_easily_drafted_takes_fewer_steps_the_larger_k_is():
+    """Three texts of 48 tokens: every draft right, the first of each step, none."""
+    accepted = {8: [8] * 5, 24: [24, 0, 0, 0, 0], 48: [0] * 5}
+    pairs = [{"drafts": n, "accepted_by_position": right} for n, right in accepted.items()]
+    walked = {k: 144 / (48 / (1 + k) + 24 + 48) for k in range(1, 6)}
+    assert lengths_served(pairs, 5) == pytest.approx(list(walked.values()))
+    steps = sum(accepted)
+    assert walked[1] > 1 + (8 + 24) / steps  # the first of the rates at k = 5 is too low for k = 1
 
 
 def test_a_smaller_vocabulary_costs_less_and_accepts_less():
     cost = StepCost(1, plain=3.0, fixed=3.4, slope=0.5, row=1e-5)
-    curves = {8000: thinned(CURVE, 0.97), 32000: CURVE, 64000: CURVE}
+    few = [thinned(curve, 0.97) for curve in CURVES]
+    curves = {8000: few, 32000: CURVES, 64000: CURVES}
     small, own, large = by_vocabulary(cost, Vocabularies(32000, {1: 1e-5}, curves))
     assert own["predicted_speedup"]["3"] == pytest.approx(2.5 * 3.0 / 4.9)
     tokens = 1 + 0.7 * 0.97 + 0.5 * 0.97**2 + 0.3 * 0.97**3
@@ -87,11 +102,11 @@ def test_a_smaller_vocabulary_costs_less_and_accepts_less():
 
 
 def test_a_recommendation_takes_two_k_at_that_load():
-    fits = analyse([cell(k, c) for c in (1, 4) for k in ((1, 3, 5) if c == 4 else (3,))], CURVE)
+    fits = analyse([cell(k, c) for c in (1, 4) for k in ((1, 3, 5) if c == 4 else (3,))], CURVES)
     assert recommended_k(fits, 1) is None
     assert recommended_k(fits, 4) == 3
     assert recommended_k(fits, 16) is None
     bent = [cell(1, fixed=9.0), cell(3), cell(5, fixed=9.0)]
-    assert recommended_k(analyse(bent, CURVE), 1) is None  # the fit does not hold
+    assert recommended_k(analyse(bent, CURVES), 1) is None  # the fit does not hold
     assert median_error(fits[:1]) is None
     assert median_error(fits) == pytest.approx(0, abs=1e-9)

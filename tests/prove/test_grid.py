@@ -11,7 +11,7 @@ from drafthead.fsio import read_json
 from drafthead.prove.bench import _on_each_number_of_gpus, bench
 from drafthead.prove.engine import Completion, Generation, SpecCounters
 from drafthead.prove.grid import shared, time_grid
-from drafthead.prove.pairing import Point, run_pairs
+from drafthead.prove.pairing import Point, run_pairs, typical_steps
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, Setting, engine_plan
@@ -59,6 +59,17 @@ def test_every_engine_gets_each_block_in_turn():
         assert first[n].base is second[n].base
         assert first[n].counters.drafts == 5 * len(first[n].sources)
     assert len({how["seed"] for _, _, how in timed}) == len(first)
+
+
+def test_a_disturbed_minute_moves_no_step():
+    """Of nine pairs, two met a neighbour's work on both sides and two on one side only."""
+    slowed = [(2.0, 2.0)] * 2 + [(1.0, 3.0)] * 2 + [(1.0, 1.0)] * 5
+    pairs = [{"base_step_s": 0.004 * b, "drafted_step_s": 0.005 * d} for b, d in slowed]
+    steps = {"base": 0.004, "drafted": 0.005, "plain_steps": 1.25}
+    assert typical_steps(pairs) == pytest.approx(steps)
+    idle = {"base_step_s": None, "drafted_step_s": 0.005}  # answers of one token have no step
+    assert typical_steps([*pairs, idle]) == pytest.approx(steps)
+    assert typical_steps([idle])["plain_steps"] is None
 
 
 def test_the_grid_is_every_k_at_every_load():

@@ -9,7 +9,7 @@ from drafthead.prove.bench import grid
 from drafthead.prove.prediction import (
     Rehearsal,
     by_vocabulary,
-    predicted_curve,
+    predicted_curves,
     predicted_over_served,
 )
 from drafthead.recipe import parse_recipe
@@ -76,11 +76,11 @@ def test_a_smaller_vocabulary_is_tried_out(tmp_path):
     )
     recipe = _recipe(target={"path": str(target_folder)})
     rehearsal = Rehearsal(recipe, run, target, grid(recipe)[0])
-    curve = predicted_curve(rehearsal, 3)
+    curves = predicted_curves(rehearsal, 3)
     assert by_vocabulary(rehearsal, None) is None
-    found = by_vocabulary(rehearsal, curve)
+    found = by_vocabulary(rehearsal, curves)
     assert list(found) == [75, 150, 300, 512]
-    assert found[75] == [0.0, 0.0, 0.0]
+    assert found[75] == [[0.0], [0.0, 0.0], [0.0, 0.0, 0.0]]
     # Six steps: the first repeats the prompt's end, the last reaches past the answer.
-    assert found[150] == pytest.approx([5 / 6, 5 / 6, 4 / 6])
-    assert found[150] == found[300] == found[512] == curve
+    assert found[150][2] == pytest.approx([5 / 6, 5 / 6, 4 / 6])
+    assert found[150] == found[300] == found[512] == curves

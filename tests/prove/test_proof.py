@@ -16,8 +16,8 @@ def altered(run, **changes):
 
 def test_a_k_that_was_not_proved_is_doubted(tmp_path):
     _, run = made_run.make(tmp_path)
-    assert doubt(run, 3) is None
-    assert "k = 5 was not proved (k = 3 was): drafthead verify --k 5" in doubt(run, 5)
+    assert doubt(run, 1) is None
+    assert "k = 5 was not proved (k = 1 was): drafthead verify --k 5" in doubt(run, 5)
     altered(run, served={"10": {}, "2": {}})
     assert "(k = 2, 10 was)" in doubt(run, 3)
     altered(run, lossless=False)
@@ -28,11 +28,11 @@ def test_a_k_that_was_not_proved_is_doubted(tmp_path):
     assert "k = 3 was not proved" in doubt(run, 3)
 
 
-@pytest.mark.parametrize(("named", "proved"), [(None, False), (2, False), (3, True)])
+@pytest.mark.parametrize(("named", "proved"), [(None, False), (2, False), (1, True)])
 def test_serve_says_so(named, proved, tmp_path, monkeypatch, drafthead):
     recipe, run = made_run.make(tmp_path)
     recommended = read_json(run.bench_json, "")["recommended_num_speculative_tokens"]
-    assert recommended != 3  # the k that was proved
+    assert recommended != 1  # the k that was proved
     data = recipe.model_dump(mode="json", exclude_defaults=True)
     data["serve"] = {} if named is None else {"num_speculative_tokens": named}
     path = tmp_path / "recipe.yaml"

@@ -17,7 +17,7 @@ from drafthead.prove.prediction import (
     Rehearsal,
     by_vocabulary,
     predicted_acceptance,
-    predicted_curve,
+    predicted_curves,
     predicted_over_served,
 )
 from drafthead.prove.prompts import timed_prompts
@@ -138,11 +138,11 @@ def _on_each_number_of_gpus(recipe: Recipe) -> list[Recipe]:
 
 
 def _vocabularies(
-    recipe: Recipe, rehearsal: Rehearsal, curve: list[float] | None
+    recipe: Recipe, rehearsal: Rehearsal, curves: list[list[float]] | None
 ) -> Vocabularies | None:
     """What other draft vocabularies would cost here and accept; None for a head from elsewhere."""
-    acceptance = by_vocabulary(rehearsal, curve)
-    if acceptance is None:
+    others = by_vocabulary(rehearsal, curves)
+    if others is None:
         return None
     config = read_json(rehearsal.run.head / "config.json", "the head's configuration")
     rows, device = config["draft_vocab_size"], this_machine().vllm_device
@@ -151,7 +151,7 @@ def _vocabularies(
         n: row_seconds(config["hidden_size"], rows, n, device=device, dtype=dtype)
         for n in recipe.bench.concurrency
     }
-    return Vocabularies(rows, row_s, acceptance)
+    return Vocabularies(rows, row_s, others)
 
 
 def contest(
@@ -223,8 +223,9 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     ]
     gpus = cells[0]["tensor_parallel_size"]
     greedy = [c for c in cells if not c["temperature"] and c["tensor_parallel_size"] == gpus]
-    curve = predicted_curve(rehearsal, max(_POSITIONS, *(p.num_speculative_tokens for p in points)))
-    fits = analyse(greedy, curve, _vocabularies(recipe, rehearsal, curve))
+    most = max(_POSITIONS, *(p.num_speculative_tokens for p in points))
+    curves = predicted_curves(rehearsal, most)
+    fits = analyse(greedy, curves, _vocabularies(recipe, rehearsal, curves))
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,

@@ -2,10 +2,15 @@
 
 Without a head a step takes ``plain`` seconds and yields one token. With one it takes
 ``fixed + k * slope``: the target checks k + 1 tokens instead of one and the head drafts k times.
-It yields ``1 + p_1 + … + p_k`` tokens, ``p_i`` being the share of steps whose i-th draft is
-accepted. Hence (Leviathan et al. 2023, section 3.3, with measured times in place of a ratio c)
+It yields ``length(k) = 1 + p_1 + … + p_k`` tokens, ``p_i`` being the share of steps whose i-th
+draft is accepted. Hence (Leviathan et al. 2023, section 3.3, with measured times in place of a
+ratio c)
 
-    speedup(k) = (1 + p_1 + … + p_k) * plain / (fixed + k * slope)
+    speedup(k) = length(k) * plain / (fixed + k * slope)
+
+``p_i`` itself depends on k: where a step ends decides where the next one begins, and text that
+is easily drafted takes fewer steps the larger k is. So each k has a curve of its own,
+``curves[k - 1]``, and a length.
 
 Step times depend on the requests at once, so each concurrency has a fit of its own. The gain is
 of decoding; prefill is the same with and without.
@@ -14,13 +19,17 @@ With another draft vocabulary each draft reads more or fewer rows of the head's 
 moves by what a row costs, the acceptance by what the vocabulary leaves out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 TRUSTED_ERROR = 0.1
 """A fit whose median error out of sample is larger chooses no k: neighbouring k differ by less."""
+
+
+Curves = Sequence[Sequence[float]]
+"""Acceptance by position with 1, 2, … drafts a step."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +50,15 @@ class StepCost:
         """Seconds of a step that drafts ``k`` tokens, with so many more rows than measured."""
         return self.fixed + k * (self.slope + more_rows * self.row)
 
-    def speedup(self, k: int, acceptance: Sequence[float], more_rows: int = 0) -> float:
+    def speedup(self, k: int, length: float, more_rows: int = 0) -> float:
         """Decoding speed with ``k`` drafts over without.
 
         Args:
             k: tokens drafted a step.
-            acceptance: share of steps whose draft at position 1, 2, … is accepted, k at least.
+            length: tokens that such a step yields.
             more_rows: of the draft vocabulary than were measured; less than 0 is fewer.
-
-        Raises:
-            ValueError: the curve is shorter than k.
         """
-        if len(acceptance) < k:
-            raise ValueError(f"acceptance at {len(acceptance)} positions, k={k}")
-        return (1 + sum(acceptance[:k])) * self.plain / self.step(k, more_rows)
+        return length * self.plain / self.step(k, more_rows)
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Vocabularies:
     """Size of the one that was measured."""
     row_s: dict[int, float]
     """Seconds that a row adds to a draft, by requests at once."""
-    acceptance: dict[int, list[float]]
-    """By size, acceptance at position 1, 2, …"""
+    curves: Mapping[int, Curves]
+    """By size, the acceptance with 1, 2, … drafts a step."""
 
 
 def thinned(acceptance: Sequence[float], share: float) -> list[float]:
@@ -75,6 +79,28 @@ def thinned(acceptance: Sequence[float], share: float) -> list[float]:
     Position i needs all i drafts, hence ``share`` to the power i.
     """
     return [p * share ** (i + 1) for i, p in enumerate(acceptance)]
+
+
+def lengths(curves: Curves) -> list[float]:
+    """Tokens that a step with 1, 2, … drafts yields."""
+    return [1 + sum(curve) for curve in curves]
+
+
+def lengths_served(pairs: Sequence[dict], k: int) -> list[float]:
+    """Tokens that a step with 1 … k drafts would yield, from what was served with k.
+
+    Each pair of blocks is a text of its own, that takes as many steps as its own acceptance
+    makes of it; all tokens over all steps is the length.
+
+    Args:
+        pairs: of a measured point, as :func:`drafthead.prove.pairing.pair` gives them.
+        k: tokens drafted a step in them.
+    """
+    rows = [(p["drafts"], *p["accepted_by_position"]) for p in pairs if p["drafts"]]
+    steps, *accepted = np.array(rows, dtype=float).T
+    tokens = steps + sum(accepted)
+    own = 1 + np.cumsum(accepted, axis=0) / steps  # [k, pairs]
+    return [float(tokens.sum() / (tokens / own[n]).sum()) for n in range(k)]
 
 
 def fit(concurrency: int, plain: float, steps: dict[int, float]) -> StepCost:
@@ -95,24 +121,26 @@ def fit(concurrency: int, plain: float, steps: dict[int, float]) -> StepCost:
     return StepCost(concurrency, plain, float(fixed), float(slope))
 
 
-def choose(cost: StepCost, acceptance: Sequence[float], more_rows: int = 0) -> dict[int, float]:
-    """Predicted decoding speedup for each k that the acceptance curve reaches, best first."""
-    gains = {k: cost.speedup(k, acceptance, more_rows) for k in range(1, len(acceptance) + 1)}
+def choose(cost: StepCost, tokens: Sequence[float], more_rows: int = 0) -> dict[int, float]:
+    """Predicted decoding speedup for each k, best first, from the tokens that a step with
+    1, 2, … drafts yields."""
+    gains = {k: cost.speedup(k, length, more_rows) for k, length in enumerate(tokens, 1)}
     return dict(sorted(gains.items(), key=lambda item: -item[1]))
 
 
 def by_vocabulary(cost: StepCost, others: Vocabularies) -> list[dict]:
     """For each draft vocabulary the k to serve and what it would gain."""
     found = []
-    for size, curve in sorted(others.acceptance.items()):
-        gains = choose(cost, curve, size - others.rows)
+    for size, curves in sorted(others.curves.items()):
+        tokens = lengths(curves)
+        gains = choose(cost, tokens, size - others.rows)
         k = next(iter(gains))
         found.append(
             {
                 "draft_vocab_size": size,
                 "best_num_speculative_tokens": k,
                 "predicted_speedup": {str(n): gain for n, gain in sorted(gains.items())},
-                "accepted_length": 1 + sum(curve[:k]),
+                "accepted_length": tokens[k - 1],
             }
         )
     return found
@@ -131,17 +159,17 @@ def median_error(fits: Sequence[dict]) -> float | None:
 
 def analyse(
     cells: Sequence[dict],
-    acceptance: Sequence[float] | None,
+    curves: Curves | None,
     vocabularies: Vocabularies | None = None,
 ) -> list[dict]:
     """Fit every concurrency of a measured grid and hold the model against it.
 
     The error is out of sample: each k is predicted from a fit without it (where at least two
-    others remain), with the acceptance curve given, or that of the largest k served.
+    others remain), with the acceptance curves given, or that of the largest k served.
 
     Args:
         cells: greedy points of one grid, as :func:`drafthead.prove.pairing.summarize` gives them.
-        acceptance: predicted acceptance by position, if training has one.
+        curves: predicted acceptance, if training has one.
         vocabularies: other draft vocabularies to judge.
 
     Returns:
@@ -149,30 +177,33 @@ def analyse(
         relative errors, the k to serve, and that for other draft vocabularies.
     """
     found = []
-    usable = [c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"]]
+    usable = [c for c in cells if c["step_s"]["plain_steps"]]
     for concurrency in sorted({c["concurrency"] for c in usable}):
         own = {c["num_speculative_tokens"]: c for c in usable if c["concurrency"] == concurrency}
         plain = float(np.median([c["step_s"]["base"] for c in own.values()]))
-        steps = {k: c["step_s"]["drafted"] for k, c in own.items()}
-        served = own[max(own)]["acceptance_by_position"]
-        curve = list(acceptance if acceptance and len(acceptance) >= max(own) else served)
+        steps = {k: c["step_s"]["plain_steps"] * plain for k, c in own.items()}
+        most = max(own)
+        if curves and len(curves) >= most:
+            tokens = lengths(curves)
+        else:
+            tokens = lengths_served(own[most]["pairs"], most)
         cost = fit(concurrency, plain, steps)
         points = []
         for k, cell in sorted(own.items()):
             others = {j: s for j, s in steps.items() if j != k}
             held_out = fit(concurrency, plain, others) if len(others) >= 2 else None
-            measured = cell["accepted_length"] * cell["step_s"]["base"] / steps[k]
-            predicted = held_out.speedup(k, curve) if held_out else None
+            measured = cell["accepted_length"] / cell["step_s"]["plain_steps"]
+            predicted = held_out.speedup(k, tokens[k - 1]) if held_out else None
             points.append(
                 {
                     "num_speculative_tokens": k,
                     "measured": measured,
                     "predicted_without_this_point": predicted,
                     "relative_error": predicted and predicted / measured - 1,
-                    "fitted": cost.speedup(k, curve),
+                    "fitted": cost.speedup(k, tokens[k - 1]),
                 }
             )
-        gains = choose(cost, curve)
+        gains = choose(cost, tokens)
         if vocabularies:
             cost = replace(cost, row=vocabularies.row_s[concurrency])
         found.append(
@@ -181,7 +212,7 @@ def analyse(
                 "plain_step_s": plain,
                 "fixed_s": cost.fixed,
                 "per_draft_token_s": cost.slope,
-                "acceptance_by_position": curve,
+                "accepted_length_by_k": tokens,
                 "points": points,
                 "median_relative_error": median_error([{"points": points}]),
                 "predicted_speedup": {str(k): gain for k, gain in sorted(gains.items())},

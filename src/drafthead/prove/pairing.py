@@ -142,7 +142,7 @@ def figures(blocks: Sequence[Block]) -> dict:
         "acceptance_by_position": by_position,
         "conditional_acceptance_by_position": conditional(by_position),
         "drafts": counters.drafts,
-        "step_s": step_seconds(blocks, counters),
+        "step_s": typical_steps([pair(block) for block in blocks]),
         "latency": {
             "base": latencies([b.base for b in blocks]),
             "drafted": latencies([b.drafted for b in blocks]),
@@ -158,9 +158,9 @@ def summarize(point: Point, blocks: Sequence[Block]) -> dict:
         if len(set(block.sources)) == 1:
             by_source.setdefault(block.sources[0], []).append(block)
     answers = [
-        pair
+        both
         for block in blocks
-        for pair in zip(block.base.completions, block.drafted.completions, strict=True)
+        for both in zip(block.base.completions, block.drafted.completions, strict=True)
     ]
     return {
         **asdict(point),
@@ -168,40 +168,54 @@ def summarize(point: Point, blocks: Sequence[Block]) -> dict:
         "answers": len(answers),
         "same_tokens": sum(a.ids == b.ids for a, b in answers),
         "by_source": {source: figures(own) for source, own in sorted(by_source.items())},
-        "pairs": [
-            {
-                "sources": sorted(set(b.sources)),
-                "base_tokens": b.base.tokens,
-                "base_s": b.base.wall_s,
-                "drafted_tokens": b.drafted.tokens,
-                "drafted_s": b.drafted.wall_s,
-                "drafts": b.counters.drafts,
-                "accepted": b.counters.accepted_tokens,
-            }
-            for b in blocks
-        ],
+        "pairs": [pair(block) for block in blocks],
     }
 
 
-def step_seconds(blocks: Sequence[Block], counters: SpecCounters) -> dict[str, float | None]:
+def step_seconds(generation: Generation, steps: int) -> float | None:
     """Mean wall-clock seconds of one decoding step, as a request meets it.
 
     After its first token, a request goes through one step of the engine for each further token
     (target alone) or for each draft (with the head), whatever else shares the step.
     """
+    seconds = sum(c.seconds - c.first_token_s for c in generation.completions)
+    return seconds / steps if steps else None
 
-    def decoding(generations: list[Generation]) -> tuple[float, int]:
-        completions = [c for g in generations for c in g.completions]
-        return (
-            sum(c.seconds - c.first_token_s for c in completions),
-            sum(len(c.ids) - 1 for c in completions),
-        )
 
-    base_s, base_steps = decoding([b.base for b in blocks])
-    drafted_s, _ = decoding([b.drafted for b in blocks])
+def pair(block: Block) -> dict:
+    """What a block gave, JSON-able: all that the figures of a point come from."""
+    base, drafted, counters = block.base, block.drafted, block.counters
+
+    def first_token_s(generation: Generation) -> float:
+        return float(np.mean([c.first_token_s for c in generation.completions]))
+
     return {
-        "base": base_s / base_steps if base_steps else None,
-        "drafted": drafted_s / counters.drafts if counters.drafts else None,
+        "sources": sorted(set(block.sources)),
+        "base_tokens": base.tokens,
+        "base_s": base.wall_s,
+        "base_step_s": step_seconds(base, base.tokens - len(base.completions)),
+        "base_first_token_s": first_token_s(base),
+        "drafted_tokens": drafted.tokens,
+        "drafted_s": drafted.wall_s,
+        "drafted_step_s": step_seconds(drafted, counters.drafts),
+        "drafted_first_token_s": first_token_s(drafted),
+        "drafts": counters.drafts,
+        "accepted_by_position": counters.accepted_per_position,
+    }
+
+
+def typical_steps(pairs: Sequence[dict]) -> dict[str, float | None]:
+    """Seconds of a decoding step of both engines, and how many plain steps (of the same pair) one
+    with the head takes: each the median over pairs, so that a neighbour's minute on the machine
+    does not count."""
+    found = {"base": "base_step_s", "drafted": "drafted_step_s"}
+    both = [p for p in pairs if p["base_step_s"] and p["drafted_step_s"]]
+    if not both:
+        return {**dict.fromkeys(found), "plain_steps": None}
+    ratios = [p["drafted_step_s"] / p["base_step_s"] for p in both]
+    return {
+        **{name: float(np.median([p[field] for p in both])) for name, field in found.items()},
+        "plain_steps": float(np.median(ratios)),
     }
 
 

@@ -1,5 +1,6 @@
 """Acceptance that the bench should meet, from the states that training held out."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -92,18 +93,23 @@ class Rehearsal:
                 )
         return samples
 
-    def acceptance(self, head: Eagle3Head, k: int) -> list[float]:
-        """Acceptance at k positions."""
+    def acceptance(self, head: Eagle3Head, ks: Sequence[int]) -> list[list[float]]:
+        """Acceptance by position with each number of drafts a step."""
         embedding = self.target.embedding().float()
-        return evaluate(head, embedding, self.samples(), k)[0].acceptance
+        return [found.acceptance for found in evaluate(head, embedding, self.samples(), ks)]
 
 
-def predicted_curve(rehearsal: Rehearsal, positions: int) -> list[float] | None:
-    """Acceptance by position for the cost model: over what the bench serves where that can be
-    told, so far as so many positions; else as far as training evaluated. None without either."""
+def predicted_curves(rehearsal: Rehearsal, most: int) -> list[list[float]] | None:
+    """Acceptance by position with 1, 2, … drafts a step, for the cost model: over what the bench
+    serves where that can be told, up to ``most`` drafts; else as far as training evaluated. None
+    without either."""
     if rehearsal.possible:
-        return rehearsal.acceptance(rehearsal.head(), positions)
-    return predicted_acceptance(rehearsal.run)
+        return rehearsal.acceptance(rehearsal.head(), range(1, most + 1))
+    longest = predicted_acceptance(rehearsal.run)
+    if longest is None:
+        return None
+    ks = range(1, len(longest) + 1)
+    return [predicted_acceptance(rehearsal.run, k) or [] for k in ks]
 
 
 def predicted_over_served(rehearsal: Rehearsal) -> list[float] | None:
@@ -111,11 +117,13 @@ def predicted_over_served(rehearsal: Rehearsal) -> list[float] | None:
     cannot be told."""
     if not rehearsal.possible:
         return None
-    return rehearsal.acceptance(rehearsal.head(), rehearsal.point.num_speculative_tokens)
+    return rehearsal.acceptance(rehearsal.head(), [rehearsal.point.num_speculative_tokens])[0]
 
 
-def by_vocabulary(rehearsal: Rehearsal, curve: list[float] | None) -> dict[int, list[float]] | None:
-    """Acceptance by position with other draft vocabularies, by their size.
+def by_vocabulary(
+    rehearsal: Rehearsal, curves: list[list[float]] | None
+) -> dict[int, list[list[float]]] | None:
+    """Acceptance with 1, 2, … drafts a step and other draft vocabularies, by their size.
 
     A smaller one is tried out: the head drafts over the held-out states with the rows that would
     be left. A larger one is an estimate: the head's own acceptance, grown as the share of what
@@ -123,13 +131,13 @@ def by_vocabulary(rehearsal: Rehearsal, curve: list[float] | None) -> dict[int, 
 
     Args:
         rehearsal: the head, and what it would be served with.
-        curve: acceptance with its own vocabulary.
+        curves: acceptance with its own vocabulary.
 
     Returns:
-        None without a curve, or for a head whose draft vocabulary was not chosen in this run.
+        None without these, or for a head whose draft vocabulary was not chosen in this run.
     """
     run = rehearsal.run
-    if curve is None or not (run.vocab / "coverage.json").exists():
+    if curves is None or not (run.vocab / "coverage.json").exists():
         return None
     about = read_json(run.vocab / "coverage.json", "the draft vocabulary's coverage")
     counts = load_file(run.vocab / "vocab.safetensors")["counts"].numpy()
@@ -141,8 +149,8 @@ def by_vocabulary(rehearsal: Rehearsal, curve: list[float] | None) -> dict[int, 
         kept = choose(counts, size, about["always_in"])
         if size < own and rehearsal.possible:
             head = keep_tokens(rehearsal.head(), torch.from_numpy(kept))
-            found[size] = rehearsal.acceptance(head, len(curve))
+            found[size] = rehearsal.acceptance(head, range(1, len(curves) + 1))
         else:
             share = counts[kept].sum() / total / max(about["coverage"], 1e-9)
-            found[size] = [min(1.0, p) for p in thinned(curve, float(share))]
+            found[size] = [[min(1.0, p) for p in thinned(curve, float(share))] for curve in curves]
     return found
