@@ -11,7 +11,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from drafthead.train import attention, kernels, losses, optimizer  # noqa: E402
+from drafthead.train import attention, kernels, optimizer, rows  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -25,7 +25,7 @@ def test_row_gradients(kind, dtype, width):
     teacher = 3 * torch.randn(3, width, device=DEVICE)
     labels = torch.tensor([1, -1, width - 1], device=DEVICE)
     weights = torch.tensor([[1.0, 1.0, 0.5], [0.8, 0.8, 0.0]], device=DEVICE)
-    expected = losses.row_gradients(logits.clone(), teacher, labels, weights, kind)
+    expected = rows.row_gradients(logits.clone(), teacher, labels, weights, kind)
     found = kernels.row_gradients(logits.clone(), teacher, labels, weights, kind)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

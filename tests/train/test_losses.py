@@ -11,8 +11,6 @@ from drafthead.train.losses import (
     fused_loss,
     hidden_regression,
     plain_loss,
-    row_gradients,
-    row_loss,
 )
 
 
@@ -43,68 +41,6 @@ def test_fused_loss_is_the_plain_loss(kind, dtype, tolerance, chunk_rows):
     for ours, theirs in zip(gradients, expected):
         assert theirs.abs().max() > 0.1
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("kind", ["kl", "ce", "acceptance"])
-def test_closed_form_gradient_is_that_of_autograd(kind):
-    normed, lm_head, last, teacher, labels, weights = problem(torch.float64)
-    logits = (normed @ lm_head.t()).detach().requires_grad_()
-    soft = teacher.logits(last)
-    loss = row_loss(logits, soft, labels, kind) * weights
-    (expected,) = torch.autograd.grad(loss.sum(), logits)
-    losses, gradient, predicted = row_gradients(
-        logits.detach().clone(), soft, labels, weights, kind
-    )
-    torch.testing.assert_close(losses, loss.detach())
-    torch.testing.assert_close(gradient, expected)
-    assert torch.equal(predicted, logits.argmax(-1))
-
-
-def test_kl_is_zero_where_the_head_equals_the_teacher_and_rows_outside_weigh_nothing():
-    logits = torch.randn(4, 9)
-    labels = torch.tensor([3, -1, 0, 8])
-    assert row_loss(logits, logits + 2.0, labels, "kl").abs().max() < 1e-6
-    outside = row_loss(logits, torch.randn(4, 9), labels, "kl")
-    assert outside[1] == 0
-    assert (outside[[0, 2, 3]] > 0).all()
-
-
-def test_kl_drops_what_the_target_puts_outside_the_draft_vocabulary():
-    full = torch.randn(5, 20, dtype=torch.float64)
-    inside = torch.arange(3, 15)
-    logits = torch.randn(5, 12, dtype=torch.float64)
-    p = full.softmax(-1)[:, inside]
-    p = p / p.sum(-1, keepdim=True)
-    by_hand = (p * (p.log() - logits.log_softmax(-1))).sum(-1)
-    ours = row_loss(logits, full[:, inside], torch.zeros(5, dtype=torch.long), "kl")
-    torch.testing.assert_close(ours, by_hand)
-
-
-def test_acceptance_is_what_speculative_sampling_accepts():
-    """A draft x from q is accepted with probability min(1, p(x) / q(x)); counted over drafts."""
-    g = torch.Generator().manual_seed(0)
-    teacher, logits = (2 * torch.randn(1, 7, generator=g) for _ in range(2))
-    p, q = teacher.softmax(-1)[0], logits.softmax(-1)[0]
-    drafts = q.multinomial(200_000, replacement=True, generator=g)
-    accepted = torch.rand(len(drafts), generator=g) < (p / q)[drafts]
-    loss = row_loss(logits, teacher, torch.tensor([0]), "acceptance")
-    assert float((-loss).exp()) == pytest.approx(float(accepted.float().mean()), abs=5e-3)
-
-
-def test_acceptance_of_a_sure_teacher_is_cross_entropy():
-    logits, labels = torch.randn(4, 9), torch.tensor([3, 1, 0, 8])
-    sure = torch.full((4, 9), -200.0).scatter(1, labels[:, None], 0.0)
-    ours = row_loss(logits, sure, labels, "acceptance")
-    torch.testing.assert_close(ours, row_loss(logits, None, labels, "ce"))
-
-
-def test_acceptance_stays_finite_where_head_and_teacher_have_nothing_in_common():
-    logits = torch.tensor([[[500.0, -500.0]]])
-    teacher = torch.tensor([[-500.0, 500.0]])
-    label, weight = torch.tensor([0]), torch.ones(1, 1)
-    loss, gradient, _ = row_gradients(logits, teacher, label, weight, "acceptance")
-    assert loss.isfinite().all()
-    assert gradient.isfinite().all()
 
 
 def test_hidden_regression_is_the_weighted_sum_of_smooth_l1():

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from drafthead.train.losses import SMALLEST_OVERLAP
+from drafthead.train.rows import SMALLEST_OVERLAP
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _row_gradients(
 def row_gradients(
     logits: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`losses.row_gradients` in one kernel; `logits` [T, R, Vd] is overwritten by the gradient."""
+    """`rows.row_gradients` in one kernel; `logits` [T, R, Vd] is overwritten by the gradient."""
     steps, rows, width = logits.shape
     assert logits.is_contiguous()
     assert teacher is None or teacher.is_contiguous()

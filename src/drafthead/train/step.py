@@ -8,7 +8,8 @@ from torch import Tensor
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Loss
 from drafthead.train.batches import Batch
-from drafthead.train.losses import LossKind, Teacher, fused_loss, hidden_regression
+from drafthead.train.losses import Teacher, fused_loss, hidden_regression
+from drafthead.train.rows import LossKind
 from drafthead.train.ttt import TrainingTimeTest
 
 
