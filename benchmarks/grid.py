@@ -235,7 +235,7 @@ def check_vocabulary(record: dict, options: argparse.Namespace) -> list[dict]:
         )
         # Both in plain steps: the machine may have drifted between the two cases.
         predicted = cost.step(k, fewer) / cost.plain
-        measured = cell["step_s"]["drafted"] / cell["step_s"]["base"]
+        measured = cell["step_s"]["plain_steps"]
         found.append(
             {
                 "concurrency": tokens,

@@ -39,7 +39,7 @@ def test_page_is_self_contained_and_its_charts_are_well_formed(tmp_path):
     html, _, _ = written(recipe, run)
     assert not re.search(r"<script|<link|<img|<iframe|@import|url\(|src=|href=|https?://", html)
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(drawings) == 7
+    assert len(drawings) == 8
     for drawing in drawings:
         root = ET.fromstring(drawing)
         assert len(root.attrib["aria-label"]) > 20
@@ -75,7 +75,7 @@ def test_a_head_without_training_here_has_a_report_too(tmp_path):
     bench |= {"predicted_acceptance_by_position": None, "predicted_accepted_length": None}
     write_json(run.bench_json, bench)
     html, _, _ = written(recipe, run)
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4
     assert "Served as predicted" not in html
 
 

@@ -25,6 +25,12 @@ def _acceptance(r: Results) -> dict:
     return _figure("Acceptance by position", caption, svg, legend)
 
 
+def interval(r: Results) -> str:
+    """The headline's ratio and its interval beside the line at 1."""
+    row = ("with the head", r.bench["speedup"], *r.bench["speedup_ci95"])
+    return charts.intervals("Speed with the head over without", [row])
+
+
 def _speeds(r: Results) -> dict | None:
     """The headline's load at every k, and its sources: the whole grid is a table."""
     first = r.bench["grid"][0]

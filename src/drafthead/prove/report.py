@@ -6,7 +6,7 @@ from rich.console import Console
 
 from drafthead.fsio import write_bytes
 from drafthead.prove.card import write_card
-from drafthead.prove.figures import figures
+from drafthead.prove.figures import figures, interval
 from drafthead.prove.results import Results, read_results
 from drafthead.prove.table import lossless_words, results_table, verdict_words
 from drafthead.prove.words import (
@@ -47,6 +47,7 @@ def render(r: Results, template: str) -> str:
         "sampled": sampled_words(r.verify),
         "sampling": sampled_summary(r.verify),
         "gap": gap,
+        "interval": interval(r),
         "figures": figures(r),
         "speed": speed_rows(r.bench),
         "grid": grid_table(r.bench),
