@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,14 +65,14 @@ def test_rows_of_other_positions_are_found_out(target):
     assert run(sampled, shifted)[1]["greedy_checked"] == 0
 
 
-@pytest.mark.parametrize("encoding", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("encoding", ["fp32", "bf16", "fp8", "fp8-aux"])
 def test_silent_zeros_and_what_is_not_finite(encoding):
     def check(change):
         states = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(0))
         change(states)
-        states, scale = encode(states, encoding)
-        ids = torch.zeros(6, dtype=torch.int32)
-        check_values(Sample(ids, ids.bool(), states, 2, 1, "c7", "train", scale), META)
+        ids, about = torch.zeros(6, dtype=torch.int32), (2, 1, "c7", "train")
+        sample = Sample(ids, ids.bool(), states, *about)
+        check_values(replace(sample, **encode(states, encoding)), META)
 
     check(lambda s: None)
     check(lambda s: s[3, 0].zero_())  # an embedding may be zero

@@ -78,15 +78,15 @@ def test_a_position_that_nobody_computed_is_an_error():
         captured.resolve({5: [1, 2]})
 
 
-def test_fp8_is_encoded_row_by_row():
-    tap = Tap(L, H, torch.float32, "fp8", torch.device("cpu"), 64)
+@pytest.mark.parametrize("encoding", ["fp8", "fp8-aux"])
+def test_fp8_is_encoded_row_by_row(encoding):
+    tap = Tap(L, H, torch.float32, encoding, torch.device("cpu"), 64)
     rows = torch.randn(5, L, H, generator=torch.Generator().manual_seed(0))
     tap.record(list(rows.unbind(1)), [(3, 0, 5)])
     captured = tap.take()
-    states, scale = captured.take(captured.resolve({3: [0] * 6})[3])
-    expected, expected_scale = encode(rows, "fp8")
-    assert torch.equal(states.view(torch.uint8), expected.view(torch.uint8))
-    assert torch.equal(scale, expected_scale)
+    found = captured.take(captured.resolve({3: [0] * 6})[3])
+    for tensor, expected in zip(found, encode(rows, encoding).values(), strict=True):
+        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_take_starts_anew():

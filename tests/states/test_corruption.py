@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from drafthead.states.format import StoreMeta as Meta
 from drafthead.states.index import _digest
 from tests.states.test_store import make_sample
 
-META = StoreMeta((1, 2), 4, 16, "fp8", 3, {"target": "tiny"})
+META = StoreMeta((1, 2), 4, 16, "fp8-aux", 3, {"target": "tiny"})  # all kinds of tensors in it
 
 
 def write_store(path, meta=META, first=0):
@@ -40,7 +41,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """The same shapes, other states and inputs."""
-    meta = StoreMeta((1, 2), 4, 16, "fp8", 3, {"target": "other"})
+    meta = replace(META, inputs={"target": "other"})
     return write_store(tmp_path_factory.mktemp("other"), meta, first=100)
 
 
@@ -237,10 +238,10 @@ def test_later_version_says_upgrade(whole, tmp_path):
     path = copy_of(whole, tmp_path)
     for name in ("unit-000001.json", "meta.json"):
         record = json.loads((path / name).read_text())
-        record["version"] = 2
+        record["version"] = 3
         record["sha256"] = _digest({k: v for k, v in record.items() if k != "sha256"})
         (path / name).write_text(json.dumps(record))
-        with pytest.raises(DraftheadError, match=f"{name}: version 2, written by a later"):
+        with pytest.raises(DraftheadError, match=f"{name}: version 3, written by a later"):
             StateReader(path)
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import read_json, write_json
 from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
 from drafthead.states.format import decode, encode
+from drafthead.states.writer import write_unit
 from tests import disk
 
 META = StoreMeta((1, 2), 4, 16, "fp32", 3, {"target": "tiny"})
@@ -86,7 +88,7 @@ def test_fp8_has_a_scale_for_each_token_and_layer(tmp_path):
     states = make_sample(2, tokens=40).states * torch.tensor([1e-3, 1.0, 1e4])[None, :, None]
     states[5] *= 1000  # a massive first token must not cost the others their precision
     states[7] = 0
-    decoded = decode(*encode(states, "fp8"))
+    decoded = decode(encode(states, "fp8"))
     # e4m3 keeps 3 bits of mantissa: half a step is 1/16 of the value, or of the row's smallest
     # normal number (2**-6 of 448 in scale units)
     row = states.abs().amax(-1, keepdim=True)
@@ -102,8 +104,54 @@ def test_fp8_has_a_scale_for_each_token_and_layer(tmp_path):
     assert StateReader(tmp_path).meta.bytes_per_token == 3 * (16 + 4)
     states[3, 1, 2] = float("nan")
     states[4, 0, 0] = float("inf")
-    scale = encode(states, "fp8")[1]
+    scale = encode(states, "fp8")["scale"]
     assert (~scale.isfinite()).nonzero().tolist() == [[3, 1], [4, 0]]
+
+
+def test_fp8_aux_keeps_what_the_teacher_reads(tmp_path):
+    sample = make_sample(2, tokens=40)
+    states = sample.states.bfloat16()
+    aux = decode(encode(states[:, :2], "fp8"))
+    meta = StoreMeta((1, 2), 4, 16, "fp8-aux", 1, {})
+    assert meta.bytes_per_token == 2 * (16 + 4) + 2 * 16
+    with StateWriter(tmp_path, meta) as writer:
+        writer.submit(0, [replace(sample, states=states)])
+    for file in ("meta.json", "unit-000000.json"):
+        assert read_json(tmp_path / file, "")["version"] == 2  # earlier ones would not know it
+    found = StateReader(tmp_path)[0]
+    assert torch.equal(found.last, states[:, 2])
+    assert torch.equal(found.aux, aux)
+    assert torch.equal(decode(found.to("cpu").stored), torch.cat([aux, states[:, 2:]], dim=1))
+    some = StateReader(tmp_path, aux_layers=[2])[0]
+    assert torch.equal(some.aux, aux[:, 1:])
+    assert torch.equal(some.last, states[:, 2])
+    # A store that is copied, not encoded anew, must be of the same kind.
+    with pytest.raises(DraftheadError, match="do not fit together"):
+        write_unit(tmp_path, replace(meta, encoding="fp8"), 0, [found], {}, 1 << 20)
+
+
+def test_fp8_aux_with_the_last_layer_as_an_auxiliary_one(tmp_path):
+    sample = replace(make_sample(1), states=make_sample(1).states[:, :2].bfloat16())
+    with StateWriter(tmp_path, StoreMeta((1, 4), 4, 16, "fp8-aux", 1, {})) as writer:
+        writer.submit(0, [sample])
+    for layers in (None, [1, 4], [4]):
+        found = StateReader(tmp_path, aux_layers=layers)[0]
+        assert torch.equal(found.aux[:, -1], sample.states[:, 1])
+        assert found.aux.shape[1] == len(layers or (1, 4))
+
+
+def test_a_store_of_the_first_version_is_read(tmp_path):
+    """What does not need the second is written as the first, byte for byte as ever."""
+    for encoding in ("bf16", "fp8", "fp32"):
+        write(tmp_path / encoding, replace(META, encoding=encoding))
+        meta = tmp_path / encoding / "meta.json"
+        assert read_json(meta, "")["version"] == 1
+        assert len(StateReader(tmp_path / encoding)) == 15
+    record = read_json(meta, "")
+    forged = replace(StoreMeta.load(meta.parent), encoding="fp8-aux")
+    write_json(meta, record | {"encoding": "fp8-aux", "fingerprint": forged.fingerprint})
+    with pytest.raises(DraftheadError, match="version 1 has no fp8-aux"):
+        StoreMeta.load(meta.parent)
 
 
 def test_order_is_a_seeded_shuffle_across_shards(tmp_path):

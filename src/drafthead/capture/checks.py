@@ -7,7 +7,7 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StoreMeta
-from drafthead.states.format import decode
+from drafthead.states.format import gathered
 from drafthead.targets import Target
 
 MIN_AGREEMENT = 0.9
@@ -95,7 +95,7 @@ class Checker:
         """What the teacher needs of a sample: last-layer states [n, Ht] at some positions, and the
         token int64 [n] that the target served after each."""
         at = self._spread(sample)
-        return _last(sample, at), sample.ids[at + 1].long()
+        return sample.map(lambda stored: gathered(stored, at)).last, sample.ids[at + 1].long()
 
     def agreement(
         self,
@@ -132,14 +132,6 @@ class Checker:
         return torch.linspace(first, max(first, stop - 1), count).round().long()
 
 
-def _last(sample: Sample, at: torch.Tensor) -> torch.Tensor:
-    """[n, Ht]: the last layer's states at some positions, decoded."""
-    states = sample.states[:, -1]
-    if sample.scale is None:
-        return states[at]
-    return decode(states.view(torch.uint8)[at].view(states.dtype), sample.scale[:, -1][at])
-
-
 def check_agreement(agree: int, positions: int) -> None:
     """The states explain what was served.
 
@@ -160,12 +152,16 @@ def check_values(sample: Sample, meta: StoreMeta) -> None:
     Raises:
         DraftheadError: names the layer and position of the first that is not.
     """
-    if sample.scale is None:
-        low, high = torch.aminmax(sample.states, dim=-1)  # NaN wherever one is in the row
-        finite, zero = low.isfinite() & high.isfinite(), (low == 0) & (high == 0)
-    else:
-        finite = sample.scale.isfinite()
+    rows = []  # (finite, zero) bool [T', layers]
+    if sample.scale is not None:
         zero = (sample.states.view(torch.uint8) & 0x7F).amax(-1) == 0
+        rows.append((sample.scale.isfinite(), zero))
+    wide = sample.states if sample.scale is None else sample.final
+    if wide is not None:
+        low, high = torch.aminmax(wide if wide.ndim == 3 else wide[:, None], dim=-1)
+        # NaN wherever one is in the row
+        rows.append((low.isfinite() & high.isfinite(), (low == 0) & (high == 0)))
+    finite, zero = (torch.cat(parts, dim=1) for parts in zip(*rows))
     if meta.layers[0] == 0:
         zero[:, 0] = False  # what enters layer 0 is the embedding; a padding token's may be zero
     for bad, what in ((~finite, "not finite"), (zero, "all zero")):

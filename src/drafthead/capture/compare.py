@@ -49,7 +49,7 @@ def compare(pairs: Iterable[tuple[Sample, Sample]], target: Target) -> dict[str,
         tokens.clear()
 
     for a, b in pairs:
-        if not torch.equal(a.ids, b.ids) or a.states.shape != b.states.shape:
+        if not torch.equal(a.ids, b.ids) or a.aux.shape != b.aux.shape:
             raise DraftheadError(
                 f"{a.conversation} and {b.conversation}: not the same tokens and layers, so there "
                 "is nothing to compare"

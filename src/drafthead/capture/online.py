@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -118,23 +119,19 @@ class OnlineReader(Samples):
             request = self._claim(index)
             while not request.arrived:
                 self._wait()
-        states, scale = self._copy(request)
+        stored = self._copy(request)
         with self._change:
             self._free += request.pages
             self._pump()
             self._change.notify_all()
-        if self.columns is not None:
-            states = states[:, self.columns]
-            scale = None if scale is None else scale[:, self.columns]
         return Sample(
             ids=torch.from_numpy(answer.ids.astype(np.int32)),
             loss_mask=torch.from_numpy(answer.loss_mask),
-            states=states,
             num_aux=len(self.aux_layers),
             prompt_len=len(answer.prompt_ids),
             conversation=answer.conversation,
             split=answer.split,
-            scale=scale,
+            **self.chosen(stored),
         )
 
     def close(self) -> None:
@@ -142,14 +139,14 @@ class OnlineReader(Samples):
         self._child.close()
         self._memory.close()
 
-    def _copy(self, request: _Request) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows, layers = int(self.states[request.index]), len(self.meta.layers)
+    def _copy(self, request: _Request) -> dict[str, torch.Tensor]:
+        rows, stored = int(self.states[request.index]), self.meta.stored
         raw = self._memory.take(request.pages, rows * self.meta.bytes_per_token)
-        width = self.meta.hidden_size * self.meta.stored_dtype.itemsize
-        states = raw[: rows * layers * width].view(self.meta.stored_dtype)
-        rest = raw[rows * layers * width :].view(torch.float32)
-        shape = (rows, layers, self.meta.hidden_size)
-        return states.view(shape), rest.view(rows, layers) if len(rest) else None
+        parts = raw.split([rows * prod(shape) * dtype.itemsize for dtype, shape in stored.values()])
+        return {
+            name: part.view(dtype).view(rows, *shape)
+            for part, (name, (dtype, shape)) in zip(parts, stored.items(), strict=True)
+        }
 
     # Below, `_change` is held.
 

@@ -111,7 +111,7 @@ class PageWriter:
             check_values(sample, self.meta)
             if not self._believed:
                 self._picked.append(self.checker.pick(sample))
-            self.pages.put(place, [t for t in (sample.states, sample.scale) if t is not None])
+            self.pages.put(place, sample.stored.values())
         if sum(len(served) for _, served in self._picked) >= CHECKED:
             self.checker.agreement(self._picked)
             self._picked, self._believed = [], True

@@ -47,7 +47,7 @@ class Captured:
             raise self._failed
 
     def append(self, *tensors: torch.Tensor) -> None:
-        """Add n rows of the host's memory, copied: states [n, L, Ht] and their scale, if any."""
+        """Add n rows of the host's memory, copied: what ``encode`` made of states."""
         n, done = len(tensors[0]), 0
         while done < n:
             at = self.rows % SEGMENT_ROWS
@@ -122,7 +122,7 @@ class Captured:
         return found
 
     def take(self, rows: np.ndarray) -> list[torch.Tensor]:
-        """The given rows of each tensor, copied: [n, L, Ht], and [n, L] if there is a scale. One
+        """The given rows of each tensor that ``append`` was given, copied. One
         copy a segment, whoever's rows they are: each small operation would hold up the engine's
         thread, which shares the interpreter."""
         out = [torch.empty(len(rows), *t.shape[1:], dtype=t.dtype) for t in self.segments[0]]
@@ -212,8 +212,7 @@ class Tap:
             self._ring = Ring(2 * max_rows)
             self._pinned = [
                 torch.empty(2 * max_rows, *t.shape[1:], dtype=t.dtype, pin_memory=True)
-                for t in encode(self._stages[0][:1], encoding)
-                if t is not None
+                for t in encode(self._stages[0][:1], encoding).values()
             ]
             self._stream = torch.cuda.Stream(device)
             self._queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -243,7 +242,7 @@ class Tap:
         self._rows = row
         rows = [layer[:n] for layer in layers]
         if not self._cuda:
-            self._captured.append(*_present(encode(torch.stack(rows, dim=1), self.encoding)))
+            self._captured.append(*encode(torch.stack(rows, dim=1), self.encoding).values())
             return
         if self._staged + n > len(self._stages[0]):
             self._send(self._captured)
@@ -271,7 +270,8 @@ class Tap:
         steps = torch.cuda.current_stream()
         self._stream.wait_stream(steps)
         with torch.cuda.stream(self._stream):
-            for pinned, tensor in zip(self._pinned, _present(encode(stage[:n], self.encoding))):
+            encoded = encode(stage[:n], self.encoding).values()
+            for pinned, tensor in zip(self._pinned, encoded, strict=True):
                 pinned[start:stop].copy_(tensor, non_blocking=True)
             done = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps
             done.record(self._stream)
@@ -296,7 +296,3 @@ class Tap:
             except Exception as error:  # the host is out of memory
                 failed = error
             self._ring.give()
-
-
-def _present(tensors: tuple[torch.Tensor, torch.Tensor | None]) -> list[torch.Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]

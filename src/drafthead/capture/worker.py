@@ -137,10 +137,8 @@ class Capture:
         """
         if self._tap is None:
             return None
-        taken, num_aux = self._tap.take(), len(self._meta.aux_layers)
-        return _trouble(
-            lambda: self._submit(place, _samples(taken, dict(sequences), wanted, num_aux))
-        )
+        taken, meta = self._tap.take(), self._meta
+        return _trouble(lambda: self._submit(place, _samples(taken, dict(sequences), wanted, meta)))
 
     def drafthead_flush(self) -> str | None:
         """Wait until everything has arrived; returns what went wrong, or None."""
@@ -163,7 +161,7 @@ def _trouble(action: Callable[[], None]) -> str | None:
 
 
 def _samples(
-    captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], num_aux: int
+    captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], meta: StoreMeta
 ) -> Iterator[Sample]:
     if not wanted:
         return
@@ -173,19 +171,18 @@ def _samples(
     lengths = [len(r) for r in own]
     taken = [tensor.split(lengths) for tensor in captured.take(np.concatenate(own))]
     captured.segments.clear()
-    for item, states, *scale in zip(wanted, *taken, strict=True):
+    for item, *stored in zip(wanted, *taken, strict=True):
         ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.bool)
         mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
         yield Sample(
             ids=ids,
             loss_mask=mask,
-            states=states,
-            num_aux=num_aux,
+            num_aux=len(meta.aux_layers),
             prompt_len=item["prompt_len"],
             conversation=item["conversation"],
             split=item["split"],
-            scale=scale[0] if scale else None,
+            **dict(zip(meta.stored, stored, strict=True)),
         )
 
 

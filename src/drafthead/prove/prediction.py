@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from safetensors.torch import load_file
@@ -84,11 +85,9 @@ class Rehearsal:
             if sample.conversation in served:
                 samples.append(
                     replace(
-                        sample,
+                        sample.map(itemgetter(slice(end - 1))),
                         ids=sample.ids[:end],
                         loss_mask=sample.loss_mask[:end],
-                        states=sample.states[: end - 1],
-                        scale=None if sample.scale is None else sample.scale[: end - 1],
                     )
                 )
         return samples

@@ -86,9 +86,11 @@ class CaptureSection(Section):
     aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Ids of the auxiliary layers: id i is the residual stream that enters layer i. None is
     vLLM's own default (2, n//2, n-3)."""
-    format: Literal["bf16", "fp8", "fp32"] = "bf16"
-    """How states lie on disk: bf16 (exact for a bf16 target), fp8 (e4m3 with a scale for each
-    token and layer; half the disk), fp32 (exact for an fp32 target)."""
+    format: Literal["bf16", "fp8-aux", "fp8", "fp32"] = "bf16"
+    """How states lie on disk: bf16 (exact for a bf16 target), fp8-aux (the auxiliary layers in e4m3
+    with a scale for each token and layer, the last one, which the teacher reads, in bf16; five
+    eighths of the disk with three auxiliary layers), fp8 (all in e4m3; half the disk, and another
+    teacher at some positions), fp32 (exact for an fp32 target)."""
     shard_bytes: Annotated[int, Field(ge=1 << 16)] = 1 << 30
     """Size of a shard: a gigabyte is large enough to stream and small enough to redo."""
     mode: Literal["generate", "prefill", "online"] = "generate"

@@ -50,11 +50,8 @@ def _unit_faults(path: Path, meta: StoreMeta, number: int) -> list[Fault]:
             handle = open_shard(path, meta, shard, verify=True)
             first = 0
             for name, count in zip(shard.conversation, shard.states):
-                states = handle.get_slice("states")[first : first + count]
-                scale = None
-                if meta.encoding == "fp8":
-                    scale = handle.get_slice("scale")[first : first + count]
-                if not decode(states, scale).isfinite().all():
+                rows = {n: handle.get_slice(n)[first : first + count] for n in meta.stored}
+                if not decode(rows).isfinite().all():
                     what = f"{path / shard.file}: states of {name} are not finite"
                     return [Fault(number, what, names)]
                 first += count

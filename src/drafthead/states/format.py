@@ -10,14 +10,19 @@ and trusted without the shards. Tensors of a shard, n and m being the sums of it
 
     ids        int32 [n]           token ids, prompt and answer
     loss_mask  bool [n]            True where the target wrote the token
-    states     [m, L, Ht]          bf16, fp32, or e4m3 with ``scale`` fp32 [m, L]
+    states     [m, L, Ht]          bf16, fp32 or e4m3; in fp8-aux [m, L-1, Ht], all but the last
+    scale      fp32 [m, L]         of e4m3; in fp8-aux [m, L-1]
+    final      bf16 [m, Ht]        in fp8-aux: the last layer's, which the teacher reads
+
+A store is of the first version that can read it: 2 for fp8-aux, 1 for the others.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,12 +31,11 @@ import torch
 from drafthead.errors import DraftheadError
 from drafthead.fsio import disk_errors, fingerprint, read_json, write_json
 
-VERSION = 1
+VERSION = 2
 MAX_UNITS = 1_000_000  # file names have six digits
-Encoding = Literal["bf16", "fp8", "fp32"]
+Encoding = Literal["bf16", "fp8-aux", "fp8", "fp32"]
 E4M3_MAX = 448.0
 
-_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp32": torch.float32}
 _NAMES = {
     torch.int32: "I32",
     torch.bool: "BOOL",
@@ -48,7 +52,8 @@ class Sample:
 
     ``states`` is the residual stream entering each layer of ``layers`` (ascending; the last one,
     ``num_layers``, is the stream before the final norm), in bf16 or fp32, or in e4m3 with
-    ``scale``. ``aux`` and ``last`` decode what they return, on the device that it lies on.
+    ``scale``; the last one may lie beside them as ``final``. ``aux`` and ``last`` decode what they
+    return, on the device that it lies on.
     """
 
     ids: torch.Tensor
@@ -56,7 +61,7 @@ class Sample:
     loss_mask: torch.Tensor
     """bool [T]: True where the target wrote the token at that index."""
     states: torch.Tensor
-    """[T', L, Ht]."""
+    """[T', L, Ht], or [T', L-1, Ht] if there is ``final``."""
     num_aux: int
     """A: the first A of the L layers are the auxiliary ones."""
     prompt_len: int
@@ -64,23 +69,39 @@ class Sample:
     split: str
     """``train`` or ``heldout``."""
     scale: torch.Tensor | None = None
-    """fp32 [T', L] if ``states`` are e4m3."""
+    """fp32 [T', L] or [T', L-1] if ``states`` are e4m3."""
+    final: torch.Tensor | None = None
+    """bf16 [T', Ht]: the last layer's states, if they are not among ``states``."""
+
+    @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """``states``, ``scale`` and ``final``, as far as there are any."""
+        named = {"states": self.states, "scale": self.scale, "final": self.final}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Sample":
+        """The same with each of ``stored`` changed; their first axis is the position."""
+        return replace(self, **{name: change(tensor) for name, tensor in self.stored.items()})
 
     def to(self, device: torch.device | str) -> "Sample":
         """The same with its states on ``device``, still encoded: half the bytes to move in fp8."""
-        scale = None if self.scale is None else self.scale.to(device, non_blocking=True)
-        return replace(self, states=self.states.to(device, non_blocking=True), scale=scale)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     @property
     def aux(self) -> torch.Tensor:
         """[T', A, Ht]: the auxiliary states, bf16 or fp32."""
         scale = None if self.scale is None else self.scale[:, : self.num_aux]
-        return decode(self.states[:, : self.num_aux], scale)
+        aux = _widened(self.states[:, : self.num_aux], scale)
+        if self.final is None or aux.shape[1] == self.num_aux:
+            return aux
+        return torch.cat([aux, self.final[:, None]], dim=1)  # the last layer is one of them
 
     @property
     def last(self) -> torch.Tensor:
         """[T', Ht]: the stream before the final norm, bf16 or fp32."""
-        return decode(self.states[:, -1], None if self.scale is None else self.scale[:, -1])
+        if self.final is not None:
+            return self.final
+        return _widened(self.states[:, -1], None if self.scale is None else self.scale[:, -1])
 
 
 @dataclass(frozen=True)
@@ -126,15 +147,24 @@ class StoreMeta:
         return torch.float32 if self.encoding == "fp32" else torch.bfloat16
 
     @property
-    def stored_dtype(self) -> torch.dtype:
-        """What the states lie on disk in."""
-        return _DTYPES[self.encoding]
+    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape of one position) of what states lie on disk as; see ``encode``."""
+        layers, width = len(self.layers), self.hidden_size
+        if self.encoding in ("bf16", "fp32"):
+            return {"states": (self.dtype, (layers, width))}
+        if self.encoding == "fp8":
+            return _in_fp8(layers, width)
+        return _in_fp8(layers - 1, width) | {"final": (torch.bfloat16, (width,))}
+
+    @property
+    def version(self) -> int:
+        """The first version of the format that can read this store."""
+        return 2 if self.encoding == "fp8-aux" else 1
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes on disk for one token's states, ids and mask not counted."""
-        per_layer = self.hidden_size * _DTYPES[self.encoding].itemsize
-        return len(self.layers) * (per_layer + (4 if self.encoding == "fp8" else 0))
+        return sum(prod(shape) * dtype.itemsize for dtype, shape in self.stored.values())
 
     def bytes_of(self, tokens: int, states: int) -> int:
         """Bytes of a sample of so many tokens and states, ids and mask counted."""
@@ -150,7 +180,7 @@ class StoreMeta:
         return cls(**(record | {"aux_layers": tuple(record["aux_layers"])}))
 
     def save(self, store: Path) -> None:
-        record = {"format": "drafthead-states", "version": VERSION, **asdict(self)}
+        record = {"format": "drafthead-states", "version": self.version, **asdict(self)}
         write_json(store / "meta.json", record | {"fingerprint": self.fingerprint})
 
     @classmethod
@@ -169,6 +199,8 @@ class StoreMeta:
             sizes = (meta.num_layers, meta.hidden_size, meta.units)
             if meta.encoding not in get_args(Encoding) or any(type(n) is not int for n in sizes):
                 raise ValueError("impossible encoding or size")
+            if record["version"] < meta.version:
+                raise ValueError(f"version {record['version']} has no {meta.encoding}")
         except (KeyError, TypeError, ValueError, DraftheadError) as error:
             raise DraftheadError(f"{path}: not a description of a state store: {error}") from None
         if record.get("fingerprint") != meta.fingerprint:
@@ -198,39 +230,60 @@ def check_version(path: Path, record: dict) -> None:
         )
 
 
-def encode(states: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """States [m, L, Ht] as they go to disk, with their scale fp32 [m, L] if ``encoding`` is fp8.
+def _in_fp8(layers: int, width: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {
+        "states": (torch.float8_e4m3fn, (layers, width)),
+        "scale": (torch.float32, (layers,)),
+    }
+
+
+def encode(states: torch.Tensor, encoding: Encoding) -> dict[str, torch.Tensor]:
+    """States [m, L, Ht], the last layer at the end, as they go to disk (``StoreMeta.stored``).
 
     fp8 is e4m3 with scale = max|x| / 448 over Ht, for each token and layer by itself: layers
     differ in size by orders of magnitude, and so do a sequence's first tokens from the rest.
-    A row that is not finite gets a scale that is not.
+    A row that is not finite gets a scale that is not. fp8-aux does that to all but the last layer,
+    which the teacher's logits follow from and which stays in bf16.
     """
+    if encoding == "fp8-aux":
+        final = states[:, -1].to(torch.bfloat16).contiguous()
+        return {**encode(states[:, :-1], "fp8"), "final": final}
     if encoding != "fp8":
-        return states.to(_DTYPES[encoding]), None
+        return {"states": states.to(torch.float32 if encoding == "fp32" else torch.bfloat16)}
     wide = states.float()
     # Times the inverse: dividing by a constant is that on a GPU, and rounds differently on a CPU.
     scale = wide.abs().amax(-1) * (1 / E4M3_MAX)
     scale = torch.where(scale == 0, 1.0, scale)
-    return (wide / scale[..., None]).to(torch.float8_e4m3fn), scale
+    return {"states": (wide / scale[..., None]).to(torch.float8_e4m3fn), "scale": scale}
 
 
-def decode(states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The inverse of ``encode`` for states [..., Ht]: bf16 from e4m3, else as they are."""
+def decode(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The inverse of ``encode``: [m, L, Ht], bf16 from e4m3, else as they are."""
+    states = _widened(stored["states"], stored.get("scale"))
+    if "final" in stored:
+        states = torch.cat([states, stored["final"][:, None]], dim=1)
+    return states
+
+
+def _widened(states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """[..., Ht]: bf16 from e4m3 with ``scale`` [...], without one as they are."""
     if scale is None:
         return states
     return (states.float() * scale[..., None]).to(torch.bfloat16)
 
 
+def gathered(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """``tensor[index]``, e4m3 as bytes: not every PyTorch gathers it otherwise."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor[index]
+    return tensor.view(torch.uint8)[index].view(tensor.dtype)
+
+
 def shard_tensors(meta: StoreMeta, tokens: int, states: int) -> dict[str, tuple[str, list[int]]]:
     """Name -> (safetensors dtype, shape) of a shard that holds so many tokens and states."""
-    layers = len(meta.layers)
-    out = {
-        "ids": ("I32", [tokens]),
-        "loss_mask": ("BOOL", [tokens]),
-        "states": (_NAMES[_DTYPES[meta.encoding]], [states, layers, meta.hidden_size]),
-    }
-    if meta.encoding == "fp8":
-        out["scale"] = ("F32", [states, layers])
+    out = {"ids": ("I32", [tokens]), "loss_mask": ("BOOL", [tokens])}
+    for name, (dtype, shape) in meta.stored.items():
+        out[name] = (_NAMES[dtype], [states, *shape])
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
-from drafthead.states.format import VERSION, StoreMeta, check_version, read_any_json
+from drafthead.states.format import StoreMeta, check_version, read_any_json
 
 UNIT_FILE = re.compile(r"unit-(\d{6})\.json")
 
@@ -58,7 +58,7 @@ def save_unit(store: Path, meta: StoreMeta, unit: Unit) -> None:
     """Write the index of a unit, and so commit it."""
     record = {
         "format": "drafthead-states",
-        "version": VERSION,
+        "version": meta.version,
         "store": meta.fingerprint,
         "unit": unit.number,
         "checks": unit.checks,

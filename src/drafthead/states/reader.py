@@ -83,22 +83,15 @@ class StateReader(Samples):
         handle = self._handle(int(self._shard[index]))
         start, stop = self._token_start[index], self._token_start[index] + self.tokens[index]
         first, end = self._state_start[index], self._state_start[index] + self.states[index]
-        states = handle.get_slice("states")[int(first) : int(end)]
-        scale = None
-        if self.meta.encoding == "fp8":
-            scale = handle.get_slice("scale")[int(first) : int(end)]
-        if self.columns is not None:
-            states = states[:, self.columns]
-            scale = None if scale is None else scale[:, self.columns]
+        stored = {n: handle.get_slice(n)[int(first) : int(end)] for n in self.meta.stored}
         return Sample(
             ids=handle.get_slice("ids")[int(start) : int(stop)],
             loss_mask=handle.get_slice("loss_mask")[int(start) : int(stop)],
-            states=states,
             num_aux=len(self.aux_layers),
             prompt_len=int(self.prompt[index]),
             conversation=self.conversation[index],
             split=self.split[index],
-            scale=scale,
+            **self.chosen(stored),
         )
 
     def _handle(self, number: int) -> Any:

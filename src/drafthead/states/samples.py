@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from drafthead.errors import DraftheadError
-from drafthead.states.format import Sample, StoreMeta
+from drafthead.states.format import Sample, StoreMeta, gathered
 
 
 class Samples:
@@ -60,6 +61,16 @@ class Samples:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: sample {index} of {len(self)}")
         return int(index) % len(self)
+
+    def chosen(self, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of a sample's stored states those of the layers to hand out."""
+        if self.columns is None:
+            return stored
+        columns = [column for column in self.columns if column < stored["states"].shape[1]]
+        return {
+            name: tensor if name == "final" else gathered(tensor, (slice(None), columns))
+            for name, tensor in stored.items()
+        }
 
     def indices(self, split: str) -> np.ndarray:
         """int64 [n]: the samples of ``train`` or ``heldout``, in their order."""

@@ -138,15 +138,17 @@ def _encoded(sample: Sample, meta: StoreMeta) -> Sample:
     check_sample(sample, meta)
     if sample.scale is not None:
         return sample
-    states, scale = encode(sample.states, meta.encoding)
-    return replace(sample, states=states, scale=scale)
+    return replace(sample, **encode(sample.states, meta.encoding))
 
 
 def check_sample(sample: Sample, meta: StoreMeta) -> None:
     tokens, (states, *rest) = sample.ids.shape[0], sample.states.shape
+    if sample.scale is None:
+        fits = rest == [len(meta.layers), meta.hidden_size]
+    else:
+        fits = meta.stored == {n: (t.dtype, tuple(t.shape[1:])) for n, t in sample.stored.items()}
     if (
-        rest != [len(meta.layers), meta.hidden_size]
-        or (sample.scale is not None and sample.states.dtype != meta.stored_dtype)
+        not fits
         or sample.loss_mask.shape[0] != tokens
         or not tokens - 1 <= states <= tokens
         or not 0 <= sample.prompt_len <= tokens
@@ -164,10 +166,7 @@ def _write_group(
     tensors = {
         "ids": [sample.ids.int() for sample in group],
         "loss_mask": [sample.loss_mask.bool() for sample in group],
-        "states": [sample.states for sample in group],
-    }
-    if meta.encoding == "fp8":
-        tensors["scale"] = [sample.scale for sample in group if sample.scale is not None]
+    } | {name: [sample.stored[name] for sample in group] for name in meta.stored}
     name = shard_name(number, part)
     size, digest = write_shard(store / name, f"{meta.fingerprint}/{name}", tensors)
     return Shard(

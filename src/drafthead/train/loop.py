@@ -17,6 +17,7 @@ from drafthead.head.formats import Provenance
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import TrainSection
 from drafthead.states import Samples
+from drafthead.states.format import decode
 from drafthead.train import checkpoint
 from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
 from drafthead.train.evaluate import Acceptance, evaluate
@@ -240,7 +241,7 @@ class _Fit:
         """Which conversations were in a step whose gradient is not finite, and what to do."""
         reader = self.task.reader
         indices = [i for number in self.plan.row_numbers(step) for i in self.plan.rows[number]]
-        broken = [i for i in indices if not reader[i].states.isfinite().all()]
+        broken = [i for i in indices if not decode(reader[i].stored).isfinite().all()]
         names = [str(reader.conversation[i]) for i in broken or indices]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         if broken:
