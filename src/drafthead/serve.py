@@ -1,6 +1,7 @@
 """Engine arguments and flags: what vLLM is told about this target, this head, this machine."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -317,6 +318,21 @@ def engine_args(
     run = RunDir(Path(runs) / recipe.name)
     head = existing_head(head or run.head)
     return engine_plan(recipe, head=head, num_speculative_tokens=served_k(recipe, run)).args
+
+
+def llm_class() -> type:
+    """``vllm.LLM``, for an engine that this process starts and that may lie in a process of its
+    own: vLLM would fork that from here, where other threads may hold locks (one that reads
+    standard input does), and it would wait for them forever. Nobody who types a plan's command
+    needs this, so it is not in the plan's environment.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from vllm import LLM
+
+    return LLM
 
 
 def served_k(recipe: Recipe, run: RunDir) -> int:

@@ -2,18 +2,29 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from drafthead.capture.cluster import ATTEMPTS, Board, Hand, _scratch
+from drafthead.capture.cluster import (
+    ATTEMPTS,
+    Board,
+    Hand,
+    _connected,
+    _scratch,
+    check_address,
+    on_cluster,
+)
 from drafthead.data.answers import read_left_out, write_part
 from drafthead.errors import DraftheadError
+from drafthead.recipe import parse_recipe
 from drafthead.states import StateReader, StateWriter, StoreMeta
 from drafthead.states.remote import Location, fetch_store, publish_unit
 from tests.states.test_store import META, make_sample
+from tests.vllm.runs import recipe_for
 
 
 def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
@@ -98,6 +109,25 @@ def test_what_killed_workers_left_is_swept(tmp_path, monkeypatch):
     made = _scratch()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {f"drafthead-worker-{os.getpid()}-x", made.name}
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_wrong_address_is_told_before_ray_tries_it_for_a_minute(tmp_path, scheme):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "{}{}:{}".format(scheme, *server.getsockname())
+        check_address(address)
+    recipe = parse_recipe(recipe_for("target", tmp_path, 4, 2), "test")
+    recipe = on_cluster(recipe, address, None, None)
+    with pytest.raises(
+        DraftheadError, match=f"cluster.address: {address}: nothing answers"
+    ) as told:
+        _connected(recipe).__enter__()
+    assert "`auto` finds" in str(told.value)
+    for name in (None, "auto", "local"):
+        check_address(name)
+    for wrong in ("head", "head:port", "head:99999", ":6379", "[::1"):
+        with pytest.raises(DraftheadError, match="not HOST:PORT"):
+            check_address(scheme + wrong)
 
 
 def test_locations_that_cannot_be():

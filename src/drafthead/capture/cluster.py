@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import shutil
+import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,13 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 from rich.console import Console
 
 from drafthead.capture.child import Child, child_main
 from drafthead.capture.plan import WorkPlan, plan_elsewhere
-from drafthead.capture.stages import progress_bar, work
+from drafthead.capture.work import progress_bar, work
 from drafthead.data.answers import part_path
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
@@ -38,6 +40,8 @@ from drafthead.states.writer import open_store
 ATTEMPTS = 3
 """Workers that a unit may cost before it is held to be what kills them."""
 _LOOK_SECONDS = 0.5
+_ANSWER_SECONDS = 5.0
+"""Within which a cluster's head takes a connection."""
 
 
 class Board:
@@ -274,6 +278,7 @@ def _connected(recipe: Recipe) -> Iterator[Any]:
         ) from None
     already = ray.is_initialized()
     if not already:
+        check_address(recipe.cluster.address)
         try:
             ray.init(address=recipe.cluster.address, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -286,6 +291,32 @@ def _connected(recipe: Recipe) -> Iterator[Any]:
     finally:
         if not already:
             ray.shutdown()
+
+
+def check_address(address: str | None) -> None:
+    """Something listens at ``HOST:PORT`` or ``ray://HOST:PORT``: Ray itself would go on trying for
+    more than a minute.
+
+    Raises:
+        DraftheadError: nothing does, or it is not an address.
+    """
+    if address in (None, "auto", "local"):
+        return
+    mend = "`auto` finds the cluster that this machine is in, `local` starts one here"
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise DraftheadError(f"cluster.address: {address}: not HOST:PORT of a Ray cluster; {mend}")
+    try:
+        socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise DraftheadError(
+            f"cluster.address: {address}: nothing answers there ({error}); is the head running "
+            f"(`ray start --head --port {port}`), and may this machine reach it? {mend}"
+        ) from None
 
 
 def _gpus(ray: Any) -> int:

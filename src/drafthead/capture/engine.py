@@ -12,7 +12,7 @@ from drafthead.capture.tap import KEY
 from drafthead.errors import DraftheadError
 from drafthead.machine import this_machine
 from drafthead.recipe import Recipe
-from drafthead.serve import engine_plan
+from drafthead.serve import engine_plan, llm_class
 from drafthead.states import StoreMeta
 from drafthead.targets import Target
 
@@ -76,9 +76,6 @@ class CaptureEngine:
     ):
         plan = engine_plan(recipe, head=None, target=target)
         os.environ.update(plan.environment)
-        # vLLM would fork its processes from this one, where a thread reads standard input
-        # (`child_main`): a fork closes its own first of all, and waits for that thread's lock.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self.recipe = recipe
         args: dict[str, Any] = plan.args | {"seed": recipe.generate.seed}
         if sink is not None:
@@ -91,14 +88,14 @@ class CaptureEngine:
                 },
             }
         try:
-            from vllm import LLM
+            llm = llm_class()
         except ImportError as error:
             raise DraftheadError(
                 f"vLLM is not installed ({error}); pip install 'drafthead[cuda]', or "
                 "'drafthead[cpu]' without a GPU"
             ) from None
         try:
-            self.llm = LLM(**args)
+            self.llm = llm(**args)
         except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
             raise DraftheadError(f"{target.path}: vLLM does not start: {error}") from error
         self._sequences: dict[int, list[int]] = {}

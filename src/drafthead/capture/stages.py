@@ -1,16 +1,14 @@
 """The stages `generate` and `capture` of a run, each with its engine in a process of its own."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from drafthead.capture.child import Child, child_main
-from drafthead.capture.engine import CaptureEngine
-from drafthead.capture.generate import generate_units, prefill_units
+from drafthead.capture.cluster import spread
 from drafthead.capture.plan import WorkPlan, make_plan
+from drafthead.capture.work import progress_bar, work
 from drafthead.data.answers import part_path, read_answers, read_left_out
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe, parse_recipe
@@ -100,32 +98,12 @@ def _summary(meta: StoreMeta, *, samples: int, tokens: int, bytes_: int) -> dict
     }
 
 
-def work(
-    stage: str, plan: WorkPlan, run: RunDir, units: Iterable[int], report: Callable[[dict], None]
-) -> None:
-    """Do units of a stage in this process."""
-    one_pass = stage == "generate" and plan.recipe.capture.mode == "generate"
-    states = run.states if one_pass or stage == "capture" else None
-    if states is not None:
-        open_store(states, plan.meta)
-
-    def start() -> CaptureEngine:
-        return CaptureEngine(plan.recipe, plan.target, plan.meta, states)
-
-    if stage == "generate":
-        generate_units(plan, run.answers, states, units, start, report)
-    else:
-        prefill_units(plan, run.answers, run.states, units, start, report)
-
-
 def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     """A stage's work, on this machine or on the cluster that the recipe names."""
     cluster = plan.recipe.cluster
     if cluster.address is None:
         _in_child(stage, plan, run, console)
         return
-    from drafthead.capture.cluster import spread
-
     spread(stage, plan, run, console)
     if cluster.location is None:
         return
@@ -150,30 +128,6 @@ def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None
                     advance(1, message["tokens"])
     finally:
         child.close()
-
-
-@contextlib.contextmanager
-def progress_bar(
-    stage: str, plan: WorkPlan, console: Console
-) -> Iterator[Callable[[int, int], None]]:
-    """Shows how many conversations are done, and their tokens; yields what counts them."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} conversations"),
-        TextColumn("{task.fields[tokens]} tokens"),
-        TimeRemainingColumn(),
-    )
-    tokens = 0
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(stage, total=sum(map(len, plan.units)), tokens=0)
-
-        def advance(conversations: int, more: int) -> None:
-            nonlocal tokens
-            tokens += more
-            progress.update(bar, advance=conversations, tokens=tokens)
-
-        yield advance
 
 
 def _child(order: dict, report: Callable[[dict], None]) -> None:

@@ -17,6 +17,8 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from drafthead.serve import llm_class
+
 
 def _die_with_parent(life_fd: int) -> None:
     os.read(life_fd, 1)
@@ -128,11 +130,7 @@ def main() -> None:
         request = json.loads(connection.recv_bytes())
         try:
             if request["op"] == "start":
-                # An engine forked from this process, which has threads, may hang in a lock.
-                os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-                from vllm import LLM
-
-                llm = LLM(**request["args"])
+                llm = llm_class()(**request["args"])
                 config = llm.llm_engine.vllm_config
                 reply(
                     {
