@@ -18,6 +18,7 @@ OUT/load.json says, and the exit code is 1 if one of them does not hold:
 
 import argparse
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -123,14 +124,14 @@ class Load:
 
 
 def memory_now(pid: int) -> dict[str, int]:
-    """Bytes that the server's processes hold in memory, and that are used of the GPU."""
-    parent = psutil.Process(pid)
-    found = {"rss": 0}
-    for process in [parent, *parent.children(recursive=True)]:
-        try:
-            found["rss"] += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
+    """Bytes that the server's processes hold in memory, the API server's and the engine's part of
+    them, and that are used of the GPU."""
+    server = psutil.Process(pid)
+    found = {"server_rss": server.memory_info().rss, "engine_rss": 0}
+    for process in server.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found["engine_rss"] += process.memory_info().rss
+    found["rss"] = sum(found.values())
     if this_machine().vllm_device == "cuda":
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         used = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
