@@ -1,10 +1,23 @@
-"""What only a GPU can show: the way of the states through stages, streams and pinned memory."""
+"""What only a GPU can show: the way of the states through stages, streams and pinned memory, and
+an engine beside training on one GPU."""
+
+import shutil
+from dataclasses import fields
 
 import pytest
 import torch
+from rich.console import Console
 
+from drafthead.capture import stages
+from drafthead.capture.online import open_states
 from drafthead.capture.tap import Tap
+from drafthead.recipe import Recipe, parse_recipe
+from drafthead.rundir import RunDir
 from drafthead.states.format import encode
+from drafthead.targets import recipe_target
+from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
+from drafthead.train.plan import Plan
+from tests.vllm.runs import recipe_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,3 +45,57 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
             wanted = encode(expected[step, :n], encoding)
             for a, b in zip(found, wanted.values(), strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def batches(recipe: Recipe, run: RunDir, device: torch.device) -> list[Batch]:
+    """An epoch of them, as training makes them."""
+    reader, target = open_states(recipe, run), recipe_target(recipe)
+    to_draft = draft_ids(torch.arange(target.vocab_size), target.vocab_size)
+    embedding, tokens = target.embedding(), recipe.train.row_tokens
+    try:
+        plan = Plan.make(reader, 1, tokens, 1, seed=0)
+        reader.expect(index for row in plan.rows for index in row)
+
+        def make(number: int) -> Batch | None:
+            samples = [reader[index] for index in plan.rows[number]]
+            return assemble(samples, 2, to_draft, tokens, embedding)
+
+        return list(prefetch(make, range(len(plan.rows)), device))
+    finally:
+        reader.close()
+
+
+def test_an_engine_on_the_gpu_that_trains_gives_the_batches_of_a_store(llama, tmp_path):
+    """The store's states are of decoding, the engine's of prefill: the same up to rounding."""
+    engine = {"gpu_memory_utilization": 0.2, "extra": {"enforce_eager": True}}
+    stored, online = (
+        parse_recipe(
+            recipe_for(
+                llama,
+                tmp_path,
+                40,
+                20,
+                capture={"mode": mode},
+                engine=engine,
+                train={"row_tokens": 256},
+            ),
+            "test",
+        )
+        for mode in ("generate", "online")
+    )
+    first, second = RunDir(tmp_path / "stored"), RunDir(tmp_path / "online")
+    stages.generate(stored, first, console=Console(quiet=True))
+    shutil.copytree(first.answers, second.answers)
+    device = torch.device("cuda")
+    pairs = list(zip(batches(stored, first, device), batches(online, second, device), strict=True))
+    assert len(pairs) > 4
+    assert not second.states.exists()
+    for ours, theirs in pairs:
+        assert ours.names == theirs.names
+        for field in fields(Batch):
+            a, b = getattr(ours, field.name), getattr(theirs, field.name)
+            if field.name in ("aux", "last"):
+                assert a.is_cuda
+                assert ((a - b).norm(dim=-1) / a.norm(dim=-1)).max() < 1e-2
+            elif isinstance(a, torch.Tensor):
+                assert torch.equal(a, b), field.name
