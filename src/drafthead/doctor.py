@@ -227,7 +227,10 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     if need - have <= free:
         found.append(Finding("disk", "ok", words))
     else:
-        mend = "capture.format: fp8 halves them; or fewer prompts, shorter answers, another disk"
+        mend = (
+            "capture.format: fp8-aux takes five eighths of bf16's, fp8 half; or fewer prompts, "
+            "shorter answers, another disk"
+        )
         found.append(Finding("disk", "fault", words, mend))
     return found
 

@@ -249,8 +249,9 @@ def test_rows_of_a_step_add_up_to_one_row(store):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_states_that_are_not_finite_are_named(tmp_path):
-    write_store(tmp_path / "states", poison=17)
+@pytest.mark.parametrize("encoding", ["fp32", "fp8-aux"])
+def test_states_that_are_not_finite_are_named(tmp_path, encoding):
+    write_store(tmp_path / "states", 17, encoding)
     with pytest.raises(DraftheadError, match=r"not finite, of conversation c17; run .*--repair"):
         fit(make_task(tmp_path / "states"), tmp_path / "train", ALONE, quiet())
 

@@ -8,7 +8,7 @@ from drafthead.head.config import HeadConfig
 from drafthead.head.formats import Provenance
 from drafthead.head.init import init_from_target
 from drafthead.recipe import TrainSection
-from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
+from drafthead.states import Encoding, Sample, StateReader, StateWriter, StoreMeta
 from drafthead.train.loop import Task
 from drafthead.train.losses import Teacher
 
@@ -30,12 +30,12 @@ def target_weights() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(VOCAB, WIDTH, generator=g), torch.randn(VOCAB, WIDTH, generator=g)
 
 
-def write_store(path: Path, poison: int | None = None) -> StateReader:
+def write_store(path: Path, poison: int | None = None, encoding: Encoding = "fp32") -> StateReader:
     """Small random states, the last one pointing at the next token. `poison`: the number
     of a sample whose states hold a NaN."""
     _, lm_head = target_weights()
     g = torch.Generator().manual_seed(3)
-    meta = StoreMeta((1, 2), LAYERS, WIDTH, "fp32", UNITS, {"target": "toy"})
+    meta = StoreMeta((1, 2), LAYERS, WIDTH, encoding, UNITS, {"target": "toy"})
     with StateWriter(path, meta) as writer:
         for unit in range(UNITS):
             samples = []

@@ -14,6 +14,7 @@ from rich.console import Console
 from drafthead.capture import stages
 from drafthead.capture.cluster import on_cluster
 from drafthead.capture.plan import make_plan
+from drafthead.capture.work import work
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from tests.vllm.runs import recipe_for
@@ -57,7 +58,7 @@ def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_pat
     one = RunDir(tmp_path / "one")
     plan = make_plan(alone)
     assert len(plan.units) == UNITS
-    stages.work("generate", plan, one, range(UNITS), lambda _: None)
+    work("generate", plan, one, range(UNITS), lambda _: None)
     location = tmp_path / "there"
     recipe = on_cluster(alone, "auto", 2, f"file://{location}")
     many, killed = RunDir(tmp_path / "many"), []

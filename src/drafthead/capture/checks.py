@@ -158,8 +158,8 @@ def check_values(sample: Sample, meta: StoreMeta) -> None:
         rows.append((sample.scale.isfinite(), zero))
     wide = sample.states if sample.scale is None else sample.final
     if wide is not None:
+        # NaN wherever one is in the row.
         low, high = torch.aminmax(wide if wide.ndim == 3 else wide[:, None], dim=-1)
-        # NaN wherever one is in the row
         rows.append((low.isfinite() & high.isfinite(), (low == 0) & (high == 0)))
     finite, zero = (torch.cat(parts, dim=1) for parts in zip(*rows))
     if meta.layers[0] == 0:
