@@ -9,7 +9,7 @@ of 8192 positions in 8 documents, the last 80 % of each supervised. All sides ta
 forward, backward, clipping, AdamW. They start from the same weights, so their first losses must
 agree.
 
-- drafthead trains the LM head.
+- drafthead trains the LM head. `drafthead-fp8` is the same with `train.matmul: fp8`.
 - speculators is as it comes: LM head frozen, its own KL loss (the eager form: the fused one does
   not compile under PyTorch 2.11), torch.compile, autocast bf16, fused AdamW (its trainer's is not
   fused: this favours it).
@@ -95,6 +95,7 @@ class Ours:
     """drafthead's step."""
 
     name = "drafthead"
+    eight_bit = False
 
     def __init__(self, shape: Shape, steps: int, samples: list, device, options, like=None):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -128,7 +129,7 @@ class Ours:
         objective = Objective("kl", steps, 1.0, chunk_rows=options.chunk)
         self.embedding = embedding
         self.start = {name: t.cpu().clone() for name, t in head.state_dict().items()}
-        self.step = TrainStep(head, teacher, objective, compiled=options.compile)
+        self.step = TrainStep(head, teacher, objective, options.compile, self.eight_bit)
         self.optimizer = AdamW(head.named_parameters(), AdamWSettings())
         self.operations = operations(config, self.batches[0])
 
@@ -138,6 +139,13 @@ class Ours:
         count = torch.full((), len(batch.labels), dtype=torch.float32, device=loss.device)
         self.optimizer.step(1e-4, count)
         return loss / count
+
+
+class OursFp8(Ours):
+    """drafthead's step with `train.matmul: fp8`."""
+
+    name = "drafthead-fp8"
+    eight_bit = True
 
 
 class Speculators:
@@ -221,13 +229,13 @@ def measure(sides: list, device, blocks: int, steps: int) -> dict[str, list[floa
     return seconds
 
 
-def case(shape: Shape, ttt: int, device, options, out: Path) -> dict:
-    """All figures at one number of steps."""
+def case(shape: Shape, ttt: int, device, options, ceiling: float) -> dict:
+    """All figures at one number of steps. ceiling: TFLOP/s of a large bf16 product."""
     samples = [documents(shape, seed) for seed in range(2)]
     sides: list = []
     rest: dict[str, int] = {}
     result: dict = {"ttt_steps": ttt}
-    for maker in (Ours, Speculators, SpecForge):
+    for maker in (Ours, OursFp8, Speculators, SpecForge):
         if maker.name not in options.sides:
             continue
         before, start = allocated(device), time.perf_counter()
@@ -260,9 +268,11 @@ def case(shape: Shape, ttt: int, device, options, out: Path) -> dict:
         record["tokens_per_s"] = statistics.median(rates)
         record["spread"] = [rates[0], rates[-1]]
         record["ms"] = 1e3 * statistics.median(seconds[side.name])
+        if isinstance(side, Ours):
+            record["operations"] = side.operations
+            record["tflops"] = side.operations / record["ms"] / 1e9
+            record["mfu"] = record["tflops"] / ceiling
     ours = result[Ours.name]
-    ours["operations"] = sides[0].operations
-    ours["tflops"] = sides[0].operations / ours["ms"] / 1e9
     for side in sides[1:]:
         theirs = result[side.name]
         theirs["ours_faster"] = ours["tokens_per_s"] / theirs["tokens_per_s"]
@@ -270,7 +280,7 @@ def case(shape: Shape, ttt: int, device, options, out: Path) -> dict:
             theirs["ours_memory"] = ours["peak_gib"] / theirs["peak_gib"]
     if options.profile:
         for side in sides:
-            profile(side, device, out / f"profile_{side.name}_ttt{ttt}")
+            profile(side, device, options.out / f"profile_{side.name}_ttt{ttt}")
     return result
 
 
@@ -294,7 +304,8 @@ def check(device) -> dict:
     """Kernels against plain twins on this device; raises where they part."""
     import pytest
 
-    code = pytest.main(["-q", "-x", "tests/train/test_kernels.py", "tests/train/test_gpu.py"])
+    files = [f"tests/train/test_{name}.py" for name in ("kernels", "gpu", "fp8")]
+    code = pytest.main(["-q", "-x", *files])
     assert code == 0, "kernels and their plain twins differ"
     return {"kernels_checked": True}
 
@@ -306,7 +317,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ttt", default="1,3,7")
     parser.add_argument("--peers", type=Path, help="folder with the others, if not installed")
-    parser.add_argument("--sides", default="drafthead,speculators,specforge")
+    parser.add_argument("--sides", default="drafthead,drafthead-fp8,speculators,specforge")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument(
         "--chunk", type=int, default=Objective.chunk_rows, help="rows of logits at once"
@@ -340,8 +351,8 @@ def main() -> None:
     if options.check:
         record |= check(device)
     for ttt in (int(part) for part in options.ttt.split(",")):
-        found = case(TINY if options.tiny else Shape(), ttt, device, options, options.out)
-        found["drafthead"]["mfu"] = found["drafthead"]["tflops"] / record["matmul_ceiling_tflops"]
+        shape = TINY if options.tiny else Shape()
+        found = case(shape, ttt, device, options, record["matmul_ceiling_tflops"])
         record["cases"].append(found)
         write_json(options.out / "train_step.json", record)
         print(json.dumps(found, indent=1), flush=True)

@@ -286,6 +286,11 @@ def test_more_processes_than_rows(store, tmp_path):
         fit(make_task(store), tmp_path, World(0, 4, torch.device("cpu")), quiet())
 
 
+def test_eight_bit_products_need_their_gpu(store, tmp_path):
+    with pytest.raises(DraftheadError, match="fp8 needs a GPU"):
+        fit(make_task(store, matmul="fp8"), tmp_path, ALONE, quiet())
+
+
 def test_a_tracker_that_is_not_installed(store, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(DraftheadError, match="pip install trackio"):

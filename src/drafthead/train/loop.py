@@ -18,7 +18,7 @@ from drafthead.head.model import Eagle3Head
 from drafthead.recipe import TrainSection
 from drafthead.states import Samples
 from drafthead.states.format import decode
-from drafthead.train import checkpoint
+from drafthead.train import checkpoint, fp8
 from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
 from drafthead.train.evaluate import Acceptance, evaluate
 from drafthead.train.log import Log
@@ -102,7 +102,10 @@ class _Fit:
         objective = Objective(
             settings.loss, self.steps, settings.ttt_decay, settings.regression_weight
         )
-        self.step = TrainStep(self.head, teacher, objective, compiled=device.type == "cuda")
+        eight_bit = settings.matmul == "fp8"
+        if eight_bit:
+            fp8.require(device, self.head)
+        self.step = TrainStep(self.head, teacher, objective, device.type == "cuda", eight_bit)
         self.sharded = self._shard() if settings.shard and world.size > 1 else None
         self.optimizer = AdamW(
             self.sharded.parameters.items() if self.sharded else self.head.named_parameters(),
