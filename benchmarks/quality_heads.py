@@ -161,6 +161,7 @@ def _ours(options: argparse.Namespace, job: Job, task: Task, folder: Path, warm:
         "steps": summary["steps"],
         "tokens": summary["tokens"],
         "train_seconds": summary["train_seconds"],
+        "waiting": summary["waiting"],
         "curve": curve,
         "heldout": summary["heldout"],
         "head_folder": str(folder / "best"),

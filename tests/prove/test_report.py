@@ -32,6 +32,7 @@ def test_every_form_quotes_the_measured_figures(tmp_path):
         assert f"{bench['base_tokens_per_s']:.1f}" in text
         assert "63 of 64 answers identical" in text
         assert "faster with the head" in text
+    assert all("1.3% of the time waiting for data" in text for text in written(recipe, run)[:2])
 
 
 def test_page_is_self_contained_and_its_charts_are_well_formed(tmp_path):

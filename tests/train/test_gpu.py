@@ -1,12 +1,16 @@
 """What only a GPU can show: flash attention, kernels and compiled pieces against the plain step."""
 
+import time
+
 import pytest
 import torch
 
 from drafthead.train.attention import Documents, attention, plain_attention
 from drafthead.train.batches import assemble, draft_ids
 from drafthead.train.losses import Teacher
+from drafthead.train.meter import Meter
 from drafthead.train.optimizer import AdamW, AdamWSettings
+from drafthead.train.parallel import World
 from drafthead.train.step import Objective, TrainStep
 from tests.heads import small_head
 from tests.train.samples import sample
@@ -92,3 +96,16 @@ def test_step_on_the_gpu_is_the_plain_step(loss, compiled, eight_bit):
     optimizer = AdamW(fast.named_parameters(), AdamWSettings())
     norm = optimizer.step(1e-3, torch.tensor(3.0, device="cuda"))
     assert norm.isfinite()
+
+
+def test_waiting_that_queued_work_hides_does_not_count():
+    meter = Meter(World(0, 1, torch.device("cuda")), 1, 1e12)
+    torch.cuda._sleep(1_000_000_000)  # cycles: about half a second
+    with meter.waiting():
+        time.sleep(0.05)
+    meter.read()
+    assert meter.waited < 0.01
+    with meter.waiting():
+        time.sleep(0.05)
+    meter.read()
+    assert 0.04 < meter.waited < 0.2

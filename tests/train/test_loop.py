@@ -125,6 +125,8 @@ def test_learns_a_rule_and_leaves_a_head_that_vllm_reads(store, tmp_path, loss):
     best = max(line["accepted_length"] for line in lines if "accepted_length" in line)
     at_best = [line["step"] for line in lines if line.get("accepted_length") == best]
     assert summary["best_step"] == at_best[0]
+    shares = [line["waiting"] for line in lines if "waiting" in line]
+    assert 0.9 * min(shares) < summary["waiting"] < 1.1 * max(shares)
     assert any((tmp_path / "tensorboard").iterdir())
     assert "held-out accepted length at k=3" in console.file.getvalue()
 
@@ -348,7 +350,7 @@ def test_wandb_itself_takes_the_figures(tmp_path, monkeypatch):
 def test_the_line_on_a_terminal(store, tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     fit(make_task(store), tmp_path, ALONE, console)
-    line = r"loss \d+\.\d+ · [\d,]+ tokens/s · MFU \d+% · accepted \d"
+    line = r"loss \d+\.\d+ · [\d,]+ tokens/s · MFU \d+% · waiting for data \d+% · accepted \d"
     assert re.search(line, console.file.getvalue())
 
 

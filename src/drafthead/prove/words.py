@@ -152,13 +152,14 @@ def facts(r: Results) -> list[tuple[str, str]]:
             )
         )
     if r.training:
-        train = r.recipe.train
+        train, waiting = r.recipe.train, r.training.get("waiting")
         found.append(
             (
                 "training",
                 f"{train.loss} loss, {r.recipe.ttt_steps} training-time-test steps, "
                 f"{train.epochs:g} epochs ({r.training['steps']:,} steps, "
-                f"{r.training['tokens']:,} positions), learning rate {train.learning_rate:g}",
+                f"{r.training['tokens']:,} positions), learning rate {train.learning_rate:g}"
+                + (f", {waiting:.1%} of the time waiting for data" if waiting is not None else ""),
             )
         )
     seconds = {name: s["seconds"] for name, s in r.stages.items() if "seconds" in s}

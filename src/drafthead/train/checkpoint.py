@@ -24,6 +24,8 @@ class Progress:
     """Optimizer steps done."""
     seconds: float = 0.0
     """Time spent in training alone, without evaluation and checkpoints, over all starts."""
+    waited: float = 0.0
+    """How much of it training stood still for want of a row."""
     best_step: int = -1
     best_length: float = 0.0
     """Accepted length of the best evaluation so far."""

@@ -104,7 +104,7 @@ class Log:
         self.length = flat.get("accepted_length", self.length)
         if "loss" in flat:
             figures = f"loss {flat['loss']:.3f} · {flat['tokens_per_s']:,.0f} tokens/s"
-            figures += f" · MFU {flat['mfu']:.0%}"
+            figures += f" · MFU {flat['mfu']:.0%} · waiting for data {flat['waiting']:.0%}"
             if self.length is not None:
                 figures += f" · accepted {self.length:.2f}"
             self.bar.update(self.task, completed=step, figures=figures)

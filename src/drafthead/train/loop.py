@@ -180,6 +180,7 @@ class _Fit:
         meter = Meter(world, self.steps, rate)
         started = saved = time.monotonic()
         before, cost, aside = progress.seconds, 0.0, 0.0
+        waited_before = progress.waited
         with log:
             try:
                 while progress.step < plan.steps and not progress.stopped:
@@ -191,6 +192,7 @@ class _Fit:
                         self._report(meter, log)
                     now = time.monotonic()
                     progress.seconds = before + now - started - aside
+                    progress.waited = waited_before + meter.waited
                     if evaluating:
                         self._evaluate(log)
                         meter.restart()
@@ -210,9 +212,8 @@ class _Fit:
         device, supervised = self.world.device, 0
         rows = self.plan.row_numbers(self.progress.step, self.world.rank, self.world.size)
         for number in rows:
-            asked = time.monotonic()
-            batch = next(batches)
-            meter.waited += time.monotonic() - asked
+            with meter.waiting():
+                batch = next(batches)
             if self.sharded:
                 loss, correct = self.sharded.backward(batch, last=number == rows[-1])
             elif batch is not None:
@@ -367,6 +368,7 @@ class _Fit:
             "stopped_early": progress.stopped,
             "tokens": self._positions(progress.step),
             "train_seconds": round(progress.seconds, 1),
+            "waiting": progress.waited / progress.seconds,
             "best_step": progress.best_step,
             "k": self.task.k,
             "accepted_length": at_k.accepted_length,

@@ -1,6 +1,8 @@
 """Figures of training, summed on the device and read seldom."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ class Meter:
         self.bad = torch.full((), -1.0, device=world.device)
         self.sums = torch.zeros(1 + 2 * steps, device=world.device)
         self.host = torch.zeros(3, dtype=torch.float64)  # supervised, positions, operations
+        self.waited = 0.0
+        """Seconds that training stood still for want of a row, up to the last look; the mean over
+        processes."""
+        self._waits: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.norm = torch.zeros((), device=world.device)
         self.updates = 0
         self.restart()
@@ -29,7 +36,24 @@ class Meter:
     def restart(self) -> None:
         """Start the clock again, after something that is not training."""
         self.since = time.monotonic()
-        self.waited = 0.0  # seconds spent on waiting for data
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around asking for the next row: counts how long training stood still for it.
+
+        On a GPU that is the time between two events of its stream, which is none as long as work is
+        queued: waiting that the device's work hides does not count. Nothing waits for the events.
+        """
+        if self.world.device.type != "cuda":
+            begun = time.monotonic()
+            yield
+            self._waits.append(time.monotonic() - begun)
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        end.record()
+        self._events.append((start, end))
 
     def add(self, loss: Tensor, correct: Tensor, batch: Batch, head: Eagle3Head) -> None:
         """Count one row: its summed loss, its correct predictions of each step [T]."""
@@ -47,10 +71,13 @@ class Meter:
 
     def read(self) -> tuple[dict[str, float | list[float]], int | None]:
         """Figures since the last look, over all processes, and the first step that went wrong."""
-        host = self.host.to(self.world.device, torch.float32)
-        self.world.sum([self.sums, host])
-        loss, *rest = self.sums.tolist()
-        supervised, positions, count = host.tolist()
+        self.world.sum([self.sums])
+        loss, *rest = self.sums.tolist()  # from here on the events of `waiting` have happened
+        host = torch.tensor([*self.host.tolist(), self._stood_still()], device=self.world.device)
+        self.world.sum([host])
+        supervised, positions, count, waited = host.tolist()
+        waited /= self.world.size
+        self.waited += waited
         half = len(rest) // 2
         seconds = time.monotonic() - self.since
         bad = int(self.bad)
@@ -60,7 +87,7 @@ class Meter:
             "gradient_norm": float(self.norm) / max(1, self.updates),
             "tokens_per_s": positions / seconds,
             "mfu": count / seconds / self.rate,
-            "waiting": self.waited / seconds,
+            "waiting": waited / seconds,
         }
         self.sums.zero_()
         self.host.zero_()
@@ -68,3 +95,10 @@ class Meter:
         self.updates = 0
         self.restart()
         return figures, bad if bad >= 0 else None
+
+    def _stood_still(self) -> float:
+        """Seconds that this process stood still since the last look."""
+        seconds = sum(self._waits) + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+        self._waits.clear()
+        self._events.clear()
+        return seconds
