@@ -3,8 +3,8 @@
 The metadata of short-conv layers splits a batch at its first prefill row, and the prefill kernel
 reads the state at column 0 instead of at ``num_accepted_tokens - 1``. The newer runner sorts rows
 without drafts of exactly ``1 + num_speculative_tokens`` tokens before the others; those are
-prompt chunks, and a decode row that got no draft (ngram found none, or the token budget ended)
-lands behind them, in the prefill part, with a state that is off by its accepted drafts.
+prompt chunks, and a decode row that got no draft (the token budget left it one token) lands behind
+them, in the prefill part, with a state that is off by its accepted drafts.
 """
 
 from .patch import log, still_has, wrap

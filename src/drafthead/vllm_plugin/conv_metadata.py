@@ -34,7 +34,7 @@ def apply() -> None:
 
 
 def _shares(builder) -> bool:
-    return "mamba_aligned_state_indices" in vars(builder)
+    return vars(builder).get("_drafthead_shares", False)
 
 
 def _sharing(stock):
@@ -46,16 +46,25 @@ def _sharing(stock):
             and self.use_spec_decode
             and not self.use_replayssm
         ):
-            self.supports_update_block_table = True
-            # The model state fills this in before it builds, with prefix caching only.
-            self.mamba_aligned_state_indices = None
+            self.supports_update_block_table = self._drafthead_shares = True
+            if device.type == "cuda":  # vLLM launches the kernel there only, and asserts it
+                # The model state fills this in before it builds, with prefix caching only.
+                self.mamba_aligned_state_indices = None
 
     return __init__
 
 
+def _known_indices(builder) -> torch.Tensor | None:
+    """This step's indices if the model state has derived them; they are good for one use."""
+    known = getattr(builder, "mamba_aligned_state_indices", None)
+    if known is not None:
+        builder.mamba_aligned_state_indices = None
+    return known
+
+
 def _state_indices(builder, block_table: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
     """Blocks of the states [requests, 1 + drafts at least], int32."""
-    known, builder.mamba_aligned_state_indices = builder.mamba_aligned_state_indices, None
+    known = _known_indices(builder)
     if known is not None:
         return known[: block_table.shape[0]]
     return mamba_attn.mamba_get_block_table_tensor(
@@ -86,7 +95,7 @@ def _decodes_at_once(stock):
             and not m.is_prefilling.any()
         ):
             if _shares(self):
-                self.mamba_aligned_state_indices = None  # this step's, which stock leaves unused
+                _known_indices(self)  # stock leaves them unused
             return stock(
                 self,
                 common_prefix_len,

@@ -1,0 +1,99 @@
+"""The newer model runner, that of GPUs, on the CPU.
+
+vLLM runs it there with Triton's CPU backend, which no registry has. Triton's interpreter does as
+well: its kernels are then Python. A process of its own, because the interpreter must be chosen
+before Triton is imported, and no other test wants Triton:
+
+    python -m tests.vllm.newer_runner JOBS RESULTS      (JSON files, see run())
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+REPO = Path(__file__).resolve().parents[2]
+# Where tools/setup.sh puts it on a machine without a GPU.
+TRITON = Path(sys.prefix) / "share" / "triton"
+
+
+def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
+    """Run ``jobs`` one after the other, an engine each, in one process; results by name.
+
+    A job has ``target``, ``speculative`` and ``requests``, and may have ``arguments`` (as for
+    ``engines.engine``), ``known`` (sequences: drafts come from the oracle) and ``without``
+    (``module:attribute`` of functions that a mend replaced, to be as vLLM has them). A result has
+    ``answers`` and the numbers of ``drafted`` and ``accepted`` tokens.
+    """
+    assert TRITON.is_dir(), f"Triton is not at {TRITON}; tools/setup.sh puts it there"
+    given, results = folder / "jobs.json", folder / "results.json"
+    given.write_text(json.dumps(jobs))
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "PYTHONPATH": f"{REPO / 'src'}:{REPO}:{TRITON}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(given), str(results)],
+        env=environment,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(results.read_text())
+
+
+@contextmanager
+def _as_vllm_has_it(place: str):
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for attribute in owners:
+        owner = getattr(owner, attribute)
+    mended = getattr(owner, name)
+    setattr(owner, name, mended._drafthead_mend)
+    try:
+        yield
+    finally:
+        setattr(owner, name, mended)
+
+
+def main(given: str, results: str) -> None:
+    import triton.backends
+
+    # vLLM looks for this name, and whether a driver is active; the interpreter needs neither.
+    driver = SimpleNamespace(is_active=lambda: True)
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+    from drafthead.vllm_plugin import lfm2, register  # noqa: F401  (applies the model's mends)
+    from tests.vllm.engines import answers, counter, engine
+    from tests.vllm.oracle import proposing
+
+    register()
+    found = {}
+    for name, job in json.loads(Path(given).read_text()).items():
+        with ExitStack() as stack:
+            for place in job.get("without", ()):
+                stack.enter_context(_as_vllm_has_it(place))
+            if "known" in job:
+                stack.enter_context(proposing(job["known"]))
+            arguments = job.get("arguments", {})
+            target, speculative = Path(job["target"]), job["speculative"]
+            llm = stack.enter_context(engine(target, speculative, **arguments))
+            found[name] = {
+                "answers": answers(llm, job["requests"]),
+                "drafted": counter(llm, "spec_decode_num_draft_tokens"),
+                "accepted": counter(llm, "spec_decode_num_accepted_tokens"),
+            }
+    Path(results).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,101 @@
+"""The newer model runner on hybrid targets: what it answers with the mends, and without each."""
+
+import random
+
+import pytest
+
+from tests.vllm import newer_runner
+from tests.vllm.engines import answers, eagle3, engine, ngram, prompt
+from tests.vllm.models import write_head, write_target
+
+K = 3
+_RNG = random.Random(5)
+# The first in chunks as wide as a verify step, the next three with one token left in the end: in
+# that step the last request verifies drafts, in the step after it the budget leaves it one token.
+ORDER = [(prompt(_RNG, 60), 2), *((prompt(_RNG, n), 4) for n in (9, 17, 25)), (prompt(_RNG, 1), 40)]
+ORDERED = {
+    "max_num_seqs": 5,
+    "max_num_batched_tokens": 17,
+    "long_prefill_token_threshold": 1 + K,
+}
+# One-token prompts that come in while others run.
+ONE_TOKEN = [(prompt(_RNG, n), 8) for n in (6, 4, 1, 1, 3, 1)]
+_TRUNK = prompt(_RNG, 96)
+MIXED = [(_TRUNK[: 32 * (i % 4)] + prompt(_RNG, i % 3 + 1), 7) for i in range(8)]
+
+SORT = "vllm.v1.worker.gpu.model_runner:sort_batch_req_ids"
+SCHEDULED = "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule"
+_BUILDER = "vllm.v1.attention.backends.short_conv_attn:ShortConvAttentionMetadataBuilder"
+METADATA = [f"{_BUILDER}.{name}" for name in ("__init__", "build", "update_block_table")]
+ARGMAX = (
+    "vllm.v1.worker.gpu.spec_decode.speculator:"
+    "DraftModelSpeculator._validate_local_argmax_reduction"
+)
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    """One that does not repeat itself, and one that does."""
+    folder = tmp_path_factory.mktemp("hybrids")
+    return [write_target(folder / str(scale), embedding_scale=scale) for scale in (1.0, 4.0)]
+
+
+@pytest.fixture(scope="module")
+def plain(targets):
+    """What the older runner answers without speculation."""
+    with engine(targets[0]) as llm:
+        found = {"order": answers(llm, ORDER), "one_token": answers(llm, ONE_TOKEN)}
+    with engine(targets[1]) as llm:
+        return found | {"mixed": answers(llm, MIXED)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, targets, plain):
+    folder = tmp_path_factory.mktemp("newer")
+
+    def oracle(name, requests):
+        known = [ids + answer for (ids, _), answer in zip(requests, plain[name])]
+        common = {"target": str(targets[0]), "speculative": ngram(K)}
+        return common | {"requests": requests, "known": known}
+
+    order = oracle("order", ORDER) | {"arguments": ORDERED}
+    one_token = oracle("one_token", ONE_TOKEN)
+    head = write_head(folder / "head", targets[1], aux_layers=(2, 3, 6), repeats=True)
+    mixed = {
+        "target": str(targets[1]),
+        "speculative": eagle3(head, K),
+        "requests": MIXED,
+        "arguments": {"enable_prefix_caching": True, "block_size": 32},
+    }
+    jobs = {
+        "order": order,
+        "order, stock": order | {"without": [SORT]},
+        "one token": one_token,
+        "one token, stock": one_token | {"without": [SCHEDULED]},
+        "mixed": mixed,
+        "mixed, stock": mixed | {"without": [*METADATA, ARGMAX]},
+    }
+    return newer_runner.run(folder, jobs)
+
+
+def test_decodes_without_drafts_come_before_prompt_chunks(found, plain):
+    assert found["order"]["answers"] == plain["order"]
+    assert found["order"]["accepted"] > 20
+    # Only the request whose rows landed behind chunks of prompts.
+    wrong = [a != b for a, b in zip(found["order, stock"]["answers"], plain["order"])]
+    assert wrong == [False, False, False, False, True]
+
+
+def test_one_token_prompts(found, plain):
+    assert found["one token"]["answers"] == plain["one_token"]
+    assert found["one token"]["accepted"] > 10
+    stock = found["one token, stock"]["answers"]
+    wrong = [ids for (ids, _), a, b in zip(ONE_TOKEN, stock, plain["one_token"]) if a != b]
+    assert wrong
+    assert all(len(ids) == 1 for ids in wrong)
+
+
+def test_cost_mends_change_neither_answers_nor_drafts(found, plain):
+    assert found["mixed"]["answers"] == plain["mixed"]
+    assert found["mixed"] == found["mixed, stock"]
+    assert 0 < found["mixed"]["accepted"] < found["mixed"]["drafted"]
