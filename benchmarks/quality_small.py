@@ -7,7 +7,8 @@ The demo's training settings (rate 2e-3, rows of 1,024 tokens, 3 steps of traini
 epoch) for every head but what its name says; speculators 0.9.0 with its own schedule and loss on
 the same packed rows in the same order, at its default rate and at the demo's. Held-out accepted
 length at k = 1 to 5 by drafthead's walk. Far less data than quality.py's, so read it as a
-comparison at a demo's size. Finished heads are read back; OUT/quality_small.json is written after
+comparison at a demo's size. `fp8` runs in PyTorch's 8-bit products for CPUs: slow, the same
+rounding. Finished heads are read back; OUT/quality_small.json is written after
 each.
 """
 
@@ -24,6 +25,7 @@ from quality_heads import Job, length, train
 
 from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
+from drafthead.train import fp8
 
 DEMO = {"learning_rate": 2e-3, "row_tokens": 1024, "ttt_steps": 3}
 JOBS = [
@@ -37,6 +39,7 @@ JOBS = [
     Job("norm_before_fc", train=DEMO, head={"norm_before_fc": True}, vocab=8192),
     Job("fc_norm", train=DEMO, head={"fc_norm": True}, vocab=8192),
     Job("muon", train=DEMO | {"optimizer": "muon"}, vocab=8192),
+    Job("fp8", train=DEMO | {"matmul": "fp8"}, vocab=8192),
     Job("ttt-1", train=DEMO | {"ttt_steps": 1}, vocab=8192),
     Job("ttt-5", train=DEMO | {"ttt_steps": 5}, vocab=8192),
 ]
@@ -61,6 +64,7 @@ def main() -> None:
     if not (options.out / "runs" / "quality").exists():
         (options.out / "runs" / "quality").symlink_to(options.run.resolve())
     speculators_side.find(options.peers)
+    fp8.require = lambda device, head: None
     record: dict = {
         "benchmark": "quality_small",
         "date": time.strftime("%Y-%m-%d"),

@@ -55,21 +55,25 @@ def plain_product(a: Quantized, b: Quantized, kind: torch.dtype) -> Tensor:
     return (wide(a) @ wide(b).t()).to(kind)
 
 
+def _padded(x: Tensor) -> Tensor:
+    """x [n, k] with 1 to 16 more rows of zeros, for a gradient that sums over rows: 16 n in all.
+    Never none, which would be a special case to compile."""
+    return F.pad(x, (0, 0, 0, MULTIPLE - x.shape[0] % MULTIPLE))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        # The weight's gradient sums over rows. Always a row or more: no special case to compile.
-        rows = quantize(F.pad(x, (0, 0, 0, MULTIPLE - x.shape[0] % MULTIPLE)))
-        ctx.save_for_backward(*rows, weight)
+        rows = quantize(_padded(x))
+        ctx.save_for_backward(rows.values, rows.scale, weight)
         return product(rows, quantize(weight), x.dtype, exact=False)[: x.shape[0]]
 
     @staticmethod
     def backward(ctx, gradient):
         values, scale, weight = ctx.saved_tensors
-        count, kind = gradient.shape[0], gradient.dtype
-        padded = F.pad(gradient, (0, 0, 0, values.shape[0] - count))
-        rows = quantize(padded, GRADIENTS)
-        d_x = product(rows, transposed(quantize(weight)), kind)[:count]
+        kind = gradient.dtype
+        rows = quantize(_padded(gradient), GRADIENTS)
+        d_x = product(rows, transposed(quantize(weight)), kind)[: gradient.shape[0]]
         d_weight = product(transposed(rows), transposed(Quantized(values, scale)), kind)
         return d_x, d_weight
 
