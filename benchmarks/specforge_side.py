@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from speculators_side import llama_config
 from torch import Tensor
 
 from drafthead.head.config import HeadConfig
@@ -22,21 +23,8 @@ def make_model(config: HeadConfig, ttt_steps: int, device: torch.device) -> Any:
     attention = "flex_attention" if device.type == "cuda" else "sdpa"  # flex: no backward on a CPU
     from specforge.algorithms.eagle3.model import OnlineEagle3Model
     from specforge.modeling.draft import LlamaForCausalLMEagle3
-    from transformers import LlamaConfig
 
-    layer = LlamaConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        pad_token_id=None,
-    )
+    layer = llama_config(config)
     layer.draft_vocab_size = config.draft_vocab_size
     with torch.device(device):
         draft = LlamaForCausalLMEagle3(layer, attention_backend=attention)

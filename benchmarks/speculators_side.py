@@ -50,14 +50,11 @@ class _Nothings(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__dict__["__getattr__"] = member
 
 
-def make_model(config: HeadConfig, device: torch.device) -> Any:
-    """Its draft model in the shape of `config`, weights as it initialises them; the target's side
-    (embedding, norm, LM heads) is to be filled with `give_target`."""
-    from speculators.models.eagle3 import Eagle3SpeculatorConfig
-    from speculators.models.eagle3.core import Eagle3DraftModel
+def llama_config(config: HeadConfig) -> Any:
+    """The layer of `config` as transformers describes it."""
     from transformers import LlamaConfig
 
-    layer = LlamaConfig(
+    return LlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=1,
@@ -70,6 +67,15 @@ def make_model(config: HeadConfig, device: torch.device) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         pad_token_id=None,
     )
+
+
+def make_model(config: HeadConfig, device: torch.device) -> Any:
+    """Its draft model in the shape of `config`, weights as it initialises them; the target's side
+    (embedding, norm, LM heads) is to be filled with `give_target`."""
+    from speculators.models.eagle3 import Eagle3SpeculatorConfig
+    from speculators.models.eagle3.core import Eagle3DraftModel
+
+    layer = llama_config(config)
     if device.type != "cuda":  # flex attention without torch.compile would be all mask
         layer._attn_implementation = "eager"
     about = Eagle3SpeculatorConfig(
