@@ -298,7 +298,11 @@ def main() -> None:
         except DraftheadError as error:
             record["died"] = str(error)[-1500:]
     record["cost_model_error"] = {
-        name: median_error(case.get("cost_model", [])) for name, case in record["cases"].items()
+        name: {
+            "decoding": median_error(case.get("cost_model", [])),
+            "answers": median_error(case.get("cost_model", []), "answer_relative_error"),
+        }
+        for name, case in record["cases"].items()
     }
     with turn(options.turn):
         record["vocabulary"] = check_vocabulary(record, options)

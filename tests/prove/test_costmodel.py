@@ -22,14 +22,24 @@ LENGTHS = lengths(CURVES)
 
 
 def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5):
+    """Answers of 41 tokens, the first of them after 10 (with the head 12) units of time."""
     step = fixed + slope * k
     accepted = [round(1000 * p) for p in CURVE[:k]]
+    pair = {
+        "drafts": 1000,
+        "accepted_by_position": accepted,
+        "base_tokens": 41,
+        "base_first_token_s": 10.0,
+        "drafted_first_token_s": 12.0,
+    }
     return {
         "num_speculative_tokens": k,
         "concurrency": concurrency,
         "accepted_length": LENGTHS[k - 1],
         "step_s": {"base": plain, "drafted": step, "plain_steps": step / plain},
-        "pairs": [{"drafts": 1000, "accepted_by_position": accepted}],
+        "answers": 1,
+        "speedup": (10 + 40 * plain) / (12 + 40 / LENGTHS[k - 1] * step),
+        "pairs": [pair],
     }
 
 
@@ -37,6 +47,13 @@ def test_fit_finds_the_parts_and_speedup_is_tokens_over_time():
     cost = fit(1, 3.0, {1: 3.9, 3: 4.9, 5: 5.9})
     assert (cost.fixed, cost.slope) == pytest.approx((3.4, 0.5))
     assert cost.speedup(3, 2.5) == pytest.approx(2.5 * 3.0 / 4.9)
+
+
+def test_no_step_is_shorter_for_a_draft_more():
+    cost = fit(1, 3.0, {1: 4.4, 3: 4.2, 5: 4.0})
+    assert cost.slope == 0
+    off = [cost.step(k) / seconds - 1 for k, seconds in ((1, 4.4), (3, 4.2), (5, 4.0))]
+    assert max(map(abs, off)) < 0.06
 
 
 def test_one_k_is_taken_as_a_plain_step_and_its_drafts():
@@ -61,6 +78,7 @@ def test_error_is_out_of_sample():
     exact = [cell(k, c, fixed=3.4 * c) for c in (1, 4) for k in (1, 3, 5, 7)]
     for found in analyse(exact, None):
         assert found["median_relative_error"] == pytest.approx(0, abs=1e-9)
+        assert median_error([found], "answer_relative_error") == pytest.approx(0, abs=1e-9)
         assert len(found["points"]) == 4
     bent = [cell(1), cell(3), cell(5), cell(7, fixed=6.0)]  # one step the line cannot know of
     (found,) = analyse(bent, None)

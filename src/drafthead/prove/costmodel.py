@@ -12,8 +12,12 @@ ratio c)
 is easily drafted takes fewer steps the larger k is. So each k has a curve of its own,
 ``curves[k - 1]``, and a length.
 
-Step times depend on the requests at once, so each concurrency has a fit of its own. The gain is
-of decoding; prefill is the same with and without.
+Step times depend on the requests at once, so each concurrency has a fit of its own (slopes shared
+between them would be surer, but are wrong where memory-bound steps turn compute-bound or more
+experts are touched). The gain is of decoding. A whole answer of n tokens waits for its first one
+too, ``first`` seconds:
+
+    answer(k) = (first + (n - 1) * plain) / (first_with_head + (n - 1) / length(k) * step(k))
 
 With another draft vocabulary each draft reads more or fewer rows of the head's LM head: ``slope``
 moves by what a row costs, the acceptance by what the vocabulary leaves out.
@@ -118,7 +122,28 @@ def fit(concurrency: int, plain: float, steps: dict[int, float]) -> StepCost:
         return StepCost(concurrency, plain, plain, float((seconds[0] - plain) / ks[0]))
     weighted = np.stack([1 / seconds, ks / seconds], axis=1)
     (fixed, slope), *_ = np.linalg.lstsq(weighted, np.ones(len(ks)), rcond=None)
+    if slope < 0:  # noise: no step is shorter for a draft more
+        fixed, slope = (1 / seconds).sum() / (1 / seconds**2).sum(), 0.0
     return StepCost(concurrency, plain, float(fixed), float(slope))
+
+
+def answer_speedup(cells: Sequence[dict], cost: StepCost, k: int, length: float) -> float:
+    """Speed with ``k`` drafts over without for whole answers, their first tokens included.
+
+    Args:
+        cells: measured points at that concurrency, of whatever k: how long first tokens took.
+        cost: of a step.
+        k: tokens drafted a step.
+        length: tokens that such a step yields.
+    """
+    pairs = [pair for cell in cells for pair in cell["pairs"]]
+    base, drafted = (
+        float(np.median([p[f"{which}_first_token_s"] for p in pairs]))
+        for which in ("base", "drafted")
+    )
+    written, answers = sum(p["base_tokens"] for p in pairs), sum(c["answers"] for c in cells)
+    later = written / answers - 1
+    return (base + later * cost.plain) / (drafted + later / length * cost.step(k))
 
 
 def choose(cost: StepCost, tokens: Sequence[float], more_rows: int = 0) -> dict[int, float]:
@@ -146,14 +171,10 @@ def by_vocabulary(cost: StepCost, others: Vocabularies) -> list[dict]:
     return found
 
 
-def median_error(fits: Sequence[dict]) -> float | None:
-    """Median over all points of all concurrencies of the relative error, out of sample."""
-    errors = [
-        abs(p["relative_error"])
-        for fit in fits
-        for p in fit["points"]
-        if p["relative_error"] is not None
-    ]
+def median_error(fits: Sequence[dict], of: str = "relative_error") -> float | None:
+    """Median over all points of all concurrencies of the relative error, out of sample: of
+    decoding, or (``answer_relative_error``) of whole answers."""
+    errors = [abs(p[of]) for fit in fits for p in fit["points"] if p[of] is not None]
     return float(np.median(errors)) if errors else None
 
 
@@ -173,8 +194,9 @@ def analyse(
         vocabularies: other draft vocabularies to judge.
 
     Returns:
-        For each concurrency: the fit, predicted and measured decoding speedup for each k, the
-        relative errors, the k to serve, and that for other draft vocabularies.
+        For each concurrency: the fit, predicted and measured speedup for each k, of decoding and
+        of whole answers, the relative errors, the k to serve, and that for other draft
+        vocabularies.
     """
     found = []
     usable = [c for c in cells if c["step_s"]["plain_steps"]]
@@ -194,6 +216,8 @@ def analyse(
             held_out = fit(concurrency, plain, others) if len(others) >= 2 else None
             measured = cell["accepted_length"] / cell["step_s"]["plain_steps"]
             predicted = held_out.speedup(k, tokens[k - 1]) if held_out else None
+            rest = [c for j, c in own.items() if j != k]
+            answer = answer_speedup(rest, held_out, k, tokens[k - 1]) if held_out else None
             points.append(
                 {
                     "num_speculative_tokens": k,
@@ -201,6 +225,9 @@ def analyse(
                     "predicted_without_this_point": predicted,
                     "relative_error": predicted and predicted / measured - 1,
                     "fitted": cost.speedup(k, tokens[k - 1]),
+                    "answer_measured": cell["speedup"],
+                    "answer_predicted_without_this_point": answer,
+                    "answer_relative_error": answer and answer / cell["speedup"] - 1,
                 }
             )
         gains = choose(cost, tokens)
