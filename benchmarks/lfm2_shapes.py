@@ -120,39 +120,79 @@ def write_models(work: Path, tiny: bool) -> None:
     write_head(work / "head", tiny, draft_vocab(tiny))
 
 
-def run_engine(spec: dict) -> None:
-    """Child process: one engine; prints its result as the last line."""
-    from vllm import LLM, SamplingParams
+def start_engine(
+    work: Path | str,
+    target: str,
+    k: int,
+    tiny: bool,
+    *,
+    cache_bytes: int,
+    share: float,
+    kv: str = "auto",
+    log_stats: bool = False,
+    worker_extension_cls: str = "",
+):
+    """An ``LLM`` with dummy weights and, for ``k`` above 0, the random head on disk.
 
-    tiny = spec["tiny"]
+    Args:
+        work: folder of :func:`write_models`.
+        target: ``bf16`` or ``nvfp4``.
+        k: drafts a step; acceptance is synthetic except if ``tiny``.
+        tiny: eager, for a CPU.
+        cache_bytes: of the KV cache (64 MiB if ``tiny``).
+        share: of the GPU's memory, which vLLM only compares with what is free at start.
+        kv: dtype of the KV cache.
+        log_stats: keep the engine's counters.
+        worker_extension_cls: as in vLLM.
+    """
+    from vllm import LLM
+
     speculative = None
-    if spec["k"]:
+    if k:
         speculative = {
             "method": "eagle3",
-            "model": f"{spec['work']}/head",
-            "num_speculative_tokens": spec["k"],
+            "model": f"{work}/head",
+            "num_speculative_tokens": k,
             "draft_load_config": {"load_format": "safetensors"},
         }
         if not tiny:
             speculative |= {
                 "rejection_sample_method": "synthetic",
-                "synthetic_acceptance_length": ACCEPTED[spec["k"]],
+                "synthetic_acceptance_length": ACCEPTED[k],
             }
-    memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else (2 << 30)}
+    memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else cache_bytes}
     if not tiny:
-        memory["gpu_memory_utilization"] = spec["share"]
-    begun = time.monotonic()
-    engine = LLM(
-        f"{spec['work']}/{spec['target']}",
+        memory["gpu_memory_utilization"] = share
+    return LLM(
+        f"{work}/{target}",
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=512 if tiny else 2048,
         max_num_seqs=4,
-        kv_cache_dtype=spec["kv"],
+        kv_cache_dtype=kv,
         enforce_eager=tiny,
-        disable_log_stats=False,
+        disable_log_stats=not log_stats,
         speculative_config=speculative,
+        worker_extension_cls=worker_extension_cls,
         **memory,
+    )
+
+
+def run_engine(spec: dict) -> None:
+    """Child process: one engine; prints its result as the last line."""
+    from vllm import SamplingParams
+
+    tiny = spec["tiny"]
+    begun = time.monotonic()
+    engine = start_engine(
+        spec["work"],
+        spec["target"],
+        spec["k"],
+        tiny,
+        cache_bytes=2 << 30,
+        share=spec["share"],
+        kv=spec["kv"],
+        log_stats=True,
     )
     started = time.monotonic() - begun
     tokens = 16 if tiny else 256

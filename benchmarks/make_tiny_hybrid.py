@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import tarfile
@@ -25,10 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 MAX_TOKENS = 320  # SmolLM2's stories end by themselves before that about half the time
-CHAT_SHARE = 0.6  # of the documents, told as chats; the rest are plain text
 PART_BYTES = 12 << 20
 SAMPLES = (
     "",
@@ -127,57 +125,13 @@ def write_text(args) -> None:
             seconds=round(took, 1), tokens_per_s=round(tokens / took))  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- documents
-
-
-def read_answers(folder: Path) -> list[tuple[str, str]]:
-    """(prompt, answer) of every shard; an answer cut at the limit ends at its last sentence."""
-    import pyarrow.parquet as pq
-
-    pairs = []
-    for shard in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(shard).to_pydict()
-        for prompt, answer, ended in zip(table["prompt"], table["answer"], table["ended"]):
-            text = answer.strip()
-            if not ended:
-                whole = re.match(r"(?s)(.*[.!?][\"')]*)(\s|$)", text)
-                text = whole.group(1) if whole else ""
-            if text:
-                pairs.append((prompt, text))
-    return pairs
-
-
-def documents(pairs: list[tuple[str, str]], tokenizer, seed: int) -> list[list[int]]:
-    """Token ids of each document: chats of one or two turns, and plain texts, in a mixed order."""
-    draw = random.Random(seed)
-    rows = []
-    at = 0
-    while at < len(pairs):
-        if draw.random() < CHAT_SHARE:
-            turns = 2 if draw.random() < 0.25 else 1
-            chat = []
-            for prompt, answer in pairs[at : at + turns]:
-                chat += [{"role": "user", "content": prompt}]
-                chat += [{"role": "assistant", "content": answer}]
-            rows.append(tokenizer.apply_chat_template(chat, tokenize=False))
-            at += turns
-        else:
-            rows.append("<|startoftext|>" + pairs[at][1] + "<|im_end|>")
-            at += 1
-    return tokenizer(rows, add_special_tokens=False)["input_ids"]
-
-
-def pack_rows(documents: list[list[int]], length: int) -> np.ndarray:
-    """All documents end to end, cut into rows [n, length]; the last short row is dropped."""
-    flat = np.concatenate([np.asarray(d, dtype=np.int32) for d in documents])
-    return flat[: len(flat) // length * length].reshape(-1, length)
-
-
 # ------------------------------------------------------------------------------------------ train
 
 
 def train(args) -> None:
     from tiny_hybrid import model as hybrid
+    from tiny_hybrid.documents import documents, pack_rows, read_answers
+    from tiny_hybrid.state import load_state, save_state, save_weights
     from tiny_hybrid.tokenizer import train_tokenizer
     from transformers import AutoTokenizer, Lfm2MoeForCausalLM
 
@@ -272,40 +226,6 @@ def train(args) -> None:
             mark, mark_step = time.monotonic(), step
     model.load_state_dict(load_file(args.work / "best.safetensors"), strict=False)
     finish(args, model, tokenizer, held_loss(), device)
-
-
-def save_weights(path: Path, model) -> None:
-    tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    fresh = path.with_suffix(".tmp")
-    save_file(tensors, fresh)
-    os.replace(fresh, path)
-
-
-def save_state(path: Path, model, optimizer, step: int, spent: float, best: float) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    for index, parameter in enumerate(optimizer.state_dict()["state"].values()):
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in parameter.items()}
-    fresh = path.with_suffix(".tmp")
-    meta = {"step": str(step), "spent": str(spent), "best": str(best)}
-    save_file(tensors, fresh, metadata=meta)
-    os.replace(fresh, path)
-
-
-def load_state(path: Path, model, optimizer) -> tuple[int, float, float]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as f:
-        meta = f.metadata()
-        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    model.load_state_dict(weights, strict=False)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return int(meta["step"]), float(meta["spent"]), float(meta["best"])
 
 
 @torch.no_grad()

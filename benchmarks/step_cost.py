@@ -27,7 +27,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from lfm2_shapes import ACCEPTED, write_models
+from lfm2_shapes import start_engine, write_models
 from step_probe import summarize
 
 REPO = Path(__file__).resolve().parent.parent
@@ -35,39 +35,17 @@ REPO = Path(__file__).resolve().parent.parent
 
 def serve(spec: dict) -> None:
     """Child process: start an engine, then do what each line of standard input asks for."""
-    from vllm import LLM
-
     replies = os.fdopen(spec["replies"], "w", buffering=1)
-    tiny, k = spec["tiny"], spec["k"]
-    speculative = None
-    if k:
-        speculative = {
-            "method": "eagle3",
-            "model": f"{spec['work']}/head",
-            "num_speculative_tokens": k,
-            "draft_load_config": {"load_format": "safetensors"},
-        }
-        if not tiny:
-            speculative |= {
-                "rejection_sample_method": "synthetic",
-                "synthetic_acceptance_length": ACCEPTED[k],
-            }
-    memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else (1 << 30)}
-    if not tiny:
-        # Only compared with what is free at start; the cache's size is given above.
-        memory["gpu_memory_utilization"] = 0.1
+    tiny = spec["tiny"]
     begun = time.monotonic()
-    llm = LLM(
-        f"{spec['work']}/{'bf16' if tiny else 'nvfp4'}",
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=512 if tiny else 2048,
-        max_num_seqs=4,
-        enforce_eager=tiny,
-        disable_log_stats=True,
-        speculative_config=speculative,
+    llm = start_engine(
+        spec["work"],
+        "bf16" if tiny else "nvfp4",
+        spec["k"],
+        tiny,
+        cache_bytes=1 << 30,
+        share=0.1,
         worker_extension_cls="benchmarks.step_probe.Probe",
-        **memory,
     )
 
     def inside(method: str, *args: str):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from make_tiny_hybrid import documents, load_state, pack_rows, read_answers, save_state
 from tiny_hybrid import model as hybrid
+from tiny_hybrid.documents import documents, pack_rows, read_answers
 from tiny_hybrid.prompts import prompts
+from tiny_hybrid.state import load_state, save_state
 from tiny_hybrid.tokenizer import SPECIALS, train_tokenizer
 from transformers import Lfm2MoeForCausalLM
 
