@@ -65,6 +65,32 @@ def _as_vllm_has_it(place: str):
         setattr(owner, name, mended)
 
 
+def _verify_twice() -> None:
+    """Let the mend and vLLM's own rejection sampler judge every batch, and agree."""
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    from drafthead.vllm_plugin.greedy_verify import is_plain_greedy
+
+    mended = RejectionSampler.__call__
+    stock = mended._drafthead_mend
+
+    def __call__(self, logits, input_batch, *rest):
+        assert is_plain_greedy(self, input_batch.idx_mapping_np)
+        found = mended(self, logits, input_batch, *rest)
+        want = stock(self, logits, input_batch, *rest)
+        for name in ("num_sampled", "num_rejected"):
+            one, other = getattr(found, name), getattr(want, name)
+            assert one.dtype == other.dtype
+            assert one.tolist() == other.tolist(), name
+        for row, count in enumerate(want.num_sampled.tolist()):
+            one, other = found.sampled_token_ids[row], want.sampled_token_ids[row]
+            assert one.dtype == other.dtype
+            assert one[:count].tolist() == other[:count].tolist()
+        return found
+
+    RejectionSampler.__call__ = __call__
+
+
 def main(given: str, results: str) -> None:
     import triton.backends
 
@@ -77,6 +103,7 @@ def main(given: str, results: str) -> None:
     from tests.vllm.oracle import proposing
 
     register()
+    _verify_twice()
     found = {}
     for name, job in json.loads(Path(given).read_text()).items():
         with ExitStack() as stack:

@@ -11,6 +11,7 @@ import torch
 from drafthead.vllm_plugin import (
     conv_metadata,
     draft_argmax,
+    greedy_verify,
     patch,
     prefill_graphs,
     resumed_prefills,
@@ -184,6 +185,33 @@ def test_draft_argmax_is_asked_for_where_it_may():
     assert not asked(model=SimpleNamespace(draft_id_to_target_id=None, get_top_tokens=None))
 
 
+def test_greedy_verification_is_for_plain_greedy_requests():
+    """The kernel itself is held against vLLM's sampler in test_newer_runner.py."""
+    # Of three states the first two want their argmax, the third a temperature or something else.
+    rows = np.array([0, 1])
+
+    def plain(rows, temperature=0.0, processing=False, logprobs=-1, nans=False, key=None):
+        states = SimpleNamespace(
+            temperature=SimpleNamespace(np=np.array([0.0, 0.0, temperature])),
+            max_num_logprobs=lambda rows: max(np.array([-1, -1, logprobs])[rows]),
+        )
+        sampler = SimpleNamespace(
+            sampling_states=states,
+            needs_logits_processing=np.array([False, False, processing]),
+            compute_nans=nans,
+            return_sampling_mask=False,
+        )
+        rejection = {"sampler": sampler, "enable_adaptive_verification": False}
+        return greedy_verify.is_plain_greedy(SimpleNamespace(watermark_key=key, **rejection), rows)
+
+    assert plain(rows)
+    for other in ({"temperature": 0.7}, {"processing": True}, {"logprobs": 3}):
+        assert plain(rows, **other)  # of a request that is not in the batch
+        assert not plain(np.array([0, 2]), **other)
+    assert not plain(rows, nans=True)
+    assert not plain(rows, key=1)
+
+
 @pytest.mark.parametrize(("computed", "uniform"), [([9, 12], None), ([9, 4], False)])
 def test_decode_graphs_are_for_decodes(computed, uniform):
     """Two requests with prompts of 8 tokens, the second perhaps still in its prompt."""
@@ -237,7 +265,9 @@ def test_resumed_requests_count_their_answer_as_prompt():
     assert seen[-1] == [8, 8, 8]
 
 
-@pytest.mark.parametrize("mend", [conv_metadata, draft_argmax, prefill_graphs, resumed_prefills])
+@pytest.mark.parametrize(
+    "mend", [conv_metadata, draft_argmax, greedy_verify, prefill_graphs, resumed_prefills]
+)
 def test_mend_steps_aside(mend, monkeypatch):
     replaced, said = [], []
     monkeypatch.setattr(mend, "FAULT", "text that no vLLM has")

@@ -67,6 +67,12 @@ def found(tmp_path_factory, targets, plain):
         "requests": MIXED,
         "arguments": {"enable_prefix_caching": True, "block_size": 32},
     }
+    accepting = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.2}
+    synthetic = {
+        "target": str(targets[1]),
+        "speculative": ngram(K) | accepting,
+        "requests": ONE_TOKEN,
+    }
     jobs = {
         "order": order,
         "order, stock": order | {"without": [SORT]},
@@ -74,6 +80,7 @@ def found(tmp_path_factory, targets, plain):
         "one token, stock": one_token | {"without": [SCHEDULED]},
         "mixed": mixed,
         "mixed, stock": mixed | {"without": [*METADATA, ARGMAX]},
+        "synthetic": synthetic,
     }
     return newer_runner.run(folder, jobs)
 
@@ -99,3 +106,9 @@ def test_cost_mends_change_neither_answers_nor_drafts(found, plain):
     assert found["mixed"]["answers"] == plain["mixed"]
     assert found["mixed"] == found["mixed, stock"]
     assert 0 < found["mixed"]["accepted"] < found["mixed"]["drafted"]
+
+
+def test_acceptance_is_as_synthetic_as_asked_for(found):
+    """And, like every batch of these engines, judged alike by vLLM's sampler and by the mend."""
+    steps = found["synthetic"]["drafted"] / K
+    assert 0.5 < found["synthetic"]["accepted"] / steps < 2

@@ -36,7 +36,7 @@ MODEL_MENDS = (
 )
 
 # Applied with the model's: answers stay the same, steps cost less.
-COST_MENDS = ("draft_argmax", "conv_metadata")
+COST_MENDS = ("draft_argmax", "conv_metadata", "greedy_verify")
 
 
 def skipped(name: str) -> bool:
