@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from drafthead.capture import checks
 from drafthead.capture.checks import Checker, check_values, teacher_argmax
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StoreMeta
@@ -32,7 +33,8 @@ def run(checker, samples):
     return list(checker.watch(samples, META, checks)), checks
 
 
-def test_teacher_is_the_last_norm_and_the_lm_head(target):
+@pytest.mark.parametrize("block", [4096, 100, 3])
+def test_teacher_is_the_last_norm_and_the_lm_head(target, monkeypatch, block):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(target.path, dtype=torch.float32)
@@ -40,6 +42,8 @@ def test_teacher_is_the_last_norm_and_the_lm_head(target):
     with torch.no_grad():
         expected = model.lm_head(model.model.norm(last)).argmax(-1)
     norm, eps = target.final_norm()
+    monkeypatch.setattr(checks, "_VOCAB_BLOCK", block)
+    monkeypatch.setattr(checks, "_POSITIONS_BLOCK", block)
     assert torch.equal(teacher_argmax(last, norm, eps, target.lm_head()), expected)
 
 
@@ -51,6 +55,20 @@ def test_good_samples_pass_untouched_and_are_counted(target):
     assert checks == {"samples": 5, "tokens": 55, "greedy_checked": 15, "greedy_agree": 15}
     everything = Checker(target, 99, True, torch.device("cpu"))
     assert run(everything, samples)[1]["greedy_checked"] == 5 * 8
+
+
+def test_a_full_gpu_does_not_end_a_capture(target, monkeypatch):
+    samples, asked = [greedy_sample(target, seed) for seed in range(2)], []
+
+    def full_at_first(*args):
+        asked.append(args)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return teacher_argmax(*args)
+
+    monkeypatch.setattr(checks, "teacher_argmax", full_at_first)
+    found = run(Checker(target, 99, True, torch.device("cpu")), samples)[1]
+    assert (found["greedy_checked"], found["greedy_agree"], len(asked)) == (16, 16, 2)
 
 
 def test_rows_of_other_positions_are_found_out(target):
