@@ -161,7 +161,7 @@ def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
     else:
         ours = Job("", train=json.loads(options.ours))
         tuned = Job("", "theirs", train=ours.train)
-    sides = {"speculators": as_it_comes, "drafthead": ours}
+    sides = {"drafthead": ours, "speculators": as_it_comes}
     if tuned.train != as_it_comes.train:
         sides["speculators-tuned"] = tuned
     return [

@@ -77,6 +77,13 @@ def test_a_change_redoes_only_what_depends_on_it(job):
     assert job.ran == ["verify", "bench", "report"]
 
 
+def test_who_ran_out_of_memory_goes_on_with_less(job):
+    job.execute(job.recipe())
+    less = {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 8}
+    job.execute(job.recipe(engine=less))
+    assert job.ran == ["verify", "bench", "report"]
+
+
 def test_costly_output_is_kept_unless_told(job):
     job.execute(job.recipe())
     changed = job.recipe(generate={"max_new_tokens": 7})

@@ -19,6 +19,8 @@ from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
 from drafthead.vocab import check_size
 
+_MEMORY = ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -74,14 +76,14 @@ STAGES = (
         "verify",
         "the same tokens with the head as without it",
         "drafthead.prove.verify:verify",
-        ("serve", "verify"),
+        ("engine", "serve", "verify"),
         "export",
     ),
     Stage(
         "bench",
         "the speed with the head against the speed without it",
         "drafthead.prove.bench:bench",
-        ("serve", "bench"),
+        ("engine", "serve", "bench"),
         "export",
     ),
     Stage(
@@ -134,6 +136,9 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         if stage.name == "bench":
             own["prompt_files"] = hashes(recipe.bench.sources or [])
         if stage.after is None:
+            # How much memory the engine may take does not change what the target writes: who ran
+            # out of it goes on with less.
+            own["engine"] = {k: v for k, v in own["engine"].items() if k not in _MEMORY}
             own["target_files"] = target.fingerprint
             own["prompt_files"] = hashes(recipe.prompts.sources)
         else:
