@@ -33,6 +33,7 @@ def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
     given, results = folder / "jobs.json", folder / "results.json"
     given.write_text(json.dumps(jobs))
     environment = os.environ | {
+        "DRAFTHEAD_TRY_MENDS": "greedy_verify",
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -5,7 +5,8 @@ vLLM calls :func:`register` in every process it starts, through the entry-point 
 the installed vLLM still has the fault. ``docs/upstream/`` has a page for each fault.
 
 ``DRAFTHEAD_SKIP_MENDS=name,name`` (names as in ``MENDS``, or ``all``) leaves mends out, to see a
-fault again or to find out which mend is to blame.
+fault again or to find out which mend is to blame. ``DRAFTHEAD_TRY_MENDS=name,name`` puts in what
+``UNTRIED`` leaves out.
 """
 
 import importlib
@@ -38,11 +39,16 @@ MODEL_MENDS = (
 # Applied with the model's: answers stay the same, steps cost less.
 COST_MENDS = ("draft_argmax", "conv_metadata", "greedy_verify")
 
+# Written for the GPU and not yet run on one: only who asks for them gets them.
+UNTRIED = ("greedy_verify",)
+
 
 def skipped(name: str) -> bool:
-    """Whether ``DRAFTHEAD_SKIP_MENDS`` leaves the mend ``name`` out."""
-    names = os.environ.get("DRAFTHEAD_SKIP_MENDS", "").split(",")
-    return name in names or "all" in names
+    """Whether the mend ``name`` is left out."""
+    skip, tried = (
+        os.environ.get(f"DRAFTHEAD_{which}_MENDS", "").split(",") for which in ("SKIP", "TRY")
+    )
+    return name in skip or "all" in skip or (name in UNTRIED and name not in tried)
 
 
 def apply(names: tuple[str, ...]) -> None:
@@ -52,7 +58,7 @@ def apply(names: tuple[str, ...]) -> None:
     wanted = [name for name in names if not skipped(name)]
     # Those that are not needed here say so themselves, or are for the CPU or the GPU only.
     log.info_once(
-        "drafthead: mends: %s; left out by DRAFTHEAD_SKIP_MENDS: %s",
+        "drafthead: mends: %s; left out: %s",
         ", ".join(wanted) or "none",
         ", ".join(name for name in names if skipped(name)) or "none",
     )
