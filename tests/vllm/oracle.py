@@ -20,7 +20,7 @@ def drafts(known: list[list[int]], written: list[int], k: int) -> list[int]:
     at = len(written)
     rest = next((s[at:] for s in known if s[:at] == written), [])
     right = (rest + [0] * k)[:k]
-    return [t + 1 if (at + i) % 5 == 4 else t for i, t in enumerate(right)]
+    return [t ^ 1 if (at + i) % 5 == 4 else t for i, t in enumerate(right)]
 
 
 @contextmanager
