@@ -31,8 +31,8 @@ else
   pip install --quiet --constraint <(echo "$torch") -e '.[cpu,demo,docs,dev,ray]'
   # Built for CUDA, they break `import vllm` here; nothing on a CPU needs them.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
-  # Apart from the rest, for its interpreter: tests run the GPU's model runner with it
-  # (tests/vllm/newer_runner.py).
+  # Apart from the rest, for its interpreter: tests run the model runner of GPUs
+  # and the trainer's kernels with it (tests/triton_interpreter.py).
   [ -d "$venv/share/triton" ] || pip install --quiet --no-deps --target "$venv/share/triton" triton==3.6.0
 fi
 # vLLM pins an older setuptools than ModelOpt names, and the resolver would go back to a ModelOpt

@@ -1,5 +1,5 @@
-"""Triton kernels against their plain twins: on a GPU, or under Triton's interpreter
-(`TRITON_INTERPRET=1`, any machine with Triton)."""
+"""Triton kernels against their plain twins: on a GPU, or under Triton's interpreter, where
+`test_kernels_interpreted.py` runs them."""
 
 import os
 

@@ -1,24 +1,19 @@
 """The newer model runner, that of GPUs, on the CPU.
 
-vLLM runs it there with Triton's CPU backend, which no registry has. Triton's interpreter does as
-well: its kernels are then Python. A process of its own, because the interpreter must be chosen
-before Triton is imported, and no other test wants Triton:
+vLLM runs it there with Triton's CPU backend; Triton's interpreter does as well:
 
     python -m tests.vllm.newer_runner JOBS RESULTS      (JSON files, see run())
 """
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-REPO = Path(__file__).resolve().parents[2]
-# Where tools/setup.sh puts it on a machine without a GPU.
-TRITON = Path(sys.prefix) / "share" / "triton"
+from tests.triton_interpreter import REPO, environment
 
 
 def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
@@ -29,23 +24,19 @@ def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
     (``module:attribute`` of functions that a mend replaced, to be as vLLM has them). A result has
     ``answers`` and the numbers of ``drafted`` and ``accepted`` tokens.
     """
-    assert TRITON.is_dir(), f"Triton is not at {TRITON}; tools/setup.sh puts it there"
     given, results = folder / "jobs.json", folder / "results.json"
     given.write_text(json.dumps(jobs))
-    environment = os.environ | {
-        "DRAFTHEAD_TRY_MENDS": "greedy_verify",
-        "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "PYTHONPATH": f"{REPO / 'src'}:{REPO}:{TRITON}",
-    }
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(given), str(results)],
-        env=environment,
+        env=environment(
+            DRAFTHEAD_TRY_MENDS="greedy_verify",
+            VLLM_USE_V2_MODEL_RUNNER="1",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        ),
         cwd=REPO,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # two minutes on a loaded machine
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(results.read_text())
