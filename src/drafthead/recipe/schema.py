@@ -192,8 +192,9 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     matmul: Literal["bf16", "fp8"] = "bf16"
-    """`fp8`: the products of the layers and the LM head in 8-bit floats; faster on Ada, Hopper and
-    later GPUs, refused elsewhere. The head is evaluated and saved in bf16 all the same."""
+    """`fp8`: the products of the layers and the LM head in 8-bit floats, on Ada, Hopper and later
+    GPUs. At the published head's shape an H100 was slower with it (docs/results.md): for wider
+    heads, measured first. The head is evaluated and saved in bf16 all the same."""
     row_tokens: Annotated[int, Field(gt=0)] = 8192
     """Tokens of one packed row, which runs through the head at once: fills a large GPU; a longer
     conversation is cut there."""

@@ -1,4 +1,7 @@
-"""Matrix products of training in 8-bit floats, twice as fast as bf16 on Hopper and later GPUs.
+"""Matrix products of training in 8-bit floats.
+
+The products alone are twice as fast as bf16's on Hopper; a whole step, which also has to round to
+them, was slower at the published head's shape (docs/results.md).
 
 Weights and activations are rounded to e4m3, gradients to e5m2 (arXiv 2209.05433), each tensor with
 one scale, which puts its own largest magnitude at the format's largest. Products are summed in fp32
