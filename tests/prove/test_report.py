@@ -120,3 +120,11 @@ def test_the_grid_and_what_stands_beside(tmp_path):
         for row in bench["cost_model"][0]["by_vocabulary"]:
             assert f"{row['draft_vocab_size']:,}" in text
     assert "p = 0.43" in html
+
+
+@pytest.mark.parametrize(("ks", "word"), [((3, 1, 5), "recommended"), ((2,), "as served")])
+def test_one_k_recommends_nothing(tmp_path, ks, word):
+    html, markdown, _ = written(*made_run.make(tmp_path, ks=ks))
+    assert f"drafts a step, {word}" in html
+    for text in (html, markdown):
+        assert ("One k was measured" in text) == (len(ks) == 1)

@@ -182,6 +182,11 @@ def setting(bench: dict) -> str:
 def notes(r: Results) -> list[str]:
     """What the recommendation rests on, and what it does not."""
     found, error = [], r.bench["cost_model_median_error"]
+    if len({point["num_speculative_tokens"] for point in r.bench["grid"]}) == 1:
+        found.append(
+            "One k was measured: what a draft costs cannot be told from what its check does, so no "
+            "other k is recommended, and what is expected of other draft vocabularies is rough."
+        )
     if error is not None:
         found.append(
             f"The cost model predicted points it had not seen with a median error of {error:.1%}."
