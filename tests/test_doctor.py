@@ -29,7 +29,8 @@ def found(machine):
     return {finding.what: finding for finding in doctor.check_installation(machine)}
 
 
-def test_good_installations_are_healthy():
+def test_good_installations_are_healthy(monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for machine in (CPU, CUDA):
         assert {f.state for f in found(machine).values()} == {"ok"}
 
@@ -61,6 +62,22 @@ def test_plugin_left_out_by_the_environment(monkeypatch):
     assert found(CPU)["vLLM plugin"].state == "warning"
     monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda **_: ())
     assert found(CPU)["vLLM plugin"].state == "fault"
+
+
+def test_vllm_that_every_engine_compiles_anew(monkeypatch, tmp_path):
+    source = tmp_path / "vllm" / "__init__.py"
+    source.parent.mkdir()
+    source.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    finding = found(CPU)["bytecode"]
+    assert finding.state == "warning"
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert "bytecode" not in found(CPU)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    subprocess.run(finding.mend.removesuffix(", or unset it").split(), check=True)
+    assert "bytecode" not in found(CPU)
 
 
 def test_a_cuda_torchvision_beside_the_cpu_build(monkeypatch):

@@ -56,7 +56,7 @@ def check_installation(machine: Machine) -> list[Finding]:
             found.append(
                 Finding("vLLM for CPU", "fault", f"{names} beside it: importing it fails", mend)
             )
-    found += [_plugin(), _gpus(machine)]
+    found += [_plugin(), _gpus(machine), *_bytecode()]
     return found
 
 
@@ -160,6 +160,25 @@ def _plugin() -> Finding:
             "unset it, unless you are looking for a fault",
         )
     return Finding("vLLM plugin", "ok", "registered")
+
+
+def _bytecode() -> list[Finding]:
+    """Container images like to set PYTHONDONTWRITEBYTECODE. Where the installer did not compile
+    either, every process of every engine compiles all that it imports: vLLM takes twice as long to
+    import (docs/results.md)."""
+    spec = importlib.util.find_spec("vllm") if sys.dont_write_bytecode else None
+    if spec is None or spec.origin is None:
+        return []
+    if Path(importlib.util.cache_from_source(spec.origin)).exists():
+        return []
+    return [
+        Finding(
+            "bytecode",
+            "warning",
+            "PYTHONDONTWRITEBYTECODE is set and vLLM is not compiled: each engine compiles it anew",
+            f"{sys.executable} -m compileall -q {Path(spec.origin).parents[1]}, or unset it",
+        )
+    ]
 
 
 def _gpus(machine: Machine) -> Finding:
