@@ -129,19 +129,8 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
         return Plan([Setting(n, v, "") for n, v in {**common, **more}.items()], env)
 
     def drafting(head: str, k: int) -> Plan:
-        speculative = {
-            "method": "eagle3",
-            "model": str(work / head),
-            "num_speculative_tokens": k,
-            "draft_load_config": {"load_format": "safetensors"},
-            "use_local_argmax_reduction": True,
-        }
-        if not tiny:  # vLLM's CPU build has no synthetic acceptance
-            speculative |= {
-                "rejection_sample_method": "synthetic",
-                "synthetic_acceptance_length": lfm2_shapes.ACCEPTED[k],
-            }
-        return plan(speculative_config=speculative)
+        speculative = lfm2_shapes.speculation(work / head, k, tiny)
+        return plan(speculative_config=speculative | {"use_local_argmax_reduction": True})
 
     rng = np.random.default_rng(0)
     prompts = [(rng.integers(8, 500, 64).tolist(), "random") for _ in range(options.count)]

@@ -120,6 +120,21 @@ def write_models(work: Path, tiny: bool) -> None:
     write_head(work / "head", tiny, draft_vocab(tiny))
 
 
+def speculation(head: Path | str, k: int, tiny: bool) -> dict:
+    """vLLM's `speculative_config` for a head on disk, of its own weights beside a target with dummy
+    ones. Acceptance is synthetic, which vLLM's CPU build (``tiny``) does not have."""
+    config = {
+        "method": "eagle3",
+        "model": str(head),
+        "num_speculative_tokens": k,
+        "draft_load_config": {"load_format": "safetensors"},
+    }
+    if tiny:
+        return config
+    synthetic = {"rejection_sample_method": "synthetic"}
+    return config | synthetic | {"synthetic_acceptance_length": ACCEPTED[k]}
+
+
 def start_engine(
     work: Path | str,
     target: str,
@@ -147,19 +162,7 @@ def start_engine(
     """
     from vllm import LLM
 
-    speculative = None
-    if k:
-        speculative = {
-            "method": "eagle3",
-            "model": f"{work}/head",
-            "num_speculative_tokens": k,
-            "draft_load_config": {"load_format": "safetensors"},
-        }
-        if not tiny:
-            speculative |= {
-                "rejection_sample_method": "synthetic",
-                "synthetic_acceptance_length": ACCEPTED[k],
-            }
+    speculative = speculation(f"{work}/head", k, tiny) if k else None
     memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else cache_bytes}
     if not tiny:
         memory["gpu_memory_utilization"] = share

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import speculators_side
 import torch
+from heads_of_a_store import unverified_task
 from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
@@ -21,14 +22,12 @@ from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
-from drafthead.states import StateReader
 from drafthead.targets import load_target
 from drafthead.train.batches import prefetch
 from drafthead.train.evaluate import evaluate
 from drafthead.train.loop import Task, fit
 from drafthead.train.parallel import World
 from drafthead.train.plan import Plan
-from drafthead.train.stage import make_task
 from drafthead.vocab import vocab
 
 KS = (1, 2, 3, 4, 5)
@@ -109,13 +108,9 @@ def run_of(options: argparse.Namespace, size: int | None = None) -> RunDir:
 
 
 def task_of(options: argparse.Namespace, job: Job) -> Task:
-    """What the job trains on what. Shards are not verified again for each of many heads: it would
-    take longer than training one."""
-    run = run_of(options, job.vocab)
+    """What the job trains on what."""
     recipe = make_recipe(options, job, options.target)
-    task = make_task(recipe, run, load_target(options.target))
-    reader = StateReader(run.states, verify=False, aux_layers=recipe.head.aux_layers)
-    return dataclasses.replace(task, reader=reader)
+    return unverified_task(recipe, run_of(options, job.vocab), load_target(options.target))
 
 
 def train(options: argparse.Namespace, job: Job, warm: bool = False) -> dict:

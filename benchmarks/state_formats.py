@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from heads_of_a_store import unverified_task
 from rich.console import Console
 
 from drafthead.capture.compare import compare
@@ -40,7 +41,6 @@ from drafthead.states import Encoding, Sample, StateReader, StateWriter
 from drafthead.targets import recipe_target
 from drafthead.train.loop import fit
 from drafthead.train.parallel import World
-from drafthead.train.stage import make_task
 
 FORMATS: tuple[Encoding, ...] = ("bf16", "fp8", "fp8-aux")
 
@@ -77,11 +77,8 @@ def heldout(*stores: Path) -> Iterator[tuple[Sample, ...]]:
 
 
 def train(job: Job) -> dict:
-    """Train a head; how it ended, JSON-able. Shards are not verified again for each head: this
-    script has just read or written them all."""
-    task = make_task(job.recipe, job.run, recipe_target(job.recipe))
-    reader = StateReader(job.run.states, verify=False, aux_layers=job.recipe.head.aux_layers)
-    task = replace(task, reader=reader)
+    """Train a head; how it ended, JSON-able."""
+    task = unverified_task(job.recipe, job.run, recipe_target(job.recipe))
     found = fit(task, job.folder, World.join(), Console(file=io.StringIO()))
     kept = ("steps", "tokens", "k", "accepted_length", "heldout", "train_seconds")
     return {"seed": job.seed, "format": job.format} | {key: found[key] for key in kept}
