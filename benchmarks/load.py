@@ -125,17 +125,21 @@ class Load:
 
 def memory_now(pid: int) -> dict[str, int]:
     """Bytes that the server's processes hold in memory, the API server's and the engine's part of
-    them, and that are used of the GPU."""
+    them, and on the GPUs."""
     server = psutil.Process(pid)
     found = {"server_rss": server.memory_info().rss, "engine_rss": 0}
-    for process in server.children(recursive=True):
+    children = server.children(recursive=True)
+    for process in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             found["engine_rss"] += process.memory_info().rss
     found["rss"] = sum(found.values())
     if this_machine().vllm_device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        used = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
-        found["gpu"] = int(used.split()[0]) << 20
+        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
+        rows = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+        used = (line.split(",") for line in rows.splitlines())
+        own = {process.pid for process in children}
+        sizes = [int(size.split()[0]) << 20 for pid, size in used if int(pid) in own]
+        found |= {"gpu": sum(sizes)} if sizes else {}
     return found
 
 

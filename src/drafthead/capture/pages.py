@@ -14,6 +14,7 @@ import torch
 
 from drafthead.capture.checks import Checker, check_values
 from drafthead.states import Sample, StoreMeta
+from drafthead.states.writer import on_few_cores
 
 PAGE = 1 << 18
 """Bytes: small beside a sample of a hundred tokens, large beside the cost of a copy."""
@@ -85,7 +86,7 @@ class PageWriter:
         self.pages, self.meta, self.checker = pages, meta, checker
         self._picked: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._believed = not checker.greedy
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pages")
+        self._thread = ThreadPoolExecutor(1, "pages", on_few_cores)
         self._last: Future | None = None
 
     def submit(self, places: Sequence[Sequence[int]], samples: Iterator[Sample]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.states.format import Encoding, encode
+from drafthead.states.writer import on_few_cores
 
 KEY = "drafthead"
 """`SamplingParams.extra_args[KEY]` names a sequence whose states are wanted."""
@@ -283,6 +284,7 @@ class Tap:
             steps.wait_event(before)  # the GPU waits, should it be so far ahead; the host does not
 
     def _drain(self) -> None:
+        on_few_cores()
         failed: Exception | None = None
         while True:
             done, start, stop, captured = self._queue.get()

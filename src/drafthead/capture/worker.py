@@ -9,6 +9,7 @@ The layers come in `additional_config["drafthead"]`, which is part of vLLM's com
 cache key: a graph compiled without these outputs is never mistaken for one with them.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,9 @@ class Capture:
         (``positions``, ``greedy``, ``strict``)."""
         if self._tap is None:
             return
+        # The writer's threads share the interpreter with the engine's, which would wait for it up
+        # to 5 ms, a third of a step, each time it comes back from the GPU.
+        sys.setswitchinterval(0.0005)
         about = self._meta = StoreMeta.of(meta)
         checker = Checker(
             load_target(target),

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from drafthead.errors import DraftheadError
 from drafthead.fsio import disk_errors
 from drafthead.states.format import Sample, StoreMeta, encode, write_shard
@@ -38,7 +40,9 @@ class StateWriter:
         self.path, self.meta, self.shard_bytes = Path(path), meta, shard_bytes
         open_store(self.path, meta)
         self._slots = threading.BoundedSemaphore(pending)
-        self._threads = ThreadPoolExecutor(pending, thread_name_prefix="states")
+        self._threads = ThreadPoolExecutor(
+            pending, thread_name_prefix="states", initializer=on_few_cores
+        )
         self._futures: list[Future] = []
 
     def has(self, unit: int) -> bool:
@@ -77,6 +81,12 @@ class StateWriter:
         self._threads.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
             self._raise_failed()
+
+
+def on_few_cores() -> None:
+    """Let the calling thread spread its copies over two cores at most: by default PyTorch takes all
+    of them for each, which are then not there for the engine's thread."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def open_store(path: Path, meta: StoreMeta) -> None:
