@@ -142,8 +142,6 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
             left = begun + options.explore_seconds - time.time()
             deadline = time.time() + left / (len(waves) - number)
             jobs = variants.WAVES[name](found, options.epochs)
-            if not found:  # one alone fills the compiler's cache for all
-                found = train_all([jobs.pop(0)], deadline)
             found = train_all(jobs, deadline)
         pool.terminate()  # what the last wave left behind
     record["chosen"] = {
@@ -165,7 +163,7 @@ def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
     if tuned.train != as_it_comes.train:
         sides["speculators-tuned"] = tuned
     return [
-        dataclasses.replace(job, name=f"duel/{name}", epochs=options.epochs, evaluations=8)
+        dataclasses.replace(job, name=f"duel/{name}", epochs=options.epochs, evaluations=10)
         for name, job in sides.items()
     ]
 
