@@ -39,7 +39,7 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.costmodel import StepCost, analyse, median_error
 from drafthead.prove.grid import line, running, start, time_grid
-from drafthead.prove.pairing import Engine, Point
+from drafthead.prove.pairing import METHOD, Engine, Point
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import parse_recipe
 from drafthead.serve import Plan, Setting, engine_plan
@@ -274,6 +274,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": this_machine().as_dict(),
         "engine": "in the asking process" if options.in_process else "as in vllm serve",
+        "method": METHOD,
     }
     with contextlib.ExitStack() as stack:
         begun = time.monotonic()

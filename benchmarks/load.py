@@ -266,7 +266,7 @@ def main() -> None:
             engine,
             [requests[i][0] for i, _, _ in keys],
             [alone[i] for i, _, _ in keys],
-            [Completion(list(ids), 0, 0, reason, []) for _, ids, reason in keys],
+            [Completion(list(ids), reason) for _, ids, reason in keys],
             [requests[i][1] for i, _, _ in keys],
         )
     record |= {

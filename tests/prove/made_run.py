@@ -14,25 +14,22 @@ from drafthead.prove.costmodel import (
     recommended_k,
     thinned,
 )
-from drafthead.prove.engine import Completion, Generation, SpecCounters
+from drafthead.prove.engine import SpecCounters
 from drafthead.prove.pairing import Block, Point, summarize
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.proof import write_proof
 from drafthead.prove.sampled import TwoSample
+from drafthead.prove.steady import requests
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.targets import load_target
 from tests.prove import crafted
+from tests.prove.closed_loop import serve
 
 ACCEPTANCE = [0.71, 0.48, 0.31, 0.2, 0.12]
 _VERSIONS = {"python": "3.12.4", "vllm": "0.32.0", "torch": "2.11.0", "drafthead": "0.1.0"}
 _GPU = Gpu("NVIDIA H100 80GB HBM3", 80 << 30)
 MACHINE = Machine("Linux", "a processor", 16, 128 << 30, (_GPU,), True, "570.1", _VERSIONS)
-
-
-def _completion(tokens, step_s):
-    seconds = 0.03 + (tokens - 1) * step_s
-    return Completion(list(range(tokens)), seconds, 0.03, "length", [], [step_s] * (tokens - 1))
 
 
 def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
@@ -41,22 +38,18 @@ def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
     plain = 0.003 * (1 + 0.05 * concurrency)
     length = 1 + sum(ACCEPTANCE[:k])
     step = (plain * 1.15 + 0.00035 * k) / gain
+    prompts = range(1 if concurrency == 1 else 2 * concurrency)
+    _, limits = requests(prompts, concurrency, 128)
     blocks = []
     for i in range(24):
-        tokens = 128 * concurrency
-        noise = rng.lognormal(0, 0.04, 2)
-        base = [_completion(128, plain * noise[0])] * concurrency
-        fast = [_completion(128, step / length * noise[1])] * concurrency
-        drafts = round(tokens / length)
+        noise = rng.lognormal(0, 0.04, 2).tolist()
+        base = serve(limits, concurrency, first_s=0.03, step_s=plain * noise[0])
+        fast = serve(limits, concurrency, first_s=0.03, step_s=step * noise[1], length=length)
+        drafts = sum(len(c.outputs) - 1 for c in fast.completions)
         per = [round(drafts * p) for p in ACCEPTANCE[:k]]
-        blocks.append(
-            Block(
-                [("code", "chat")[i % 2]] * concurrency,
-                Generation(base, base[0].seconds),
-                Generation(fast, fast[0].seconds),
-                SpecCounters(drafts, k * drafts, sum(per), per),
-            )
-        )
+        counters = SpecCounters(drafts, k * drafts, sum(per), per)
+        sources = [("code", "chat")[i % 2]] * len(prompts)
+        blocks.append(Block(sources, concurrency, limits, base, fast, counters))
     return summarize(Point(k, concurrency, temperature, 128), blocks) | {"tensor_parallel_size": 1}
 
 

@@ -29,6 +29,7 @@ def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5):
         "drafts": 1000,
         "accepted_by_position": accepted,
         "base_tokens": 41,
+        "base_answers": 1,
         "base_first_token_s": 10.0,
         "drafted_first_token_s": 12.0,
     }
@@ -37,7 +38,6 @@ def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5):
         "concurrency": concurrency,
         "accepted_length": LENGTHS[k - 1],
         "step_s": {"base": plain, "drafted": step, "plain_steps": step / plain},
-        "answers": 1,
         "speedup": (10 + 40 * plain) / (12 + 40 / LENGTHS[k - 1] * step),
         "pairs": [pair],
     }

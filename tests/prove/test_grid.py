@@ -9,17 +9,18 @@ from rich.console import Console
 from drafthead.data.answers import Answer, write_part
 from drafthead.fsio import read_json
 from drafthead.prove.bench import _on_each_number_of_gpus, bench
-from drafthead.prove.engine import Completion, Generation, SpecCounters
+from drafthead.prove.engine import SpecCounters
 from drafthead.prove.grid import shared, time_grid
 from drafthead.prove.pairing import Point, run_pairs, typical_steps
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, Setting, engine_plan
 from tests.prove import crafted, made_run
+from tests.prove.closed_loop import serve
 
 
 class Engine:
-    """Takes ``step_s`` a token, and drafts as many times as it writes tokens."""
+    """Takes ``step_s`` a token, and drafts as many times as it writes tokens after the first."""
 
     def __init__(self, name, step_s, asked):
         self.name, self.step_s, self.asked = name, step_s, asked
@@ -31,13 +32,12 @@ class Engine:
     def generate(self, prompts, **how):
         self.asked.append((self.name, tuple(map(tuple, prompts)), how))
         assert how["prefix_cache"] is False
-        tokens = how["max_tokens"]
-        c, n = self.count, tokens * len(prompts)
+        limits = how["max_tokens"]
+        if isinstance(limits, int):
+            limits = [limits] * len(prompts)
+        c, n = self.count, sum(limits) - len(limits)
         self.count = SpecCounters(c.drafts + n, c.draft_tokens + n, c.accepted_tokens, [0])
-        seconds = tokens * self.step_s
-        gaps = [self.step_s] * (tokens - 1)
-        one = Completion(list(range(tokens)), seconds, self.step_s, "length", [], gaps)
-        return Generation([one] * len(prompts), seconds)
+        return serve(limits, how["concurrency"], first_s=self.step_s, step_s=self.step_s)
 
 
 PROMPTS = [([1], "a"), ([2], "a"), ([3], "b")]
@@ -57,7 +57,10 @@ def test_every_engine_gets_each_block_in_turn():
         order = ["base", "one", "two"]
         assert [name for name, _, _ in block] == order[n % 3 :] + order[: n % 3]
         assert first[n].base is second[n].base
-        assert first[n].counters.drafts == 5 * len(first[n].sources)
+        limits = first[n].limits
+        assert limits == block[0][2]["max_tokens"]
+        assert sum(limits) == 5 * len(first[n].sources)  # a whole answer to each prompt
+        assert first[n].counters.drafts == sum(limits) - len(limits)
     assert len({how["seed"] for _, _, how in timed}) == len(first)
 
 

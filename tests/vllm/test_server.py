@@ -95,6 +95,12 @@ def test_pairs_are_timed_over_http(server):
     assert cell["same_tokens"] == cell["answers"] == 9
     assert cell["acceptance_by_position"][0] == pytest.approx(18 / 42)
     assert cell["latency"]["drafted"]["per_later_token_s"]["p99"] > 0
+    point = Point(3, 2, 0.0, 25)  # answers of 13, 25, 25, 25 and 12 tokens of each kind
+    prompts = list(zip(KNOWN, ("repeats", "alternates", "rings"), strict=True))
+    (blocks,) = run_pairs(base, [server], prompts, point, repeats=1, warmup=0)
+    cell = summarize(point, blocks)
+    assert cell["same_tokens"] == cell["answers"] == 5 * len(blocks)
+    assert cell["acceptance_by_position"][0] == pytest.approx(72 / 167)
 
 
 def test_a_good_server_and_each_fault(server, recipe, head, tmp_path):

@@ -122,6 +122,8 @@ def test_bench_counts_what_is_known_beforehand(recipe, run):
     assert (single["answers"], single["same_tokens"]) == (9, 9)
     assert single["pairs_timed"] >= 8
     assert double["concurrency"] == 2
+    assert double["same_tokens"] == double["answers"] == 5 * double["pairs_timed"]
+    assert all(p["base_answers"] and p["drafted_answers"] for p in double["pairs"])
     low, high = summary["speedup_ci95"]
     assert low <= summary["speedup"] <= high
     assert (low > 1) == (summary["verdict"] == "faster")
@@ -139,8 +141,9 @@ def test_other_drafters_are_measured_beside(recipe, run, tmp_path):
     found = contest_after(run, recipe.model_copy(update={"bench": section}), [str(other)])
     beside = read_json(run.bench_json, "")["beside"]
     assert set(found) == set(beside) == {str(other), "ngram"}
-    # The same head in the other format; the same counts as in bench.
-    assert found[str(other)]["acceptance_by_position"] == [18 / 42, 6 / 42, 6 / 42]
+    # The same head in the other format. Two at once are answered with 13, 25, 25, 25 and 12 tokens:
+    # 3 + 3 * 6 + 3 drafts of repeats, 6 + 3 * 12 + 6 of alternates, 12 + 3 * 24 + 11 of rings.
+    assert found[str(other)]["acceptance_by_position"] == [72 / 167, 24 / 167, 24 / 167]
     # What repeats is looked up too, what alternates and rings as well, once it has come round.
     assert found["ngram"]["accepted_length"] > 2
     assert beside["ngram"]["grid"][0]["concurrency"] == 2

@@ -12,7 +12,7 @@ from drafthead.machine import this_machine
 from drafthead.prove.cells import Cells, forget
 from drafthead.prove.costmodel import Vocabularies, analyse, median_error, recommended_k
 from drafthead.prove.grid import measure
-from drafthead.prove.pairing import Point
+from drafthead.prove.pairing import METHOD, Point
 from drafthead.prove.prediction import (
     Rehearsal,
     by_vocabulary,
@@ -28,12 +28,6 @@ from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
 from drafthead.targets import Target, recipe_target
 
-_METHOD = (
-    "measured; the same prompts on both engines, alternating which goes first, warm-up left out; "
-    "tokens/s is all generated tokens over all seconds, prefill included and never from a prefix "
-    "cache; ratio over pairs with a 95 % percentile bootstrap interval; acceptance from the "
-    "engine's own counters"
-)
 # vLLM's own prompt lookup; a match of two tokens at least, as its examples take.
 _NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 # The cost model looks at k up to here.
@@ -96,7 +90,7 @@ def _measure(
         "target": target.fingerprint,
         "head": hash_folder(head) if head.is_dir() else None,
         "prompts": prompts,
-        "how": [section.max_new_tokens, section.repeats, section.warmup, section.over],
+        "how": [section.max_new_tokens, section.repeats, section.warmup, section.over, METHOD],
         "machine": machine.as_dict(),
     }
     cells = Cells(run.root / ".stages", inputs)
@@ -230,7 +224,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,
         "predicted_accepted_length": 1 + sum(expected) if expected else None,
-        "method": _METHOD,
+        "method": METHOD,
         "grid": cells,
         "cost_model": fits,
         "cost_model_median_error": median_error(fits),

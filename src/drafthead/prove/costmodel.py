@@ -141,8 +141,7 @@ def answer_speedup(cells: Sequence[dict], cost: StepCost, k: int, length: float)
         float(np.median([p[f"{which}_first_token_s"] for p in pairs]))
         for which in ("base", "drafted")
     )
-    written, answers = sum(p["base_tokens"] for p in pairs), sum(c["answers"] for c in cells)
-    later = written / answers - 1
+    later = sum(p["base_tokens"] for p in pairs) / sum(p["base_answers"] for p in pairs) - 1
     return (base + later * cost.plain) / (drafted + later / length * cost.step(k))
 
 

@@ -5,6 +5,7 @@ other, and lets two engines (with and without the head) live side by side for pa
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -23,20 +24,43 @@ from drafthead.fsio import log_tail
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine wrote for one prompt."""
+    """What an engine wrote for one prompt. Times are seconds since the first request of its
+    generation was given in."""
 
     ids: list[int]
     """Generated token ids."""
-    seconds: float
-    """From giving the request in to its last token."""
-    first_token_s: float
-    """From giving the request in to its first token."""
     finish_reason: str
     """``stop`` (end of text) or ``length``."""
-    logprobs: list[dict[int, float]]
+    begin_at: float = 0.0
+    """When the request was given in."""
+    outputs: list[tuple[float, int]] = field(default_factory=list)
+    """When each output came and how many tokens it held; that of a drafted step holds several."""
+    logprobs: list[dict[int, float]] = field(default_factory=list)
     """For each generated token, log-probabilities of the likeliest tokens, if asked for."""
-    gaps_s: list[float] = field(default_factory=list)
-    """Between one output and the next; an output of a drafted step holds several tokens."""
+
+    @property
+    def first_token_at(self) -> float:
+        return self.outputs[0][0] if self.outputs else self.begin_at
+
+    @property
+    def end_at(self) -> float:
+        """When the last token came."""
+        return self.outputs[-1][0] if self.outputs else self.begin_at
+
+    @property
+    def seconds(self) -> float:
+        """From giving the request in to its last token."""
+        return self.end_at - self.begin_at
+
+    @property
+    def first_token_s(self) -> float:
+        """From giving the request in to its first token."""
+        return self.first_token_at - self.begin_at
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between one output and the next."""
+        return [b - a for (a, _), (b, _) in itertools.pairwise(self.outputs)]
 
 
 @dataclass(frozen=True)
@@ -188,11 +212,10 @@ class EngineProcess:
         completions = [
             Completion(
                 ids=result["ids"],
-                seconds=result["seconds"],
-                first_token_s=result["first_token_s"],
                 finish_reason=result["finish_reason"],
+                begin_at=result["begin_at"],
+                outputs=[(at, tokens) for at, tokens in result["outputs"]],
                 logprobs=[{int(k): v for k, v in row.items()} for row in result["logprobs"]],
-                gaps_s=result["gaps_s"],
             )
             for result in answer["results"]
         ]

@@ -7,7 +7,6 @@ returns and this process kills its whole group, vLLM's own children with it.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -48,8 +47,8 @@ def generate(llm: Any, request: dict) -> dict:
     """Run prompts with at most ``concurrency`` of them in the engine at once.
 
     A new one is given in as soon as one ends, so lengths mix as under real load. Times are this
-    process's wall clock: ``seconds`` from giving a request in to its last token,
-    ``first_token_s`` to its first.
+    process's wall clock, in seconds since the first was given in: ``begin_at`` of each request,
+    and with the number of its tokens that of each of its ``outputs``.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -78,7 +77,8 @@ def generate(llm: Any, request: dict) -> dict:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        record = {"index": i, "ids": [], "logprobs": [], "times": [], "start": time.perf_counter()}
+        begin_at = time.perf_counter() - start
+        record = {"begin_at": begin_at, "ids": [], "outputs": [], "logprobs": []}
         engine.add_request(str(i), {"prompt_token_ids": prompts[i]}, params)
         live[str(i)] = record
         return True
@@ -88,12 +88,12 @@ def generate(llm: Any, request: dict) -> dict:
             pass
         while live:
             outputs = engine.step()
-            now = time.perf_counter()
+            now = time.perf_counter() - start
             for output in outputs:
                 record = live[output.request_id]
                 part = output.outputs[0]
                 if part.token_ids:
-                    record["times"].append(now)
+                    record["outputs"].append((now, len(part.token_ids)))
                 record["ids"] += part.token_ids
                 if part.logprobs is not None:
                     record["logprobs"] += [
@@ -102,14 +102,8 @@ def generate(llm: Any, request: dict) -> dict:
                     ]
                 if output.finished:
                     del live[output.request_id]
-                    results[record["index"]] = {
-                        "ids": list(record["ids"]),
-                        "logprobs": record["logprobs"],
-                        "finish_reason": part.finish_reason,
-                        "seconds": now - record["start"],
-                        "first_token_s": (record["times"] or [now])[0] - record["start"],
-                        "gaps_s": [b - a for a, b in itertools.pairwise(record["times"])],
-                    }
+                    record["finish_reason"] = part.finish_reason
+                    results[int(output.request_id)] = record
                     give_in()
     except BaseException:
         with contextlib.suppress(Exception):

@@ -2,7 +2,8 @@
 
 Machines drift (clocks, heat, neighbours). Timing one engine for a minute and then the other puts
 the drift into the ratio; a pair takes both within seconds, and which of the two goes first
-alternates from pair to pair.
+alternates from pair to pair. With several requests at once, what counts is what came while all
+places were taken (:mod:`drafthead.prove.steady`).
 """
 
 import itertools
@@ -11,12 +12,21 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from drafthead.prove.engine import EngineProcess, Generation, SpecCounters
+from drafthead.prove.engine import Completion, EngineProcess, Generation, SpecCounters
 from drafthead.prove.server import Client
 from drafthead.prove.stats import conditional, speedup
+from drafthead.prove.steady import Window, requests, whole, window
 
 MIN_PAIRS = 8
 """Fewer pairs give no interval worth printing: a small set is gone through again."""
+
+METHOD = (
+    "measured; the same prompts on both engines, alternating which goes first, warm-up left out; "
+    "one request at a time: all generated tokens over all seconds; several: each that ends is "
+    "replaced at once, and tokens and seconds count while all places are taken; prefill included "
+    "and never from a prefix cache; ratio over pairs with a 95 % percentile bootstrap interval; "
+    "acceptance from the engine's own counters"
+)
 
 Engine = EngineProcess | Client
 """What answers prompts and counts its drafts, in process or over HTTP."""
@@ -34,9 +44,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Block:
-    """The same prompts of one source on both engines, once; with one request at a time, one."""
+    """The same requests of one source on both engines, once; one at a time, a single one."""
 
     sources: list[str]
+    """Of the prompts."""
+    concurrency: int
+    limits: list[int]
+    """Of the answers, in tokens."""
     base: Generation
     drafted: Generation
     counters: SpecCounters
@@ -44,7 +58,7 @@ class Block:
 
 def blocks_of(sources: Sequence[str], concurrency: int, repeats: int) -> list[list[int]]:
     """Indices of prompts, a block a pair: prompts of one source, so that each source has figures
-    of its own, and two rounds of requests, so that the engine is full for most of it.
+    of its own, and enough for two rounds of requests.
 
     Each prompt comes equally often within its source, ``repeats`` times or as often as it takes
     to fill blocks of that size, eight at least over all sources.
@@ -91,10 +105,12 @@ def run_pairs(
     """
     engines = [base, *drafted]
 
-    def generate(engine: Engine, indices: list[int], seed: int) -> Generation:
+    def generate(
+        engine: Engine, indices: list[int], limits: int | list[int], seed: int
+    ) -> Generation:
         return engine.generate(
             [prompts[i][0] for i in indices],
-            max_tokens=point.max_new_tokens,
+            max_tokens=limits,
             concurrency=point.concurrency,
             temperature=point.temperature,
             seed=seed if point.temperature else None,
@@ -105,30 +121,30 @@ def run_pairs(
     if warmup:
         indices = [i % len(prompts) for i in range(max(warmup, point.concurrency))]
         for engine in engines:
-            generate(engine, indices, seed=0)
+            generate(engine, indices, point.max_new_tokens, seed=0)
     found: list[list[Block]] = [[] for _ in drafted]
     sources = [source for _, source in prompts]
-    for n, indices in enumerate(blocks_of(sources, point.concurrency, repeats)):
+    for n, block in enumerate(blocks_of(sources, point.concurrency, repeats)):
+        indices, limits = requests(block, point.concurrency, point.max_new_tokens)
         before = [engine.counters() for engine in drafted]
         written: dict[int, Generation] = {}
         for i in range(len(engines)):
             at = (i + n) % len(engines)
-            written[at] = generate(engines[at], indices, seed=(n + 1) * len(prompts))
+            seed = (n + 1) * len(prompts)
+            written[at] = generate(engines[at], indices, limits, seed)
         for i, engine in enumerate(drafted):
             counters = engine.counters().since(before[i])
-            own = [sources[j] for j in indices]
-            found[i].append(Block(own, written[0], written[i + 1], counters))
+            own = [sources[j] for j in block]
+            both = written[0], written[i + 1]
+            found[i].append(Block(own, point.concurrency, limits, *both, counters))
     return found
 
 
 def figures(blocks: Sequence[Block]) -> dict:
     """Throughputs, their ratio with its interval, acceptance and latencies of some pairs."""
-    ratio = speedup(
-        [b.base.tokens for b in blocks],
-        [b.base.wall_s for b in blocks],
-        [b.drafted.tokens for b in blocks],
-        [b.drafted.wall_s for b in blocks],
-    )
+    pairs = [pair(block) for block in blocks]
+    columns = ("base_tokens", "base_s", "drafted_tokens", "drafted_s")
+    ratio = speedup(*([p[name] for p in pairs] for name in columns))
     counters = SpecCounters.total([b.counters for b in blocks])
     by_position = counters.acceptance_by_position
     return {
@@ -142,10 +158,16 @@ def figures(blocks: Sequence[Block]) -> dict:
         "acceptance_by_position": by_position,
         "conditional_acceptance_by_position": conditional(by_position),
         "drafts": counters.drafts,
-        "step_s": typical_steps([pair(block) for block in blocks]),
+        "step_s": typical_steps(pairs),
         "latency": {
-            "base": latencies([b.base for b in blocks]),
-            "drafted": latencies([b.drafted for b in blocks]),
+            name: latencies(
+                [
+                    completion
+                    for b in blocks
+                    for completion in whole(getattr(b, name), b.limits, b.concurrency)
+                ]
+            )
+            for name in ("base", "drafted")
         },
     }
 
@@ -172,33 +194,41 @@ def summarize(point: Point, blocks: Sequence[Block]) -> dict:
     }
 
 
-def step_seconds(generation: Generation, steps: int) -> float | None:
+def step_seconds(seen: Window, steps_a_token: float) -> float | None:
     """Mean wall-clock seconds of one decoding step, as a request meets it.
 
     After its first token, a request goes through one step of the engine for each further token
     (target alone) or for each draft (with the head), whatever else shares the step.
+
+    Args:
+        seen: while all places were taken.
+        steps_a_token: that were gone through for each of those further tokens.
     """
-    seconds = sum(c.seconds - c.first_token_s for c in generation.completions)
-    return seconds / steps if steps else None
+    steps = seen.later_tokens * steps_a_token
+    return seen.decoding_s / steps if steps else None
 
 
 def pair(block: Block) -> dict:
-    """What a block gave, JSON-able: all that the figures of a point come from."""
-    base, drafted, counters = block.base, block.drafted, block.counters
-
-    def first_token_s(generation: Generation) -> float:
-        return float(np.mean([c.first_token_s for c in generation.completions]))
-
+    """What a block gave while all places were taken, JSON-able: all that the figures of a point
+    come from. Drafts and their acceptance are those of the whole block."""
+    counters, found = block.counters, dict[str, float | None]()
+    later = block.drafted.tokens - len(block.drafted.completions)
+    drafts_a_token = counters.drafts / later if later else 0.0
+    for name, generation, steps in (
+        ("base", block.base, 1.0),
+        ("drafted", block.drafted, drafts_a_token),
+    ):
+        seen = window(generation, block.concurrency)
+        found |= {
+            f"{name}_tokens": seen.tokens,
+            f"{name}_s": seen.seconds,
+            f"{name}_answers": seen.answers,
+            f"{name}_step_s": step_seconds(seen, steps),
+            f"{name}_first_token_s": seen.waiting_s / seen.answers,
+        }
     return {
         "sources": sorted(set(block.sources)),
-        "base_tokens": base.tokens,
-        "base_s": base.wall_s,
-        "base_step_s": step_seconds(base, base.tokens - len(base.completions)),
-        "base_first_token_s": first_token_s(base),
-        "drafted_tokens": drafted.tokens,
-        "drafted_s": drafted.wall_s,
-        "drafted_step_s": step_seconds(drafted, counters.drafts),
-        "drafted_first_token_s": first_token_s(drafted),
+        **found,
         "drafts": counters.drafts,
         "accepted_by_position": counters.accepted_per_position,
     }
@@ -219,11 +249,10 @@ def typical_steps(pairs: Sequence[dict]) -> dict[str, float | None]:
     }
 
 
-def latencies(generations: Sequence[Generation]) -> dict:
+def latencies(completions: Sequence[Completion]) -> dict:
     """What a request meets, each as p50 and p99: seconds to its first token, seconds between
     outputs (inter-token latency; a drafted step puts out several tokens at once), seconds a later
     token on average, and tokens a second that one user gets (here p1 beside p50: the worst)."""
-    completions = [c for g in generations for c in g.completions]
     long = [c for c in completions if len(c.ids) > 1]
     later = [(c.seconds - c.first_token_s) / (len(c.ids) - 1) for c in long]
     names = {

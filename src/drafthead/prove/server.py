@@ -6,7 +6,6 @@ that pairs are timed and answers compared over HTTP as they are in process.
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -72,22 +71,20 @@ def histogram_mean(samples: Sequence[tuple[str, dict[str, str], float]], name: s
 class Stream:
     """One streamed answer while it comes in."""
 
-    start: float
+    begin: float
+    """When it was asked for, by ``time.perf_counter``."""
     ids: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    """When each output with tokens came."""
+    outputs: list[tuple[float, int]] = field(default_factory=list)
+    """When each output with tokens came, by the same clock, and how many it held."""
     finish_reason: str = "length"
 
-    def completion(self) -> Completion:
-        """What was written and when, once it has ended."""
-        first, last = (self.times[0], self.times[-1]) if self.times else (self.start, self.start)
+    def completion(self, since: float) -> Completion:
+        """What was written and when, in seconds after ``since``, once it has ended."""
         return Completion(
             ids=self.ids,
-            seconds=last - self.start,
-            first_token_s=first - self.start,
             finish_reason=self.finish_reason,
-            logprobs=[],
-            gaps_s=[b - a for a, b in itertools.pairwise(self.times)],
+            begin_at=self.begin - since,
+            outputs=[(at - since, tokens) for at, tokens in self.outputs],
         )
 
 
@@ -181,7 +178,7 @@ class Client:
         begin = time.perf_counter()
         streams = asyncio.run(self._ask_all(bodies, concurrency))
         wall = time.perf_counter() - begin
-        return Generation([stream.completion() for stream in streams], wall)
+        return Generation([stream.completion(begin) for stream in streams], wall)
 
     async def _ask_all(self, bodies: list[dict], concurrency: int) -> list[Stream]:
         gate = asyncio.Semaphore(concurrency)
@@ -212,7 +209,7 @@ class Client:
                 text = (await response.aread()).decode(errors="replace")[:500]
                 raise DraftheadError(f"{self.name} ({self.url}): {response.status_code}: {text}")
             async for line in response.aiter_lines():
-                if leave_after is not None and len(found.times) >= leave_after:
+                if leave_after is not None and len(found.outputs) >= leave_after:
                     break
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
@@ -221,7 +218,7 @@ class Client:
                     raise DraftheadError(f"{self.name} ({self.url}): {event['error']}")
                 for choice in event["choices"]:
                     if choice["token_ids"]:
-                        found.times.append(time.perf_counter())
+                        found.outputs.append((time.perf_counter(), len(choice["token_ids"])))
                         found.ids += choice["token_ids"]
                     found.finish_reason = choice["finish_reason"] or found.finish_reason
         return found

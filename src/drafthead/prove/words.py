@@ -171,7 +171,11 @@ def facts(r: Results) -> list[tuple[str, str]]:
 def setting(bench: dict) -> str:
     """The headline's conditions in words."""
     at_once = bench["concurrency"]
-    load = "One request at a time" if at_once == 1 else f"{at_once} requests at once"
+    load = (
+        "One request at a time"
+        if at_once == 1
+        else f"{at_once} requests at once, each that ends replaced by the next"
+    )
     heat = f"temperature {bench['temperature']:g}" if bench["temperature"] else "greedy"
     tokens = bench["max_new_tokens"]
     return (

@@ -307,7 +307,8 @@ class BenchSection(Section):
     """Each k to measure; None is the one that serve names, else 3, 1 and 5. The first is the
     headline's."""
     concurrency: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
-    """Requests at once, each a column of the grid; the first is the headline's."""
+    """Requests at once, each that ends replaced by the next; each number is a row of the grid, the
+    first is the headline's."""
     temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
     """Sampling temperatures of the grid; the first is the headline's."""
     tensor_parallel_size: list[Annotated[int, Field(ge=1)]] | None = None
