@@ -35,7 +35,7 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion
 from drafthead.prove.grid import running, shared
-from drafthead.prove.lossless import compare
+from drafthead.prove.lossless import Examiner
 from drafthead.prove.server import Client, connections
 from drafthead.recipe import parse_recipe
 from drafthead.serve import engine_plan
@@ -262,12 +262,15 @@ def main() -> None:
         )
         alone = dict(zip(used, wanted.completions, strict=True))
         keys = list(load.answers)
-        verdict = compare(
+        examiner = Examiner(
             engine,
             [requests[i][0] for i, _, _ in keys],
+            [requests[i][1] for i, _, _ in keys],
+            options.concurrency,
+        )
+        verdict = examiner.compare(
             [alone[i] for i, _, _ in keys],
             [Completion(list(ids), reason) for _, ids, reason in keys],
-            [requests[i][1] for i, _, _ in keys],
         )
     record |= {
         "different_requests": len(used),

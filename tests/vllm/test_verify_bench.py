@@ -197,8 +197,9 @@ def test_a_tie_is_told_from_a_fault(recipe, run, tmp_path, monkeypatch):
     assert (tie["base_token"], tie["drafted_token"], tie["verdict"]) == (151, 400, TIE)
     assert tie["gap"] == pytest.approx(0, abs=1e-4)
     assert fault["position"] == 0
-    assert outcome["noise"]["positions"] > 100
+    assert outcome["noise"]["positions"] == outcome["tokens"]
     assert outcome["noise"]["largest"] < 1e-3
+    assert outcome["noise"]["flips"] == 0
     assert read_proof(run)["lossless"] is False
 
 

@@ -221,6 +221,18 @@ class EngineProcess:
         ]
         return Generation(completions, answer["wall_s"])
 
+    def score(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[dict[int, float]]]:
+        """The engine's next-token log-probabilities along given sequences of token ids, all
+        positions of one in one pass.
+
+        Returns:
+            For each sequence and position the log-probabilities of its token and of the ``top``
+            likeliest; nothing for the first.
+        """
+        self._send({"op": "score", "sequences": [list(map(int, s)) for s in sequences], "top": top})
+        answer = self._receive("failed while scoring")
+        return [[{int(k): v for k, v in row.items()} for row in rows] for rows in answer["rows"]]
+
     def counters(self) -> SpecCounters:
         """Speculation counters since the engine's start (all zero without speculation)."""
         self._send({"op": "counters"})

@@ -112,6 +112,19 @@ def generate(llm: Any, request: dict) -> dict:
     return {"results": results, "wall_s": time.perf_counter() - start}
 
 
+def score(llm: Any, sequences: list[list[int]], top: int) -> dict:
+    """Log-probabilities of the tokens of each sequence and of the likeliest at their places."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for ids in sequences]
+    found = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        rows = (row or {} for row in output.prompt_logprobs)
+        found.append([{str(t): entry.logprob for t, entry in row.items()} for row in rows])
+    return {"rows": found}
+
+
 def main() -> None:
     connection = Connection(int(sys.argv[1]))
     threading.Thread(target=_die_with_parent, args=(int(sys.argv[2]),), daemon=True).start()
@@ -137,6 +150,8 @@ def main() -> None:
                 )
             elif request["op"] == "generate":
                 reply({"ok": generate(llm, request)})
+            elif request["op"] == "score":
+                reply({"ok": score(llm, request["sequences"], request["top"])})
             elif request["op"] == "counters":
                 reply({"ok": counters(llm)})
             else:

@@ -13,7 +13,7 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
-from drafthead.prove.lossless import NOT_LOSSLESS, compare
+from drafthead.prove.lossless import NOT_LOSSLESS, Examiner
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
@@ -120,7 +120,7 @@ class Outcome:
     """What the engines gave."""
 
     runs: list[dict]
-    """For each k and workload, what :func:`drafthead.prove.lossless.compare` found, with
+    """For each k and workload, what :meth:`drafthead.prove.lossless.Examiner.compare` found, with
     ``num_speculative_tokens``, ``workload`` and ``concurrency``."""
     sampled: TwoSample | None
     """The test of sampling with the first k, if it was asked for."""
@@ -170,12 +170,13 @@ def prove_lossless(
         if not at_once:
             stack.enter_context(alone)
         wanted = _answers(alone, work, prefix_cache=False)
+        examiners = [Examiner(alone, w.prompts, w.max_tokens, w.concurrency) for w in work]
         runs = [
             {
                 "num_speculative_tokens": k,
                 "workload": w.name,
                 "concurrency": w.concurrency,
-                **compare(alone, w.prompts, wanted[i], answers[i], w.max_tokens),
+                **examiners[i].compare(wanted[i], answers[i]),
             }
             for k, answers in written.items()
             for i, w in enumerate(work)
