@@ -142,6 +142,8 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
             left = begun + options.explore_seconds - time.time()
             deadline = time.time() + left / (len(waves) - number)
             jobs = variants.WAVES[name](found, options.epochs)
+            for size in {job.vocab for job in jobs}:  # once, not by every worker at once
+                run_of(options, size)
             found = train_all(jobs, deadline)
         pool.terminate()  # what the last wave left behind
     record["chosen"] = {
