@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--waves", default="rates,parts,finalists", help="of explore")
     parser.add_argument(
         "--ours",
-        default='{"learning_rate": 2e-3, "row_tokens": 2048, "ttt_steps": 5}',
+        default='{"learning_rate": 1e-3, "row_tokens": 2048, "ttt_steps": 5}',
         help="our side's train section where explore has chosen none",
     )
     parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")

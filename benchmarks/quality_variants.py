@@ -14,11 +14,26 @@ MARGIN = 0.01
 """A part wins if it adds so much accepted length, and two standard deviations over seeds."""
 
 LEVELS: dict[str, list[Job]] = {
+    "norms": [
+        Job("fc_norm", head={"fc_norm": True, "norm_before_fc": False}),
+        Job("no-norm_before_residual", head={"norm_before_residual": False}),
+        Job("no-norm_before_fc", head={"norm_before_fc": False}),
+        Job("no-norm_output", head={"norm_output": False}),
+        Job(
+            "no-norms",
+            head={"norm_before_fc": False, "norm_before_residual": False, "norm_output": False},
+        ),
+    ],
+    "start": [
+        Job("layer-from-target", head={"layer_from_target": True}),
+        Job("random-fc", random_fc=True),
+    ],
+    "betas": [Job("beta2-0.999", train={"betas": [0.9, 0.999]})],
     # The rest has 5, as many as are drafted.
     "steps": [
-        Job("ttt-1", train={"ttt_steps": 1}),
         Job("ttt-3", train={"ttt_steps": 3}),
         Job("ttt-7", train={"ttt_steps": 7}),
+        Job("ttt-1", train={"ttt_steps": 1}),
     ],
     "decay": [
         Job("decay-1.0", train={"ttt_decay": 1.0}),
@@ -28,20 +43,6 @@ LEVELS: dict[str, list[Job]] = {
         Job("acceptance", train={"loss": "acceptance"}),
         Job("ce+smoothl1", train={"loss": "ce+smoothl1"}),
         Job("ce+0.1smoothl1", train={"loss": "ce+smoothl1", "regression_weight": 0.1}),
-    ],
-    "start": [
-        Job("layer-from-target", head={"layer_from_target": True}),
-        Job("random-fc", random_fc=True),
-    ],
-    "norms": [
-        Job("fc_norm", head={"fc_norm": True}),
-        Job("norm_before_fc", head={"norm_before_fc": True}),
-        Job("norm_output", head={"norm_output": True}),
-        Job("norm_before_residual", head={"norm_before_residual": True}),
-        Job(
-            "norms-of-speculators",
-            head={"norm_before_fc": True, "norm_before_residual": True, "norm_output": True},
-        ),
     ],
 }
 # These change what a draft costs when served, so accepted length alone must not choose them.
@@ -66,7 +67,7 @@ def rates() -> list[Job]:
         )
         for optimizer in ("adamw", "muon")
         for rows in (8192, 2048)
-        for rate in (2e-3, 4e-3)
+        for rate in (1e-3, 5e-4, 2e-3)
     ]
     theirs = [
         Job(
@@ -75,7 +76,7 @@ def rates() -> list[Job]:
             train={"learning_rate": rate, "row_tokens": rows},
         )
         for rows in (8192, 2048)
-        for rate in (1e-3, 3e-3)
+        for rate in (1e-3, 5e-4)
     ]
     return [*theirs, *ours]  # theirs compile longest
 

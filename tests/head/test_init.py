@@ -19,14 +19,17 @@ def target(llama):
     return load_target(llama)
 
 
+BARE = {"norm_before_fc": False, "norm_before_residual": False, "norm_output": False}
+
+
 def config(target, **section) -> HeadConfig:
     layers = target.default_aux_layers()
     return head_config(HeadSection(intermediate_size=128, **section), target, layers, len(D2T))
 
 
-def make(target, **options) -> Eagle3Head:
+def make(target, section=BARE, **options) -> Eagle3Head:
     weight, _ = target.final_norm()
-    return init_from_target(config(target), D2T, target.lm_head(), weight, **options)
+    return init_from_target(config(target, **section), D2T, target.lm_head(), weight, **options)
 
 
 def test_the_recipe_leaves_open_what_the_target_says(target):
@@ -43,11 +46,12 @@ def test_the_recipe_leaves_open_what_the_target_says(target):
 
 def test_a_recipe_makes_a_head(target):
     section = HeadSection(
-        intermediate_size=128, num_hidden_layers=2, norm_output=True, layer_from_target=True
+        intermediate_size=128, num_hidden_layers=2, norm_before_fc=False, layer_from_target=True
     )
     head = new_head(section, target, (1, 3), D2T, seed=3)
     assert len(head.layers) == 2
-    assert head.config.norm_output
+    flags = head.config.norm_before_fc, head.config.norm_before_residual, head.config.norm_output
+    assert flags == (False, True, True)
     assert head.config.aux_layer_ids == (1, 3)
     taken = target_layer(target)["mlp.up_proj.weight"]
     assert torch.equal(head.layers[0].mlp.up_proj.weight, taken)
@@ -69,6 +73,17 @@ def test_the_deepest_state_passes_through(target):
     others[:, :-1] = 0
     assert torch.equal(head.fuse(others), aux[:, -1])
     assert 0 < (head.fuse(aux) - aux[:, -1]).norm() < 0.2 * aux[:, -1].norm()
+
+
+def test_normed_the_deepest_state_passes_through_in_its_direction(target):
+    head = make(target, {})
+    aux = torch.randn(5, len(head.config.aux_layer_ids), target.hidden_size) * 300
+    aux[:, :-1] = 0
+    passed, deepest = head.fuse(aux), aux[:, -1]
+    assert torch.cosine_similarity(passed, deepest, dim=-1).min() > 0.999
+    size = passed.square().mean(-1).sqrt()  # all states are normed together
+    expected = len(head.config.aux_layer_ids) ** 0.5
+    torch.testing.assert_close(size, torch.full((5,), expected), atol=0.05, rtol=0)
 
 
 def test_a_seed_is_a_head(target):

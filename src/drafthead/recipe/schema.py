@@ -143,14 +143,18 @@ class HeadSection(Section):
     """Query heads; None is the target's."""
     num_key_value_heads: Annotated[int, Field(gt=0)] | None = None
     """Key and value heads; None is the target's."""
-    norm_before_residual: bool = False
-    """Take the residual after the norm of the hidden state rather than before."""
-    norm_before_fc: bool = False
+    norm_before_residual: bool = True
+    """Take the residual after the norm of the hidden state rather than before. The norms are the
+    largest single gain that was measured: a few dimensions of a target's states are hundreds of
+    times the others, and drown what a head adds to them (docs/heads.md). false, with the next and
+    `norm_output`, is the published head."""
+    norm_before_fc: bool = True
     """RMS-norm the joined auxiliary states before `fc`."""
     fc_norm: bool = False
     """RMS-norm each auxiliary state by itself before `fc`."""
-    norm_output: bool = False
-    """Feed the state after the final norm, not before it, to the next draft step."""
+    norm_output: bool = True
+    """Feed the state after the final norm, not before it, to the next draft step: positions beyond
+    `train.ttt_steps` then stay useful."""
     num_hidden_layers: Annotated[int, Field(ge=1, le=4)] = 1
     """Decoder layers; each one more is read again at every draft step."""
     layer_from_target: bool = False
