@@ -3,9 +3,9 @@ r"""Quality at equal data on two CPU cores: heads on the states of a finished ru
     python benchmarks/quality_small.py --run runs/demo --out OUT --peers DIR \
         [--only a,b] [--seeds 0,1,2]
 
-The demo's training settings (rate 2e-3, rows of 1,024 tokens, 3 steps of training-time test, one
-epoch) for every head but what its name says; speculators 0.9.0 with its own schedule and loss on
-the same packed rows in the same order, at its default rate and at the demo's. Held-out accepted
+Rows of 256 tokens, 3 steps of training-time test, one epoch, and drafthead's defaults for every
+head but what its name says; speculators 0.9.0 with its own schedule and loss on
+the same packed rows in the same order, at its default rate and half of it. Held-out accepted
 length at k = 1 to 5 by drafthead's walk. Far less data than quality.py's, so read it as a
 comparison at a demo's size. `fp8` runs in PyTorch's 8-bit products for CPUs: slow, the same
 rounding. Finished heads are read back; OUT/quality_small.json is written after
@@ -27,18 +27,25 @@ from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
 from drafthead.train import fp8
 
-DEMO = {"learning_rate": 2e-3, "row_tokens": 1024, "ttt_steps": 3}
+DEMO = {"row_tokens": 256, "ttt_steps": 3}
+ADAMW = DEMO | {"optimizer": "adamw"}
+BARE = {"norm_before_fc": False, "norm_before_residual": False, "norm_output": False}
 JOBS = [
     Job("drafthead", train=DEMO, vocab=8192),
     Job("speculators-1e-3", "theirs", train=DEMO | {"learning_rate": 1e-3}, vocab=8192),
-    Job("speculators-2e-3", "theirs", train=DEMO, vocab=8192),
+    Job("speculators-5e-4", "theirs", train=DEMO | {"learning_rate": 5e-4}, vocab=8192),
+    Job("muon-1e-3", train=DEMO | {"learning_rate": 1e-3}, vocab=8192),
+    Job("adamw-5e-4", train=ADAMW, vocab=8192),
+    Job("adamw-1e-3", train=ADAMW | {"learning_rate": 1e-3}, vocab=8192),
+    Job("adamw-2e-3", train=ADAMW | {"learning_rate": 2e-3}, vocab=8192),
+    Job("no-norms", train=DEMO, head=BARE, vocab=8192),
+    Job("adamw-1e-3-no-norms", train=ADAMW | {"learning_rate": 1e-3}, head=BARE, vocab=8192),
+    Job("fc_norm", train=DEMO, head={"fc_norm": True, "norm_before_fc": False}, vocab=8192),
+    Job("rows-512", train=DEMO | {"row_tokens": 512}, vocab=8192),
+    Job("rows-1024", train=DEMO | {"row_tokens": 1024}, vocab=8192),
     Job("acceptance", train=DEMO | {"loss": "acceptance"}, vocab=8192),
     Job("vocab-16384", train=DEMO, vocab=16384),
-    Job("rows-512", train=DEMO | {"row_tokens": 512}, vocab=8192),
     Job("layer-from-target", train=DEMO, head={"layer_from_target": True}, vocab=8192),
-    Job("norm_before_fc", train=DEMO, head={"norm_before_fc": True}, vocab=8192),
-    Job("fc_norm", train=DEMO, head={"fc_norm": True}, vocab=8192),
-    Job("muon", train=DEMO | {"optimizer": "muon"}, vocab=8192),
     Job("fp8", train=DEMO | {"matmul": "fp8"}, vocab=8192),
     Job("ttt-1", train=DEMO | {"ttt_steps": 1}, vocab=8192),
     Job("ttt-5", train=DEMO | {"ttt_steps": 5}, vocab=8192),

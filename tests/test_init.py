@@ -30,7 +30,7 @@ def test_written_recipe_loads_and_fits_the_target(tmp_path, lfm2_moe):
     assert recipe.train == minimal.train
     assert recipe.generate == minimal.generate
     text = out.read_text()
-    assert "# Peak learning rate, of both optimizers" in text
+    assert "# Peak learning rate, of all weights" in text
 
 
 def test_existing_recipe_is_kept(tmp_path, llama):

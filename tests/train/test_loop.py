@@ -200,17 +200,18 @@ def test_torchrun_starts_a_killed_worker_again_and_the_run_goes_on(store, whole,
     assert curve(restarted)[-4:] == pytest.approx(curve(whole)[-4:], rel=1e-4)
 
 
-def test_shards_follow_the_curve_and_one_process_goes_on_from_them(store, whole, tmp_path):
-    sharded = tmp_path / "sharded"
+def test_shards_follow_the_curve_and_one_process_goes_on_from_them(store, tmp_path):
+    whole, sharded, adamw = tmp_path / "whole", tmp_path / "sharded", {"optimizer": "adamw"}
+    run(store, whole, **adamw)
     last = lambda folder: next((folder / "checkpoint").glob("step-*/optimizer.safetensors"))
     steps = checkpoint.read_progress(whole / "checkpoint").step
-    run(store, sharded, processes=2, die_at=steps - 1, shard=True)
+    run(store, sharded, processes=2, die_at=steps - 1, shard=True, **adamw)
     found = curve(sharded)
     assert len(found) > 3
     assert found == pytest.approx(curve(whole)[: len(found)], rel=1e-4)
     ours, theirs = load_file(last(sharded)), load_file(last(whole))
     assert {name: t.shape for name, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
-    run(store, sharded, shard=True)
+    run(store, sharded, shard=True, **adamw)
     assert curve(sharded) == pytest.approx(curve(whole), rel=1e-3)
     assert_same_weights(sharded, whole, rtol=0.05, atol=5e-3)
 

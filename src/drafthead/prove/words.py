@@ -158,7 +158,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
                 "training",
                 f"{train.loss} loss, {r.recipe.ttt_steps} training-time-test steps, "
                 f"{train.epochs:g} epochs ({r.training['steps']:,} steps, "
-                f"{r.training['tokens']:,} positions), learning rate {train.learning_rate:g}"
+                f"{r.training['tokens']:,} positions), learning rate {train.peak_learning_rate:g}"
                 + (f", {waiting:.1%} of the time waiting for data" if waiting is not None else ""),
             )
         )

@@ -57,11 +57,11 @@ class Task:
 
 def learning_rate(settings: TrainSection, step: int, steps: int) -> float:
     """Rate of `step` (from 0): linear warm-up, then a cosine that would reach zero at `steps`."""
-    warmup = round(settings.warmup_ratio * steps)
+    peak, warmup = settings.peak_learning_rate, round(settings.warmup_ratio * steps)
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return peak * (1 + math.cos(math.pi * done)) / 2
 
 
 def fit(task: Task, folder: Path, world: World, console: Console) -> dict:
