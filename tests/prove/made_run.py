@@ -103,7 +103,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         "ties": 1,
         "differences": differences,
         "tokens": 8123,
-        "noise": None,
+        "noise": {"positions": 8100, "flips": 12, "largest": 0.0625},
         "examined": [],
     }
     sampled = TwoSample(p_value=0.43, detectable_shift=0.05, contexts=8, samples=500, positions=8)

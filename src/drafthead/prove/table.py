@@ -18,10 +18,14 @@ def verdict_words(results: Results) -> str:
 def lossless_words(verify: dict) -> str:
     """In words what verify found."""
     words = f"{verify['identical']} of {verify['prompts']} answers identical, token for token"
-    if verify["ties"]:
-        words += f"; {verify['ties']} part at a tie within numeric noise"
     if verify["differences"]:
         words += f"; {verify['differences']} differ: NOT LOSSLESS"
+    if verify["ties"]:
+        words += f"; {verify['ties']} part at a tie within numeric noise"
+        # Measured once for each set of prompts, whatever k.
+        noises = {r["workload"]: r["noise"] for r in verify["runs"] if r["noise"]}.values()
+        flips, positions = (sum(n[name] for n in noises) for name in ("flips", "positions"))
+        words += f" (the target parts from itself at {flips:,} of {positions:,} positions)"
     return words
 
 
