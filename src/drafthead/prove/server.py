@@ -224,10 +224,15 @@ class Client:
         return found
 
 
+KEPT_S = 2.0
+"""Seconds that an idle connection is used again. vLLM's server closes it after five, and so would
+httpx: a request sent in that instant is lost."""
+
+
 def connections(count: int) -> httpx.AsyncClient:
     """So many connections at most. No proxy of the environment's: it would be timed with the
     server, or lead elsewhere."""
-    limits = httpx.Limits(max_connections=count)
+    limits = httpx.Limits(max_connections=count, keepalive_expiry=KEPT_S)
     return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(600), trust_env=False)
 
 

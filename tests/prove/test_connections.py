@@ -1,0 +1,52 @@
+"""Connections to a server that closes idle ones, as vLLM's does."""
+
+import asyncio
+import time
+
+import httpx
+import pytest
+
+from drafthead.prove import server
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+
+async def ask_after_idling(http: httpx.AsyncClient, limit: float, idle: float) -> int:
+    """Two requests ``idle`` seconds apart, to a server that has given up a connection idle for
+    ``limit`` seconds in the instant in which its next request comes. Returns connections made."""
+    made = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal made
+        made += 1
+        last = time.monotonic()
+        while await reader.readuntil(b"\r\n\r\n"):
+            if time.monotonic() - last > limit:
+                break  # the request is never read
+            writer.write(ANSWER)
+            await writer.drain()
+            last = time.monotonic()
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    async with http:
+        for pause in (idle, 0.0):
+            assert (await http.get(url)).text == "ok"
+            await asyncio.sleep(pause)
+    listening.close()
+    return made
+
+
+def test_an_idle_connection_is_not_used_when_the_server_may_be_closing_it(monkeypatch):
+    monkeypatch.setattr(server, "KEPT_S", 0.1)
+    assert asyncio.run(ask_after_idling(server.connections(1), limit=0.25, idle=0.4)) == 2
+    # What happened before: kept for as long as the server keeps it, and used once too often.
+    stale = httpx.AsyncClient(limits=httpx.Limits(keepalive_expiry=5.0), trust_env=False)
+    with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
+        asyncio.run(ask_after_idling(stale, limit=0.25, idle=0.4))
+
+
+def test_a_connection_in_use_is_used_again():
+    assert asyncio.run(ask_after_idling(server.connections(1), limit=5.0, idle=0.0)) == 1
+    assert server.KEPT_S < 5.0
