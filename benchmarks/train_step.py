@@ -9,7 +9,8 @@ of 8192 positions in 8 documents, the last 80 % of each supervised. All sides ta
 forward, backward, clipping, AdamW. They start from the same weights, so their first losses must
 agree.
 
-- drafthead trains the LM head. `drafthead-fp8` is the same with `train.matmul: fp8`.
+- drafthead trains the LM head. `drafthead-fp8` is the same with `train.matmul: fp8`,
+  `drafthead-muon` with its default optimizer.
 - speculators is as it comes: LM head frozen, its own KL loss (the eager form: the fused one does
   not compile under PyTorch 2.11), torch.compile, autocast bf16, fused AdamW (its trainer's is not
   fused: this favours it).
@@ -95,7 +96,7 @@ class Ours:
     """drafthead's step."""
 
     name = "drafthead"
-    eight_bit = False
+    eight_bit = muon = False
 
     def __init__(self, shape: Shape, steps: int, samples: list, device, options, like=None):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -130,7 +131,7 @@ class Ours:
         self.embedding = embedding
         self.start = {name: t.cpu().clone() for name, t in head.state_dict().items()}
         self.step = TrainStep(head, teacher, objective, options.compile, self.eight_bit)
-        self.optimizer = AdamW(head.named_parameters(), AdamWSettings())
+        self.optimizer = AdamW(head.named_parameters(), AdamWSettings(self.muon))
         self.operations = operations(config, self.batches[0])
 
     def run(self, number: int) -> torch.Tensor:
@@ -146,6 +147,13 @@ class OursFp8(Ours):
 
     name = "drafthead-fp8"
     eight_bit = True
+
+
+class OursMuon(Ours):
+    """drafthead's step with `train.optimizer: muon`, its default."""
+
+    name = "drafthead-muon"
+    muon = True
 
 
 class Speculators:
@@ -235,7 +243,7 @@ def case(shape: Shape, ttt: int, device, options, ceiling: float) -> dict:
     sides: list = []
     rest: dict[str, int] = {}
     result: dict = {"ttt_steps": ttt}
-    for maker in (Ours, OursFp8, Speculators, SpecForge):
+    for maker in (Ours, OursMuon, OursFp8, Speculators, SpecForge):
         if maker.name not in options.sides:
             continue
         before, start = allocated(device), time.perf_counter()
@@ -317,7 +325,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ttt", default="1,3,7")
     parser.add_argument("--peers", type=Path, help="folder with the others, if not installed")
-    parser.add_argument("--sides", default="drafthead,drafthead-fp8,speculators,specforge")
+    parser.add_argument(
+        "--sides", default="drafthead,drafthead-muon,drafthead-fp8,speculators,specforge"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument(
         "--chunk", type=int, default=Objective.chunk_rows, help="rows of logits at once"
