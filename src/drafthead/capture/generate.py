@@ -1,5 +1,6 @@
 """The target answers the prompts, and its states are captured in the same pass."""
 
+import contextlib
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from drafthead.capture.plan import WorkPlan
 from drafthead.data.answers import Answer, part_path, read_part, write_part
 from drafthead.data.chats import Chat
 from drafthead.data.template import Message
+from drafthead.errors import DraftheadError
 from drafthead.states.index import unit_path
 
 # Tokens that a template puts around one more turn; more than any known one does.
@@ -186,6 +188,13 @@ def generate_units(
         if engine and states is not None:
             engine.flush()
         settle(True)
+    except DraftheadError:
+        if engine and states is not None:
+            # The other of two units under way may yet be finished, and then it counts.
+            with contextlib.suppress(DraftheadError):
+                engine.flush()
+            settle(False)
+        raise
     finally:
         if engine:
             engine.close()
