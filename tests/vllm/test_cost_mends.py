@@ -190,7 +190,7 @@ def test_greedy_verification_is_for_plain_greedy_requests():
     # Of three states the first two want their argmax, the third a temperature or something else.
     rows = np.array([0, 1])
 
-    def plain(rows, temperature=0.0, processing=False, logprobs=-1, nans=False, key=None):
+    def plain(rows, temperature=0.0, processing=False, logprobs=-1, nans=False, key=None, fly=None):
         states = SimpleNamespace(
             temperature=SimpleNamespace(np=np.array([0.0, 0.0, temperature])),
             max_num_logprobs=lambda rows: max(np.array([-1, -1, logprobs])[rows]),
@@ -202,6 +202,8 @@ def test_greedy_verification_is_for_plain_greedy_requests():
             return_sampling_mask=False,
         )
         rejection = {"sampler": sampler, "enable_adaptive_verification": False}
+        if fly is not None:
+            rejection["fly_window_size"] = fly
         return greedy_verify.is_plain_greedy(SimpleNamespace(watermark_key=key, **rejection), rows)
 
     assert plain(rows)
@@ -210,6 +212,8 @@ def test_greedy_verification_is_for_plain_greedy_requests():
         assert not plain(np.array([0, 2]), **other)
     assert not plain(rows, nans=True)
     assert not plain(rows, key=1)
+    assert plain(rows, fly=0)
+    assert not plain(rows, fly=4)
 
 
 @pytest.mark.parametrize(("computed", "uniform"), [([9, 12], None), ([9, 4], False)])

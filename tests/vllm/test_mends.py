@@ -175,6 +175,35 @@ def test_mend_steps_aside(mend, monkeypatch, caplog):
     assert "steps aside" in said[0]
 
 
+def test_draft_group_is_left_to_a_vllm_that_marks_draft_layers(monkeypatch):
+    """vLLM 0.33 has no such function any more."""
+    from vllm.v1.core import kv_cache_utils
+
+    said = []
+    monkeypatch.delattr(kv_cache_utils, "_uses_trailing_mtp_layers")
+    monkeypatch.setattr(patch.log, "info_once", lambda text, *values: said.append(text % values))
+    draft_kv_group.apply()
+    assert "steps aside" in said[0]
+    assert not hasattr(kv_cache_utils, "_uses_trailing_mtp_layers")
+
+
+def test_mend_that_does_not_fit_is_left_out_of_an_unknown_vllm_only(monkeypatch):
+    import vllm
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    warned = []
+    monkeypatch.delattr(GPUModelRunner, "_update_states")
+    monkeypatch.setattr(
+        patch.log, "warning_once", lambda text, *values: warned.append(text % values)
+    )
+    with pytest.raises(AttributeError):
+        vllm_plugin.apply(("accepted_counts",))
+    monkeypatch.setattr(vllm, "__version__", "0.40.1")
+    vllm_plugin.apply(("accepted_counts", "draft_kv_group"))
+    assert len(warned) == 1
+    assert "'accepted_counts' does not fit" in warned[0]
+
+
 def test_unknown_vllm_warns(monkeypatch):
     import vllm
 

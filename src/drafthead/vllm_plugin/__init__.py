@@ -43,6 +43,13 @@ COST_MENDS = ("draft_argmax", "conv_metadata", "greedy_verify")
 UNTRIED = ("greedy_verify",)
 
 
+def is_supported() -> bool:
+    """Whether the mends were written for the installed vLLM."""
+    import vllm
+
+    return vllm.__version__.startswith(SUPPORTED_VLLM)
+
+
 def skipped(name: str) -> bool:
     """Whether the mend ``name`` is left out."""
     skip, tried = (
@@ -52,7 +59,11 @@ def skipped(name: str) -> bool:
 
 
 def apply(names: tuple[str, ...]) -> None:
-    """Apply the mends ``names`` (modules of this package); a second call changes nothing."""
+    """Apply the mends ``names`` (modules of this package); a second call changes nothing.
+
+    Under a vLLM that they were not written for, a mend whose place in it is gone is left out with
+    a warning; it must not keep vLLM from starting.
+    """
     from .patch import log
 
     wanted = [name for name in names if not skipped(name)]
@@ -63,7 +74,12 @@ def apply(names: tuple[str, ...]) -> None:
         ", ".join(name for name in names if skipped(name)) or "none",
     )
     for name in wanted:
-        importlib.import_module(f"{__name__}.{name}").apply()
+        try:
+            importlib.import_module(f"{__name__}.{name}").apply()
+        except (ImportError, AttributeError) as error:
+            if is_supported():
+                raise
+            log.warning_once("drafthead: the mend %r does not fit this vLLM: %s", name, error)
 
 
 def register() -> None:
@@ -73,7 +89,7 @@ def register() -> None:
 
     from .patch import log
 
-    if not vllm.__version__.startswith(SUPPORTED_VLLM):
+    if not is_supported():
         log.warning_once(
             "drafthead's mends were written for vLLM %sx; this is %s. Each still looks whether "
             "it is needed, but check losslessness (drafthead verify) before you trust them.",

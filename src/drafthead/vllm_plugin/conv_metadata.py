@@ -105,7 +105,7 @@ def _decodes_at_once(stock):
                 num_decode_draft_tokens_cpu=num_decode_draft_tokens_cpu,
                 **rest,
             )
-        indices = _state_indices(self, m.block_table_tensor[: m.num_reqs], m.seq_lens)
+        indices = _state_indices(self, m.block_table_tensor[: m.num_reqs], m.seq_lens[: m.num_reqs])
         metadata = self.metadata_cls(
             num_prefills=0,
             num_prefill_tokens=0,

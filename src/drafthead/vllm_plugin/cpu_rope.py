@@ -8,14 +8,14 @@ import torch
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
 
-from .patch import log, wrap
+from .patch import step_aside, wrap
 
 
 def apply() -> None:
     if not current_platform.is_cpu():
         return
     if _kernel_rotates_heads():
-        log.info_once("drafthead: vLLM no longer needs the mend 'cpu_rope'; it steps aside.")
+        step_aside("cpu_rope")
         return
     wrap(RotaryEmbedding, "forward_cpu", _flat)
 

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d
 from vllm.model_executor.layers.mamba.short_conv import ShortConv
 from vllm.platforms import current_platform
 
-from .patch import log, wrap
+from .patch import step_aside, wrap
 
 
 def apply() -> None:
@@ -21,7 +21,7 @@ def apply() -> None:
     # Not still_has(): upstream's mend will name the counts, whatever else it looks like.
     stock = getattr(ShortConv.forward_native, "__wrapped__", ShortConv.forward_native)
     if "num_accepted_tokens" in stock.__code__.co_names:
-        log.info_once("drafthead: vLLM no longer needs the mend 'cpu_short_conv'; it steps aside.")
+        step_aside("cpu_short_conv")
         return
     wrap(ShortConv, "forward_native", _speculative)
 

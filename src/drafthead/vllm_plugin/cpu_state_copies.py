@@ -13,7 +13,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker import mamba_utils
 from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
 
-from .patch import log, wrap
+from .patch import step_aside, wrap
 
 
 def apply() -> None:
@@ -21,9 +21,7 @@ def apply() -> None:
         return
     # A kernel without a twin is the plain function that Triton would have compiled.
     if hasattr(mamba_utils.precopy_mamba_align_fused_kernel, "__getitem__"):
-        log.info_once(
-            "drafthead: vLLM no longer needs the mend 'cpu_state_copies'; it steps aside."
-        )
+        step_aside("cpu_state_copies")
         return
     wrap(MambaSpecDecodeGPUContext, "run_fused_precopy", lambda _: run_fused_precopy)
     wrap(MambaSpecDecodeGPUContext, "run_fused_postprocess", lambda _: run_fused_postprocess)

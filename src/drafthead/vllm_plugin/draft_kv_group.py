@@ -7,13 +7,16 @@ states included, as the draft's.
 
 from vllm.v1.core import kv_cache_utils
 
-from .patch import still_has, wrap
+from .patch import step_aside, still_has, wrap
 
 FAULT = 'if spec_config.method == "mtp":'
 
 
 def apply() -> None:
-    if still_has(kv_cache_utils._uses_trailing_mtp_layers, FAULT, "draft_kv_group"):
+    stock = getattr(kv_cache_utils, "_uses_trailing_mtp_layers", None)
+    if stock is None:  # vLLM 0.33 marks a draft model's layers when it loads them
+        step_aside("draft_kv_group")
+    elif still_has(stock, FAULT, "draft_kv_group"):
         wrap(kv_cache_utils, "_uses_trailing_mtp_layers", _eagle_too)
 
 

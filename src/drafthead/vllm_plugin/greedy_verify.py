@@ -35,6 +35,7 @@ def is_plain_greedy(rejection_sampler: Any, rows: Any) -> bool:
     return not (
         rejection_sampler.enable_adaptive_verification
         or rejection_sampler.watermark_key is not None
+        or getattr(rejection_sampler, "fly_window_size", 0)  # vLLM 0.33: accepts near misses
         or sampler.compute_nans
         or sampler.return_sampling_mask
         or states.temperature.np[rows].any()

@@ -19,7 +19,7 @@ from vllm.model_executor.models.interfaces import (
 from vllm.sequence import IntermediateTensors
 
 from . import COST_MENDS, MODEL_MENDS, apply
-from .patch import log
+from .patch import step_aside
 
 
 class _AuxStates(EagleModelMixin):
@@ -102,7 +102,7 @@ class Lfm2MoeForCausalLM(lfm2_moe.Lfm2MoeForCausalLM, SupportsEagle3):
 
 
 if supports_eagle3(lfm2_moe.Lfm2MoeForCausalLM) and supports_eagle3(lfm2.Lfm2ForCausalLM):
-    log.info_once("drafthead: vLLM no longer needs the mend 'aux_states'; it steps aside.")
+    step_aside("aux_states")
     Lfm2ForCausalLM = lfm2.Lfm2ForCausalLM  # type: ignore[misc]
     Lfm2MoeForCausalLM = lfm2_moe.Lfm2MoeForCausalLM  # type: ignore[misc]
 else:

@@ -27,5 +27,10 @@ def still_has(function: Any, fault: str, mend: str) -> bool:
     stock = getattr(function, _MARK, function)
     if fault in inspect.getsource(stock):
         return True
-    log.info_once("drafthead: vLLM no longer needs the mend %r; it steps aside.", mend)
+    step_aside(mend)
     return False
+
+
+def step_aside(mend: str) -> None:
+    """Say that ``mend`` is not applied since vLLM does without."""
+    log.info_once("drafthead: vLLM no longer needs the mend %r; it steps aside.", mend)

@@ -11,13 +11,13 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculat
 from vllm.model_executor.models.lfm2 import Lfm2ForCausalLM
 from vllm.model_executor.models.lfm2_moe import Lfm2MoeForCausalLM
 
-from .patch import log
+from .patch import step_aside
 
 
 def apply() -> None:
     for model, width in ((Lfm2ForCausalLM, "conv_dim"), (Lfm2MoeForCausalLM, "hidden_size")):
         if "num_spec" in inspect.getsource(model.get_mamba_state_shape_from_config):
-            log.info_once("drafthead: vLLM no longer needs the mend 'state_shape'; it steps aside.")
+            step_aside("state_shape")
         else:
             model.get_mamba_state_shape_from_config = _planned(width)
 
