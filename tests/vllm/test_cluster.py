@@ -1,5 +1,6 @@
 """Generation and capture on a local Ray cluster, one of whose workers is killed."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -41,16 +42,26 @@ def files(run):
     }
 
 
+def workers():
+    """Ray's workers that have an engine, each with its children."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = process.children() if "ray::Hand" in " ".join(process.cmdline()) else []
+            if any("drafthead.capture.cluster" in child.cmdline() for child in children):
+                found.append((process, children))
+    return found
+
+
 def kill_a_worker_that_works(location, killed):
     """SIGKILLs a worker while its engine runs, once the first unit has arrived."""
-    while not list(Path(location).glob("answers/part-*")):
+    while not (found := workers()):  # looked for early: what is left to do then takes a second
         time.sleep(0.05)
-    for process in psutil.process_iter(["name", "cmdline"]):
-        children = process.children() if "ray::Hand" in " ".join(process.cmdline()) else []
-        if any("drafthead.capture.cluster" in child.cmdline() for child in children):
-            os.kill(process.pid, signal.SIGKILL)
-            killed += [child.pid for child in children]
-            return
+    while not list(Path(location).glob("answers/part-*")):
+        time.sleep(0.01)
+    process, children = found[0]
+    os.kill(process.pid, signal.SIGKILL)
+    killed += [child.pid for child in children]
 
 
 def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_path):
@@ -62,7 +73,7 @@ def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_pat
     location = tmp_path / "there"
     recipe = on_cluster(alone, "auto", 2, f"file://{location}")
     many, killed = RunDir(tmp_path / "many"), []
-    killer = threading.Thread(target=kill_a_worker_that_works, args=(location, killed))
+    killer = threading.Thread(target=kill_a_worker_that_works, args=(location, killed), daemon=True)
     killer.start()
     summary = stages.generate(recipe, many, console=QUIET)
     killer.join(timeout=10)

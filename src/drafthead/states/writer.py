@@ -84,9 +84,10 @@ class StateWriter:
 
 
 def on_few_cores() -> None:
-    """Let the calling thread spread its copies over two cores at most: by default PyTorch takes all
-    of them for each, which are then not there for the engine's thread."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """Beside a GPU, let the calling thread spread its copies over two cores at most: by default
+    PyTorch takes all of them for each, which are then not there for the engine's thread."""
+    if torch.cuda.is_available():
+        torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def open_store(path: Path, meta: StoreMeta) -> None:
