@@ -84,6 +84,14 @@ def test_ngram(target, plain, k):
         assert counter(llm, "spec_decode_num_accepted_tokens") > 100
 
 
+@pytest.mark.parametrize("k", [4, 6])
+@pytest.mark.parametrize("method", ["eagle3", "ngram"])
+def test_other_ks(target, head, plain, method, k):
+    with engine(target, eagle3(head, k) if method == "eagle3" else ngram(k)) as llm:
+        assert answers(llm, STRESS) == plain["stress"]
+        assert counter(llm, "spec_decode_num_accepted_tokens") > 100
+
+
 def test_text_that_does_not_repeat(tmp_path):
     """Drafts come from an oracle: where a token repeats, a state that is off by one shows less."""
     target = write_target(tmp_path, embedding_scale=1.0)
@@ -201,7 +209,7 @@ def test_tensor_parallel(tmp_path, target, head, plain):
         "from tests.vllm.engines import answers, eagle3, engine, stress\n"
         "if __name__ == '__main__':\n"
         "    target, head, out = map(Path, sys.argv[1:])\n"
-        "    with engine(target, eagle3(head, 3), tensor_parallel_size=2) as llm:\n"
+        "    with engine(target, eagle3(head, 7), tensor_parallel_size=2) as llm:\n"
         "        out.write_text(json.dumps(answers(llm, stress())))\n"
     )
     repo = Path(__file__).parents[2]
