@@ -32,6 +32,8 @@ from drafthead.vocab import vocab
 
 KS = (1, 2, 3, 4, 5)
 THEIR_STEPS = 3  # speculators' default number of training-time-test steps
+BARE = {"norm_before_fc": False, "norm_before_residual": False, "norm_output": False}
+"""The `head` section of a head without norms but those of its layer."""
 
 
 @dataclass(frozen=True)

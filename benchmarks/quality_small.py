@@ -4,12 +4,11 @@ r"""Quality at equal data on two CPU cores: heads on the states of a finished ru
         [--only a,b] [--seeds 0,1,2]
 
 Rows of 256 tokens, 3 steps of training-time test, one epoch, and drafthead's defaults for every
-head but what its name says; speculators 0.9.0 with its own schedule and loss on
-the same packed rows in the same order, at its default rate and half of it. Held-out accepted
-length at k = 1 to 5 by drafthead's walk. Far less data than quality.py's, so read it as a
-comparison at a demo's size. `fp8` runs in PyTorch's 8-bit products for CPUs: slow, the same
-rounding. Finished heads are read back; OUT/quality_small.json is written after
-each.
+head but what its name says; speculators 0.9.0 with its own schedule and loss on the same packed
+rows in the same order, at its default rate and half of it. Held-out accepted length at k = 1 to 5
+by drafthead's walk. Far less data than quality.py's, so read it as a comparison at a demo's size.
+`fp8` runs in PyTorch's 8-bit products for CPUs: slow, the same rounding. Finished heads are read
+back; OUT/quality_small.json is written after each.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import speculators_side
 import torch
-from quality_heads import Job, length, train
+from quality_heads import BARE, Job, length, train
 
 from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
@@ -29,7 +28,6 @@ from drafthead.train import fp8
 
 DEMO = {"row_tokens": 256, "ttt_steps": 3}
 ADAMW = DEMO | {"optimizer": "adamw"}
-BARE = {"norm_before_fc": False, "norm_before_residual": False, "norm_output": False}
 JOBS = [
     Job("drafthead", train=DEMO, vocab=8192),
     Job("speculators-1e-3", "theirs", train=DEMO | {"learning_rate": 1e-3}, vocab=8192),

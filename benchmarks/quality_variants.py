@@ -8,7 +8,7 @@
 
 from dataclasses import replace
 
-from quality_heads import Job, length
+from quality_heads import BARE, Job, length
 
 MARGIN = 0.01
 """A part wins if it adds so much accepted length, and two standard deviations over seeds."""
@@ -19,10 +19,7 @@ LEVELS: dict[str, list[Job]] = {
         Job("no-norm_before_residual", head={"norm_before_residual": False}),
         Job("no-norm_before_fc", head={"norm_before_fc": False}),
         Job("no-norm_output", head={"norm_output": False}),
-        Job(
-            "no-norms",
-            head={"norm_before_fc": False, "norm_before_residual": False, "norm_output": False},
-        ),
+        Job("no-norms", head=BARE),
     ],
     "start": [
         Job("layer-from-target", head={"layer_from_target": True}),
