@@ -6,12 +6,12 @@ positions give keys and values at step 0; only live ones have queries, MLP and l
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from drafthead.head.model import DecoderLayer, Eagle3Head, rotate
+from drafthead.head.model import Attention, DecoderLayer, Eagle3Head, rotate
 from drafthead.train.attention import Documents, attention
 from drafthead.train.batches import Batch
 
@@ -38,48 +38,87 @@ def take_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     return _TakeRows.apply(x, rows, inverse)
 
 
-def first_inputs(head: Eagle3Head, aux: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """aux [N, A, Ht], embeds [N, H] -> the first layer's projection input and residual."""
-    return head.layers[0].inputs(embeds, head.fuse(aux))
-
-
-def next_inputs(layer: DecoderLayer, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A later layer's, or a later step's, projection input and residual."""
-    return layer.inputs(embeds, hidden)
-
-
 def project(
-    layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of every row of x."""
-    return layer.self_attn.qkv(x, cos, sin)
-
-
-def project_live(
     layer: DecoderLayer,
-    x: Tensor,
-    residual: Tensor,
+    embeds: Tensor,
+    hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
-    live: Tensor,
-    live_of: Tensor,
+    live: Tensor | None = None,
+    live_of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k and v of every row of x, q and residual of the live ones only."""
+    """What a layer's attention takes and what is added to its output: q, k, v, residual.
+
+    With `live` and `live_of` (its inverse) q and residual of those rows only.
+    """
+    x, residual = layer.inputs(embeds, hidden)
     own = layer.self_attn
+    if live is None or live_of is None:
+        return *own.qkv(x, cos, sin), residual
     heads = lambda x, p: p(x).unflatten(-1, (-1, own.head_dim))
     k, v = rotate(heads(x, own.k_proj), cos, sin), heads(x, own.v_proj)
     q = rotate(heads(take_rows(x, live, live_of), own.q_proj), cos[live], sin[live])
     return q, k, v, take_rows(residual, live, live_of)
 
 
-def outputs(layer: DecoderLayer, attended: Tensor, residual: Tensor) -> Tensor:
-    """The rest of a layer after its attention."""
-    return layer.outputs(attended, residual)
+# The pieces between two attentions, each compiled as one graph: on a small head a step's time is
+# what the host needs to start its pieces.
 
 
-def select(head: Eagle3Head, decoded: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-    """What the LM head reads at the supervised rows: decoded [n, H] -> [M, H]."""
-    return head.output(take_rows(decoded, rows, inverse))
+def begin(
+    head: Eagle3Head,
+    aux: Tensor,
+    embeds: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    live: Tensor | None,
+    live_of: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the batch to the first attention: aux [N, A, Ht], embeds [N, H] -> as `project`."""
+    return project(head.layers[0], embeds, head.fuse(aux), cos, sin, live, live_of)
+
+
+def climb(
+    below: DecoderLayer,
+    layer: DecoderLayer,
+    attended: Tensor,
+    residual: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    live: Tensor | None,
+    live_of: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From one layer's attention to the next layer's."""
+    hidden = below.outputs(attended, residual)
+    return project(layer, hidden, hidden, cos, sin, live, live_of)
+
+
+def finish(
+    head: Eagle3Head, attended: Tensor, residual: Tensor, rows: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From the last layer's attention to what the LM head reads at the supervised rows [M, H], and
+    the state of all live positions [n, H]."""
+    hidden = head.layers[-1].outputs(attended, residual)
+    return head.output(take_rows(hidden, rows, inverse)), hidden
+
+
+def turn(
+    head: Eagle3Head,
+    attended: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    inverse: Tensor,
+    embeds: Tensor,
+    later: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`finish`, and on to the first attention of the next step.
+
+    embeds [N, H] are taken at `later`, int [n]. Returns [M, H], then as `project`.
+    """
+    state, hidden = finish(head, attended, residual, rows, inverse)
+    return state, *project(head.layers[0], embeds[later], head.feedback(hidden), cos, sin)
 
 
 class TrainingTimeTest:
@@ -93,53 +132,78 @@ class TrainingTimeTest:
         self.head, self.steps = head, steps
         wrap: Callable = functools.partial(torch.compile, dynamic=True, fullgraph=True)
         wrap = wrap if compiled else lambda f: f
-        self._first_inputs, self._project, self._project_live = map(
-            wrap, (first_inputs, project, project_live)
-        )
-        self._outputs, self._select, self._next = map(wrap, (outputs, select, next_inputs))
+        self._begin, self._climb, self._turn, self._finish = map(wrap, (begin, climb, turn, finish))
 
     def __call__(self, batch: Batch) -> Tensor:
         """The states that the LM head reads: [T, M, H], rows as in `batch.student`."""
-        head, live = self.head, batch.live
-        dtype = head.fc.weight.dtype
-        docs, all_docs = batch.documents, _all_rows(batch.documents)
-        final = len(head.layers) - 1
-
+        head, docs, all_docs = self.head, batch.documents, _all_rows(batch.documents)
+        dtype, final = head.fc.weight.dtype, len(head.layers) - 1
         embeds = batch.embeds.to(dtype)
-        cos, sin = head.rotary(batch.positions, dtype)
+        where = list(zip(batch.student.unbind(), batch.student_of.unbind()))
         prefix: list[tuple[Tensor, Tensor]] = []
         own: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in head.layers]
-        hidden = torch.empty(0)
-        for index, layer in enumerate(head.layers):
-            if index == 0:
-                x, residual = self._first_inputs(head, batch.aux.to(dtype), embeds)
-            else:
-                x, residual = self._next(layer, embeds, hidden)
-            if index == final:
-                q, k, v, residual = self._project_live(
-                    layer, x, residual, cos, sin, live, batch.live_of
-                )
-            else:
-                q, k, v = self._project(layer, x, cos, sin)
-            prefix.append((k, v))
-            attended = attention(q, k, v, None, None, docs if index == final else all_docs)
-            hidden = self._outputs(layer, attended, residual)
-        states = [self._select(head, hidden, batch.student[0], batch.student_of[0])]
 
-        for step in range(1, self.steps):
-            later = embeds[(live + step).clamp(max=batch.tokens - 1)]
-            cos, sin = head.rotary(batch.positions[live] + step, dtype)
-            hidden = head.feedback(hidden)
-            for index, layer in enumerate(head.layers):
-                x, residual = self._next(layer, later, hidden)
-                q, k, v = self._project(layer, x, cos, sin)
-                for kept, new in zip(own[index], (k, v)):
-                    kept.append(new)
-                own_k, own_v = (torch.stack(kept) for kept in own[index])
-                attended = attention(q, *prefix[index], own_k, own_v, docs)
-                hidden = self._outputs(layer, attended, residual)
-            states.append(self._select(head, hidden, batch.student[step], batch.student_of[step]))
+        def first(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            prefix.append((k, v))
+            return attention(q, k, v, None, None, docs if index == final else all_docs)
+
+        def again(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for kept, new in zip(own[index], (k, v)):
+                kept.append(new)
+            own_k, own_v = (torch.stack(kept) for kept in own[index])
+            return attention(q, *prefix[index], own_k, own_v, docs)
+
+        cos, sin = head.rotary(batch.positions, dtype)
+        live = batch.live, batch.live_of
+        x = self._begin(head, batch.aux.to(dtype), embeds, cos, sin, *_only(live, final == 0))
+        attended, residual = self._layers(x, cos, sin, first, live)
+        states: list[Tensor] = []
+        for step, (later, cos, sin) in enumerate(self._later_steps(batch, dtype)):
+            state, *x = self._turn(head, attended, residual, *where[step], embeds, later, cos, sin)
+            attended, residual = self._layers(x, cos, sin, again)
+            states.append(state)
+        states.append(self._finish(head, attended, residual, *where[-1])[0])
         return torch.stack(states)
+
+    def _layers(
+        self,
+        x: Iterable[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attention,
+        live: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Through all layers, from what `project` gave of the first one: the last one's attention
+        output and residual. `live`: rows that alone have queries there."""
+        q, k, v, residual = x
+        layers = self.head.layers
+        for index in range(1, len(layers)):
+            attended = attend(index - 1, q, k, v)
+            q, k, v, residual = self._climb(
+                layers[index - 1], layers[index], attended, residual, cos, sin,
+                *_only(live, index == len(layers) - 1),
+            )  # fmt: skip
+        return attend(len(layers) - 1, q, k, v), residual
+
+    def _later_steps(
+        self, batch: Batch, dtype: torch.dtype
+    ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """Of each step from 1 on: which row of `embeds` a live position reads [n], and its
+        rotation [n, 1, d]; worked out for all steps at once."""
+        ahead = torch.arange(1, self.steps, device=batch.live.device)[:, None]
+        later = (batch.live + ahead).clamp(max=batch.tokens - 1)
+        positions = batch.positions[batch.live] + ahead
+        cos, sin = (
+            x.unflatten(0, positions.shape) for x in self.head.rotary(positions.flatten(), dtype)
+        )
+        return zip(later, cos, sin)
+
+
+def _only(
+    live: tuple[Tensor, Tensor] | None, here: bool
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The arguments `live` and `live_of` of `project`."""
+    return live if live is not None and here else (None, None)
 
 
 def _all_rows(docs: Documents) -> Documents:
