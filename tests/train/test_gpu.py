@@ -98,6 +98,26 @@ def test_step_on_the_gpu_is_the_plain_step(loss, compiled, eight_bit):
     assert norm.isfinite()
 
 
+def test_muon_on_the_gpu_is_muon():
+    torch.manual_seed(0)
+    start = {n: torch.randn(s) for n, s in (("k", (48, 96)), ("v", (48, 96)), ("up", (192, 96)))}
+    gradients = {n: torch.randn(t.shape).bfloat16() for n, t in start.items()}
+    settings = AdamWSettings(muon=True)
+    masters = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        named = {n: torch.nn.Parameter(t.to(device, dtype)) for n, t in start.items()}
+        optimizer = AdamW(named.items(), settings)
+        for name, t in start.items():
+            optimizer.load_master(name, t)
+        for rate in (1e-2, 5e-3, 2e-3):
+            for name, p in named.items():
+                p.grad = gradients[name].to(device, dtype)
+            optimizer.step(rate, torch.tensor(1.0, device=device))
+        masters.append(optimizer.masters())
+    for name, t in start.items():  # there Newton-Schulz is in bf16
+        assert relative(masters[1][name] - t, masters[0][name] - t) < 0.03
+
+
 def test_waiting_that_queued_work_hides_does_not_count():
     meter = Meter(World(0, 1, torch.device("cuda")), 1, 1e12)
     torch.cuda._sleep(1_000_000_000)  # cycles: about half a second

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from drafthead.train import muon
 from drafthead.train.optimizer import AdamW, AdamWSettings, join, split
 
 
@@ -85,14 +86,16 @@ def test_state_survives_a_change_of_dtype():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_follows_torch_muon(dtype):
     torch.manual_seed(0)
-    start = torch.randn(12, 5), torch.randn(6, 9)
+    names = "fc", "q_proj", "up_proj", "gate_proj"
+    start = torch.randn(12, 5), torch.randn(6, 9), torch.randn(7, 4), torch.randn(7, 4)
     ours = [torch.nn.Parameter(t.clone().to(dtype)) for t in start]
     theirs = [torch.nn.Parameter(t.clone()) for t in start]
     settings = AdamWSettings(muon=True, weight_decay=0.1, max_grad_norm=1e9)
-    optimizer = AdamW([("fc", ours[0]), ("q_proj", ours[1])], settings)
-    for name, t in zip(("fc", "q_proj"), start):
+    optimizer = AdamW(zip(names, ours), settings)
+    for name, t in zip(names, start):
         optimizer.load_master(name, t)
     assert not optimizer.square
+    assert [len(stack.parameters) for stack in optimizer.stacks] == [1, 1, 2]
     reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(10):
         for p, q in zip(ours, theirs):
@@ -100,10 +103,34 @@ def test_muon_follows_torch_muon(dtype):
             p.grad, q.grad = gradient.clone(), gradient.float()
         optimizer.step(1e-2, torch.tensor(1.0))
         reference.step()
-    for name, q in zip(("fc", "q_proj"), theirs):  # PyTorch's iterates in bf16, ours here in fp32
-        moved = q.data - start[0 if name == "fc" else 1]
+    for name, t, q in zip(names, start, theirs):  # PyTorch's iterates in bf16, ours here in fp32
         error = optimizer.masters()[name] - q.data
-        assert error.norm() < 0.03 * moved.norm()
+        assert error.norm() < 0.03 * (q.data - t).norm()
+    other = AdamW(
+        [(n, torch.nn.Parameter(torch.zeros_like(p))) for n, p in zip(names, ours)], settings
+    )
+    other.load_state_dict(optimizer.state_dict(), steps=10)
+    for name in names:
+        assert torch.equal(other.masters()[name], optimizer.masters()[name])
+        assert torch.equal(other.mean[name], optimizer.mean[name])
+        assert other.mean[name].any()
+
+
+@pytest.mark.parametrize("scale", [0.5, float("nan")])
+def test_muon_compiled_is_muon(scale):
+    """As it runs on a GPU; here in C++."""
+    torch.manual_seed(0)
+    high, low = split(torch.randn(2, 6, 4))
+    grads, mean = torch.randn(2, 6, 4).bfloat16(), torch.randn(2, 6, 4)
+    numbers = torch.tensor(scale), torch.tensor(0.01), torch.tensor(1e-3)
+    results = []
+    for step in (muon.update, torch.compile(muon.update, dynamic=True)):
+        found = high.clone(), low.clone(), mean.clone()
+        step(list(found[0]), found[1], list(grads), found[2], *numbers)
+        results.append((join(*found[:2]), found[2]))
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[0][0], join(high, low)) == (scale != scale)
 
 
 def test_muon_leaves_the_lm_head_and_vectors_to_adamw_and_survives_a_nan():

@@ -1,8 +1,6 @@
-"""AdamW, and Muon, with exact fp32 masters that cost two bytes a weight instead of four.
+"""AdamW, and Muon for matrices, with the exact fp32 masters of `masters.py`.
 
-A bf16 weight is the upper half of its fp32 master, rounded to nearest; the lower half lies beside
-it as int16. Nothing is stored twice, and a step reads and writes each number once. fp32 weights (on
-a CPU) are their own masters.
+A step of AdamW reads and writes each number once. fp32 weights (on a CPU) are their own masters.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,18 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16 rounded to nearest, ties away from zero; int16 of what is missing)."""
-    bits = master.view(torch.int32)
-    top = (bits + 0x8000) >> 16
-    return top.to(torch.int16).view(torch.bfloat16), (bits - (top << 16)).to(torch.int16)
-
-
-def join(high: Tensor, low: Tensor) -> Tensor:
-    """The fp32 master of a weight: undoes `split` exactly."""
-    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
-    return bits.view(torch.float32)
+from drafthead.train.masters import join, split
+from drafthead.train.muon import Stack
 
 
 def update(
@@ -42,33 +30,6 @@ def update(
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     master.mul_(1 - rate * decay)
     master.addcdiv_(mean, (square / correct2).sqrt_().add_(eps), value=-rate / correct1)
-
-
-def orthogonalize(x: Tensor) -> Tensor:
-    """A matrix with about the singular vectors of x [n, m] and singular values near 1: Muon's
-    Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon/), in bf16 on a GPU."""
-    wide = x.bfloat16() if x.is_cuda else x
-    wide = wide.t() if len(x) > x.shape[1] else wide
-    wide = wide / wide.norm().clamp(min=1e-7)
-    for _ in range(5):
-        gram = wide @ wide.t()
-        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        wide = torch.addmm(wide, gram, wide, beta=3.4445)
-    return (wide.t() if len(x) > x.shape[1] else wide).to(x.dtype)
-
-
-def muon_update(
-    master: Tensor, grad: Tensor, mean: Tensor, scale: Tensor, rate: float, decay: float
-) -> None:
-    """One Muon step in place, all fp32: Nesterov momentum 0.95, orthogonalized, its size matched to
-    AdamW's (0.2 sqrt(max(n, m)), arXiv 2502.16982), so that one learning rate serves both. A NaN in
-    `scale` leaves everything as it is."""
-    finite = scale.isfinite()
-    grad = torch.where(finite, grad.float() * scale, 0.0)
-    new = torch.lerp(mean, grad, 0.05)
-    step = orthogonalize(torch.lerp(grad, new, 0.95)) * (0.2 * max(grad.shape) ** 0.5 * rate)
-    mean.copy_(torch.where(finite, new, mean))
-    master.copy_(torch.where(finite, master * (1 - rate * decay) - step, master))
 
 
 @dataclass(frozen=True)
@@ -103,10 +64,15 @@ class AdamW:
         self.steps = 0
         zeros = lambda p, dtype: torch.zeros_like(p, dtype=dtype)
         named = self.parameters.items()
-        muon = {n for n, p in named if settings.muon and p.dim() == 2 and "lm_head" not in n}
-        self.mean = {n: zeros(p, torch.float32) for n, p in named}
-        self.square = {n: zeros(p, torch.float32) for n, p in named if n not in muon}
-        self.low = {n: zeros(p, torch.int16) for n, p in named if p.dtype == torch.bfloat16}
+        muon = {n: p for n, p in named if settings.muon and p.dim() == 2 and "lm_head" not in n}
+        self.stacks = Stack.of(muon)
+        rest = {n: p for n, p in named if n not in muon}
+        self.mean = {n: zeros(p, torch.float32) for n, p in rest.items()}
+        self.square = {n: zeros(p, torch.float32) for n, p in rest.items()}
+        self.low = {n: zeros(p, torch.int16) for n, p in rest.items() if p.dtype == torch.bfloat16}
+        for stack in self.stacks:  # under their names, for what reads and writes a checkpoint
+            self.mean |= dict(zip(stack.parameters, stack.mean))
+            self.low |= dict(zip(stack.parameters, () if stack.low is None else stack.low))
 
     def gradients(self) -> list[Tensor]:
         """The gradients that there are, in the parameters' order."""
@@ -130,28 +96,27 @@ class AdamW:
         scale = torch.clamp(s.max_grad_norm / (norm + 1e-6), max=1.0) / count
         scale = torch.where(norm.isfinite(), scale, torch.nan)
         corrections = 1 - s.beta1**self.steps, 1 - s.beta2**self.steps
-        for name, p in self.parameters.items():
+        for stack in self.stacks:
+            stack.step(scale, rate, s.weight_decay)
+        for name, square in self.square.items():
+            p = self.parameters[name]
             if p.grad is None or not p.numel():
                 continue
             decay = s.weight_decay if p.dim() > 1 else 0.0
             numbers = rate, s.beta1, s.beta2, s.eps, decay, *corrections
-            fused = p.is_cuda and name in self.low and name in self.square
-            if fused:
+            moments = self.mean[name], square
+            if p.is_cuda and name in self.low:
                 from drafthead.train.kernels import split_adamw
 
-                moments = self.mean[name], self.square[name]
                 split_adamw(p.data, self.low[name], p.grad, *moments, scale, *numbers)
-                p.grad = None
-                continue
-            master = join(p.data, self.low[name]) if name in self.low else p.data
-            if name in self.square:
-                update(master, p.grad, self.mean[name], self.square[name], scale, *numbers)
-            else:
-                muon_update(master, p.grad, self.mean[name], scale, rate, decay)
-            if name in self.low:
+            elif name in self.low:
+                master = join(p.data, self.low[name])
+                update(master, p.grad, *moments, scale, *numbers)
                 high, low = split(master)
                 p.data.copy_(high)
                 self.low[name].copy_(low)
+            else:
+                update(p.data, p.grad, *moments, scale, *numbers)
             p.grad = None
         return norm
 
