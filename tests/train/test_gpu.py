@@ -7,6 +7,8 @@ import torch
 
 from drafthead.train.attention import Documents, attention, plain_attention
 from drafthead.train.batches import assemble, draft_ids
+from drafthead.train.graphed import GraphedStep
+from drafthead.train.graphs import Graphs
 from drafthead.train.losses import Teacher
 from drafthead.train.meter import Meter
 from drafthead.train.optimizer import AdamW, AdamWSettings
@@ -106,7 +108,7 @@ def test_muon_on_the_gpu_is_muon():
     masters = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         named = {n: torch.nn.Parameter(t.to(device, dtype)) for n, t in start.items()}
-        optimizer = AdamW(named.items(), settings)
+        optimizer = AdamW(named.items(), settings, graphs=Graphs(torch.device(device)))
         for name, t in start.items():
             optimizer.load_master(name, t)
         for rate in (1e-2, 5e-3, 2e-3):
@@ -116,6 +118,41 @@ def test_muon_on_the_gpu_is_muon():
         masters.append(optimizer.masters())
     for name, t in start.items():  # there Newton-Schulz is in bf16
         assert relative(masters[1][name] - t, masters[0][name] - t) < 0.03
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1"])
+def test_replayed_steps_are_the_steps(loss):
+    """Rows of several sizes, each seen more than twice: called, captured and replayed."""
+    g = torch.Generator().manual_seed(0)
+    changes = {"hidden_size": 128, "target_hidden_size": 128, "head_dim": 32, "vocab_size": 512}
+    head = small_head(**changes, draft_vocab_size=256, intermediate_size=256)
+    head = head.to("cuda", torch.bfloat16)
+    embedding = torch.randn(512, 128, generator=g).bfloat16()
+    to_draft = draft_ids(head.target_ids().cpu(), 512)
+    rows = []
+    for lengths in [(150, 40, 77), (300, 20), (290, 20, 3), (9, 8, 140, 30, 31)] * 4:
+        samples = [sample(n, n // 3, str(n), n) for n in lengths]
+        for s in samples:
+            object.__setattr__(s, "states", torch.randn(len(s.ids), 4, 128, generator=g).bfloat16())
+            object.__setattr__(s, "num_aux", 3)
+        batch = assemble(samples, 3, to_draft, 400, embedding)
+        rows.append(batch.map(lambda x: x.cuda()))
+    norm, rows_of_head = torch.ones(128), torch.randn(256, 128, generator=g)
+    teacher = Teacher(norm.cuda().bfloat16(), 1e-5, rows_of_head.cuda().bfloat16())
+    step = TrainStep(head, teacher, Objective(loss, 3, 0.8, chunk_rows=100), compiled=True)
+    graphed = GraphedStep(step, 400, Graphs(torch.device("cuda")))
+    for row in rows:
+        results = []
+        for backward in (step.backward, graphed.backward):
+            found, correct = (x.clone() for x in backward(row))
+            results.append((found, correct, [p.grad.clone() for p in head.parameters()]))
+            for p in head.parameters():
+                p.grad = None
+        (loss_a, correct_a, grads_a), (loss_b, correct_b, grads_b) = results
+        assert relative(loss_b, loss_a) < 1e-2
+        assert (correct_a - correct_b).abs().max() <= 2
+        for a, b in zip(grads_a, grads_b):
+            assert relative(b, a) < 3e-2
 
 
 def test_waiting_that_queued_work_hides_does_not_count():

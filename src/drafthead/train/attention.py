@@ -25,13 +25,25 @@ class Documents:
 
     A document's queries are its last positions: query j of a document with a queries and b keys
     sits at key position b - a + j. q_lengths and k_lengths hold a and b; cu_q and cu_k are their
-    cumulative sums from 0, int32, on the device.
+    cumulative sums from 0, int32, on the device, where documents of no length may follow. bounds:
+    what a and b may be at most, where kernels are to be told that instead of the longest.
     """
 
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
     cu_q: Tensor
     cu_k: Tensor
+    bounds: tuple[int, int] | None = None
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Of queries and of keys."""
+        return self.bounds or (max(self.q_lengths), max(self.k_lengths))
+
+    def all_rows(self) -> "Documents":
+        """The same documents with every position a query."""
+        bounds = self.bounds and (self.bounds[1], self.bounds[1])
+        return Documents(self.k_lengths, self.k_lengths, self.cu_k, self.cu_k, bounds)
 
     @classmethod
     def of(
@@ -80,8 +92,8 @@ def _prefix_forward(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> tuple[T
     that the backward of the GPU kernel wants back."""
     if _has_kernels(q):
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, docs.cu_q, docs.cu_k, max(docs.q_lengths), max(docs.k_lengths), 0.0, True,
-            False, scale=q.shape[-1] ** -0.5,
+            q, k, v, docs.cu_q, docs.cu_k, *docs.longest, 0.0, True, False,
+            scale=q.shape[-1] ** -0.5,
         )  # fmt: skip
         return out, lse, state, unused
     out = torch.empty_like(q)
@@ -102,8 +114,8 @@ def _prefix_backward(
     """Gradients of q, k, v through the prefix, given the output and log-sum-exp of the whole."""
     if _has_kernels(q):
         return torch.ops.aten._flash_attention_backward(
-            d_out, q, k, v, out, lse, docs.cu_q, docs.cu_k, max(docs.q_lengths),
-            max(docs.k_lengths), 0.0, True, *extra, scale=q.shape[-1] ** -0.5,
+            d_out, q, k, v, out, lse, docs.cu_q, docs.cu_k, *docs.longest, 0.0, True, *extra,
+            scale=q.shape[-1] ** -0.5,
         )  # fmt: skip
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scale = q.shape[-1] ** -0.5

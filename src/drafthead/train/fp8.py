@@ -9,6 +9,8 @@ and leave in the activations' type. Masters, norms, attention, the teacher's log
 stay as they are.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -114,3 +116,13 @@ def require(device: torch.device, head: Eagle3Head) -> None:
                 f"recipe: train.matmul fp8 needs widths that are multiples of {MULTIPLE}, "
                 f"{name} is {list(p.shape)}; change the head's sizes or use bf16"
             )
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def fused(function: Callable, x: Tensor) -> Callable:
+    """`quantize` or `transposed` for tensors where x lives: compiled on a GPU."""
+    return _compiled(function) if x.is_cuda else function

@@ -21,6 +21,8 @@ from drafthead.states.format import decode
 from drafthead.train import checkpoint, fp8
 from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
 from drafthead.train.evaluate import Acceptance, evaluate
+from drafthead.train.graphed import GraphedStep
+from drafthead.train.graphs import Graphs
 from drafthead.train.log import Log
 from drafthead.train.losses import Teacher
 from drafthead.train.meter import Meter
@@ -107,6 +109,10 @@ class _Fit:
             fp8.require(device, self.head)
         self.step = TrainStep(self.head, teacher, objective, device.type == "cuda", eight_bit)
         self.sharded = self._shard() if settings.shard and world.size > 1 else None
+        graphs, self.backward = None, self.step.backward
+        if device.type == "cuda" and self.sharded is None:
+            graphs = Graphs(device)
+            self.backward = GraphedStep(self.step, settings.row_tokens, graphs).backward
         self.optimizer = AdamW(
             self.sharded.parameters.items() if self.sharded else self.head.named_parameters(),
             AdamWSettings(
@@ -116,6 +122,7 @@ class _Fit:
                 max_grad_norm=settings.max_grad_norm,
             ),
             world.sum if self.sharded else None,
+            graphs,
         )
         self.to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
         every = settings.eval_every or -(-self.plan.steps // 10)
@@ -217,7 +224,7 @@ class _Fit:
             if self.sharded:
                 loss, correct = self.sharded.backward(batch, last=number == rows[-1])
             elif batch is not None:
-                loss, correct = self.step.backward(batch)
+                loss, correct = self.backward(batch)
             if batch is not None:
                 supervised += len(batch.labels)
                 meter.add(loss, correct, batch, self.head)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafthead.train import fp8
-from drafthead.train.compiled import fused
 from drafthead.train.rows import LossKind, row_gradients, row_loss
 
 
@@ -94,7 +93,7 @@ def _products(lm_head: Tensor, eight_bit: bool) -> tuple[Callable, Callable]:
     """What takes rows [R, H] to logits [R, Vd], and their gradients back to those of the rows."""
     if not eight_bit:
         return lambda rows: rows @ lm_head.t(), lambda gradient: gradient @ lm_head
-    quantize, transposed = (fused(f, lm_head) for f in (fp8.quantize, fp8.transposed))
+    quantize, transposed = (fp8.fused(f, lm_head) for f in (fp8.quantize, fp8.transposed))
     weight = quantize(lm_head)
     turned, kind = transposed(weight), lm_head.dtype
     return (

@@ -1,13 +1,13 @@
 """Muon (https://kellerjordan.github.io/posts/muon/), the matrices of one shape stepped together.
 
-A small head's step is mostly the host starting kernels. Newton-Schulz runs on a stack of matrices
-as on one, and what surrounds it is fused into it by torch.compile on a GPU.
+Newton-Schulz runs on a stack of matrices as on one, and all of it as one CUDA graph: a small head's
+step is mostly the host starting kernels.
 """
 
 import torch
 from torch import Tensor
 
-from drafthead.train.compiled import fused
+from drafthead.train.graphs import Graphs
 from drafthead.train.masters import join, split
 
 
@@ -25,18 +25,18 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def update(
-    weights: list[Tensor], low: Tensor | None, grads: list[Tensor], mean: Tensor, scale: Tensor,
+    weights: list[Tensor], low: Tensor | None, grad: Tensor, mean: Tensor, scale: Tensor,
     rate: Tensor, shrink: Tensor,
 ) -> None:  # fmt: skip
     """One Muon step in place: Nesterov momentum 0.95, orthogonalized.
 
     weights: g of [n, m], fp32, or bf16 with the lower halves of their masters in `low` int16
-    [g, n, m]; grads as many, multiplied by `scale` first; mean fp32 [g, n, m]. The masters are
+    [g, n, m]; grad [g, n, m], multiplied by `scale` first; mean fp32 [g, n, m]. The masters are
     multiplied by 1 - shrink and `rate` times the step is taken off. All three are scalar tensors.
     A NaN in `scale` leaves everything as it is.
     """
     finite = scale.isfinite()
-    grad = torch.where(finite, torch.stack(grads).float() * scale, 0.0)
+    grad = torch.where(finite, grad.float() * scale, 0.0)
     new = torch.lerp(mean, grad, 0.05)
     step = orthogonalize(torch.lerp(grad, new, 0.95)) * rate
     mean.copy_(torch.where(finite, new, mean))
@@ -56,33 +56,53 @@ class Stack:
     def __init__(self, parameters: dict[str, Tensor]):
         self.parameters = parameters
         like = torch.stack([p.detach() for p in parameters.values()])
+        self.grad = torch.zeros_like(like)
         self.mean = torch.zeros_like(like, dtype=torch.float32)
         self.low = None
         if like.dtype == torch.bfloat16:
             self.low = torch.zeros_like(like, dtype=torch.int16)
 
-    @classmethod
-    def of(cls, parameters: dict[str, Tensor]) -> "list[Stack]":
-        """Stacks of all of them, in the order in which their shapes come."""
-        by_shape: dict[torch.Size, dict[str, Tensor]] = {}
-        for name, p in parameters.items():
-            by_shape.setdefault(p.shape, {})[name] = p
-        return [cls(group) for group in by_shape.values()]
-
-    def step(self, scale: Tensor, rate: float, decay: float) -> None:
-        """`update` by the gradients, which are given up; all have one or none has.
+    def step(self, scale: Tensor, rate: Tensor, shrink: Tensor) -> None:
+        """`update` by `grad`.
 
         A step has the size of AdamW's (0.2 sqrt(max(n, m)), arXiv 2502.16982), so that one
         learning rate serves both.
         """
-        weights = list(self.parameters.values())
-        grads = [p.grad for p in weights if p.grad is not None]
-        if not grads:
-            return
-        size = 0.2 * max(weights[0].shape) ** 0.5 * rate
-        # Tensors, as a number that changes would have `update` compiled anew; filled, not copied.
-        numbers = (torch.full((), x, device=scale.device) for x in (size, rate * decay))
-        data = [p.data for p in weights]
-        fused(update, scale)(data, self.low, grads, self.mean, scale, *numbers)
-        for p in weights:
-            p.grad = None
+        weights = [p.data for p in self.parameters.values()]
+        size = 0.2 * max(weights[0].shape) ** 0.5
+        update(weights, self.low, self.grad, self.mean, scale, rate * size, shrink)
+
+
+class Muon:
+    """Muon over named matrices, replayed as one CUDA graph on a GPU."""
+
+    def __init__(self, parameters: dict[str, Tensor], graphs: Graphs):
+        by_shape: dict[torch.Size, dict[str, Tensor]] = {}
+        for name, p in parameters.items():
+            by_shape.setdefault(p.shape, {})[name] = p
+        self.stacks = [Stack(group) for group in by_shape.values()]
+        self._numbers: Tensor | None = None
+        self._step = graphs.wrap(self._step_all)
+
+    def step(self, scale: Tensor, rate: float, decay: float) -> None:
+        """One step by the gradients times `scale` (a scalar tensor), which are given up; all
+        matrices have one or none has."""
+        for stack in self.stacks:
+            parameters = stack.parameters.values()
+            grads = [p.grad for p in parameters if p.grad is not None]
+            if not grads:
+                return
+            torch.stack(grads, out=stack.grad)
+            for p in parameters:
+                p.grad = None
+        if self._numbers is None:
+            self._numbers = torch.zeros(3, device=scale.device)
+        self._numbers[0].copy_(scale)
+        self._numbers[1].fill_(rate)
+        self._numbers[2].fill_(rate * decay)
+        self._step()
+
+    def _step_all(self) -> None:
+        assert self._numbers is not None
+        for stack in self.stacks:
+            stack.step(*self._numbers)

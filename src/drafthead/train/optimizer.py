@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafthead.train.graphs import Graphs
 from drafthead.train.masters import join, split
-from drafthead.train.muon import Stack
+from drafthead.train.muon import Muon
 
 
 def update(
@@ -50,7 +51,7 @@ class AdamW:
 
     parameters: (name, bf16 or fp32 parameter). Vectors (norm weights) get no weight decay.
     total: adds up tensors in place over processes that hold shards of the parameters; None where
-    they are whole.
+    they are whole. graphs: what Muon's steps are replayed by.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class AdamW:
         parameters: Iterable[tuple[str, Tensor]],
         settings: AdamWSettings,
         total: Callable[[list[Tensor]], None] | None = None,
+        graphs: Graphs | None = None,
     ):
         self.parameters, self.total = dict(parameters), total
         self.settings = settings
@@ -65,12 +67,12 @@ class AdamW:
         zeros = lambda p, dtype: torch.zeros_like(p, dtype=dtype)
         named = self.parameters.items()
         muon = {n: p for n, p in named if settings.muon and p.dim() == 2 and "lm_head" not in n}
-        self.stacks = Stack.of(muon)
+        self.muon = Muon(muon, graphs or Graphs(torch.device("cpu")))
         rest = {n: p for n, p in named if n not in muon}
         self.mean = {n: zeros(p, torch.float32) for n, p in rest.items()}
         self.square = {n: zeros(p, torch.float32) for n, p in rest.items()}
         self.low = {n: zeros(p, torch.int16) for n, p in rest.items() if p.dtype == torch.bfloat16}
-        for stack in self.stacks:  # under their names, for what reads and writes a checkpoint
+        for stack in self.muon.stacks:  # under their names, for what reads and writes a checkpoint
             self.mean |= dict(zip(stack.parameters, stack.mean))
             self.low |= dict(zip(stack.parameters, () if stack.low is None else stack.low))
 
@@ -96,8 +98,7 @@ class AdamW:
         scale = torch.clamp(s.max_grad_norm / (norm + 1e-6), max=1.0) / count
         scale = torch.where(norm.isfinite(), scale, torch.nan)
         corrections = 1 - s.beta1**self.steps, 1 - s.beta2**self.steps
-        for stack in self.stacks:
-            stack.step(scale, rate, s.weight_decay)
+        self.muon.step(scale, rate, s.weight_decay)
         for name, square in self.square.items():
             p = self.parameters[name]
             if p.grad is None or not p.numel():

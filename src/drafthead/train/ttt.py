@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drafthead.head.model import Attention, DecoderLayer, Eagle3Head, rotate
-from drafthead.train.attention import Documents, attention
+from drafthead.train.attention import attention
 from drafthead.train.batches import Batch
 
 
@@ -136,7 +136,7 @@ class TrainingTimeTest:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The states that the LM head reads: [T, M, H], rows as in `batch.student`."""
-        head, docs, all_docs = self.head, batch.documents, _all_rows(batch.documents)
+        head, docs, all_docs = self.head, batch.documents, batch.documents.all_rows()
         dtype, final = head.fc.weight.dtype, len(head.layers) - 1
         embeds = batch.embeds.to(dtype)
         where = list(zip(batch.student.unbind(), batch.student_of.unbind()))
@@ -204,8 +204,3 @@ def _only(
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """The arguments `live` and `live_of` of `project`."""
     return live if live is not None and here else (None, None)
-
-
-def _all_rows(docs: Documents) -> Documents:
-    """The same documents with every position a query."""
-    return Documents(docs.k_lengths, docs.k_lengths, docs.cu_k, docs.cu_k)
