@@ -1,16 +1,18 @@
 """One training step on a GPU: drafthead against speculators 0.9.0 and SpecForge 0.2.0 on the same
 batches, in one call.
 
-    python benchmarks/train_step.py --out OUT [--peers DIR] [--ttt 1,3,7] [--profile] [--check]
+    python benchmarks/train_step.py --out OUT [--peers DIR] [--ttt 1,3,7] [--shape smollm2] ...
     TRITON_INTERPRET=1 python benchmarks/train_step.py --out OUT --tiny   # minutes on a CPU
 
-Shape: hidden 2048, MLP 8192, 32/8 heads, vocabulary 128,000, draft vocabulary 32,000; a packed row
-of 8192 positions in 8 documents, the last 80 % of each supervised. All sides take a whole step:
-forward, backward, clipping, AdamW. They start from the same weights, so their first losses must
-agree.
+Shape `lfm2`: hidden 2048, MLP 8192, 32/8 heads, vocabulary 128,000, draft vocabulary 32,000; a
+packed row of 8192 positions in 8 documents, the last 80 % of each supervised. Shape `smollm2`:
+hidden 576, MLP 2304, 9/3 heads, vocabularies of 49,152 and 16,000, rows of 2048. All sides take a
+whole step: forward, backward, clipping, AdamW. They start from the same weights, so their first
+losses must agree.
 
-- drafthead trains the LM head. `drafthead-fp8` is the same with `train.matmul: fp8`,
-  `drafthead-muon` with its default optimizer.
+- drafthead trains the LM head; its steps are replayed as CUDA graphs, as `drafthead train` does it.
+  `drafthead-muon` is the same with its default optimizer, `drafthead-launched` without graphs,
+  `drafthead-fp8` with `train.matmul: fp8`.
 - speculators is as it comes: LM head frozen, its own KL loss (the eager form: the fused one does
   not compile under PyTorch 2.11), torch.compile, autocast bf16, fused AdamW (its trainer's is not
   fused: this favours it).
@@ -20,7 +22,8 @@ agree.
   less the teacher's entropy, which makes them KL divergences.
 
 Blocks of steps alternate between the sides; a figure is the median over blocks, with the spread.
-Peak memory is what a side allocates beyond what the others hold at rest.
+Peak memory is what a side allocates beyond what the others hold at rest, with all that its graphs
+keep reserved.
 
 --peers DIR: where the others lie unpacked (`benchmarks/pack_peers DIR`), if not installed.
 Writes OUT/train_step.json after every case.
@@ -45,6 +48,8 @@ from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
 from drafthead.states import Sample
 from drafthead.train.batches import Batch, assemble
+from drafthead.train.graphed import GraphedStep
+from drafthead.train.graphs import Graphs
 from drafthead.train.losses import Teacher
 from drafthead.train.operations import matmul_rate, operations
 from drafthead.train.optimizer import AdamW, AdamWSettings
@@ -69,7 +74,11 @@ class Shape:
     aux: int = 3
 
 
-TINY = Shape(64, 128, 4, 2, 16, 512, 128, 256)
+SHAPES = {
+    "lfm2": Shape(),
+    "smollm2": Shape(576, 2304, 9, 3, 64, 49_152, 16_000, 2048),
+    "tiny": Shape(64, 128, 4, 2, 16, 512, 128, 256),
+}
 
 
 def documents(shape: Shape, seed: int) -> list[Sample]:
@@ -97,6 +106,7 @@ class Ours:
 
     name = "drafthead"
     eight_bit = muon = False
+    replayed = True
 
     def __init__(self, shape: Shape, steps: int, samples: list, device, options, like=None):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -130,9 +140,20 @@ class Ours:
         objective = Objective("kl", steps, 1.0, chunk_rows=options.chunk)
         self.embedding = embedding
         self.start = {name: t.cpu().clone() for name, t in head.state_dict().items()}
-        self.step = TrainStep(head, teacher, objective, options.compile, self.eight_bit)
-        self.optimizer = AdamW(head.named_parameters(), AdamWSettings(self.muon))
+        step = TrainStep(head, teacher, objective, options.compile, self.eight_bit)
+        self.graphs = Graphs(device if self.replayed else torch.device("cpu"))
+        self.step = GraphedStep(step, shape.tokens, self.graphs) if self.replayed else step
+        self.optimizer = AdamW(
+            head.named_parameters(), AdamWSettings(self.muon), graphs=self.graphs
+        )
         self.operations = operations(config, self.batches[0])
+
+    def reserved(self) -> int:
+        """Bytes that the graphs keep to themselves."""
+        if self.graphs.pool is None:
+            return 0
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if s["segment_pool_id"] == self.graphs.pool)
 
     def run(self, number: int) -> torch.Tensor:
         batch = self.batches[number % len(self.batches)]
@@ -154,6 +175,13 @@ class OursMuon(Ours):
 
     name = "drafthead-muon"
     muon = True
+
+
+class OursLaunched(Ours):
+    """drafthead's step, each kernel started by the host."""
+
+    name = "drafthead-launched"
+    replayed = False
 
 
 class Speculators:
@@ -243,7 +271,7 @@ def case(shape: Shape, ttt: int, device, options, ceiling: float) -> dict:
     sides: list = []
     rest: dict[str, int] = {}
     result: dict = {"ttt_steps": ttt}
-    for maker in (Ours, OursMuon, OursFp8, Speculators, SpecForge):
+    for maker in (Ours, OursMuon, OursLaunched, OursFp8, Speculators, SpecForge):
         if maker.name not in options.sides:
             continue
         before, start = allocated(device), time.perf_counter()
@@ -267,7 +295,10 @@ def case(shape: Shape, ttt: int, device, options, ceiling: float) -> dict:
         for number in range(2):
             side.run(number)
         synchronize(device)
-        result[side.name]["peak_gib"] = (allocated(device, peak=True) - others) / 2**30
+        peak = allocated(device, peak=True) - others
+        if isinstance(side, Ours):
+            peak += side.reserved()
+        result[side.name]["peak_gib"] = peak / 2**30
     measure(sides, device, 1, options.steps)  # whatever compiles late does it here
     seconds = measure(sides, device, options.blocks, options.steps)
     for side in sides:
@@ -326,7 +357,7 @@ def main() -> None:
     parser.add_argument("--ttt", default="1,3,7")
     parser.add_argument("--peers", type=Path, help="folder with the others, if not installed")
     parser.add_argument(
-        "--sides", default="drafthead,drafthead-muon,drafthead-fp8,speculators,specforge"
+        "--sides", default="drafthead,drafthead-muon,drafthead-launched,speculators,specforge"
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument(
@@ -337,8 +368,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--check", action="store_true", help="kernel tests first")
+    parser.add_argument("--shape", choices=list(SHAPES), default="lfm2")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for any machine")
     options = parser.parse_args()
+    shape = SHAPES["tiny" if options.tiny else options.shape]
     options.sides = options.sides.split(",")
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -353,7 +386,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "shape": dataclasses.asdict(TINY if options.tiny else Shape()),
+        "shape": dataclasses.asdict(shape),
         "operations": operations.__doc__,
         "matmul_ceiling_tflops": matmul_rate(device, dtype) / 1e12,
         "cases": [],
@@ -361,7 +394,6 @@ def main() -> None:
     if options.check:
         record |= check(device)
     for ttt in (int(part) for part in options.ttt.split(",")):
-        shape = TINY if options.tiny else Shape()
         found = case(shape, ttt, device, options, record["matmul_ceiling_tflops"])
         record["cases"].append(found)
         write_json(options.out / "train_step.json", record)
