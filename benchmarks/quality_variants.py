@@ -62,9 +62,12 @@ def rates() -> list[Job]:
             f"{optimizer}-{rate:g}-rows{rows}",
             train={"optimizer": optimizer, "learning_rate": rate, "row_tokens": rows},
         )
-        for optimizer in ("adamw", "muon")
-        for rows in (8192, 2048)
-        for rate in (1e-3, 5e-4, 2e-3)
+        for optimizer, sizes, rates in (
+            ("muon", (8192, 2048, 1024), (2e-3, 1e-3, 4e-3)),
+            ("adamw", (2048,), (1e-3, 5e-4)),
+        )
+        for rows in sizes
+        for rate in rates
     ]
     theirs = [
         Job(
@@ -72,7 +75,7 @@ def rates() -> list[Job]:
             "theirs",
             train={"learning_rate": rate, "row_tokens": rows},
         )
-        for rows in (8192, 2048)
+        for rows in (8192, 2048, 1024)
         for rate in (1e-3, 5e-4)
     ]
     return [*theirs, *ours]  # theirs compile longest

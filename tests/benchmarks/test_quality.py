@@ -41,7 +41,7 @@ def test_finalists_are_three_seeds_of_each_side():
 
 
 def test_without_a_finished_wave_the_first_of_each_side_stands():
-    assert variants.chosen({}).name == "adamw-0.001-rows8192"
+    assert variants.chosen({}).name == "muon-0.002-rows8192"
     assert variants.best({}, "theirs").train["learning_rate"] == 1e-3
 
 

@@ -107,7 +107,7 @@ def test_muon_on_the_gpu_is_muon():
     settings = AdamWSettings(muon=True)
     masters = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        named = {n: torch.nn.Parameter(t.to(device, dtype)) for n, t in start.items()}
+        named = {n: torch.nn.Parameter(t.clone().to(device, dtype)) for n, t in start.items()}
         optimizer = AdamW(named.items(), settings, graphs=Graphs(torch.device(device)))
         for name, t in start.items():
             optimizer.load_master(name, t)

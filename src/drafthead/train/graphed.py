@@ -6,12 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from drafthead.head.model import Eagle3Head
 from drafthead.train.attention import Documents
 from drafthead.train.batches import Batch
 from drafthead.train.graphs import Graphs
 from drafthead.train.step import TrainStep
 
-SIZES = 16  # live rows and supervised tokens are padded to: 3 % of a row's work on average
+SIZES = 8  # live rows and supervised tokens are padded to: 6 % of a row's work on average
+HOST_SECONDS = 4e-3  # that the host takes to start the kernels of one step of training-time test
 DOCUMENTS = 32  # by which the number of documents is rounded up
 # By what each tensor of a batch is counted, and what stands in its padding.
 COUNTED = {
@@ -26,6 +28,13 @@ COUNTED = {
     "student_of": ("live", -1),
     "has_row": ("supervised", False),
 }
+
+
+def worth_replaying(head: Eagle3Head, tokens: int, rate: float) -> bool:
+    """Whether the host would keep a GPU waiting: whether the products of one step over a row of
+    `tokens`, at `rate` operations per second, take less time than starting their kernels."""
+    weights = sum(p.numel() for p in head.parameters())
+    return 6 * weights * tokens / rate < HOST_SECONDS
 
 
 class Places:

@@ -21,7 +21,7 @@ from drafthead.states.format import decode
 from drafthead.train import checkpoint, fp8
 from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
 from drafthead.train.evaluate import Acceptance, evaluate
-from drafthead.train.graphed import GraphedStep
+from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
 from drafthead.train.log import Log
 from drafthead.train.losses import Teacher
@@ -110,7 +110,9 @@ class _Fit:
         self.step = TrainStep(self.head, teacher, objective, device.type == "cuda", eight_bit)
         self.sharded = self._shard() if settings.shard and world.size > 1 else None
         graphs, self.backward = None, self.step.backward
-        if device.type == "cuda" and self.sharded is None:
+        self.rate = matmul_rate(device, self.dtype)
+        replaying = worth_replaying(self.head, settings.row_tokens, self.rate)
+        if device.type == "cuda" and replaying and not self.sharded and not eight_bit:
             graphs = Graphs(device)
             self.backward = GraphedStep(self.step, settings.row_tokens, graphs).backward
         self.optimizer = AdamW(
@@ -167,7 +169,6 @@ class _Fit:
 
     def run(self) -> dict:
         progress, world, plan = self.progress, self.world, self.plan
-        rate = matmul_rate(world.device, self.dtype)
         log = Log(
             self.folder,
             progress.step,
@@ -184,7 +185,7 @@ class _Fit:
         ]
         self.task.reader.expect(index for number in numbers for index in plan.rows[number])
         batches = prefetch(self.make, numbers, world.device)
-        meter = Meter(world, self.steps, rate)
+        meter = Meter(world, self.steps, self.rate)
         started = saved = time.monotonic()
         before, cost, aside = progress.seconds, 0.0, 0.0
         waited_before = progress.waited
