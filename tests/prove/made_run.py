@@ -103,7 +103,18 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         "ties": 1,
         "differences": differences,
         "tokens": 8123,
-        "noise": {"positions": 8100, "flips": 12, "largest": 0.0625},
+        "noise": {
+            "answers": 64,
+            "concurrency": 21,
+            "parted": 2,
+            "parted_at_once": 3,
+            "positions": 8100,
+            "flips": 12,
+            "largest": 0.0625,
+            "widest": 0.0625,
+        },
+        "p_value": 0.97,
+        "detectable_share": 0.15,
         "examined": [],
     }
     sampled = TwoSample(p_value=0.43, detectable_shift=0.05, contexts=8, samples=500, positions=8)

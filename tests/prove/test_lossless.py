@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from drafthead.prove.engine import Completion, Generation
-from drafthead.prove.lossless import NOT_LOSSLESS, TIE, Examiner
+from drafthead.prove.lossless import NOT_LOSSLESS, TIE, Examiner, once_more
 
 VOCAB, TOKENS, JUMP = 12, 40, 0.5
 
@@ -13,15 +13,19 @@ class Target:
     """A target with bf16's habits: decoding and one pass agree to the bit at most positions; at a
     few, drawn from the prefix, the gaps are apart by ``JUMP``."""
 
-    def __init__(self, jumps: float):
-        self.jumps, self.measured = jumps, 0
+    def __init__(self, jumps: float, sure: float = 0.0):
+        self.jumps, self.sure, self.measured = jumps, sure, 0
         self.info = {"max_model_len": 1000}
 
     def row(self, prefix: tuple[int, ...], decoding: bool) -> dict[int, float]:
+        """``sure``: how much the likeliest of every tenth row, far above the rest, moves."""
         rng = np.random.default_rng(prefix)
         logits = rng.permutation(VOCAB) / 4  # gaps of a quarter
-        if rng.random() < self.jumps and decoding:
+        best, jumps, sure = logits.argmax(), *rng.random(2)
+        if jumps < self.jumps and decoding:
             logits[rng.integers(VOCAB)] += JUMP
+        if self.sure and sure < 0.1:
+            logits[best] += 10 + self.sure * decoding
         return dict(enumerate(logits - np.log(np.exp(logits).sum())))
 
     def generate(self, prompts, *, max_tokens, logprobs=None, decoding=True, **_):
@@ -68,6 +72,10 @@ def test_noise_that_shows_at_one_position_in_a_hundred_explains_ties():
     assert noise["largest"] == pytest.approx(JUMP)
     assert 2 < noise["flips"] < 0.01 * noise["positions"] * 2
     assert all(d["gap"] <= JUMP for d in found["examined"])
+    # Asked again it writes the same: it is one pass that it parts from, as the drafted answers do.
+    assert noise["parted"] == 0
+    assert noise["parted_at_once"] == found["ties"]
+    assert found["p_value"] > 0.4
     examiner.compare(alone, drafted)
     assert target.measured == 1
 
@@ -83,6 +91,73 @@ def test_a_token_further_off_than_the_noise_is_a_fault(jumps):
     assert (found["identical"], found["differences"]) == (len(PROMPTS) - 1, 1)
     assert found["examined"][-1]["verdict"] == NOT_LOSSLESS
     assert found["examined"][-1]["position"] == 9
+
+
+def corrupted(target: Target, answers: list[Completion], index: int, at: int, below: int):
+    """The answers, of one the token ``at`` replaced by the one ``below`` places below the best."""
+    found = [Completion(list(a.ids), "length") for a in answers]
+    row = target.row((*PROMPTS[index], *found[index].ids[:at]), decoding=False)
+    found[index].ids[at] = sorted(row, key=row.get)[-1 - below]
+    return found
+
+
+@pytest.mark.parametrize("sure", [0.0, 4.0])
+def test_one_corrupted_answer_in_fifty_is_found(sure):
+    """Also where the target's gaps move by more than the fault's at places where nothing comes of
+    it: it is held against the gaps at which the target did part from itself."""
+    target = Target(jumps=0.1, sure=sure)
+    alone, drafted = answers(target), answers(target, decoding=False)
+    # Right after the prompt, before any tie, where the target is not sure.
+    index = next(i for i, p in enumerate(PROMPTS) if max(target.row(tuple(p), False).values()) < -1)
+    found = Examiner(target, PROMPTS, LIMITS, 8).compare(
+        alone, corrupted(target, drafted, index, at=0, below=8)
+    )
+    assert found["noise"]["largest"] >= sure
+    assert found["noise"]["widest"] <= JUMP
+    assert found["ties"] > 10
+    assert not found["lossless"]
+    assert found["differences"] == 1
+    (fault,) = [d for d in found["examined"] if d["prompt"] == index]
+    assert fault["gap"] == pytest.approx(2.0)
+    assert fault["verdict"] == NOT_LOSSLESS
+
+
+def test_a_fault_within_the_noise_shows_as_more_partings_than_the_target_has():
+    """Ten answers more than the target's own part, each at the second likeliest token; three more
+    are what chance does."""
+    target = Target(jumps=0.001)
+    alone = answers(target)
+
+    def judged(faults: int) -> dict:
+        drafted = alone
+        for index in range(faults):
+            drafted = corrupted(target, drafted, index, at=5, below=1)
+            # What it writes on from there is the target's own.
+            start = [*PROMPTS[index], *drafted[index].ids[:6]]
+            (rest,) = target.generate([start], max_tokens=TOKENS - 6).completions
+            drafted[index].ids[6:] = rest.ids
+        return Examiner(target, PROMPTS, LIMITS, 8).compare(alone, drafted)
+
+    few, many = judged(3), judged(30)
+    assert few["lossless"]
+    assert few["ties"] == 3
+    assert many["differences"] == 0
+    assert many["ties"] == 30
+    assert many["p_value"] < 0.001
+    assert not many["lossless"]
+
+
+def test_what_differs_only_by_how_the_engine_is_set_is_not_the_heads_doing():
+    """Answers from an engine that is set as with the head, but has none, are the measure."""
+    target, other = Target(jumps=0.0), Target(jumps=0.05)
+    alone, drafted = answers(target), answers(other)
+    again = once_more(other, PROMPTS, LIMITS, 8)
+    assert sorted(again) == list(range(len(PROMPTS)))
+    assert list(again) != sorted(again)
+    found = Examiner(target, PROMPTS, LIMITS, 8, again).compare(alone, drafted)
+    assert found["noise"]["parted"] == len(PROMPTS) - found["identical"] > 10
+    assert found["noise"]["flips"] == 0
+    assert found["p_value"] > 0.4
 
 
 def test_a_fault_behind_a_tie_is_found():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.pairing import MIN_PAIRS, blocks_of
-from drafthead.prove.stats import conditional, speedup
+from drafthead.prove.stats import conditional, detectable_excess, more_often, speedup
 
 
 def test_ratio_is_of_totals_and_pairs_cancel_what_both_share():
@@ -64,3 +64,26 @@ def test_counters_add_and_subtract():
     assert SpecCounters().accepted_length is None
     assert conditional(b.acceptance_by_position) == pytest.approx([1, 3 / 4, 2 / 3])
     assert conditional([0.5, 0.0, 0.0]) == [0.5, 0.0, 0.0]
+
+
+def test_fishers_exact_test_as_published():
+    """The lady tasting tea: four cups of four right by chance, and three or more."""
+    assert more_often(4, 4, 0, 4) == pytest.approx(1 / 70)
+    assert more_often(3, 4, 1, 4) == pytest.approx(17 / 70)
+    assert more_often(0, 4, 3, 4) == 1
+
+
+@pytest.mark.parametrize(("n", "b", "m"), [(150, 11, 150), (4200, 20, 256), (300, 0, 256)])
+def test_a_detectable_excess_is_found_as_often_as_said(n, b, m):
+    share = detectable_excess(n, b, m, alpha=0.001, power=0.9)
+    rng = np.random.default_rng(1)
+    counts = rng.binomial(n, b / m + share * (1 - b / m), 400)
+    assert np.mean([more_often(a, n, b, m) < 0.001 for a in counts]) > 0.87
+    # and half of it is not
+    counts = rng.binomial(n, b / m + share / 2 * (1 - b / m), 400)
+    assert np.mean([more_often(a, n, b, m) < 0.001 for a in counts]) < 0.9
+
+
+def test_without_a_control_one_is_enough():
+    assert detectable_excess(48, 0, 0, alpha=0.001, power=0.9) == 0.05  # 1 - 0.95**48 = 0.915
+    assert detectable_excess(1, 0, 0, alpha=0.001, power=0.9) is None

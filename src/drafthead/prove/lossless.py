@@ -2,11 +2,15 @@
 
 In exact arithmetic it must be: a draft is kept only where it is the target's own choice. In bf16
 two batches of other shapes round differently, so where the target's two likeliest tokens are as
-close as that noise, either may come out. Such a place is told from a fault by measuring both: the
-target's gap between the two tokens, computed anew by the target alone, and the noise of this
-target on this machine: how far its own gaps move over the whole answers, from decoding them to
-computing them in one pass. Most do not move at all and a few by a lot (logits in bf16 move in steps
-of 1/16, and an expert chosen otherwise moves them by several), so a sample would miss the largest.
+close as that noise, either may come out. Such a place is told from a fault by holding the target
+against itself, in two ways: the same prompts again, in another order and with another number at
+once, and every position of those answers computed in one pass, as speculation checks its drafts.
+
+- How wide is the gap between the two tokens, computed anew by the target alone? A tie is what is
+  no wider than the target's own partings allow. What a corrupted state writes lies further off.
+- How many answers part? A fault that stays within the noise shows as more partings than the target
+  has with itself (Fisher's exact test; what share of faulty answers it would find is stated).
+
 After a tie the comparison goes on, from the drafted token, so that a tie hides nothing that comes
 later.
 """
@@ -17,14 +21,23 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from drafthead.prove.engine import Completion, EngineProcess
+from drafthead.prove.stats import detectable_excess, more_often
 
 TOP = 20
 """Likeliest tokens that vLLM gives log-probabilities of, by default at most."""
 NOISE_MARGIN = 2.0
 """A flip needs a gap that the noise of both runs can close: that of the run without the head and
 of the run with it."""
+PARTING_MARGIN = 3.0
+"""Times the widest gap of the target's own partings. Noise whose tail falls off as an exponential
+exceeds three times the widest of n partings with a chance of n**-3 for each parting."""
+ENOUGH_PARTINGS = 20
+"""With fewer the widest says little."""
 NOISE_ANSWERS = 256
 """Answers over which the noise is measured at most: tens of thousands of positions."""
+ALPHA = 0.001
+"""Chance that a set of answers is called too different without cause; each set is tested."""
+POWER = 0.9
 
 
 @dataclass(frozen=True)
@@ -54,18 +67,33 @@ TIE, NOT_LOSSLESS = "tie within numeric noise", "not lossless"
 
 @dataclass(frozen=True)
 class Noise:
-    """How much the target's own log-probability gaps move with the shape of the computation."""
+    """The target alone held against itself."""
 
+    answers: int
+    """Answers that it was asked for once more."""
+    concurrency: int
+    """How many of them at once."""
+    parted: int
+    """Answers that came out otherwise the second time."""
+    parted_at_once: int
+    """Answers with a position at which one pass over them chooses another token."""
     positions: int
-    """Positions of answers that were computed twice."""
+    """Positions of answers that were computed by decoding and in one pass."""
     flips: int
-    """Of them, those where the target alone chose another token the second time."""
+    """Of them, those where the target chooses another token in one pass."""
     largest: float
     """Largest change of the gap between the two likeliest tokens, in log-probability."""
+    widest: float
+    """Widest gap at which the target parted from itself, in either way."""
 
     @property
     def tolerance(self) -> float:
-        return NOISE_MARGIN * self.largest
+        """Widest gap of a tie. Where the target is sure of a token its gap may move by a lot and
+        nothing comes of it, so its partings, if there are enough, say more than its movements."""
+        most = NOISE_MARGIN * self.largest
+        if self.parted + self.flips < ENOUGH_PARTINGS:
+            return most
+        return min(most, PARTING_MARGIN * self.widest)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -76,38 +104,32 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def measure_noise(
-    base: EngineProcess,
+def other_concurrency(concurrency: int) -> int:
+    """How many at once where it must not be ``concurrency``."""
+    return max(1, concurrency // 3) if concurrency > 1 else 4
+
+
+def once_more(
+    engine: EngineProcess,
     prompts: Sequence[Sequence[int]],
     max_tokens: Sequence[int],
     concurrency: int,
-) -> Noise:
-    """The numeric noise of a target: its answers decoded token by token, so many at once, and every
-    position of them computed in one pass.
+    logprobs: int | None = None,
+) -> dict[int, Completion]:
+    """Ask the target alone again, for as many answers as the noise is measured over: drawn and in
+    an order by chance, another number than ``concurrency`` at once.
 
-    These are the two ways in which a target meets a position when it is served with a head:
-    speculation checks several tokens in one forward pass.
+    Returns:
+        The answers by the index of their prompt.
     """
-    few = np.random.default_rng(0).permutation(len(prompts))[:NOISE_ANSWERS]
-    asked = [prompts[i] for i in few]
-    decoded = base.generate(
-        asked,
+    few = np.random.default_rng(0).permutation(len(prompts))[:NOISE_ANSWERS].tolist()
+    completions = engine.generate(
+        [prompts[i] for i in few],
         max_tokens=[max_tokens[i] for i in few],
-        concurrency=concurrency,
-        logprobs=TOP,
-        prefix_cache=False,
+        concurrency=other_concurrency(concurrency),
+        logprobs=logprobs,
     ).completions
-    room = base.info["max_model_len"] - 1  # an engine that is given a sequence writes a token more
-    whole = [[*p, *c.ids][:room] for p, c in zip(asked, decoded, strict=True)]
-    at_once = base.score(whole, TOP)
-    changes, flips = [], 0
-    for prompt, completion, rows in zip(asked, decoded, at_once, strict=True):
-        for token, top, row in zip(completion.ids, completion.logprobs, rows[len(prompt) :]):
-            flips += row[token] < max(row.values())
-            (first, p), (second, q) = sorted(top.items(), key=lambda item: -item[1])[:2]
-            if first in row and second in row:
-                changes.append(abs((p - q) - (row[first] - row[second])))
-    return Noise(len(changes), flips, max(changes, default=0.0))
+    return dict(zip(few, completions, strict=True))
 
 
 class Examiner:
@@ -118,6 +140,8 @@ class Examiner:
         prompts: token ids of each prompt.
         max_tokens: the limit of each answer.
         concurrency: answers that were asked for at once.
+        again: what :func:`once_more` gave on an engine that differs from the drafted one only in
+            having no head; None: ``base`` is such an engine, and is asked when it is needed.
     """
 
     def __init__(
@@ -126,9 +150,10 @@ class Examiner:
         prompts: Sequence[Sequence[int]],
         max_tokens: Sequence[int],
         concurrency: int,
+        again: dict[int, Completion] | None = None,
     ):
         self.base, self.prompts, self.max_tokens = base, prompts, max_tokens
-        self.concurrency = concurrency
+        self.concurrency, self.again = concurrency, again
         self.noise: Noise | None = None
         """Measured once it is needed."""
 
@@ -140,71 +165,144 @@ class Examiner:
 
         Returns:
             ``prompts`` = ``identical`` + ``ties`` + ``differences`` (answers), ``lossless``,
-            ``tokens`` compared, ``noise`` if it was needed, and ``examined``: each difference.
+            ``tokens`` compared, ``noise`` if it was needed, ``p_value`` (of so many answers that
+            part, if they part as often as the target's from themselves), ``detectable_share`` (the
+            smallest share of answers changed by a fault within the noise that would be found nine
+            times in ten; None: not even half), and ``examined``: each difference.
         """
-        examined: list[Difference] = []
-        identical = ties = differences = 0
-        for i, (a, b) in enumerate(zip(base_answers, drafted_answers, strict=True)):
-            found = self.examine(i, a, b)
-            examined += found
-            identical += not found
-            ties += bool(found) and found[-1].is_tie
-            differences += bool(found) and not found[-1].is_tie
+        found = self._examine(base_answers, drafted_answers)
+        ties = sum(differences[-1].is_tie for differences in found.values())
+        answers, parted = len(self.prompts), len(found)
+        noise = self.noise
+        again = max(noise.parted, noise.parted_at_once) if noise else 0
+        asked = noise.answers if noise else 0
+        p_value = more_often(parted, answers, again, asked) if parted else 1.0
         return {
-            "lossless": differences == 0,
-            "prompts": len(self.prompts),
-            "identical": identical,
+            "lossless": ties == parted and p_value >= ALPHA,
+            "prompts": answers,
+            "identical": answers - parted,
             "ties": ties,
-            "differences": differences,
+            "differences": parted - ties,
             "tokens": sum(len(answer.ids) for answer in drafted_answers),
-            "noise": self.noise and asdict(self.noise),
-            "examined": [asdict(difference) for difference in examined],
+            "noise": noise and asdict(noise),
+            "p_value": p_value,
+            "detectable_share": detectable_excess(answers, again, asked, alpha=ALPHA, power=POWER),
+            "examined": [
+                asdict(d) for _, differences in sorted(found.items()) for d in differences
+            ],
         }
 
-    def examine(self, index: int, base: Completion, drafted: Completion) -> list[Difference]:
-        """Every difference of one answer, each followed past if it is a tie.
-
-        Args:
-            index: which prompt.
-            base: what the target alone wrote.
-            drafted: what it wrote with the head.
-
-        Returns:
-            Empty if they are the same; the last one is the only one that may be no tie.
-        """
-        found: list[Difference] = []
-        reference = base.ids
-        while (at := first_difference(reference, drafted.ids)) is not None:
-            difference = self._judge(index, at, reference, drafted.ids)
-            found.append(difference)
-            if not difference.is_tie:
-                break
-            done = drafted.ids[: at + 1]
-            rest: list[int] = []
-            max_tokens = self.max_tokens[index]
-            stopped = drafted.finish_reason == "stop" and len(done) == len(drafted.ids)
-            if len(done) < max_tokens and not stopped:
-                resumed = self.base.generate(
-                    [[*self.prompts[index], *done]],
-                    max_tokens=max_tokens - len(done),
-                    prefix_cache=False,
+    def _examine(
+        self, base_answers: Sequence[Completion], drafted_answers: Sequence[Completion]
+    ) -> dict[int, list[Difference]]:
+        """For each prompt whose answers are not the same every difference, each followed past if
+        it is a tie: the last one is the only one that may be no tie."""
+        found: dict[int, list[Difference]] = {}
+        references = dict(enumerate(answer.ids for answer in base_answers))
+        while places := self._partings(references, drafted_answers):
+            if self.noise is None:
+                self.noise = self._measure(base_answers)
+            ties = []
+            for (i, at), gap in zip(
+                places.items(), self._gaps(places, references, drafted_answers)
+            ):
+                a, b = (
+                    ids[at] if at < len(ids) else None
+                    for ids in (references[i], drafted_answers[i].ids)
                 )
-                rest = resumed.completions[0].ids
-            reference = done + rest
+                tie = gap is not None and gap <= self.noise.tolerance
+                verdict = TIE if tie else NOT_LOSSLESS
+                found.setdefault(i, []).append(Difference(i, at, a, b, gap, verdict))
+                if tie:
+                    ties.append((i, at))
+            references = self._resumed(ties, drafted_answers)
         return found
 
-    def _judge(self, index: int, at: int, base: list[int], drafted: list[int]) -> Difference:
-        if at >= len(base) or at >= len(drafted):
-            a, b = (ids[at] if at < len(ids) else None for ids in (base, drafted))
-            return Difference(index, at, a, b, gap=None, verdict=NOT_LOSSLESS)
-        if self.noise is None:
-            self.noise = measure_noise(self.base, self.prompts, self.max_tokens, self.concurrency)
-        prefix = [*self.prompts[index], *drafted[:at]]
-        anew = self.base.generate([prefix], max_tokens=1, logprobs=TOP, prefix_cache=False)
-        row = anew.completions[0].logprobs[0]
-        gap = None
-        if base[at] in row and drafted[at] in row:
-            gap = max(row.values()) - min(row[base[at]], row[drafted[at]])
-        tie = gap is not None and gap <= self.noise.tolerance
-        verdict = TIE if tie else NOT_LOSSLESS
-        return Difference(index, at, base[at], drafted[at], gap, verdict)
+    @staticmethod
+    def _partings(
+        references: dict[int, list[int]], answers: Sequence[Completion] | dict[int, Completion]
+    ) -> dict[int, int]:
+        """Where each answer first departs from its reference, of those that do."""
+        places = {i: first_difference(ids, answers[i].ids) for i, ids in references.items()}
+        return {i: at for i, at in places.items() if at is not None}
+
+    def _gaps(
+        self,
+        places: dict[int, int],
+        references: dict[int, list[int]],
+        answers: Sequence[Completion] | dict[int, Completion],
+    ) -> list[float | None]:
+        """The gap at each place (see :class:`Difference`), computed anew."""
+        rows = self.base.generate(
+            [[*self.prompts[i], *answers[i].ids[:at]] for i, at in places.items()],
+            max_tokens=1,
+            concurrency=self.concurrency,
+            logprobs=TOP,
+            prefix_cache=False,
+        ).completions
+        found: list[float | None] = []
+        for (i, at), completion in zip(places.items(), rows, strict=True):
+            row = completion.logprobs[0]
+            # Of an answer that has ended there is no token: nothing is found for it.
+            pair = [row.get(t) for ids in (references[i], answers[i].ids) for t in ids[at : at + 1]]
+            known = [p for p in pair if p is not None]
+            found.append(max(row.values()) - min(known) if len(known) == 2 else None)
+        return found
+
+    def _resumed(
+        self, ties: Sequence[tuple[int, int]], answers: Sequence[Completion]
+    ) -> dict[int, list[int]]:
+        """What the target alone writes on from the drafted token of each tie."""
+        done = {i: answers[i].ids[: at + 1] for i, at in ties}
+        open_ = [
+            i
+            for i, ids in done.items()
+            if len(ids) < self.max_tokens[i]
+            and not (answers[i].finish_reason == "stop" and len(ids) == len(answers[i].ids))
+        ]
+        if open_:
+            resumed = self.base.generate(
+                [[*self.prompts[i], *done[i]] for i in open_],
+                max_tokens=[self.max_tokens[i] - len(done[i]) for i in open_],
+                concurrency=self.concurrency,
+                prefix_cache=False,
+            )
+            for i, rest in zip(open_, resumed.completions, strict=True):
+                done[i] = done[i] + rest.ids
+        return done
+
+    def _measure(self, base_answers: Sequence[Completion]) -> Noise:
+        """Hold the target alone against itself."""
+        decoded = once_more(self.base, self.prompts, self.max_tokens, self.concurrency, TOP)
+        again = decoded if self.again is None else self.again
+        first = {i: base_answers[i].ids for i in again}
+        places = self._partings(first, again)
+        widest = [gap for gap in self._gaps(places, first, again) if gap is not None]
+        room = self.base.info["max_model_len"] - 1  # given a sequence it writes a token more
+        scored = self.base.score(
+            [[*self.prompts[i], *c.ids][:room] for i, c in decoded.items()], TOP
+        )
+        changes, flips, parted_at_once = [], 0, 0
+        for (i, completion), rows in zip(decoded.items(), scored, strict=True):
+            before = flips
+            for token, top, row in zip(
+                completion.ids, completion.logprobs, rows[len(self.prompts[i]) :]
+            ):
+                best = max(row.values())
+                if token != min(t for t, p in row.items() if p == best):  # as argmax takes it
+                    flips += 1
+                    widest.append(best - row[token])
+                (one, p), (two, q) = sorted(top.items(), key=lambda item: -item[1])[:2]
+                if one in row and two in row:
+                    changes.append(abs((p - q) - (row[one] - row[two])))
+            parted_at_once += flips > before
+        return Noise(
+            answers=len(again),
+            concurrency=other_concurrency(self.concurrency),
+            parted=len(places),
+            parted_at_once=parted_at_once,
+            positions=len(changes),
+            flips=flips,
+            largest=max(changes, default=0.0),
+            widest=max(widest, default=0.0),
+        )

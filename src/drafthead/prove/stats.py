@@ -1,7 +1,9 @@
-"""Ratios of throughput with their intervals, and two-sample tests: small, in numpy."""
+"""Throughputs and shares held against each other, with what chance does: small, in numpy."""
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 
@@ -65,3 +67,28 @@ def conditional(unconditional: Sequence[float]) -> list[float]:
     """Acceptance at each draft position given that all before it were accepted."""
     before = [1.0, *unconditional][: len(unconditional)]
     return [p / q if q else 0.0 for p, q in zip(unconditional, before)]
+
+
+def more_often(a: int, n: int, b: int, m: int) -> float:
+    """How likely ``a`` or more of ``n`` would be, beside ``b`` of ``m``, if both were alike:
+    Fisher's exact test, one-sided."""
+    both = a + b
+    tail = sum(comb(n, x) * comb(m, both - x) for x in range(a, min(n, both) + 1))
+    return tail / comb(n + m, both)
+
+
+_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
+
+
+def detectable_excess(n: int, b: int, m: int, *, alpha: float, power: float) -> float | None:
+    """The smallest share of ``n``, beside a rate of ``b`` of ``m``, that :func:`more_often` would
+    find at ``alpha`` with a chance of ``power``; None if not even half. Without ``m`` a single one
+    is found."""
+    counts = range(n + 1)
+    least = bisect.bisect(counts, -alpha, key=lambda a: -more_often(a, n, b, m)) if m else 1
+    rate = b / m if m else 0.0
+    rng = np.random.default_rng(0)
+    for share in _SHARES:
+        if np.mean(rng.binomial(n, rate + share * (1 - rate), 20_000) >= least) >= power:
+            return share
+    return None

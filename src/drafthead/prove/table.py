@@ -24,8 +24,10 @@ def lossless_words(verify: dict) -> str:
         words += f"; {verify['ties']} part at a tie within numeric noise"
         # Measured once for each set of prompts, whatever k.
         noises = {r["workload"]: r["noise"] for r in verify["runs"] if r["noise"]}.values()
-        flips, positions = (sum(n[name] for n in noises) for name in ("flips", "positions"))
-        words += f" (the target parts from itself at {flips:,} of {positions:,} positions)"
+        parted, answers = (sum(n[name] for n in noises) for name in ("parted", "answers"))
+        words += f" (of the target alone {parted} of {answers}, asked twice)"
+    if not verify["differences"] and not all(r["lossless"] for r in verify["runs"]):
+        words += ", more than the target's own: NOT LOSSLESS"
     return words
 
 

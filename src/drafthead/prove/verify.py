@@ -13,10 +13,11 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
-from drafthead.prove.lossless import NOT_LOSSLESS, Examiner
+from drafthead.prove.lossless import NOT_LOSSLESS, Examiner, once_more
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
+from drafthead.prove.words import noise_words
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
@@ -127,7 +128,12 @@ class Outcome:
 
 
 def prove_lossless(
-    drafted: dict[int, Plan], base: Plan, prompts: Sequence[Prompt], recipe: Recipe, logs: Path
+    drafted: dict[int, Plan],
+    base: Plan,
+    twin: Plan,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    logs: Path,
 ) -> Outcome:
     """Run each drafted engine, then the target alone, and compare.
 
@@ -139,6 +145,8 @@ def prove_lossless(
     Args:
         drafted: a plan for each number of tokens drafted a step.
         base: the plan of the target alone.
+        twin: the drafted engines' plan without the head. Where it is not ``base``'s, an engine of
+            it is asked too: how far the two part is not the head's doing.
         prompts: what is asked.
         recipe: limits and load.
         logs: folder for what the engines print.
@@ -146,15 +154,22 @@ def prove_lossless(
     cuda = this_machine().vllm_device == "cuda"
     at_once = cuda and recipe.engine.kv_cache_memory_bytes is not None
 
+    # An engine that drafts 0 tokens: the target alone, set as with the head.
+    plans = drafted if twin.args == base.args else {**drafted, 0: twin}
+
     def engine_of(plan: Plan, name: str, log: str) -> EngineProcess:
-        plan = shared(plan, len(drafted) + 1) if at_once else plan
+        plan = shared(plan, len(plans) + 1) if at_once else plan
         return EngineProcess(
             plan.args, env=plan.environment, log=logs / f"verify-{log}.log", name=name
         )
 
     alone = engine_of(base, "target alone", "target")
-    others = {k: engine_of(plan, f"head, k={k}", f"k{k}") for k, plan in drafted.items()}
+    others = {
+        k: engine_of(plan, f"head, k={k}" if k else "set as with the head", f"k{k}")
+        for k, plan in plans.items()
+    }
     work: list[Workload] = []
+    again: list[dict[int, Completion]] | None = None
     written: dict[int, list[list[Completion]]] = {}
     draws: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
@@ -163,6 +178,11 @@ def prove_lossless(
         for k, engine in others.items():
             with contextlib.nullcontext() if at_once else engine:
                 work = work or workloads(recipe, prompts, engine.info["max_model_len"])
+                if k == 0:
+                    again = [
+                        once_more(engine, w.prompts, w.max_tokens, w.concurrency) for w in work
+                    ]
+                    continue
                 written[k] = _answers(engine, work)
                 contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
                 if recipe.verify.samples and not draws:
@@ -170,7 +190,10 @@ def prove_lossless(
         if not at_once:
             stack.enter_context(alone)
         wanted = _answers(alone, work, prefix_cache=False)
-        examiners = [Examiner(alone, w.prompts, w.max_tokens, w.concurrency) for w in work]
+        examiners = [
+            Examiner(alone, w.prompts, w.max_tokens, w.concurrency, again[i] if again else None)
+            for i, w in enumerate(work)
+        ]
         runs = [
             {
                 "num_speculative_tokens": k,
@@ -213,7 +236,8 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         k: engine_plan(chunked, head=head, target=target, num_speculative_tokens=k) for k in ks
     }
     console.print(f"verify: {len(prompts)} prompts, k = {', '.join(map(str, ks))}")
-    outcome = prove_lossless(drafted, base, prompts, recipe, run.root / "logs")
+    twin = engine_plan(chunked, head=None, target=target)
+    outcome = prove_lossless(drafted, base, twin, prompts, recipe, run.root / "logs")
     runs, sampled = outcome.runs, outcome.sampled
     result = {
         "lossless": all(r["lossless"] for r in runs) and (sampled is None or sampled.same),
@@ -233,9 +257,11 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         f"verify: {result['identical']} of {result['prompts']} answers identical"
         + (f", {result['ties']} ties within numeric noise" if result["ties"] else "")
     )
+    for line in noise_words(result):
+        console.print(line)
     if sampled is not None:
         console.print(sampled.words)
-    if result["differences"]:
+    if not all(r["lossless"] for r in runs):
         raise ClaimFailed(_failure(runs, run))
     if sampled is not None and not sampled.same:
         raise ClaimFailed(f"not lossless: {sampled.words} See {run.verify_json}")
@@ -252,13 +278,19 @@ def _in_chunks(recipe: Recipe) -> Recipe:
 
 
 def _failure(runs: list[dict], run: RunDir) -> str:
-    failed = next(r for r in runs if not r["lossless"])
+    proof = f"see {run.verify_json}"
+    failed = min((r for r in runs if not r["lossless"]), key=lambda r: not r["differences"])
+    where = f"k={failed['num_speculative_tokens']}, {failed['workload']}"
+    if not failed["differences"]:
+        return (
+            f"not lossless: {failed['ties']} of {failed['prompts']} answers part ({where}), more "
+            f"than the target's from themselves (p = {failed['p_value']:.2g}); {proof}"
+        )
     fault = next(d for d in failed["examined"] if d["verdict"] == NOT_LOSSLESS)
     gap = "not even likely" if fault["gap"] is None else f"{fault['gap']:.4g} below its likeliest"
     return (
         f"not lossless: {sum(r['differences'] for r in runs)} of "
-        f"{sum(r['prompts'] for r in runs)} answers differ; first (k="
-        f"{failed['num_speculative_tokens']}, {failed['workload']}) prompt {fault['prompt']} at "
-        f"token {fault['position']}: the target alone wrote {fault['base_token']}, with the head "
-        f"{fault['drafted_token']}, {gap}; see {run.verify_json}"
+        f"{sum(r['prompts'] for r in runs)} answers differ; first ({where}) prompt "
+        f"{fault['prompt']} at token {fault['position']}: the target alone wrote "
+        f"{fault['base_token']}, with the head {fault['drafted_token']}, {gap}; {proof}"
     )

@@ -224,6 +224,35 @@ def sampled_words(verify: dict) -> list[str]:
     return [sampled["words"]] if sampled else []
 
 
+def noise_words(verify: dict) -> list[str]:
+    """For each set of prompts how many answers part with the head, beside how many of the target's
+    part from themselves, and what would have been found."""
+    found = []
+    for name in dict.fromkeys(r["workload"] for r in verify["runs"]):
+        runs = [r for r in verify["runs"] if r["workload"] == name]
+        parted = [r["prompts"] - r["identical"] for r in runs]
+        least, most = min(parted), max(parted)
+        words = f"{name}: {least} of {runs[0]['prompts']} answers part with the head"
+        if least < most:
+            words = f"{name}: {least} to {most} of {runs[0]['prompts']} answers part with the head"
+        # Measured once for each set of prompts, whatever k, if any answer parts.
+        if noise := next((r["noise"] for r in runs if r["noise"]), None):
+            words += (
+                f"; of the target alone {noise['parted']} of {noise['answers']}, asked again "
+                f"{noise['concurrency']} at once, and {noise['parted_at_once']} in one pass over "
+                f"its answers; widest gap {noise['widest']:.2g}"
+            )
+        shares = [r["detectable_share"] for r in runs]
+        words += (
+            "; too few to find even a fault in half of the answers."
+            if None in shares
+            else f"; a fault within the noise in {max(shares):.1%} of the answers would have been "
+            "found nine times in ten."
+        )
+        found.append(words)
+    return found
+
+
 def machine_facts(machine: dict) -> list[tuple[str, str]]:
     """The machine's description as names and words."""
     gpus = ", ".join(f"{g['name']} ({g['memory_bytes'] / 2**30:.0f} GiB)" for g in machine["gpus"])
