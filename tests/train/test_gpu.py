@@ -1,10 +1,14 @@
 """What only a GPU can show: flash attention, kernels and compiled pieces against the plain step."""
 
+import io
+import json
 import time
 
 import pytest
 import torch
+from rich.console import Console
 
+from drafthead.train import loop
 from drafthead.train.attention import Documents, attention, plain_attention
 from drafthead.train.batches import assemble, draft_ids
 from drafthead.train.graphed import GraphedStep
@@ -16,6 +20,7 @@ from drafthead.train.parallel import World
 from drafthead.train.step import Objective, TrainStep
 from tests.heads import small_head
 from tests.train.samples import sample
+from tests.train.toy import make_task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -153,6 +158,29 @@ def test_replayed_steps_are_the_steps(loss):
         assert (correct_a - correct_b).abs().max() <= 2
         for a, b in zip(grads_a, grads_b):
             assert relative(b, a) < 3e-2
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_run_of_replayed_steps_learns_the_same(optimizer, tmp_path, monkeypatch):
+    """Rows of all sizes while threads read the next ones, two to a step, checkpoints in between."""
+    world, found = World(0, 1, torch.device("cuda")), {}
+    for name in ("replayed", "launched"):
+        if name == "launched":
+            monkeypatch.setattr(loop, "worth_replaying", lambda *_: False)
+        task = make_task(tmp_path / "states", optimizer=optimizer, eval_every=40, epochs=24)
+        found[name] = loop.fit(task, tmp_path / name, world, Console(file=io.StringIO()))
+    a, b = found["replayed"], found["launched"]
+    assert a["steps"] == b["steps"]
+    assert a["tokens"] == b["tokens"]
+    assert a["accepted_length"] > 1.2
+    assert abs(a["accepted_length"] - b["accepted_length"]) < 0.15
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in found
+    ]
+    for replayed, launched in zip(*losses):
+        if replayed is not None:
+            assert abs(replayed - launched) < 0.1 * launched + 0.05
 
 
 def test_waiting_that_queued_work_hides_does_not_count():
