@@ -21,7 +21,7 @@ from drafthead.prove.words import noise_words
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head
-from drafthead.targets import recipe_target
+from drafthead.targets import Target, recipe_target
 
 # Lengths that faults of speculation have hidden at: one-token prompts, a block's edge, chunks.
 _PROMPT_LENGTHS = (1, 1, 2, 3, 4, 5, 8, 20, 60, 130, 200)
@@ -117,6 +117,33 @@ def _draws(
 
 
 @dataclass(frozen=True)
+class Plans:
+    """How the engines are run."""
+
+    drafted: dict[int, Plan]
+    """For each number of tokens drafted a step."""
+    base: Plan
+    """The target alone."""
+    twin: Plan
+    """As the drafted ones, without the head. Where it is not ``base``'s, an engine of it is asked
+    too: how far the two part is not the head's doing."""
+
+
+def verify_plans(recipe: Recipe, head: str | Path, target: Target) -> Plans:
+    """Plans for each k to prove; with a head engine steps are as small as verify asks for."""
+    ks = recipe.verify.num_speculative_tokens or recipe.serve.candidates
+    size, chunked = recipe.verify.max_num_batched_tokens, recipe
+    if size is not None:
+        extra = {**recipe.engine.extra, "max_num_batched_tokens": size}
+        chunked = with_options(recipe, "engine", {"extra": extra})
+    return Plans(
+        {k: engine_plan(chunked, head=head, target=target, num_speculative_tokens=k) for k in ks},
+        engine_plan(recipe, head=None, target=target),
+        engine_plan(chunked, head=None, target=target),
+    )
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What the engines gave."""
 
@@ -127,14 +154,7 @@ class Outcome:
     """The test of sampling with the first k, if it was asked for."""
 
 
-def prove_lossless(
-    drafted: dict[int, Plan],
-    base: Plan,
-    twin: Plan,
-    prompts: Sequence[Prompt],
-    recipe: Recipe,
-    logs: Path,
-) -> Outcome:
+def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs: Path) -> Outcome:
     """Run each drafted engine, then the target alone, and compare.
 
     Only one engine works at a time. Where they can share a GPU, its memory being given in bytes,
@@ -143,10 +163,7 @@ def prove_lossless(
     answer anew, nothing of it comes out of a prefix cache.
 
     Args:
-        drafted: a plan for each number of tokens drafted a step.
-        base: the plan of the target alone.
-        twin: the drafted engines' plan without the head. Where it is not ``base``'s, an engine of
-            it is asked too: how far the two part is not the head's doing.
+        plans: of the engines.
         prompts: what is asked.
         recipe: limits and load.
         logs: folder for what the engines print.
@@ -155,18 +172,18 @@ def prove_lossless(
     at_once = cuda and recipe.engine.kv_cache_memory_bytes is not None
 
     # An engine that drafts 0 tokens: the target alone, set as with the head.
-    plans = drafted if twin.args == base.args else {**drafted, 0: twin}
+    needed = plans.drafted | ({0: plans.twin} if plans.twin.args != plans.base.args else {})
 
     def engine_of(plan: Plan, name: str, log: str) -> EngineProcess:
-        plan = shared(plan, len(plans) + 1) if at_once else plan
+        plan = shared(plan, len(needed) + 1) if at_once else plan
         return EngineProcess(
             plan.args, env=plan.environment, log=logs / f"verify-{log}.log", name=name
         )
 
-    alone = engine_of(base, "target alone", "target")
+    alone = engine_of(plans.base, "target alone", "target")
     others = {
         k: engine_of(plan, f"head, k={k}" if k else "set as with the head", f"k{k}")
-        for k, plan in plans.items()
+        for k, plan in needed.items()
     }
     work: list[Workload] = []
     again: list[dict[int, Completion]] | None = None
@@ -229,15 +246,9 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     target = recipe_target(recipe)
     head = existing_head(run.head)
     prompts = many_prompts(run, recipe.verify.prompts)
-    ks = recipe.verify.num_speculative_tokens or recipe.serve.candidates
-    base = engine_plan(recipe, head=None, target=target)
-    chunked = _in_chunks(recipe)
-    drafted = {
-        k: engine_plan(chunked, head=head, target=target, num_speculative_tokens=k) for k in ks
-    }
-    console.print(f"verify: {len(prompts)} prompts, k = {', '.join(map(str, ks))}")
-    twin = engine_plan(chunked, head=None, target=target)
-    outcome = prove_lossless(drafted, base, twin, prompts, recipe, run.root / "logs")
+    plans = verify_plans(recipe, head, target)
+    console.print(f"verify: {len(prompts)} prompts, k = {', '.join(map(str, plans.drafted))}")
+    outcome = prove_lossless(plans, prompts, recipe, run.root / "logs")
     runs, sampled = outcome.runs, outcome.sampled
     result = {
         "lossless": all(r["lossless"] for r in runs) and (sampled is None or sampled.same),
@@ -251,7 +262,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "machine": this_machine().as_dict(),
     }
     write_json(run.verify_json, result)
-    served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in drafted.items()}
+    served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in plans.drafted.items()}
     write_proof(run, recipe.target.path, target, result, served, prompts)
     console.print(
         f"verify: {result['identical']} of {result['prompts']} answers identical"
@@ -266,15 +277,6 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     if sampled is not None and not sampled.same:
         raise ClaimFailed(f"not lossless: {sampled.words} See {run.verify_json}")
     return {key: result[key] for key in ("lossless", "prompts", "identical", "ties", "differences")}
-
-
-def _in_chunks(recipe: Recipe) -> Recipe:
-    """The recipe with engine steps as small as verify asks for."""
-    size = recipe.verify.max_num_batched_tokens
-    if size is None:
-        return recipe
-    extra = {**recipe.engine.extra, "max_num_batched_tokens": size}
-    return with_options(recipe, "engine", {"extra": extra})
 
 
 def _failure(runs: list[dict], run: RunDir) -> str:
