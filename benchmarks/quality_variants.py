@@ -25,6 +25,11 @@ LEVELS: dict[str, list[Job]] = {
         Job("layer-from-target", head={"layer_from_target": True}),
         Job("random-fc", random_fc=True),
     ],
+    "lm-head": [
+        Job("lm-head-0.3", train={"lm_head_rate": 0.3}),
+        Job("lm-head-0.1", train={"lm_head_rate": 0.1}),
+        Job("lm-head-frozen", train={"lm_head_rate": 0.0}),
+    ],
     "betas": [Job("beta2-0.999", train={"betas": [0.9, 0.999]})],
     # The rest has 5, as many as are drafted.
     "steps": [

@@ -126,3 +126,21 @@ def test_muon_leaves_the_lm_head_and_vectors_to_adamw_and_survives_a_nan():
     for name, p in parameters.items():
         assert torch.equal(p.data, named[name])
         assert not optimizer.mean[name].any()
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_the_lm_head_has_a_rate_of_its_own(muon):
+    torch.manual_seed(0)
+    moved = {}
+    for share in (1.0, 0.25, 0.0):
+        named = {n: torch.nn.Parameter(torch.zeros(6, 4)) for n in ("fc.weight", "lm_head.weight")}
+        optimizer = AdamW(named.items(), AdamWSettings(muon, lm_head_rate=share))
+        torch.manual_seed(1)
+        for p in named.values():
+            p.grad = torch.randn(6, 4)
+        optimizer.step(1e-2, torch.tensor(1.0))
+        moved[share] = [p.detach() for p in named.values()]
+    for share in (0.25, 0.0):
+        assert torch.equal(moved[share][0], moved[1.0][0])
+        torch.testing.assert_close(moved[share][1], share * moved[1.0][1])
+    assert moved[1.0][1].all()

@@ -190,6 +190,9 @@ class TrainSection(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate, of all weights (Muon's steps are scaled to the size of AdamW's). None is
     2e-3 with `muon`, 5e-4 with `adamw`: a normed head trained by AdamW alone takes no more."""
+    lm_head_rate: Annotated[float, Field(ge=0)] = 1.0
+    """The LM head's learning rate as a share of the others': it starts from the target's own, and
+    with 0 it stays that."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """A head sees each token a few times only: no decay needed."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -120,6 +120,7 @@ class _Fit:
             AdamWSettings(
                 settings.optimizer == "muon",
                 *settings.betas,
+                lm_head_rate=settings.lm_head_rate,
                 weight_decay=settings.weight_decay,
                 max_grad_norm=settings.max_grad_norm,
             ),

@@ -42,6 +42,8 @@ class AdamWSettings:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    lm_head_rate: float = 1.0
+    """The LM head's learning rate, as a share of that of a step."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
@@ -104,7 +106,8 @@ class AdamW:
             if p.grad is None or not p.numel():
                 continue
             decay = s.weight_decay if p.dim() > 1 else 0.0
-            numbers = rate, s.beta1, s.beta2, s.eps, decay, *corrections
+            share = s.lm_head_rate if "lm_head" in name else 1.0
+            numbers = rate * share, s.beta1, s.beta2, s.eps, decay, *corrections
             moments = self.mean[name], square
             if p.is_cuda and name in self.low:
                 from drafthead.train.kernels import split_adamw
