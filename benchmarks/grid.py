@@ -10,7 +10,9 @@ only its costs mean anything, and a second head of another draft vocabulary is t
 cost model's word on vocabularies against.
 
 All engines of all cases start side by side; only then are they timed, one at work at a time, the
-target alone and every k in turn on the same prompts. OUT/grid.json is written after every point.
+target alone and every k in turn on the same prompts. The loads are gone through again and again, a
+few pairs of each, until --seconds are over: each point has about as many pairs as the time allows.
+OUT/grid.json is written after every load.
 
 On a GPU machine where each process takes a minute to start, a case a call (four engines) is about
 two minutes of starting and one of timing; --in-process halves the processes, but then the host's
@@ -19,6 +21,7 @@ work is not hidden behind the GPU's as it is in `vllm serve`, and the figures sa
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -37,9 +40,10 @@ from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
-from drafthead.prove.costmodel import StepCost, analyse, median_error
-from drafthead.prove.grid import line, running, start, time_grid
-from drafthead.prove.pairing import METHOD, Engine, Point
+from drafthead.prove.costerror import with_intervals
+from drafthead.prove.costmodel import Curves, analyse, model
+from drafthead.prove.grid import line, running, start
+from drafthead.prove.pairing import METHOD, Block, Engine, Point, run_pairs, summarize
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import parse_recipe
 from drafthead.serve import Plan, Setting, engine_plan
@@ -59,6 +63,8 @@ class Case:
     drafted: dict[int, Plan]
     prompts: list[tuple[list[int], str]]
     about: dict
+    curves: Curves | None = None
+    """Acceptance with 1, 2, … drafts a step, where it is known beforehand."""
     engines: list[Engine] = field(default_factory=list)
 
 
@@ -135,10 +141,12 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
     rng = np.random.default_rng(0)
     prompts = [(rng.integers(8, 500, 64).tolist(), "random") for _ in range(options.count)]
     about = {"target": "LFM2.5-8B-A1B's shapes, dummy weights, NVFP4", "acceptance": "synthetic"}
+    # vLLM's CPU build has no synthetic acceptance.
+    curves = None if tiny else [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)]
     heads = {"lfm2": ("head", whole, options.k), "lfm2-vocab": ("head-small", whole // 4, [3])}
     for name, (head, size, ks) in heads.items():
         drafted = {k: drafting(head, k) for k in ks}
-        yield Case(name, plan(), drafted, prompts, {**about, "draft_vocab_size": size})
+        yield Case(name, plan(), drafted, prompts, {**about, "draft_vocab_size": size}, curves)
 
 
 def tiny_cases(options: argparse.Namespace) -> None:
@@ -152,19 +160,46 @@ def tiny_cases(options: argparse.Namespace) -> None:
     file = options.out / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(20)))
     options.case, options.prompts = [f"tiny={target},{head}"], [f"words={file}"]
-    options.lfm2, options.k, options.concurrency = True, [1, 3], [1, 2]
+    options.lfm2, options.k, options.concurrency = True, [1, 2, 3], [1, 2]
     options.tokens, options.count = 16, 4
 
 
-def time_case(case: Case, temperature: float, options: argparse.Namespace) -> Iterator[dict]:
-    """Time a case's grid at one temperature, cell by cell."""
+def portion(
+    prompts: Sequence[tuple[list[int], str]], concurrency: int, pairs: int, number: int
+) -> list[tuple[list[int], str]]:
+    """The prompts of one of many rounds: of each set as many as fill its blocks, others in each."""
+    sets: dict[str, list[tuple[list[int], str]]] = {}
+    for prompt in prompts:
+        sets.setdefault(prompt[1], []).append(prompt)
+    size = 1 if concurrency == 1 else 2 * concurrency
+    taken = size * -(-pairs // len(sets))
+    return [
+        own[(number * taken + i) % len(own)]
+        for own in sets.values()
+        for i in range(min(taken, len(own)))
+    ]
+
+
+def time_case(
+    case: Case, temperature: float, seconds: float, options: argparse.Namespace
+) -> Iterator[list[dict]]:
+    """Time a case's grid at one temperature for so long; yields its cells after each load."""
     base, *fast = case.engines
-    drafted = dict(zip(case.drafted, fast, strict=True))
-    k = next(iter(drafted))
-    points = [Point(k, c, temperature, options.tokens) for c in options.concurrency]
-    for _, cell in time_grid(base, drafted, case.prompts, points, repeats=1, warmup=2):
-        CONSOLE.print(f"{case.name}: {line(cell)}")
-        yield cell
+    blocks: dict[Point, list[Block]] = {}
+    begun = time.monotonic()
+    for number in itertools.count():
+        for concurrency in options.concurrency:
+            if time.monotonic() - begun > seconds:
+                return
+            points = [Point(k, concurrency, temperature, options.tokens) for k in case.drafted]
+            prompts = portion(case.prompts, concurrency, options.pairs, number)
+            warmup = 0 if number else 2
+            timed = run_pairs(
+                base, fast, prompts, points[0], repeats=1, warmup=warmup, least=options.pairs
+            )
+            for point, own in zip(points, timed, strict=True):
+                blocks.setdefault(point, []).extend(own)
+            yield [summarize(point, own) for point, own in blocks.items()]
 
 
 def launch(cases: Sequence[Case], logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
@@ -185,45 +220,54 @@ def launch(cases: Sequence[Case], logs: Path, stack: contextlib.ExitStack) -> di
 
 
 def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -> None:
-    """Time every case greedily, then at the other temperatures, until the time is used up."""
-    begun = time.monotonic()
-    for temperature in options.temperature:
-        for case in cases:
-            own = record["cases"][case.name]
-            if temperature and own["acceptance"] == "synthetic":
-                continue  # costs alone need no sampling
-            for cell in time_case(case, temperature, options):
-                own["cells"].append(cell)
-                own["cost_model"] = analyse([c for c in own["cells"] if not c["temperature"]], None)
-                write_json(options.out / "grid.json", record)
-                last = cell["num_speculative_tokens"] == list(case.drafted)[-1]
-                if last and time.monotonic() - begun > options.seconds:
-                    record["cut_short"] = f"{case.name}, temperature {temperature:g}"
-                    return
+    """Time every case greedily, then at the other temperatures, each for an equal part of the
+    time."""
+    # Costs alone need no sampling.
+    rounds = [
+        (temperature, case)
+        for temperature in options.temperature
+        for case in cases
+        if not temperature or case.about["acceptance"] != "synthetic"
+    ]
+    for temperature, case in rounds:
+        own = record["cases"][case.name]
+        others = own["cells"]
+        for cells in time_case(case, temperature, options.seconds / len(rounds), options):
+            own["cells"] = others + cells
+            write_json(options.out / "grid.json", record)
+        for cell in own["cells"][len(others) :]:
+            CONSOLE.print(f"{case.name}: {line(cell)}")
+
+
+def judge(case: Case, own: dict) -> None:
+    """The cost model on a case's greedy cells, its error and that of noise alone."""
+    greedy = [cell for cell in own["cells"] if not cell["temperature"]]
+    own["cost_model"], own["cost_model_error"] = with_intervals(
+        greedy, analyse(greedy, case.curves), case.curves
+    )
 
 
 def check_vocabulary(record: dict, options: argparse.Namespace) -> list[dict]:
     """The step with a quarter of the draft vocabulary: predicted from the whole one's fit and what
     a row costs by itself, against measured."""
     whole, small = (record["cases"].get(name, {}) for name in ("lfm2", "lfm2-vocab"))
-    if not whole.get("cost_model") or not small.get("cells"):
+    if not whole.get("cells") or not small.get("cells"):
         return []
     rows, fewer = whole["draft_vocab_size"], small["draft_vocab_size"] - whole["draft_vocab_size"]
     hidden = lfm2_shapes.target_config(options.tiny, False)["hidden_size"]
     device, dtype = this_machine().vllm_device, torch.float32 if options.tiny else torch.bfloat16
-    cells = {cell["concurrency"]: cell for cell in small["cells"]}
     found = []
-    for fit in whole["cost_model"]:
-        cell = cells.get(fit["concurrency"])
-        if cell is None:
-            continue
-        k, tokens = cell["num_speculative_tokens"], fit["concurrency"]
-        row_s = row_seconds(hidden, rows, tokens, device=device, dtype=dtype)
-        cost = StepCost(
-            tokens, fit["plain_step_s"], fit["fixed_s"], fit["per_draft_token_s"], row_s
+    for cell in small["cells"]:
+        tokens, k, length = (
+            cell[name] for name in ("concurrency", "num_speculative_tokens", "accepted_length")
         )
+        fitted = [c for c in whole["cells"] if c["concurrency"] == tokens]
+        if not fitted:
+            continue
+        row_s = row_seconds(hidden, rows, tokens, device=device, dtype=dtype)
+        cost = replace(model(fitted), row=row_s)
         # Both in plain steps: the machine may have drifted between the two cases.
-        predicted = cost.step(k, fewer) / cost.plain
+        predicted = cost.step(k, length, fewer) / cost.plain
         measured = cell["step_s"]["plain_steps"]
         found.append(
             {
@@ -231,7 +275,7 @@ def check_vocabulary(record: dict, options: argparse.Namespace) -> list[dict]:
                 "num_speculative_tokens": k,
                 "per_row_s": row_s,
                 "predicted_plain_steps": predicted,
-                "predicted_with_the_whole": cost.step(k) / cost.plain,
+                "predicted_with_the_whole": cost.step(k, length) / cost.plain,
                 "measured_plain_steps": measured,
                 "relative_error": predicted / measured - 1,
             }
@@ -253,7 +297,10 @@ def main() -> None:
     parser.add_argument("--concurrency", type=numbers(int), default=[1, 4, 16, 64])
     parser.add_argument("--temperature", type=numbers(float), default=[0.0, 0.7])
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer at most")
-    parser.add_argument("--seconds", type=float, default=280, help="time no point after so long")
+    parser.add_argument(
+        "--pairs", type=int, default=4, help="of a load before the next one is timed"
+    )
+    parser.add_argument("--seconds", type=float, default=280, help="of timing, starts not counted")
     parser.add_argument("--in-process", action="store_true", help="no process for the engine")
     add_turn(parser)
     parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
@@ -287,17 +334,14 @@ def main() -> None:
                 time_all([case for case in cases if case.name not in failed], options, record)
         except DraftheadError as error:
             record["died"] = str(error)[-1500:]
-    record["cost_model_error"] = {
-        name: {
-            "decoding": median_error(case.get("cost_model", [])),
-            "answers": median_error(case.get("cost_model", []), "answer_relative_error"),
-        }
-        for name, case in record["cases"].items()
-    }
     with turn(options.turn):
         record["vocabulary"] = check_vocabulary(record, options)
     write_json(options.out / "grid.json", record)
-    CONSOLE.print({name: record[name] for name in ("cost_model_error", "vocabulary")})
+    for case in cases:
+        judge(case, record["cases"][case.name])
+        CONSOLE.print({case.name: record["cases"][case.name]["cost_model_error"]})
+    write_json(options.out / "grid.json", record)
+    CONSOLE.print({"vocabulary": record["vocabulary"]})
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ from pathlib import Path
 VOCAB, DRAFT_VOCAB = 128_000, 32_000
 ATTENTION = (2, 6, 10, 14, 18, 21)
 AUX = (2, 12, 21)
-# Mean tokens a step that the synthetic acceptance aims at: a rate of 0.6 at every position.
-ACCEPTED = {k: round(sum(0.6**i for i in range(k + 1)), 2) for k in range(1, 8)}
+
+
+def synthetic_acceptance(k: int) -> list[float]:
+    """Share of steps whose draft at position 1 … k is accepted: 0.6 of those still right there."""
+    return [0.6**i for i in range(1, k + 1)]
 
 
 def target_config(tiny: bool, quantized: bool) -> dict:
@@ -132,7 +135,7 @@ def speculation(head: Path | str, k: int, tiny: bool) -> dict:
     if tiny:
         return config
     synthetic = {"rejection_sample_method": "synthetic"}
-    return config | synthetic | {"synthetic_acceptance_length": ACCEPTED[k]}
+    return config | synthetic | {"synthetic_acceptance_rates": synthetic_acceptance(k)}
 
 
 def start_engine(

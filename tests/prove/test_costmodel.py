@@ -21,9 +21,10 @@ CURVES = [CURVE[:k] for k in range(1, 8)]
 LENGTHS = lengths(CURVES)
 
 
-def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5):
+def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5, prompt=0.0):
     """Answers of 41 tokens, the first of them after 10 (with the head 12) units of time."""
-    step = fixed + slope * k
+    undisturbed = fixed + slope * k
+    step = undisturbed + prompt * (concurrency - 1) * LENGTHS[k - 1] / 40
     accepted = [round(1000 * p) for p in CURVE[:k]]
     pair = {
         "drafts": 1000,
@@ -37,7 +38,12 @@ def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5):
         "num_speculative_tokens": k,
         "concurrency": concurrency,
         "accepted_length": LENGTHS[k - 1],
-        "step_s": {"base": plain, "drafted": step, "plain_steps": step / plain},
+        "step_s": {
+            "base": plain,
+            "drafted": step,
+            "undisturbed": undisturbed if prompt else None,
+            "plain_steps": step / plain,
+        },
         "speedup": (10 + 40 * plain) / (12 + 40 / LENGTHS[k - 1] * step),
         "pairs": [pair],
     }
@@ -52,13 +58,13 @@ def test_fit_finds_the_parts_and_speedup_is_tokens_over_time():
 def test_no_step_is_shorter_for_a_draft_more():
     cost = fit(1, 3.0, {1: 4.4, 3: 4.2, 5: 4.0})
     assert cost.slope == 0
-    off = [cost.step(k) / seconds - 1 for k, seconds in ((1, 4.4), (3, 4.2), (5, 4.0))]
+    off = [cost.step(k, 2.0) / seconds - 1 for k, seconds in ((1, 4.4), (3, 4.2), (5, 4.0))]
     assert max(map(abs, off)) < 0.06
 
 
 def test_one_k_is_taken_as_a_plain_step_and_its_drafts():
     cost = fit(1, 3.0, {3: 4.5})
-    assert cost.step(3) == pytest.approx(4.5)
+    assert cost.step(3, 2.0) == pytest.approx(4.5)
     assert (cost.fixed, cost.slope) == pytest.approx((3.0, 0.5))
 
 
@@ -87,6 +93,23 @@ def test_error_is_out_of_sample():
         (1 + sum(CURVE)) * 3.0 / (3.4 + 0.5 * 7)
     )
     assert last["relative_error"] == pytest.approx((6.0 + 3.5) / (3.4 + 3.5) - 1)
+
+
+def test_prompts_read_in_a_step_are_no_cost_of_drafts():
+    """The fewer steps an answer takes, the more prompts of others are read in one of them: not in
+    proportion to k, but to the tokens a step yields."""
+    cells = [cell(k, 16, prompt=2.0) for k in (1, 3, 5, 7)]
+    (found,) = analyse(cells, None)
+    assert found["per_prompt_s"] == pytest.approx(2.0)
+    assert (found["fixed_s"], found["per_draft_token_s"]) == pytest.approx((3.4, 0.5))
+    assert found["median_relative_error"] == pytest.approx(0, abs=1e-9)
+    assert median_error([found], "answer_relative_error") == pytest.approx(0, abs=1e-9)
+    for one in cells:
+        one["step_s"]["undisturbed"] = None
+    (blind,) = analyse(cells, None)
+    signs = [point["relative_error"] > 0 for point in blind["points"]]
+    assert signs == [False, True, True, False]  # a line through what is bent
+    assert blind["median_relative_error"] > 0.01
 
 
 def test_predicted_curves_take_the_place_of_the_served_one():

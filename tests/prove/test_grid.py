@@ -64,14 +64,24 @@ def test_every_engine_gets_each_block_in_turn():
     assert len({how["seed"] for _, _, how in timed}) == len(first)
 
 
-def test_a_disturbed_minute_moves_no_step():
-    """Of nine pairs, two met a neighbour's work on both sides and two on one side only."""
-    slowed = [(2.0, 2.0)] * 2 + [(1.0, 3.0)] * 2 + [(1.0, 1.0)] * 5
-    pairs = [{"base_step_s": 0.004 * b, "drafted_step_s": 0.005 * d} for b, d in slowed]
-    steps = {"base": 0.004, "drafted": 0.005, "plain_steps": 1.25}
-    assert typical_steps(pairs) == pytest.approx(steps)
-    idle = {"base_step_s": None, "drafted_step_s": 0.005}  # answers of one token have no step
-    assert typical_steps([*pairs, idle]) == pytest.approx(steps)
+def step_pair(base_s, drafted_s, undisturbed_s=None):
+    return {
+        "base_step_s": base_s,
+        "drafted_step_s": drafted_s,
+        "drafted_undisturbed_step_s": undisturbed_s,
+    }
+
+
+def test_a_disturbed_minute_counts_little():
+    both = [step_pair(0.004 * slow, 0.005 * slow, 0.0045) for slow in (1, 1, 2, 1, 3)]
+    steps = typical_steps(both)
+    assert steps["plain_steps"] == pytest.approx(1.25)
+    assert steps["undisturbed"] == pytest.approx(0.0045)
+    one = [step_pair(0.004, 0.005)] * 9 + [step_pair(0.004, 0.05)]  # one side met it
+    assert typical_steps(one)["drafted"] == pytest.approx(0.005 * 10 / 9.1)
+    assert typical_steps(one)["undisturbed"] is None
+    idle = step_pair(None, 0.005)  # answers of one token have no step
+    assert typical_steps([*both, idle]) == steps
     assert typical_steps([idle])["plain_steps"] is None
 
 

@@ -93,6 +93,19 @@ def test_places_that_fall_free_at_once_with_one_request_left():
     assert (seen.waiting_s, seen.decoding_s) == (1.0, 2.0)
 
 
+def test_steps_that_read_no_other_prompt_are_known_by_themselves():
+    """Two places; the answer of the second ends at 3, and its next request's prompt is read in
+    the step of the first that ends at 4.5, half a second longer than its others."""
+    first = Completion([0] * 6, "length", 0, [(t, 1) for t in (1, 2, 3, 4.5, 5.5, 6.5)])
+    second = Completion([0] * 3, "length", 0, [(t, 1) for t in (1, 2, 3)])
+    third = Completion([0] * 3, "length", 3, [(t, 1) for t in (4.5, 5.5, 6.5)])
+    seen = window(Generation([first, second, third], 6.5), 2)
+    assert seen.undisturbed_s == [1.0] * 8
+    assert seen.decoding_s == pytest.approx(sum(seen.undisturbed_s) + 1.5)
+    alone = window(Generation([first], 6.5), 1)
+    assert alone.undisturbed_s == [1, 1, 1.5, 1, 1]  # no other request, no prompt of one
+
+
 def test_the_whole_answers_are_those_of_the_second_round():
     indices, limits = requests(range(4), 2, 8)
     assert limits == [4, 8, 8, 8, 4]

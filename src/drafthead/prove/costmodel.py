@@ -12,12 +12,18 @@ ratio c)
 is easily drafted takes fewer steps the larger k is. So each k has a curve of its own,
 ``curves[k - 1]``, and a length.
 
+At several requests at once a step may also read the prompt of a request that just came, and the
+others wait for it. Each answer of theirs takes n / length(k) steps, and in that time all other
+places get a new request once or so: the shorter the answers take in steps, the more prompts fall
+on one. So a step takes ``fixed + k * slope + prompt * (concurrency - 1) * length(k) / n``, and
+``prompt`` is known from those steps in which none was read.
+
 Step times depend on the requests at once, so each concurrency has a fit of its own (slopes shared
 between them would be surer, but are wrong where memory-bound steps turn compute-bound or more
-experts are touched). The gain is of decoding. A whole answer of n tokens waits for its first one
-too, ``first`` seconds:
+experts are touched). The gain is of decoding. A whole answer waits for its first token, ``first``
+seconds, and then for n more:
 
-    answer(k) = (first + (n - 1) * plain) / (first_with_head + (n - 1) / length(k) * step(k))
+    answer(k) = (first + n * plain) / (first_with_head + n / length(k) * step(k))
 
 With another draft vocabulary each draft reads more or fewer rows of the head's LM head: ``slope``
 moves by what a row costs, the acceptance by what the vocabulary leaves out.
@@ -49,10 +55,20 @@ class StepCost:
     """With the head, what each further draft token costs: drafting it and checking it."""
     row: float = 0.0
     """What a row of the draft vocabulary adds to the slope."""
+    prompt: float = 0.0
+    """With the head, what reading another request's prompt adds to a step."""
+    later_tokens: float = 1.0
+    """Tokens of an answer after its first."""
 
-    def step(self, k: int, more_rows: int = 0) -> float:
-        """Seconds of a step that drafts ``k`` tokens, with so many more rows than measured."""
-        return self.fixed + k * (self.slope + more_rows * self.row)
+    def prompts_read(self, length: float) -> float:
+        """Prompts of other requests that are read in a step which yields ``length`` tokens."""
+        return (self.concurrency - 1) * length / self.later_tokens
+
+    def step(self, k: int, length: float, more_rows: int = 0) -> float:
+        """Seconds of a step that drafts ``k`` tokens and yields ``length``, with so many more
+        rows than measured."""
+        decoding = self.fixed + k * (self.slope + more_rows * self.row)
+        return decoding + self.prompt * self.prompts_read(length)
 
     def speedup(self, k: int, length: float, more_rows: int = 0) -> float:
         """Decoding speed with ``k`` drafts over without.
@@ -62,7 +78,7 @@ class StepCost:
             length: tokens that such a step yields.
             more_rows: of the draft vocabulary than were measured; less than 0 is fewer.
         """
-        return length * self.plain / self.step(k, more_rows)
+        return length * self.plain / self.step(k, length, more_rows)
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,31 @@ def fit(concurrency: int, plain: float, steps: dict[int, float]) -> StepCost:
     return StepCost(concurrency, plain, float(fixed), float(slope))
 
 
+def model(cells: Sequence[dict]) -> StepCost:
+    """What steps cost at one concurrency.
+
+    Args:
+        cells: measured points of different k at that concurrency, as
+            :func:`drafthead.prove.pairing.summarize` gives them.
+    """
+    pairs = [pair for cell in cells for pair in cell["pairs"]]
+    later = sum(p["base_tokens"] for p in pairs) / sum(p["base_answers"] for p in pairs) - 1
+    plain = float(np.median([cell["step_s"]["base"] for cell in cells]))
+    concurrency = cells[0]["concurrency"]
+    cost = StepCost(concurrency, plain, fixed=plain, slope=0.0, later_tokens=later)
+    steps, read, waited = {}, {}, {}
+    for cell in cells:
+        k, found = cell["num_speculative_tokens"], cell["step_s"]
+        steps[k] = found["plain_steps"] * plain
+        read[k] = cost.prompts_read(cell["accepted_length"])
+        if found["undisturbed"]:
+            waited[k] = (1 - found["undisturbed"] / found["drafted"]) * steps[k]
+    prompts = sum(read[k] for k in waited)
+    prompt = max(0.0, sum(waited.values()) / prompts) if prompts and len(steps) > 1 else 0.0
+    line = fit(concurrency, plain, {k: s - prompt * read[k] for k, s in steps.items()})
+    return replace(cost, fixed=line.fixed, slope=line.slope, prompt=prompt)
+
+
 def answer_speedup(cells: Sequence[dict], cost: StepCost, k: int, length: float) -> float:
     """Speed with ``k`` drafts over without for whole answers, their first tokens included.
 
@@ -141,8 +182,8 @@ def answer_speedup(cells: Sequence[dict], cost: StepCost, k: int, length: float)
         float(np.median([p[f"{which}_first_token_s"] for p in pairs]))
         for which in ("base", "drafted")
     )
-    later = sum(p["base_tokens"] for p in pairs) / sum(p["base_answers"] for p in pairs) - 1
-    return (base + later * cost.plain) / (drafted + later / length * cost.step(k))
+    later = cost.later_tokens
+    return (base + later * cost.plain) / (drafted + later / length * cost.step(k, length))
 
 
 def choose(cost: StepCost, tokens: Sequence[float], more_rows: int = 0) -> dict[int, float]:
@@ -201,21 +242,18 @@ def analyse(
     usable = [c for c in cells if c["step_s"]["plain_steps"]]
     for concurrency in sorted({c["concurrency"] for c in usable}):
         own = {c["num_speculative_tokens"]: c for c in usable if c["concurrency"] == concurrency}
-        plain = float(np.median([c["step_s"]["base"] for c in own.values()]))
-        steps = {k: c["step_s"]["plain_steps"] * plain for k, c in own.items()}
         most = max(own)
         if curves and len(curves) >= most:
             tokens = lengths(curves)
         else:
             tokens = lengths_served(own[most]["pairs"], most)
-        cost = fit(concurrency, plain, steps)
+        cost = model(list(own.values()))
         points = []
         for k, cell in sorted(own.items()):
-            others = {j: s for j, s in steps.items() if j != k}
-            held_out = fit(concurrency, plain, others) if len(others) >= 2 else None
+            rest = [c for j, c in own.items() if j != k]
+            held_out = model(rest) if len(rest) >= 2 else None
             measured = cell["accepted_length"] / cell["step_s"]["plain_steps"]
             predicted = held_out.speedup(k, tokens[k - 1]) if held_out else None
-            rest = [c for j, c in own.items() if j != k]
             answer = answer_speedup(rest, held_out, k, tokens[k - 1]) if held_out else None
             points.append(
                 {
@@ -235,9 +273,10 @@ def analyse(
         found.append(
             {
                 "concurrency": concurrency,
-                "plain_step_s": plain,
+                "plain_step_s": cost.plain,
                 "fixed_s": cost.fixed,
                 "per_draft_token_s": cost.slope,
+                "per_prompt_s": cost.prompt,
                 "accepted_length_by_k": tokens,
                 "points": points,
                 "median_relative_error": median_error([{"points": points}]),

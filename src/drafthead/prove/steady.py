@@ -7,6 +7,8 @@ window counts: from the first token of the last of the first requests, for then 
 its work, to the moment in which a place falls free and no request is left to take it.
 """
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +56,9 @@ class Window:
     decoding_s: float
     """That they spent after. With ``waiting_s`` it makes ``seconds`` times the requests at once,
     but for the moments between an answer and the next request."""
+    undisturbed_s: list[float]
+    """Of each step, as a request meets it, that read no other request's prompt: from one output
+    to the next without a first token between."""
 
     @property
     def later_tokens(self) -> int:
@@ -72,8 +77,14 @@ def window(generation: Generation, concurrency: int) -> Window:
         # Each that ends is followed by the next of the list, until none is left.
         end = sorted(c.end_at for c in completions)[len(completions) - concurrency]
 
+    first_tokens = sorted(c.first_token_at for c in completions)
+
     def within(since: float, until: float) -> float:
         return max(0.0, min(until, end) - max(since, begin))
+
+    def undisturbed(since: float, until: float) -> bool:
+        prompts_read = bisect_right(first_tokens, until) - bisect_right(first_tokens, since)
+        return begin <= since and until <= end and not prompts_read
 
     return Window(
         end - begin,
@@ -81,6 +92,12 @@ def window(generation: Generation, concurrency: int) -> Window:
         sum(begin < c.first_token_at <= end for c in completions),
         sum(within(c.begin_at, c.first_token_at) for c in completions),
         sum(within(c.first_token_at, c.end_at) for c in completions),
+        [
+            until - since
+            for c in completions
+            for (since, _), (until, _) in itertools.pairwise(c.outputs)
+            if undisturbed(since, until)
+        ],
     )
 
 
