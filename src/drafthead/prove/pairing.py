@@ -247,8 +247,8 @@ def typical_steps(pairs: Sequence[dict]) -> dict[str, float | None]:
     request's prompt, and how many plain steps one with the head takes.
 
     Each is what steps a second, averaged over pairs, make of a second: a neighbour's minute on the
-    machine counts little, and every pair counts. Resampling pairs of an H100, a ratio of these
-    came out within 6 % (standard error, 9 pairs), a median of the pairs' own ratios within 10 %.
+    machine counts little, and every pair counts. Of some 9 pairs on an H100 a ratio of these has a
+    standard error of 7 %, a median of the pairs' own ratios one of 10 %.
     """
     found = {
         "base": "base_step_s",
