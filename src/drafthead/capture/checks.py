@@ -162,13 +162,11 @@ def check_values(sample: Sample, meta: StoreMeta) -> None:
     """
     rows = []  # (finite, zero) bool [T', layers]
     if sample.scale is not None:
-        zero = (sample.states.view(torch.uint8) & 0x7F).amax(-1) == 0
-        rows.append((sample.scale.isfinite(), zero))
+        rows.append((sample.scale.isfinite(), _largest(sample.states) == 0))
     wide = sample.states if sample.scale is None else sample.final
     if wide is not None:
-        # NaN wherever one is in the row.
-        low, high = torch.aminmax(wide if wide.ndim == 3 else wide[:, None], dim=-1)
-        rows.append((low.isfinite() & high.isfinite(), (low == 0) & (high == 0)))
+        largest = _largest(wide if wide.ndim == 3 else wide[:, None])
+        rows.append((largest < _bits(torch.tensor(torch.inf, dtype=wide.dtype)), largest == 0))
     finite, zero = (torch.cat(parts, dim=1) for parts in zip(*rows))
     if meta.layers[0] == 0:
         zero[:, 0] = False  # what enters layer 0 is the embedding; a padding token's may be zero
@@ -179,3 +177,15 @@ def check_values(sample: Sample, meta: StoreMeta) -> None:
                 f"captured states of {sample.conversation} are {what} at position {position}, "
                 f"layer {meta.layers[layer]} ({int(bad.sum())} of {bad.numel()} rows)"
             )
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Floating point as whole numbers that are in the order of the magnitudes; NaN's are above
+    infinity's. Comparing them takes a seventh of the time that comparing bf16 takes on a CPU."""
+    raw = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.dtype.itemsize]
+    return values.view(raw) & ((1 << (8 * values.dtype.itemsize - 1)) - 1)
+
+
+def _largest(states: torch.Tensor) -> torch.Tensor:
+    """[...]: the ``_bits`` of the largest magnitude of each row of ``states`` [..., Ht]."""
+    return _bits(states).amax(-1)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from drafthead.errors import DraftheadError
+from drafthead.states import memory
 from drafthead.states.format import Encoding, encode
 from drafthead.states.writer import on_few_cores
 
@@ -22,6 +23,8 @@ KEY = "drafthead"
 """`SamplingParams.extra_args[KEY]` names a sequence whose states are wanted."""
 SEGMENT_ROWS = 8192
 """Rows of one piece of the host's memory: large enough to copy in bulk, small enough to grow by."""
+_GATHERED_ROWS = 512
+"""Rows gathered at once on their way to their sequences: few enough to stay in a core's cache."""
 
 
 class Captured:
@@ -54,7 +57,7 @@ class Captured:
             at = self.rows % SEGMENT_ROWS
             if at == 0:
                 self.segments.append(
-                    [torch.empty(SEGMENT_ROWS, *t.shape[1:], dtype=t.dtype) for t in tensors]
+                    [memory.empty((SEGMENT_ROWS, *t.shape[1:]), t.dtype) for t in tensors]
                 )
             count = min(SEGMENT_ROWS - at, n - done)
             for segment, tensor in zip(self.segments[-1], tensors, strict=True):
@@ -123,21 +126,26 @@ class Captured:
         return found
 
     def take(self, rows: np.ndarray) -> list[torch.Tensor]:
-        """The given rows of each tensor that ``append`` was given, copied. One
-        copy a segment, whoever's rows they are: each small operation would hold up the engine's
-        thread, which shares the interpreter."""
-        out = [torch.empty(len(rows), *t.shape[1:], dtype=t.dtype) for t in self.segments[0]]
+        """The given rows of each tensor that ``append`` was given, copied. In large pieces,
+        whoever's rows they are: each small operation would hold up the engine's thread, which
+        shares the interpreter."""
+        out = [memory.empty((len(rows), *t.shape[1:]), t.dtype) for t in self.segments[0]]
         order = np.argsort(rows // SEGMENT_ROWS, kind="stable")
-        numbers = rows[order] // SEGMENT_ROWS
-        ends = np.searchsorted(numbers, np.arange(len(self.segments) + 1))
-        for number, segment in enumerate(self.segments):
-            places = order[ends[number] : ends[number + 1]]
-            here, index = torch.from_numpy(places), torch.from_numpy(rows[places] % SEGMENT_ROWS)
-            for target, tensor in zip(out, segment, strict=True):
-                # PyTorch gathers e4m3 as bytes only.
-                raw = torch.uint8 if tensor.dtype.itemsize == 1 else tensor.dtype
-                target.view(raw)[here] = tensor.view(raw)[index]
+        ends = np.searchsorted(rows[order] // SEGMENT_ROWS, np.arange(len(self.segments) + 1))
+        for segment, first, end in zip(self.segments, ends[:-1], ends[1:], strict=True):
+            for start in range(first, end, _GATHERED_ROWS):
+                places = order[start : min(start + _GATHERED_ROWS, end)]
+                here = torch.from_numpy(places)
+                index = torch.from_numpy(rows[places] % SEGMENT_ROWS)
+                for target, tensor in zip(out, segment, strict=True):
+                    _wide(target).index_copy_(0, here, _wide(tensor).index_select(0, index))
         return out
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    """[n, ...] as [n, m] of the widest numbers that fit: PyTorch scatters one after the other."""
+    flat = rows.flatten(1).view(torch.uint8)
+    return flat if flat.shape[1] % 8 else flat.view(torch.int64)
 
 
 class Ring:

@@ -17,7 +17,6 @@ and trusted without the shards. Tensors of a shard, n and m being the sums of it
 A store is of the first version that can read it: 2 for fp8-aux, 1 for the others.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -30,6 +29,7 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import disk_errors, fingerprint, read_json, write_json
+from drafthead.states.direct import write_direct
 
 VERSION = 2
 MAX_UNITS = 1_000_000  # file names have six digits
@@ -309,26 +309,18 @@ def write_shard(path: Path, name: str, tensors: dict[str, list[torch.Tensor]]) -
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    def pieces() -> Iterable[Any]:
-        yield len(text).to_bytes(8, "little") + text
+    def pieces() -> Iterable[torch.Tensor]:
+        yield torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         for parts in tensors.values():
             for part in parts:
-                yield part.contiguous().flatten().view(torch.uint8).numpy().data
+                yield part.contiguous().flatten().view(torch.uint8)
 
-    digest, size = hashlib.sha256(), 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                for piece in pieces():
-                    view = memoryview(piece)
-                    digest.update(view)
-                    size += len(view)
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
+            written = write_direct(temporary, pieces())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    return size, digest.hexdigest()
+    return written
