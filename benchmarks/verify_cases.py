@@ -10,7 +10,8 @@ in steps as small as with the head, start side by side and answer one after the 
 they are, from cached blocks, and at mixed lengths. In float32 all matrix products are in IEEE
 (Triton and cuBLAS would take TF32) and every answer must be identical: that tells a fault from
 rounding. With VLLM_BATCH_INVARIANT=1 in the environment, where vLLM offers it (not for hybrids),
-so must every answer in bf16. OUT/NAME.json is written as each case ends.
+so must every answer in bf16. Nothing is timed: several may run side by side. OUT/NAME.json is
+written as each case ends.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from pathlib import Path
 
 from grid import LONGEST_PROMPT, read_prompts
 from rich.console import Console
-from turns import add_turn, turn
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
@@ -123,7 +123,6 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=512, help="of a step with the head")
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--kv-cache-mib", type=int, default=256)
-    add_turn(parser)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,7 @@ def main() -> None:
             "batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT") == "1",
         }
         try:
-            with environment(IEEE if dtype == "float32" else {}), turn(options.turn):
+            with environment(IEEE if dtype == "float32" else {}):
                 record |= judge(name, target, head, dtype, options)
         except DraftheadError as error:
             record |= {"lossless": False, "died": str(error)[-1500:]}
