@@ -11,7 +11,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from drafthead.train import attention, kernels, optimizer, rows  # noqa: E402
+from drafthead.train import attention, kernels, masters, muon, optimizer, rows  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -31,6 +31,36 @@ def test_row_gradients(kind, dtype, width):
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=1e-6)
     assert torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("scale", [0.3, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momentum(scale, dtype):
+    torch.manual_seed(0)
+    grad, mean = (torch.randn(50, 70, device=DEVICE) for _ in range(2))
+    factor, results = torch.tensor(scale, device=DEVICE), []
+    for rule in (muon.momentum, kernels.momentum):
+        found = mean.clone(), torch.full_like(mean, 7.0, dtype=dtype)
+        rule(grad.to(dtype), *found, factor)
+        results.append(found)
+    for plain, kernel in zip(*results):
+        torch.testing.assert_close(kernel, plain)
+    assert torch.equal(results[0][0], mean) == (scale != scale)
+
+
+@pytest.mark.parametrize("scale", [0.3, float("nan")])
+def test_split_descend(scale):
+    torch.manual_seed(0)
+    master = torch.randn(50, 70, device=DEVICE)
+    high, low = masters.split(master)
+    step = torch.randn(70, 50, device=DEVICE).bfloat16().mT
+    numbers = torch.tensor([scale, 0.02, 0.001], device=DEVICE)
+    expected = masters.join(high, low).clone()
+    start = expected.clone()
+    muon.descend(expected, step, numbers, 1.7)
+    kernels.split_descend(high, low, step, numbers, 1.7)
+    torch.testing.assert_close(masters.join(high, low), expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(expected, start) == (scale != scale)
 
 
 @pytest.mark.parametrize("scale", [0.3, float("nan")])

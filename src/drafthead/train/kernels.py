@@ -143,6 +143,54 @@ def split_adamw(
 
 
 @triton.jit
+def _momentum(grad, mean, direction, scale, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    factor = tl.load(scale)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * factor
+    m = tl.load(mean + at, mask=inside, other=0.0)
+    new = m + (g - m) * 0.05
+    sound = factor == factor  # NaN says: leave everything as it is
+    way = tl.where(sound, g + (new - g) * 0.95, 0.0)
+    tl.store(direction + at, way.to(direction.dtype.element_ty), mask=inside)
+    tl.store(mean + at, tl.where(sound, new, m), mask=inside)
+
+
+def momentum(grad: Tensor, mean: Tensor, direction: Tensor, scale: Tensor) -> None:
+    """`muon.momentum` in one pass over memory."""
+    count = grad.numel()
+    _momentum[(triton.cdiv(count, 2048),)](
+        grad.contiguous(), mean, direction, scale, count, BLOCK=2048, num_warps=8
+    )
+
+
+@triton.jit
+def _split_descend(high, low, step, numbers, size, count, BLOCK: tl.constexpr):
+    """On fp32 masters kept as a bf16 weight (`high`) and 16 lower bits (`low`)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    scale = tl.load(numbers)
+    if scale == scale:  # NaN says: leave everything as it is
+        bits = tl.load(high + at, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
+        bits = (bits << 16) + tl.load(low + at, mask=inside, other=0).to(tl.int32)
+        p = bits.to(tl.float32, bitcast=True)
+        s = tl.load(step + at, mask=inside, other=0.0).to(tl.float32)
+        p = p * (1 - tl.load(numbers + 2)) - s * (size * tl.load(numbers + 1))
+        bits = p.to(tl.int32, bitcast=True)
+        top = (bits + 0x8000) >> 16
+        tl.store(high + at, top.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+        tl.store(low + at, (bits - (top << 16)).to(tl.int16), mask=inside)
+
+
+def split_descend(high: Tensor, low: Tensor, step: Tensor, numbers: Tensor, size: float) -> None:
+    """`muon.descend` of a split weight, in place, in one pass over memory."""
+    count = high.numel()
+    _split_descend[(triton.cdiv(count, 2048),)](
+        high, low, step.contiguous(), numbers, size, count, BLOCK=2048, num_warps=8
+    )
+
+
+@triton.jit
 def _tile(n, heads, groups, SHARE: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
     """Offsets and masks of one program: ROWS query rows, the query heads of one key head.
 

@@ -1,7 +1,7 @@
 """Muon (https://kellerjordan.github.io/posts/muon/), the matrices of one shape stepped together.
 
-Newton-Schulz runs on a stack of matrices as on one, and all of it as one CUDA graph: a small head's
-step is mostly the host starting kernels.
+Newton-Schulz runs on a stack of matrices as on one, and what follows the momentum as one CUDA graph
+for all: a small head's step is mostly the host starting kernels.
 """
 
 import torch
@@ -11,43 +11,36 @@ from drafthead.train.graphs import Graphs
 from drafthead.train.masters import join, split
 
 
+def momentum(grad: Tensor, mean: Tensor, direction: Tensor, scale: Tensor) -> None:
+    """Nesterov momentum 0.95 of `grad` times `scale` (a scalar tensor): `mean` fp32 in place, where
+    to go into `direction`. A NaN in `scale` leaves `mean` as it is and directs nowhere."""
+    finite = scale.isfinite()
+    grad = torch.where(finite, grad.float() * scale, 0.0)
+    new = torch.lerp(mean, grad, 0.05)
+    direction.copy_(torch.where(finite, torch.lerp(grad, new, 0.95), 0.0))
+    mean.copy_(torch.where(finite, new, mean))
+
+
 def orthogonalize(x: Tensor) -> Tensor:
     """Matrices with about the singular vectors of x [g, n, m] and singular values near 1: Muon's
-    Newton-Schulz iteration, in bf16 on a GPU."""
-    wide = x.bfloat16() if x.is_cuda else x
-    wide = wide.mT if x.shape[1] > x.shape[2] else wide
+    Newton-Schulz iteration."""
+    wide = x.mT if x.shape[1] > x.shape[2] else x
     wide = wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = wide @ wide.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
-    return (wide.mT if x.shape[1] > x.shape[2] else wide).to(x.dtype)
+    return wide.mT if x.shape[1] > x.shape[2] else wide
 
 
-def update(
-    weights: list[Tensor], low: Tensor | None, grad: Tensor, mean: Tensor, scale: Tensor,
-    rate: Tensor, shrink: Tensor,
-) -> None:  # fmt: skip
-    """One Muon step in place: Nesterov momentum 0.95, orthogonalized.
+def descend(master: Tensor, step: Tensor, numbers: Tensor, size: float) -> None:
+    """An fp32 weight in place: times 1 - shrink, less `size` times rate times `step`.
 
-    weights: g of [n, m], fp32, or bf16 with the lower halves of their masters in `low` int16
-    [g, n, m]; grad [g, n, m], multiplied by `scale` first; mean fp32 [g, n, m]. The masters are
-    multiplied by 1 - shrink and `rate` times the step is taken off. All three are scalar tensors.
-    A NaN in `scale` leaves everything as it is.
+    numbers fp32 [3]: scale, rate and shrink. A NaN in the scale leaves the weight as it is.
     """
-    finite = scale.isfinite()
-    grad = torch.where(finite, grad.float() * scale, 0.0)
-    new = torch.lerp(mean, grad, 0.05)
-    step = orthogonalize(torch.lerp(grad, new, 0.95)) * rate
-    mean.copy_(torch.where(finite, new, mean))
-    master = torch.stack(weights)
-    master = master if low is None else join(master, low)
-    master = torch.where(finite, master * (1 - shrink) - step, master)
-    if low is not None:
-        master, lower = split(master)
-        low.copy_(lower)
-    for weight, changed in zip(weights, master):
-        weight.copy_(changed)
+    scale, rate, shrink = numbers
+    changed = master * (1 - shrink) - step.float() * (size * rate)
+    master.copy_(torch.where(scale.isfinite(), changed, master))
 
 
 class Stack:
@@ -56,53 +49,73 @@ class Stack:
     def __init__(self, parameters: dict[str, Tensor]):
         self.parameters = parameters
         like = torch.stack([p.detach() for p in parameters.values()])
-        self.grad = torch.zeros_like(like)
+        # What Newton-Schulz takes: in bf16 on a GPU.
+        self.direction = like.to(torch.bfloat16 if like.is_cuda else torch.float32)
         self.mean = torch.zeros_like(like, dtype=torch.float32)
         self.low = None
         if like.dtype == torch.bfloat16:
             self.low = torch.zeros_like(like, dtype=torch.int16)
 
-    def step(self, scale: Tensor, rate: Tensor, shrink: Tensor) -> None:
-        """`update` by `grad`.
+    def take(self, scale: Tensor) -> None:
+        """`momentum` by the gradients times `scale`, which are given up."""
+        for p, mean, direction in zip(self.parameters.values(), self.mean, self.direction):
+            assert p.grad is not None
+            if p.is_cuda:
+                from drafthead.train.kernels import momentum as fused
+
+                fused(p.grad, mean, direction, scale)
+            else:
+                momentum(p.grad, mean, direction, scale)
+            p.grad = None
+
+    def step(self, numbers: Tensor) -> None:
+        """Move the weights; `numbers` as for `descend`.
 
         A step has the size of AdamW's (0.2 sqrt(max(n, m)), arXiv 2502.16982), so that one
         learning rate serves both.
         """
-        weights = [p.data for p in self.parameters.values()]
-        size = 0.2 * max(weights[0].shape) ** 0.5
-        update(weights, self.low, self.grad, self.mean, scale, rate * size, shrink)
+        size = 0.2 * max(self.direction.shape[1:]) ** 0.5
+        steps = orthogonalize(self.direction)
+        for index, (p, step) in enumerate(zip(self.parameters.values(), steps)):
+            if self.low is None:
+                descend(p.data, step, numbers, size)
+            elif p.is_cuda:
+                from drafthead.train.kernels import split_descend
+
+                split_descend(p.data, self.low[index], step, numbers, size)
+            else:
+                master = join(p.data, self.low[index])
+                descend(master, step, numbers, size)
+                high, low = split(master)
+                p.data.copy_(high)
+                self.low[index].copy_(low)
 
 
 class Muon:
-    """Muon over named matrices, replayed as one CUDA graph on a GPU."""
+    """Muon over named matrices."""
 
     def __init__(self, parameters: dict[str, Tensor], graphs: Graphs):
         by_shape: dict[torch.Size, dict[str, Tensor]] = {}
         for name, p in parameters.items():
             by_shape.setdefault(p.shape, {})[name] = p
         self.stacks = [Stack(group) for group in by_shape.values()]
-        self._numbers: Tensor | None = None
+        device = next((p.device for p in parameters.values()), None)
+        self._numbers = torch.zeros(3, device=device)
         self._step = graphs.wrap(self._step_all)
 
     def step(self, scale: Tensor, rate: float, decay: float) -> None:
         """One step by the gradients times `scale` (a scalar tensor), which are given up; all
         matrices have one or none has."""
+        parameters = [p for stack in self.stacks for p in stack.parameters.values()]
+        if all(p.grad is None for p in parameters):
+            return
         for stack in self.stacks:
-            parameters = stack.parameters.values()
-            grads = [p.grad for p in parameters if p.grad is not None]
-            if not grads:
-                return
-            torch.stack(grads, out=stack.grad)
-            for p in parameters:
-                p.grad = None
-        if self._numbers is None:
-            self._numbers = torch.zeros(3, device=scale.device)
+            stack.take(scale)
         self._numbers[0].copy_(scale)
         self._numbers[1].fill_(rate)
         self._numbers[2].fill_(rate * decay)
         self._step()
 
     def _step_all(self) -> None:
-        assert self._numbers is not None
         for stack in self.stacks:
-            stack.step(*self._numbers)
+            stack.step(self._numbers)
