@@ -30,6 +30,8 @@ from pathlib import Path
 from lfm2_shapes import start_engine, write_models
 from step_probe import summarize
 
+from drafthead.vllm_plugin import COST_MENDS
+
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -161,13 +163,10 @@ class Engine:
 
 
 def engines(args: argparse.Namespace) -> list[Engine]:
-    from drafthead.vllm_plugin import COST_MENDS
-
     base = {"work": str(args.work), "tiny": args.tiny, "tokens": 24 if args.tiny else 256}
-    without = ",".join(COST_MENDS)
     wanted = [("plain", 0, "")]
     wanted += [(f"k{k}", k, "") for k in numbers(args.k)]
-    wanted += [(f"k{k}-stock", k, without) for k in numbers(args.stock)]
+    wanted += [(f"k{k}-stock", k, args.without) for k in numbers(args.stock)]
     return [Engine(name, base | {"k": k}, args.out, skip) for name, k, skip in wanted]
 
 
@@ -219,6 +218,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/lfm2_shapes"))
     parser.add_argument("--k", default="1,3,5,7", help="engines with the plugin's cost mends")
     parser.add_argument("--stock", default="3,5", help="engines without them")
+    parser.add_argument("--without", default=",".join(COST_MENDS), help="mends that those lack")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--limit", type=float, default=300, help="seconds until all have started")
     parser.add_argument("--tiny", action="store_true")
