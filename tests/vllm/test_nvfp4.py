@@ -1,12 +1,14 @@
 """NVFP4 checkpoints in real vLLM on the CPU, and what its GPU configuration takes as quantized."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from drafthead.targets import nvfp4
+from drafthead.vllm_plugin import patch
 from tests.nvfp4 import pack_folder
 
 PROMPTS = [[5 + i, 9, 30, 7 * i + 9, 77][: 1 + i % 5] for i in range(8)]
@@ -53,6 +55,51 @@ def test_expanding_waits_for_all_parts_of_a_weight(lfm2_moe, tmp_path):
         list(expand(stored.items()))
 
 
+NVFP4 = SimpleNamespace(quantization="modelopt_fp4", model="m", dtype="float32", revision=None)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(patch.log, "info_once", lambda text, *values: lines.append(text % values))
+    return lines
+
+
+def test_the_gpus_mend_steps_aside_for_a_vllm_that_reads_the_tensors(monkeypatch, said):
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+    from drafthead.vllm_plugin import nvfp4_config
+    from drafthead.vllm_plugin.nvfp4 import _told_by_tensors
+
+    told = classmethod(lambda cls, config, model_config: "told by tensors")
+    monkeypatch.setattr(nvfp4_config.CheckpointNvFp4Config, "from_stock", told)
+    configure = _told_by_tensors(lambda model_config, load_config: "vLLM's own")
+    assert configure(NVFP4, None) == "told by tensors"
+    assert not said
+    monkeypatch.setattr(ModelOptNvFp4Config, "maybe_update_config", lambda *_, **__: None)
+    assert configure(NVFP4, None) == "vLLM's own"
+    assert "the mend 'nvfp4'; it steps aside" in said[0]
+
+
+@pytest.mark.parametrize("kinds", ["linear", "experts", "both"])
+def test_the_cpus_mend_steps_aside_for_a_vllm_with_both_kinds_of_kernels(monkeypatch, said, kinds):
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    from drafthead.vllm_plugin import nvfp4_cpu
+
+    if kinds != "experts":
+        monkeypatch.setitem(linear._POSSIBLE_NVFP4_KERNELS, PlatformEnum.CPU, [object])
+    if kinds != "linear":
+        monkeypatch.setattr(nvfp4_cpu, "EXPERTS_ON_CPU", "def ")
+    monkeypatch.setattr(nvfp4_cpu, "is_needed", nvfp4_cpu.is_needed.__wrapped__)
+    configure = nvfp4_cpu._none_for_nvfp4(lambda model_config, load_config: "vLLM's own")
+    loaded = nvfp4_cpu._expanded(lambda self, model_config, model: [])(None, NVFP4, None)
+    assert configure(NVFP4, None) == ("vLLM's own" if kinds == "both" else None)
+    assert (loaded == []) == (kinds == "both")
+    assert any("the mend 'nvfp4_cpu'; it steps aside" in line for line in said) == (kinds == "both")
+
+
 @pytest.mark.parametrize(
     "ignore",
     [
@@ -67,7 +114,6 @@ def test_expanding_waits_for_all_parts_of_a_weight(lfm2_moe, tmp_path):
 def test_the_gpu_configuration_goes_by_the_tensors(lfm2_moe, tmp_path, ignore):
     """vLLM's own names for all its modules, asked as `SupportsQuant` sets them up."""
     import pickle
-    from types import SimpleNamespace
 
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
     from vllm.model_executor.models.lfm2_moe import Lfm2MoeForCausalLM
@@ -103,8 +149,6 @@ def test_the_gpu_configuration_goes_by_the_tensors(lfm2_moe, tmp_path, ignore):
 
 
 def test_a_fused_module_quantized_in_part_is_refused(lfm2_moe, tmp_path):
-    from types import SimpleNamespace
-
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
     from drafthead.vllm_plugin.nvfp4_config import CheckpointNvFp4Config
@@ -120,8 +164,6 @@ def test_a_fused_module_quantized_in_part_is_refused(lfm2_moe, tmp_path):
 
 
 def test_other_configurations_are_left_alone(llama):
-    from types import SimpleNamespace
-
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
     from drafthead.vllm_plugin.nvfp4_config import CheckpointNvFp4Config

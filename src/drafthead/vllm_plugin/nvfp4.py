@@ -1,13 +1,14 @@
 """ModelOpt NVFP4 checkpoints on the GPU: what is quantized is read from the tensors.
 
 The configuration that does it, and why it is needed, is in `nvfp4_config.py`; it is imported only
-when such a checkpoint is served. The CPU has a way of its own: `nvfp4_cpu.py`.
+when such a checkpoint is served, and whether vLLM does without is looked up then. The CPU has a way
+of its own: `nvfp4_cpu.py`.
 """
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from .patch import wrap
+from .patch import step_aside, wrap
 
 
 def apply() -> None:
@@ -19,9 +20,12 @@ def _told_by_tensors(stock):
     def _get_quantization_config(model_config, load_config):
         config = stock(model_config, load_config)
         if model_config.quantization == "modelopt_fp4":
-            from .nvfp4_config import CheckpointNvFp4Config
+            from .nvfp4_config import CheckpointNvFp4Config, vllm_reads_tensors
 
-            config = CheckpointNvFp4Config.from_stock(config, model_config)
+            if vllm_reads_tensors():
+                step_aside("nvfp4")
+            else:
+                config = CheckpointNvFp4Config.from_stock(config, model_config)
         return config
 
     return _get_quantization_config

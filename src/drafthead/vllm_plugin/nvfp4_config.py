@@ -16,10 +16,18 @@ The tensors cannot be misspelt: a module with a `weight_scale` is quantized, one
 
 from typing import Any
 
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from .patch import log
+
+
+def vllm_reads_tensors() -> bool:
+    """Whether vLLM's configuration looks at a checkpoint's tensors itself, as AWQ's and GPTQ's do
+    where vLLM lets each of them adapt itself to its checkpoint."""
+    stock = QuantizationConfig.maybe_update_config
+    return ModelOptNvFp4Config.maybe_update_config is not stock
 
 
 class CheckpointNvFp4Config(ModelOptNvFp4Config):

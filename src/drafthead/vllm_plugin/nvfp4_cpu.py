@@ -7,18 +7,22 @@ Activations are not quantized, as with Marlin's kernels on Hopper. It takes the 
 model: meant for rehearsing a job, not for serving it.
 """
 
+import functools
+import inspect
 from collections.abc import Iterable, Iterator
 
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.platforms import current_platform
+from vllm.platforms import PlatformEnum, current_platform
 
-from .patch import log, wrap
+from .patch import log, step_aside, wrap
 
 QUANTIZATION = "modelopt_fp4"
 _PARTS = ("weight", "weight_scale", "weight_scale_2")
 _UNUSED = ("input_scale", "k_scale", "v_scale")
+EXPERTS_ON_CPU = "cpu"
+"""Text of the choice among vLLM's NVFP4 kernels for experts, once there is one for the CPU."""
 
 
 def apply() -> None:
@@ -28,9 +32,25 @@ def apply() -> None:
     wrap(DefaultModelLoader, "get_all_weights", _expanded)
 
 
+@functools.cache
+def is_needed() -> bool:
+    """Whether vLLM lacks NVFP4 kernels for the CPU: for linear layers, or for experts.
+
+    Looked up when such a checkpoint is served: vLLM's kernels are long to import.
+    """
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as experts
+
+    kernels = getattr(linear, "_POSSIBLE_NVFP4_KERNELS", {})
+    if kernels.get(PlatformEnum.CPU) and EXPERTS_ON_CPU in inspect.getsource(experts).lower():
+        step_aside("nvfp4_cpu")
+        return False
+    return True
+
+
 def _none_for_nvfp4(stock):
     def _get_quantization_config(model_config, load_config):
-        if model_config.quantization != QUANTIZATION:
+        if model_config.quantization != QUANTIZATION or not is_needed():
             return stock(model_config, load_config)
         log.info_once(
             "drafthead: no NVFP4 kernel on the CPU; %s is served with its weights expanded to %s.",
@@ -45,7 +65,8 @@ def _none_for_nvfp4(stock):
 def _expanded(stock):
     def get_all_weights(self, model_config, model):
         weights = stock(self, model_config, model)
-        return expand(weights) if model_config.quantization == QUANTIZATION else weights
+        expanded = model_config.quantization == QUANTIZATION and is_needed()
+        return expand(weights) if expanded else weights
 
     return get_all_weights
 
