@@ -7,10 +7,10 @@ import numpy as np
 
 from drafthead.fsio import write_json
 from drafthead.machine import Gpu, Machine
+from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import (
     Vocabularies,
     analyse,
-    median_error,
     recommended_k,
     thinned,
 )
@@ -74,6 +74,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
     smaller = [thinned(one, 0.93) for one in curves]
     others = Vocabularies(crafted.DRAFT_VOCAB, row_s, {75: smaller, 300: curves, 1200: curves})
     fits = analyse(cells, curves, others)
+    fits, errors = with_intervals(cells, fits, curves, resamples=10)
     bench = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": curve[: ks[0]],
@@ -85,7 +86,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         "method": "made",
         "grid": cells,
         "cost_model": fits,
-        "cost_model_median_error": median_error(fits),
+        "cost_model_error": errors,
         "recommended_num_speculative_tokens": recommended_k(fits, 1),
         "command": "drafthead bench recipe.yaml",
         "machine": MACHINE.as_dict(),

@@ -63,6 +63,18 @@ def test_sets_of_ones_own(recipe, run, llama, tmp_path):
         timed_prompts(longer, run, load_target(llama))
 
 
+def test_prompts_that_leave_no_room_are_no_proof(recipe, run, llama):
+    """Nothing asked would be nothing that differs: lossless, by having tried nothing."""
+    prompts = heldout_prompts(run, None)  # of 3 and 5 tokens
+    (one,) = workloads(recipe, prompts, 4)
+    assert [len(ids) for ids in one.prompts] == [3]
+    with pytest.raises(DraftheadError, match=r"engine\.max_model_len: none of 2 .* has 3; raise"):
+        workloads(recipe, prompts, 3)
+    short = with_options(recipe, "engine", {"max_model_len": 5})
+    with pytest.raises(DraftheadError, match=r"engine\.max_model_len: 5, .* of c3 has 5 tokens"):
+        timed_prompts(short, run, load_target(llama))
+
+
 def test_prompts_from_cached_blocks(recipe, run):
     assert begun_alike([[1, 2, 3], [4]], 3) == [[1, 2, 3], [4], [1, 2, 4], [4, 1, 2]]
     options = {"prefix_cache": True, "mixed_lengths": True, "max_new_tokens": 60}

@@ -10,7 +10,8 @@ from rich.console import Console
 from drafthead.fsio import read_json, write_json
 from drafthead.machine import this_machine
 from drafthead.prove.cells import Cells, forget
-from drafthead.prove.costmodel import Vocabularies, analyse, median_error, recommended_k
+from drafthead.prove.costerror import with_intervals
+from drafthead.prove.costmodel import Vocabularies, analyse, recommended_k
 from drafthead.prove.grid import measure
 from drafthead.prove.pairing import METHOD, Point
 from drafthead.prove.prediction import (
@@ -220,6 +221,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     most = max(_POSITIONS, *(p.num_speculative_tokens for p in points))
     curves = predicted_curves(rehearsal, most)
     fits = analyse(greedy, curves, _vocabularies(recipe, rehearsal, curves))
+    fits, errors = with_intervals(greedy, fits, curves)
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,
@@ -227,7 +229,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "method": METHOD,
         "grid": cells,
         "cost_model": fits,
-        "cost_model_median_error": median_error(fits),
+        "cost_model_error": errors,
         "recommended_num_speculative_tokens": recommended_k(fits, points[0].concurrency),
         "command": command_line(),
         "machine": this_machine().as_dict(),
@@ -235,11 +237,15 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     }
     write_json(run.bench_json, result)
     forget(run.root / ".stages")
-    if (error := result["cost_model_median_error"]) is not None:
-        console.print(f"bench: the cost model's median error on points unseen was {error:.1%}")
+    if error := errors.get("decoding"):
+        console.print(
+            "bench: the cost model's median error on points unseen was "
+            f"{error['median_error']:.1%}; by the noise of so many pairs alone it would be "
+            f"{error['of_noise_alone'][1]:.1%}"
+        )
     best = result["recommended_num_speculative_tokens"]
     if best is not None:
         console.print(f"bench: k = {best} is best by the cost model")
-    elif error is not None:
+    elif error:
         console.print("bench: too far off to choose k by; time more prompts, or on an idle machine")
     return {name: result[name] for name in (*_MEASURED, "predicted_acceptance_by_position")}

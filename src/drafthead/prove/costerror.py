@@ -55,21 +55,28 @@ def with_intervals(
     Returns:
         The fits with a 95 % interval beside each error, and for decoding and for whole answers the
         median error with that of an exact model under the same noise: 2.5 %, half and 97.5 % of
-        resamples are below.
+        resamples are below. Empty where no point could be predicted from others.
     """
+    if not any(p["relative_error"] is not None for fit in fits for p in fit["points"]):
+        return fits, {}
+    timed = [  # a pair of answers of one token has no step
+        (cell, [i for i, p in enumerate(cell["pairs"]) if p["base_step_s"] and p["drafted_step_s"]])
+        for cell in cells
+    ]
     drawn = []
     for seed in range(resamples):
-        anew = []
-        for cell in cells:
-            rng, n = np.random.default_rng([seed, cell["concurrency"]]), len(cell["pairs"])
-            anew.append(resampled(cell, rng.integers(0, n, n)))
+        anew = [
+            resampled(
+                cell, np.random.default_rng([seed, cell["concurrency"]]).choice(own, len(own))
+            )
+            for cell, own in timed
+            if own
+        ]
         drawn.append(analyse(anew, curves))
     summary = {}
     fits = [{**fit, "points": [dict(point) for point in fit["points"]]} for fit in fits]
     for name, field in ERRORS.items():
         points = [p for fit in fits for p in fit["points"] if p[field] is not None]
-        if not points:
-            continue
         errors = np.array([p[field] for p in points])  # [points]
         again = np.array(
             [[p[field] for f in one for p in f["points"] if p[field] is not None] for one in drawn]

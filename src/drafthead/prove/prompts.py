@@ -68,13 +68,22 @@ def timed_prompts(recipe: Recipe, run: RunDir, target: Target) -> list[Prompt]:
     """What bench times: the recipe's own sets, as many prompts of each, else the held-out ones.
 
     Raises:
-        DraftheadError: a set cannot be read, or none of its prompts leaves room for an answer.
+        DraftheadError: a set cannot be read, or none of its prompts leaves room for an answer; a
+            held-out prompt leaves none for a token.
     """
     section = recipe.bench
-    if section.sources is None:
-        return heldout_prompts(run, section.prompts)
-    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     longest = recipe.engine.max_model_len or target.max_position_embeddings
+    if section.sources is None:
+        heldout = heldout_prompts(run, section.prompts)
+        for prompt in heldout:
+            if len(prompt.ids) >= longest:
+                raise DraftheadError(
+                    f"engine.max_model_len: {longest}, but the held-out prompt of "
+                    f"{prompt.conversation} has {len(prompt.ids)} tokens; set it to as many as the "
+                    "answers were written with"
+                )
+        return heldout
+    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     found = []
     for source in section.sources:
         own = []

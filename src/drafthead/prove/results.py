@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json
 from drafthead.prove.proof import read_proof
 from drafthead.recipe import Recipe
@@ -64,6 +65,55 @@ class Results:
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
+_VERIFIED = ("lossless", "prompts", "identical", "ties", "differences", "runs", "command")
+_BENCHED = (
+    "num_speculative_tokens",
+    "speedup",
+    "speedup_ci95",
+    "acceptance_by_position",
+    "predicted_acceptance_by_position",
+    "grid",
+    "cost_model",
+    "cost_model_error",
+    "recommended_num_speculative_tokens",
+    "command",
+    "machine",
+)
+_POINT = (
+    "num_speculative_tokens",
+    "concurrency",
+    "temperature",
+    "tensor_parallel_size",
+    "speedup",
+    "speedup_ci95",
+    "verdict",
+    "accepted_length",
+    "step_s",
+    "latency",
+    "by_source",
+)
+
+
+def read_bench(path: Path) -> dict:
+    """The figures of a bench, each point of its grid whole.
+
+    Raises:
+        DraftheadError: missing, or not what this version's bench writes.
+    """
+    bench = read_json(path, "the figures of `drafthead bench`", _BENCHED)
+    mend = "measure anew with `drafthead bench RECIPE --again`"
+    if not bench["grid"]:
+        raise DraftheadError(f"{path}: no point in `grid`; {mend}")
+    for number, point in enumerate(bench["grid"]):
+        for name in _POINT:
+            if name not in point:
+                raise DraftheadError(
+                    f"{path}: no `grid.{number}.{name}` in it; it was altered, or written by "
+                    f"another version: {mend}"
+                )
+    return bench
+
+
 def read_results(recipe: Recipe, run: RunDir) -> Results:
     """Read a run that has been verified and benched.
 
@@ -71,8 +121,8 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
         DraftheadError: verify or bench has not been run, or the proof is of another head.
     """
 
-    def optional(path: Path, what: str) -> dict | None:
-        return read_json(path, what) if path.exists() else None
+    def optional(path: Path, what: str, needs: tuple[str, ...]) -> dict | None:
+        return read_json(path, what, needs) if path.exists() else None
 
     summaries = {}
     for path in sorted((run.root / ".stages").glob("*.done.json")):
@@ -81,19 +131,17 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
     return Results(
         recipe=recipe,
         run=run,
-        verify=read_json(
-            run.verify_json,
-            "the outcome of `drafthead verify`",
-            ("lossless", "prompts", "identical", "ties", "differences"),
-        ),
-        bench=read_json(
-            run.bench_json,
-            "the figures of `drafthead bench`",
-            ("num_speculative_tokens", "speedup", "grid", "machine"),
-        ),
+        verify=read_json(run.verify_json, "the outcome of `drafthead verify`", _VERIFIED),
+        bench=read_bench(run.bench_json),
         proof=read_proof(run),
-        training=optional(run.train / "best.json", "the held-out evaluation"),
-        coverage=optional(run.vocab / "coverage.json", "the draft vocabulary's coverage"),
+        training=optional(
+            run.train / "best.json", "the held-out evaluation", ("heldout", "steps", "tokens")
+        ),
+        coverage=optional(
+            run.vocab / "coverage.json",
+            "the draft vocabulary's coverage",
+            ("size", "coverage", "curve"),
+        ),
         metrics=read_metrics(run.train / "metrics.jsonl"),
         stages=summaries,
         head_config=read_json(run.head / "config.json", "the head's configuration"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from drafthead.errors import ClaimFailed
+from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
@@ -64,10 +64,20 @@ def begun_alike(prompts: Sequence[Sequence[int]], longest: int) -> list[list[int
 
 def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> list[Workload]:
     """What verify runs: the prompts and, if asked for, the same from cached blocks and at mixed
-    lengths."""
+    lengths.
+
+    Raises:
+        DraftheadError: no prompt leaves room for an answer.
+    """
     section = recipe.verify
     concurrency = section.concurrency or recipe.engine.max_num_seqs
     ids = [p.ids for p in prompts if len(p.ids) < max_model_len]
+    if not ids:
+        shortest = min(len(p.ids) for p in prompts)
+        raise DraftheadError(
+            f"engine.max_model_len: none of {len(prompts)} prompts leaves room for an answer "
+            f"within {max_model_len} tokens, the shortest has {shortest}; raise it"
+        )
     limits = [min(section.max_new_tokens, max_model_len - len(p)) for p in ids]
     found = [Workload("prompts", ids, limits, concurrency)]
     if section.prefix_cache:

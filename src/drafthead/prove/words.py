@@ -185,17 +185,19 @@ def setting(bench: dict) -> str:
 
 def notes(r: Results) -> list[str]:
     """What the recommendation rests on, and what it does not."""
-    found, error = [], r.bench["cost_model_median_error"]
+    found, error = [], r.bench["cost_model_error"].get("decoding")
     if len({point["num_speculative_tokens"] for point in r.bench["grid"]}) == 1:
         found.append(
             "One k was measured: what a draft costs cannot be told from what its check does, so no "
             "other k is recommended, and what is expected of other draft vocabularies is rough."
         )
-    if error is not None:
+    if error:
         found.append(
-            f"The cost model predicted points it had not seen with a median error of {error:.1%}."
+            "The cost model predicted points it had not seen with a median error of "
+            f"{error['median_error']:.1%}; an exact one would show "
+            f"{error['of_noise_alone'][1]:.1%} by the noise of so many pairs."
         )
-    if error is not None and r.bench["recommended_num_speculative_tokens"] is None:
+    if error and r.bench["recommended_num_speculative_tokens"] is None:
         found.append(
             "At the headline's load it was too far off to choose k by: time more prompts, or on a "
             "machine that does nothing else."
