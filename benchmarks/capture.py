@@ -6,9 +6,17 @@
 For each target engines live side by side, each a vLLM of its own: plain (vLLM as it comes),
 capturing in bf16, capturing in fp8 (not for SmolLM2 in NVFP4, whose states are no other size). The
 engine's core shares its process with who asks, which halves the time to start. Blocks of the same
-prompts alternate between them. A block's time runs from its first prompt to its last token and, for
-capture, to its last byte on disk (`ratio`); `generating_ratio` leaves out that last write, which in
-a longer run overlaps what is generated next.
+prompts alternate between them, in units of a recipe's size.
+
+What a run pays all along is `sustained_ratio`: the units after a block's first, each generated
+while the one before is written, against the same units of plain generation. What it pays once is
+`tail_s`, the writing of its last unit. `ratio` is the block with it, to its last byte on disk,
+`ratio_at_units` the same for longer runs (computed from the two), `generating_ratio` without it.
+
+With --apart FOLDER (in memory: /dev/shm/x) every second block is also measured with bf16 states
+written there, `bf16-memory`, and with them dropped where the writer would take them,
+`bf16-nowhere`: what these differ by is the disk, and the writer's work beside the engine. `host` is
+what each block cost the CPUs, from /proc, `written_s` how long each unit took to be on disk.
 
 All engines get the same bytes for their KV cache; `kv_tokens` is what vLLM says it then holds, and
 `device_bytes` what capture takes beside it. `decode_against_prefill` holds the states of decoding
@@ -25,6 +33,7 @@ Writes OUT/capture.json after every block.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -38,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import lfm2_shapes
+import torch
 from capture_engine import Engine, kv_tokens
 from speculators_capture import Server
 from turns import add_turn, turn
@@ -68,7 +78,6 @@ class Case:
 def dummy_lfm2(work: Path, tiny: bool) -> Case:
     """LFM2.5-8B-A1B's configuration, a checkpoint of just its embedding and final norm, and a
     tokenizer of one word a token, which speculators' server does not do without."""
-    import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -130,6 +139,7 @@ def spec_of(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "chunk": 8 if tiny else args.chunk,
         "new_tokens": 16 if tiny else 256,
         "kv_bytes": (64 << 20) if tiny else (3 << 30),
+        "memory": str(args.apart or args.work / "memory"),
         "share": 0.06,  # of the card must be free at the start; the KV cache's size is given
     }
 
@@ -173,10 +183,14 @@ class Running:
         begun, number, ids = time.monotonic(), 0, []
         record["blocks"] = []
         while number <= args.blocks or time.monotonic() - begun < args.seconds:
-            names = list(self.engines)
-            order = names if number % 2 else names[::-1]
+            sides = [(name, "disk") for name in self.engines]
+            if args.apart and number and (args.tiny or number % 2 == 0):
+                sides += [("bf16", "memory"), ("bf16", "nowhere")]
             asked = prompts if number else prompts[: spec["seqs"]]  # the first is a warm-up
-            block = {n: self.engines[n].ask("generate", asked, args.limit) for n in order}
+            block = {}
+            for name, to in sides if number % 2 else sides[::-1]:
+                side = name if to == "disk" else f"{name}-{to}"
+                block[side] = self.engines[name].ask(to, asked, args.limit)
             ids = block["plain"].pop("ids")
             number += 1
             if number == 1:
@@ -203,7 +217,10 @@ class Running:
         if self.server:
             self.server.close()
         for name in self.case.formats:
-            shutil.rmtree(self.args.work / f"{self.case.name}-{name}", ignore_errors=True)
+            store = f"{self.case.name}-{name}"
+            (self.args.work / store).unlink(missing_ok=True)
+            for place in (self.args.work / f"{store}-disk", Path(self.spec["memory"]) / store):
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def seconds(blocks: list[dict], name: str) -> float:
@@ -211,50 +228,79 @@ def seconds(blocks: list[dict], name: str) -> float:
     return statistics.median(block[name]["generating_s"] for block in blocks)
 
 
+def sustained(block: dict) -> float:
+    """Tokens a second after the first unit, while the writer has the ones before in hand; of one
+    unit, its own."""
+    units = block["units"]
+    if len(units) == 1:
+        return units[0]["tokens"] / units[0]["end_s"]
+    tokens = sum(unit["tokens"] for unit in units[1:])
+    return tokens / (units[-1]["end_s"] - units[0]["end_s"])
+
+
+def spread(name: str, values: list[float]) -> dict:
+    """Median and range."""
+    ends = [round(min(values), 4), round(max(values), 4)]
+    return {name: round(statistics.median(values), 4), f"{name}_range": ends}
+
+
 def summary(blocks: list[dict]) -> dict:
-    """Rates of each capturing engine against the plain one, block by block."""
-
-    def rates(name: str, key: str) -> list[float]:
-        return [block[name]["tokens"] / block[name][key] for block in blocks]
-
-    plain = rates("plain", "generating_s")
+    """Rates of each capturing side against the plain one, block by block."""
+    plain = [block["plain"]["tokens"] / block["plain"]["generating_s"] for block in blocks]
     found: dict[str, Any] = {"plain_tokens_per_s": round(statistics.median(plain), 1)}
     found["plain_range"] = [round(min(plain), 1), round(max(plain), 1)]
     found["capture"] = {}
-    for name in (name for name in blocks[0] if name != "plain"):
-        own = [block[name] for block in blocks]
-        whole = [c / p for c, p in zip(rates(name, "total_s"), plain)]
-        generating = [c / p for c, p in zip(rates(name, "generating_s"), plain)]
-        checked = sum(b["checks"]["greedy_checked"] for b in own)
-        agree = sum(b["checks"]["greedy_agree"] for b in own)
+    for name in {name: None for block in blocks for name in block if name != "plain"}:
+        pairs = [(block[name], block["plain"]) for block in blocks if name in block]
+        own = [c for c, _ in pairs]
+        checked = sum(c["checks"]["greedy_checked"] for c in own)
+        agree = sum(c["checks"]["greedy_agree"] for c in own)
+        states = sum(c["state_tokens"] for c in own)
+        generating = [
+            c["tokens"] / c["generating_s"] / (p["tokens"] / p["generating_s"]) for c, p in pairs
+        ]
+        whole = [c["tokens"] / c["total_s"] / (p["tokens"] / p["generating_s"]) for c, p in pairs]
+        kept = spread("sustained_ratio", [sustained(c) / sustained(p) for c, p in pairs])
+        tail = statistics.median(c["total_s"] - c["generating_s"] for c in own)
+        # In units of plain generation: n of them take n / sustained_ratio, and the tail once.
+        once = tail / statistics.median(p["generating_s"] / len(p["units"]) for _, p in pairs)
+        at = {n: round(n / (n / kept["sustained_ratio"] + once), 4) for n in (10, 100)}
         found["capture"][name] = {
-            "tokens_per_s": round(statistics.median(rates(name, "total_s")), 1),
-            "ratio": round(statistics.median(whole), 4),
-            "ratio_range": [round(min(whole), 4), round(max(whole), 4)],
-            "generating_ratio": round(statistics.median(generating), 4),
-            "generating_ratio_range": [round(min(generating), 4), round(max(generating), 4)],
-            "bytes_per_token": round(
-                sum(b["bytes"] for b in own) / sum(b["state_tokens"] for b in own), 1
-            ),
+            "blocks": len(own),
+            "tokens_per_s": round(statistics.median(c["tokens"] / c["total_s"] for c in own), 1),
+            **kept,
+            "tail_s": round(tail, 3),
+            **spread("ratio", whole),
+            "ratio_at_units": at,
+            **spread("generating_ratio", generating),
+            "bytes_per_token": round(sum(c["bytes"] for c in own) / states, 1) if states else None,
             "waits": own[-1]["waits"],
             "greedy_agreement": agree / checked if checked else None,
-            "faults": sum(b["checks"].get("faults", 0) for b in own),
+            "faults": sum(c["checks"].get("faults", 0) for c in own),
         }
     return found
 
 
-def disk_rate(folder: Path, size: int) -> float:
-    """MB/s of writing `size` bytes into `folder` and syncing them."""
-    path, piece = folder / "disk_rate", os.urandom(1 << 20)
+def disk_rates(folder: Path, size: int) -> dict[str, float]:
+    """MB/s of writing `size` bytes into `folder` and syncing them: through the page cache, and as
+    the store does, past it and with the checksum."""
+    from drafthead.states.direct import write_direct
+
+    path, piece = folder / "disk_rate", torch.randint(256, (1 << 20,), dtype=torch.uint8)
+    rates, count = {}, size >> 20
     begun = time.perf_counter()
     with path.open("wb") as file:
-        for _ in range(size >> 20):
-            file.write(piece)
+        for _ in range(count):
+            file.write(piece.numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    took = time.perf_counter() - begun
+    rates["page_cache"] = round(size / (time.perf_counter() - begun) / 1e6, 1)
     path.unlink()
-    return round(size / took / 1e6, 1)
+    begun = time.perf_counter()
+    write_direct(path, itertools.repeat(piece, count))
+    rates["direct"] = round(size / (time.perf_counter() - begun) / 1e6, 1)
+    path.unlink()
+    return rates
 
 
 def main() -> None:
@@ -267,12 +313,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0, help="of blocks for each target")
     parser.add_argument("--blocks", type=int, default=3, help="at least so many")
     parser.add_argument("--seqs", type=int, default=128)
-    parser.add_argument("--chunk", type=int, default=128, help="prompts of a unit")
+    parser.add_argument("--chunk", type=int, default=256, help="prompts of a unit")
     parser.add_argument("--units", type=int, default=3, help="units of a block")
     parser.add_argument("--limit", type=float, default=300, help="seconds for any one answer")
     parser.add_argument(
         "--own-process", action="store_true", help="vLLM's engine core apart, as it is by default"
     )
+    parser.add_argument("--apart", type=Path, help="folder in memory; see above")
     parser.add_argument("--skip-lfm2", action="store_true")
     add_turn(parser)
     parser.add_argument("--tiny", action="store_true")
@@ -295,7 +342,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": this_machine().as_dict(),
-        "disk_mb_per_s": disk_rate(args.work, (64 << 20) if args.tiny else (2 << 30)),
+        "disk_mb_per_s": disk_rates(args.work, (64 << 20) if args.tiny else (2 << 30)),
     }
     running = [Running(case, args, 8765 + i) for i, case in enumerate(cases)]
 

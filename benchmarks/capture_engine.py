@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import host_load
+
 KEPT = ("Model loading took", "Graph capturing finished", "KV cache size")
 
 
@@ -48,7 +50,8 @@ class Engine:
         return json.loads(line)
 
     def ask(self, what: str, prompts: list[list[int]], limit: float) -> dict:
-        """`generate` or `compare` over `prompts`; see `main`."""
+        """Over `prompts`: `compare`, or generate with the states going to `disk`, `memory` or
+        `nowhere`; see `main`."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({what: prompts}) + "\n")
         self.process.stdin.flush()
@@ -80,8 +83,8 @@ def main() -> None:
     out.write(json.dumps(side.started) + "\n")
     for line in sys.stdin:
         ((what, prompts),) = json.loads(line).items()
-        out.write(json.dumps(side.compare(prompts) if what == "compare" else side.run(prompts)))
-        out.write("\n")
+        answer = side.compare(prompts) if what == "compare" else side.run(prompts, what)
+        out.write(json.dumps(answer) + "\n")
 
 
 class _Side:
@@ -114,9 +117,13 @@ class _Side:
         self.target = load_target(spec["weights"])
         shape = (self.target.num_layers, self.target.hidden_size)
         self.meta = StoreMeta(tuple(spec["aux"]), *shape, spec["encoding"], 1000, {})
-        if self.store is not None:
-            shutil.rmtree(self.store, ignore_errors=True)
-            open_store(self.store, self.meta)
+        if self.store is not None:  # a link to where the states of a block go
+            self.places = {"disk": self.store.with_name(f"{self.store.name}-disk")}
+            self.places["memory"] = Path(spec["memory"]) / self.store.name
+            for place in self.places.values():
+                shutil.rmtree(place, ignore_errors=True)
+                open_store(place, self.meta)
+            self._point("disk")
         self.engine = CaptureEngine(
             recipe, self.target, self.meta, self.store, strict=not spec["dummy"]
         )
@@ -124,25 +131,36 @@ class _Side:
         if self.store is not None:
             self.started["device_bytes"] = self.engine.stats()["device_bytes"]
 
-    def run(self, prompts: list[list[int]]) -> dict:
+    def run(self, prompts: list[list[int]], to: str) -> dict:
         """Answer all, in units; what was written is weighed and thrown away."""
-        size, written = self.spec["chunk"], []
+        size, written, ends = self.spec["chunk"], [], []
+        if self.store is not None and to != "nowhere":
+            self._point(to)
+        before, handed = host_load.counters(os.getpid()), []
         begun = time.perf_counter()
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
             answers = self.engine.generate(part, [0] * len(part))
             written += answers
+            handed.append(time.time())
             if self.store is None:
                 self.engine.llm.reset_prefix_cache()
             else:
-                self._save(start // size, part, answers)
-        result: dict[str, Any] = {"tokens": sum(len(a.ids) for a in written)}
+                keys = [] if to == "nowhere" else [answer.key for answer in answers]
+                self._save(start // size, part, keys)
+            tokens = sum(len(answer.ids) for answer in answers)
+            ends.append({"tokens": tokens, "end_s": time.perf_counter() - begun})
+        result: dict[str, Any] = {"tokens": sum(len(a.ids) for a in written), "units": ends}
         result["generating_s"] = time.perf_counter() - begun
+        result["host"] = host_load.since(before, os.getpid())
         if self.store is None:  # the sequences for speculators' side
             return result | {"ids": [[*p, *a.ids] for p, a in zip(prompts, written, strict=True)]}
         self.engine.flush()
         result |= {"total_s": time.perf_counter() - begun, "waits": self.engine.stats()["waits"]}
-        units = [json.loads(path.read_text()) for path in self.store.glob("unit-*.json")]
+        result["host_whole"] = host_load.since(before, os.getpid())
+        paths = sorted(self.store.glob("unit-*.json"))
+        units = [json.loads(path.read_text()) for path in paths]
+        result["written_s"] = [p.stat().st_mtime - at for p, at in zip(paths, handed, strict=True)]
         checks: dict[str, int] = {}
         for unit in units:
             for key, value in unit["checks"].items():
@@ -153,17 +171,23 @@ class _Side:
         self._sweep()
         return result
 
+    def _point(self, to: str) -> None:
+        """Let the store's path lead to the disk or to memory."""
+        assert self.store is not None
+        self.store.unlink(missing_ok=True)
+        self.store.symlink_to(self.places[to])
+
     def compare(self, prompts: list[list[int]]) -> dict:
         """Decode a unit, prefill the very same sequences as another, and hold them together."""
         from drafthead.capture.compare import compare
         from drafthead.states import StateReader
 
         assert self.store is not None
+        self._point("disk")
         answers = self.engine.generate(prompts, [0] * len(prompts))
-        self._save(0, prompts, answers)
+        self._save(0, prompts, [answer.key for answer in answers])
         sequences = [[*p, *a.ids] for p, a in zip(prompts, answers, strict=True)]
-        keys = self.engine.prefill(sequences)
-        self._save(1, prompts, answers, keys)
+        self._save(1, prompts, self.engine.prefill(sequences))
         self.engine.flush()
         reader = StateReader(self.store, partial=True)
         half = len(reader) // 2
@@ -171,13 +195,13 @@ class _Side:
         self._sweep()
         return result
 
-    def _save(self, unit: int, prompts: list, answers: list, keys: list[int] | None = None) -> None:
+    def _save(self, unit: int, prompts: list, keys: list[int]) -> None:
+        """Hand over the states of ``keys``; none: they are dropped."""
         from drafthead.capture.engine import Wanted
 
-        keys = [a.key for a in answers] if keys is None else keys
         wanted = [
             Wanted(key, len(p), [False] * len(p), str(i), "train")
-            for i, (p, key) in enumerate(zip(prompts, keys, strict=True))
+            for i, (p, key) in enumerate(zip(prompts, keys))
         ]
         self.engine.save(unit, wanted)
 
