@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from drafthead.prove.engine import Completion, Generation
-from drafthead.prove.lossless import NOT_LOSSLESS, TIE, Examiner, once_more
+from drafthead.prove.lossless import NOT_LOSSLESS, TIE, Examiner, Noise, once_more
 
 VOCAB, TOKENS, JUMP = 12, 40, 0.5
 
@@ -173,3 +173,11 @@ def test_a_fault_behind_a_tie_is_found():
     assert verdicts[0] == TIE
     assert verdicts[-1] == NOT_LOSSLESS
     assert found["differences"] == 1
+
+
+def test_a_gap_at_which_the_target_parts_from_itself_is_a_tie():
+    """As on an H100 in bf16: one pass over the answers showed no noise, another batch did."""
+    noise = Noise(150, 21, 7, 0, 9377, 0, largest=0.0, widest=0.375)
+    assert noise.tolerance == 0.375
+    assert Noise(150, 21, 0, 0, 9377, 0, largest=0.0, widest=0.0).tolerance == 0.0
+    assert Noise(256, 21, 34, 49, 16203, 56, largest=1.25, widest=0.25).tolerance == 0.75

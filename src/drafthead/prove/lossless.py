@@ -88,9 +88,11 @@ class Noise:
 
     @property
     def tolerance(self) -> float:
-        """Widest gap of a tie. Where the target is sure of a token its gap may move by a lot and
-        nothing comes of it, so its partings, if there are enough, say more than its movements."""
-        most = NOISE_MARGIN * self.largest
+        """Widest gap of a tie: at least that at which the target parted from itself, since one pass
+        over its answers may show no noise where other batches do. Where the target is sure of a
+        token its gap may move by a lot and nothing comes of it, so its partings, if there are
+        enough, say more than its movements."""
+        most = max(NOISE_MARGIN * self.largest, self.widest)
         if self.parted + self.flips < ENOUGH_PARTINGS:
             return most
         return min(most, PARTING_MARGIN * self.widest)
