@@ -28,6 +28,7 @@ COUNTED = {
     "student_of": ("live", -1),
     "has_row": ("supervised", False),
 }
+ROWS_OF_STEPS = {"student", "student_of", "has_row"}  # [T, ...]: counted in the second dimension
 
 
 def worth_replaying(head: Eagle3Head, tokens: int, rate: float) -> bool:
@@ -89,14 +90,10 @@ class Places:
         cu_k = place("cu_k", docs.cu_k, documents + 1, 0)
         bounds = live, self.positions
         tensors = {
-            name: place(name, x, sizes[counted], int(x.dim() == 2 and name in ROWS_OF_STEPS))
+            name: place(name, getattr(batch, name), sizes[counted], int(name in ROWS_OF_STEPS))
             for name, (counted, _) in COUNTED.items()
-            for x in [getattr(batch, name)]
         }
         return replace(batch, documents=Documents((), (), cu_q, cu_k, bounds), **tensors)
-
-
-ROWS_OF_STEPS = {"student", "student_of", "has_row"}  # [T, ...]: counted in the second dimension
 
 
 def _copy(place: Tensor, x: Tensor, filler: float) -> None:
