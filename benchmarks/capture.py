@@ -246,7 +246,11 @@ def spread(name: str, values: list[float]) -> dict:
 
 def summary(blocks: list[dict]) -> dict:
     """Rates of each capturing side against the plain one, block by block."""
-    plain = [block["plain"]["tokens"] / block["plain"]["generating_s"] for block in blocks]
+
+    def rate(side: dict, until: str) -> float:
+        return side["tokens"] / side[until]
+
+    plain = [rate(block["plain"], "generating_s") for block in blocks]
     found: dict[str, Any] = {"plain_tokens_per_s": round(statistics.median(plain), 1)}
     found["plain_range"] = [round(min(plain), 1), round(max(plain), 1)]
     found["capture"] = {}
@@ -256,10 +260,10 @@ def summary(blocks: list[dict]) -> dict:
         checked = sum(c["checks"]["greedy_checked"] for c in own)
         agree = sum(c["checks"]["greedy_agree"] for c in own)
         states = sum(c["state_tokens"] for c in own)
-        generating = [
-            c["tokens"] / c["generating_s"] / (p["tokens"] / p["generating_s"]) for c, p in pairs
-        ]
-        whole = [c["tokens"] / c["total_s"] / (p["tokens"] / p["generating_s"]) for c, p in pairs]
+        whole, generating = (
+            [rate(c, until) / rate(p, "generating_s") for c, p in pairs]
+            for until in ("total_s", "generating_s")
+        )
         kept = spread("sustained_ratio", [sustained(c) / sustained(p) for c, p in pairs])
         tail = statistics.median(c["total_s"] - c["generating_s"] for c in own)
         # In units of plain generation: n of them take n / sustained_ratio, and the tail once.
@@ -267,7 +271,7 @@ def summary(blocks: list[dict]) -> dict:
         at = {n: round(n / (n / kept["sustained_ratio"] + once), 4) for n in (10, 100)}
         found["capture"][name] = {
             "blocks": len(own),
-            "tokens_per_s": round(statistics.median(c["tokens"] / c["total_s"] for c in own), 1),
+            "tokens_per_s": round(statistics.median(rate(c, "total_s") for c in own), 1),
             **kept,
             "tail_s": round(tail, 3),
             **spread("ratio", whole),

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from lossless_engines import (
     ALL_MENDS,
+    IEEE,
     SHAPES,
     VOCAB,
     Config,
@@ -140,8 +141,7 @@ def environment(config: Config, tiny: bool) -> dict[str, str]:
     env.setdefault("NUMBA_NUM_THREADS", "1")
     if not tiny:
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if config.runner == "v2" else "0"
-        env["TRITON_F32_DEFAULT"] = "tf32" if config.tf32 else "ieee"
-        env["VLLM_FLOAT32_MATMUL_PRECISION"] = "highest"
+        env |= IEEE | ({"TRITON_F32_DEFAULT": "tf32"} if config.tf32 else {})
     if config.stock:
         env["DRAFTHEAD_SKIP_MENDS"] = ALL_MENDS
     env.update(config.env)

@@ -9,6 +9,8 @@ from drafthead.vllm_plugin import COST_MENDS, MODEL_MENDS
 ALL_MENDS = ",".join(
     sorted({"placeholder_drafts", "draft_kv_group", *MODEL_MENDS, *COST_MENDS} - {"state_shape"})
 )
+IEEE = {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
+"""The environment in which Triton and cuBLAS do not take TF32 for float32."""
 GREEDY = {"DRAFTHEAD_TRY_MENDS": "greedy_verify"}
 VOCAB = {"gpu": 2048, "tiny": 512}
 

@@ -132,7 +132,7 @@ def case(shape: Shape, ttt: int, device, options) -> dict:
         if isinstance(side, Ours):
             record["operations"] = side.operations
             record["tflops"] = side.operations / record["ms"] / 1e9
-            record["mfu"] = record["operations"] / record["ms"] * 1e3 / options.ceiling
+            record["mfu"] = 1e12 * record["tflops"] / options.ceiling
     ours = result[Ours.name]
     for side in sides[1:]:
         theirs = result[side.name]

@@ -15,14 +15,15 @@ written as each case ends.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 from grid import LONGEST_PROMPT, read_prompts
+from lossless_engines import IEEE
 from rich.console import Console
 
 from drafthead.errors import DraftheadError
@@ -36,19 +37,6 @@ from drafthead.serve import existing_head
 from drafthead.targets import load_target
 
 CONSOLE = Console(stderr=True, width=140)
-IEEE = {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]):
-    """Variables set for the engines that start in the block."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def judge(name: str, target: str, head: str, dtype: str, options: argparse.Namespace) -> dict:
@@ -142,7 +130,7 @@ def main() -> None:
             "batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT") == "1",
         }
         try:
-            with environment(IEEE if dtype == "float32" else {}):
+            with mock.patch.dict(os.environ, IEEE if dtype == "float32" else {}):
                 record |= judge(name, target, head, dtype, options)
         except DraftheadError as error:
             record |= {"lossless": False, "died": str(error)[-1500:]}

@@ -22,18 +22,23 @@ def rows():
     return head, tokens, [assemble(c, STEPS, to_draft, tokens, embedding) for c in choices]
 
 
-@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1", "acceptance"])
-def test_padding_changes_no_gradient(loss):
-    head, tokens, batches = rows()
+def both(head, tokens, loss):
+    """`backward` of rows as they are, and padded."""
     c = head.config
     g = torch.Generator().manual_seed(0)
     weights = torch.randn(c.draft_vocab_size, c.target_hidden_size, generator=g).double()
     teacher = Teacher(torch.ones(c.target_hidden_size).double(), 1e-5, weights)
     step = TrainStep(head, teacher, Objective(loss, STEPS, 0.8, chunk_rows=10))
-    graphed = GraphedStep(step, tokens, Graphs(torch.device("cpu")))
+    return step.backward, GraphedStep(step, tokens, Graphs(torch.device("cpu"))).backward
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce+smoothl1", "acceptance"])
+def test_padding_changes_no_gradient(loss):
+    head, tokens, batches = rows()
+    ways = both(head, tokens, loss)
     for batch in [*batches, *batches]:
         results = []
-        for backward in (step.backward, graphed.backward):
+        for backward in ways:
             found, correct = backward(batch)
             results.append((found, correct, *(p.grad.clone() for p in head.parameters())))
             for p in head.parameters():
@@ -44,13 +49,8 @@ def test_padding_changes_no_gradient(loss):
 
 def test_gradients_add_up_until_they_are_taken():
     head, tokens, batches = rows()
-    c = head.config
-    weights = torch.randn(c.draft_vocab_size, c.target_hidden_size).double()
-    teacher = Teacher(torch.ones(c.target_hidden_size).double(), 1e-5, weights)
-    step = TrainStep(head, teacher, Objective("kl", STEPS, 0.8))
-    graphed = GraphedStep(step, tokens, Graphs(torch.device("cpu")))
     sums = []
-    for backward in (step.backward, graphed.backward):
+    for backward in both(head, tokens, "kl"):
         for batch in batches[:2]:
             backward(batch)
         sums.append([p.grad.clone() for p in head.parameters()])

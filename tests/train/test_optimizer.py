@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from drafthead.train.optimizer import AdamW, AdamWSettings, join, split
+from drafthead.train.masters import join, split
+from drafthead.train.optimizer import AdamW, AdamWSettings
 
 
 def test_split_joins_back_to_the_same_bits_and_rounds_to_nearest():

@@ -19,3 +19,9 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 master of a weight: undoes `split` exactly."""
     bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
     return bits.view(torch.float32)
+
+
+def keep(master: Tensor, high: Tensor, low: Tensor) -> None:
+    """Write a master over its weight `high` and the lower half `low`."""
+    for half, new in zip((high, low), split(master)):
+        half.copy_(new)

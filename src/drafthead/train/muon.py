@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drafthead.train.graphs import Graphs
-from drafthead.train.masters import join, split
+from drafthead.train.masters import join, keep
 
 
 def momentum(grad: Tensor, mean: Tensor, direction: Tensor, scale: Tensor) -> None:
@@ -86,9 +86,7 @@ class Stack:
             else:
                 master = join(p.data, self.low[index])
                 descend(master, step, numbers, size)
-                high, low = split(master)
-                p.data.copy_(high)
-                self.low[index].copy_(low)
+                keep(master, p.data, self.low[index])
 
 
 class Muon:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drafthead.train.graphs import Graphs
-from drafthead.train.masters import join, split
+from drafthead.train.masters import join, keep
 from drafthead.train.muon import Muon
 
 
@@ -116,9 +116,7 @@ class AdamW:
             elif name in self.low:
                 master = join(p.data, self.low[name])
                 update(master, p.grad, *moments, scale, *numbers)
-                high, low = split(master)
-                p.data.copy_(high)
-                self.low[name].copy_(low)
+                keep(master, p.data, self.low[name])
             else:
                 update(p.data, p.grad, *moments, scale, *numbers)
             p.grad = None
@@ -154,8 +152,6 @@ class AdamW:
         """Set a weight from its fp32 master."""
         p = self.parameters[name]
         if name in self.low:
-            high, low = split(master.to(p.device, torch.float32).contiguous())
-            p.data.copy_(high)
-            self.low[name].copy_(low)
+            keep(master.to(p.device, torch.float32).contiguous(), p.data, self.low[name])
         else:
             p.data.copy_(master)
