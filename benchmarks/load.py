@@ -33,8 +33,8 @@ from rich.console import Console
 from drafthead.data.template import Template
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
-from drafthead.prove.engine import Completion
-from drafthead.prove.grid import running, shared
+from drafthead.prove.engine import Completion, EngineProcess
+from drafthead.prove.grid import running, shared, start
 from drafthead.prove.lossless import Examiner
 from drafthead.prove.server import Client, connections
 from drafthead.recipe import parse_recipe
@@ -169,6 +169,37 @@ def empty_in_time(client: Client, seconds: float = 60) -> bool:
     return False
 
 
+def judge(engine: EngineProcess, load: Load, concurrency: int) -> dict:
+    """Hold every different answer against the target's alone."""
+    used = sorted({index for index, _, _ in load.answers})
+    wanted = engine.generate(
+        [load.requests[i][0] for i in used],
+        max_tokens=[load.requests[i][1] for i in used],
+        concurrency=concurrency,
+        prefix_cache=False,
+    )
+    alone = dict(zip(used, wanted.completions, strict=True))
+    keys = list(load.answers)
+    asked = [load.requests[i] for i, _, _ in keys]
+    examiner = Examiner(engine, [ids for ids, _ in asked], [n for _, n in asked], concurrency)
+    verdict = examiner.compare(
+        [alone[i] for i, _, _ in keys],
+        [Completion(list(ids), reason) for _, ids, reason in keys],
+    )
+    return {
+        "different_requests": len(used),
+        "different_answers": len(keys),
+        # Not verdict["lossless"]: of answers that came out alike only one is counted here, so the
+        # rate at which they part says nothing.
+        "lossless": not verdict["differences"],
+        "identical": verdict["identical"],
+        "ties": verdict["ties"],
+        "differences": verdict["differences"],
+        "noise": verdict["noise"],
+        "examined": verdict["examined"][:50],
+    }
+
+
 def tiny(options: argparse.Namespace) -> None:
     """A target and head of known tokens for the rehearsal."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -228,63 +259,41 @@ def main() -> None:
         "minutes": options.minutes,
     }
     logs = options.out / "logs"
-    drafted = shared(
-        engine_plan(recipe, head=str(options.head), num_speculative_tokens=options.k), 2
-    )
-    with running(drafted, "http", logs / "server.log", "server") as client:
-        load = Load(client, requests)
+    drafted = engine_plan(recipe, head=str(options.head), num_speculative_tokens=options.k)
+    plans = {
+        "server": (drafted, "http"),
+        "target": (engine_plan(recipe, head=None), "engine"),
+    }
+    with contextlib.ExitStack() as stack:
+        # Both from the start: the target alone is idle until the load is over, and ready then.
+        server, alone = start(
+            [
+                running(shared(plan, 2), over, logs / f"{name}.log", name)
+                for name, (plan, over) in plans.items()
+            ],
+            stack,
+        )
+        load = Load(server, requests)
         memory = asyncio.run(load.run(options.concurrency, 60 * options.minutes))
-        empty = empty_in_time(client)
-        counters = client.counters()
-    record |= {
-        "requests": load.finished + load.left + len(load.failures),
-        "finished": load.finished,
-        "hung_up": load.left,
-        "failures": load.failures,
-        "tokens": load.tokens,
-        "slowest_s": load.slowest,
-        "drafts": counters.drafts,
-        "accepted_length": counters.accepted_length,
-        "no_request_stuck": empty and not load.failures,
-        "memory": {name: growth(memory, name) for name in memory[0] if name != "s"},
-        "memory_samples": memory,
-    }
-    write_json(options.out / "load.json", record)
-    CONSOLE.print(f"{record['requests']} requests, {load.tokens} tokens; judging the answers")
-    base = shared(engine_plan(recipe, head=None), 2)
-    with running(base, "engine", logs / "base.log", "target alone") as engine:
-        used = sorted({index for index, _, _ in load.answers})
-        wanted = engine.generate(
-            [requests[i][0] for i in used],
-            max_tokens=[requests[i][1] for i in used],
-            concurrency=options.concurrency,
-            prefix_cache=False,
-        )
-        alone = dict(zip(used, wanted.completions, strict=True))
-        keys = list(load.answers)
-        examiner = Examiner(
-            engine,
-            [requests[i][0] for i, _, _ in keys],
-            [requests[i][1] for i, _, _ in keys],
-            options.concurrency,
-        )
-        verdict = examiner.compare(
-            [alone[i] for i, _, _ in keys],
-            [Completion(list(ids), reason) for _, ids, reason in keys],
-        )
-    record |= {
-        "different_requests": len(used),
-        "different_answers": len(keys),
-        # Not verdict["lossless"]: of answers that came out alike only one is counted here, so the
-        # rate at which they part says nothing.
-        "lossless": not verdict["differences"],
-        "identical": verdict["identical"],
-        "ties": verdict["ties"],
-        "differences": verdict["differences"],
-        "noise": verdict["noise"],
-        "examined": verdict["examined"][:50],
-    }
-    record["memory_flat"] = all(part["flat"] for part in record["memory"].values())
+        empty = empty_in_time(server)
+        counters = server.counters()
+        record |= {
+            "requests": load.finished + load.left + len(load.failures),
+            "finished": load.finished,
+            "hung_up": load.left,
+            "failures": load.failures,
+            "tokens": load.tokens,
+            "slowest_s": load.slowest,
+            "drafts": counters.drafts,
+            "accepted_length": counters.accepted_length,
+            "no_request_stuck": empty and not load.failures,
+            "memory": {name: growth(memory, name) for name in memory[0] if name != "s"},
+            "memory_samples": memory,
+        }
+        record["memory_flat"] = all(part["flat"] for part in record["memory"].values())
+        write_json(options.out / "load.json", record)
+        CONSOLE.print(f"{record['requests']} requests, {load.tokens} tokens; judging the answers")
+        record |= judge(alone, load, options.concurrency)
     record["holds"] = all(record[n] for n in ("lossless", "no_request_stuck", "memory_flat"))
     write_json(options.out / "load.json", record)
     CONSOLE.print({k: v for k, v in record.items() if k not in ("memory_samples", "examined")})
