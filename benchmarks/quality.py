@@ -18,7 +18,7 @@ linearly, 1 % warm-up, weight decay 0.01, norms before fc and residual, normed f
 and speculators at the rate and row length that explore found best for it. Equal tokens; held-out
 accepted length by our walk, whose time is not counted.
 
-serve: our head of the duel and the better one of theirs in vLLM at k = 1, 3, 5 on the held-out
+serve: our heads of the duel and the better one of theirs in vLLM at k = 1, 3, 5 on the held-out
 prompts, once for each target given (--served-targets: the bf16 one and an NVFP4 one).
 
 Everything resumes; OUT/quality.json is written as it goes.
@@ -154,7 +154,7 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
 
 def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
     """Both sides; speculators as it comes, and at its best rate if that is another (without
-    `explore`: at ours)."""
+    `explore`: at ours); ours also with the default head, if what won has another."""
     as_it_comes = Job("", "theirs", train={"learning_rate": 1e-3, "row_tokens": 8192})
     if chosen:
         ours, tuned = Job(**chosen["ours"]), Job(**chosen["theirs"])
@@ -164,6 +164,8 @@ def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
     sides = {"drafthead": ours, "speculators": as_it_comes}
     if tuned.train != as_it_comes.train:
         sides["speculators-tuned"] = tuned
+    if ours.head:
+        sides["drafthead-default"] = dataclasses.replace(ours, head={})
     return [
         dataclasses.replace(job, name=f"duel/{name}", epochs=options.epochs, evaluations=10)
         for name, job in sides.items()
@@ -175,7 +177,7 @@ def verdict(sides: dict[str, dict]) -> dict:
     ours = sides["duel/drafthead"]
     found = {}
     for name, record in sides.items():
-        if record is ours:
+        if name.startswith("duel/drafthead"):
             continue
         goal = length(record)
         reached = [seconds for _, seconds, at in ours["curve"] if at >= goal]
@@ -272,8 +274,9 @@ def main() -> None:
     if "serve" in stages:
         targets = (options.served_targets or options.target).split(",")
         sides = record["duel"]
-        theirs = max((n for n in sides if n != "duel/drafthead"), key=lambda n: length(sides[n]))
-        heads = {name: Path(sides[name]["head_folder"]) for name in ("duel/drafthead", theirs)}
+        of = {side: [n for n in sides if sides[n]["side"] == side] for side in ("ours", "theirs")}
+        theirs = max(of["theirs"], key=lambda name: length(sides[name]))
+        heads = {name: Path(sides[name]["head_folder"]) for name in (*of["ours"], theirs)}
         serve(options, targets, heads, record.setdefault("served", []), save, CONSOLE.print)
     save()
 
