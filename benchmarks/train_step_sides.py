@@ -105,7 +105,11 @@ class Ours:
         step = TrainStep(head, teacher, objective, options.compile, self.eight_bit)
         replayed = self.replayed and worth_replaying(head, shape.tokens, options.ceiling)
         self.graphs = Graphs(device if replayed else torch.device("cpu"))
-        self.step = GraphedStep(step, shape.tokens, self.graphs) if replayed else step
+        self.step: GraphedStep | TrainStep = step
+        if replayed:
+            self.step = graphed = GraphedStep(step, shape.tokens, self.graphs)
+            # As a training of many such rows would have it.
+            graphed.sizes.chosen += [graphed.sizes.own(batch) for batch in self.batches]
         self.optimizer = AdamW(
             head.named_parameters(), AdamWSettings(self.muon), graphs=self.graphs
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from drafthead.train import loop
+from drafthead.train import graphed, loop
 from drafthead.train.attention import Documents, attention, plain_attention
 from drafthead.train.batches import assemble, draft_ids
 from drafthead.train.graphed import GraphedStep
@@ -125,9 +125,11 @@ def test_muon_on_the_gpu_is_muon():
         assert relative(masters[1][name] - t, masters[0][name] - t) < 0.03
 
 
+@pytest.mark.parametrize("capture", [0, graphed.CAPTURE], ids=["own sizes", "a full row's size"])
 @pytest.mark.parametrize("loss", ["kl", "ce+smoothl1"])
-def test_replayed_steps_are_the_steps(loss):
+def test_replayed_steps_are_the_steps(loss, capture, monkeypatch):
     """Rows of several sizes, each seen more than twice: called, captured and replayed."""
+    monkeypatch.setattr(graphed, "CAPTURE", capture)
     g = torch.Generator().manual_seed(0)
     changes = {"hidden_size": 128, "target_hidden_size": 128, "head_dim": 32, "vocab_size": 512}
     head = small_head(**changes, draft_vocab_size=256, intermediate_size=256)
@@ -145,10 +147,11 @@ def test_replayed_steps_are_the_steps(loss):
     norm, rows_of_head = torch.ones(128), torch.randn(256, 128, generator=g)
     teacher = Teacher(norm.cuda().bfloat16(), 1e-5, rows_of_head.cuda().bfloat16())
     step = TrainStep(head, teacher, Objective(loss, 3, 0.8, chunk_rows=100), compiled=True)
-    graphed = GraphedStep(step, 400, Graphs(torch.device("cuda")))
+    graphs = Graphs(torch.device("cuda"))
+    replayed = GraphedStep(step, 400, graphs)
     for row in rows:
         results = []
-        for backward in (step.backward, graphed.backward):
+        for backward in (step.backward, replayed.backward):
             found, correct = (x.clone() for x in backward(row))
             results.append((found, correct, [p.grad.clone() for p in head.parameters()]))
             for p in head.parameters():
@@ -158,6 +161,7 @@ def test_replayed_steps_are_the_steps(loss):
         assert (correct_a - correct_b).abs().max() <= 2
         for a, b in zip(grads_a, grads_b):
             assert relative(b, a) < 3e-2
+    assert graphs.captured == (1 if capture else 3)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -172,6 +176,7 @@ def test_a_run_of_replayed_steps_learns_the_same(optimizer, tmp_path, monkeypatc
     a, b = found["replayed"], found["launched"]
     assert a["steps"] == b["steps"]
     assert a["tokens"] == b["tokens"]
+    assert a["graphs"]["captured"] > b["graphs"]["captured"] == 0
     assert a["accepted_length"] > 1.2
     assert abs(a["accepted_length"] - b["accepted_length"]) < 0.15
     losses = [

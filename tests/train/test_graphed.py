@@ -1,10 +1,16 @@
 """Padded rows against the rows themselves; that CUDA graphs repeat them is shown on a GPU."""
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from drafthead.train.batches import assemble, draft_ids
-from drafthead.train.graphed import COUNTED, GraphedStep, Places
+from drafthead.train import graphed
+from drafthead.train.attention import Documents
+from drafthead.train.batches import Batch, assemble, draft_ids
+from drafthead.train.graphed import COUNTED, GraphedStep, Places, Sizes
 from drafthead.train.graphs import Graphs
 from drafthead.train.losses import Teacher
 from drafthead.train.step import Objective, TrainStep
@@ -32,8 +38,10 @@ def both(head, tokens, loss):
     return step.backward, GraphedStep(step, tokens, Graphs(torch.device("cpu"))).backward
 
 
+@pytest.mark.parametrize("capture", [0, math.inf], ids=["own sizes", "a full row's size"])
 @pytest.mark.parametrize("loss", ["kl", "ce+smoothl1", "acceptance"])
-def test_padding_changes_no_gradient(loss):
+def test_padding_changes_no_gradient(loss, capture, monkeypatch):
+    monkeypatch.setattr(graphed, "CAPTURE", capture)
     head, tokens, batches = rows()
     ways = both(head, tokens, loss)
     for batch in [*batches, *batches]:
@@ -60,16 +68,72 @@ def test_gradients_add_up_until_they_are_taken():
         torch.testing.assert_close(padded, plain)
 
 
-def test_one_size_has_one_place():
+def test_one_size_has_one_place(monkeypatch):
+    monkeypatch.setattr(graphed, "CAPTURE", 0)
     _, tokens, batches = rows()
-    places = Places(tokens)
-    seen: dict[tuple[int, ...], list[int]] = {}
+    sizes = Sizes(tokens)
+    places = Places(sizes.full)
+    made: dict[tuple[int, ...], Batch] = {}
     for batch in [*batches, *batches]:
-        sizes, padded = places.put(batch)
-        assert len(padded.live) == sizes[0] >= len(batch.live)
-        assert len(padded.labels) == sizes[1] >= len(batch.labels)
+        size = sizes.choose(batch)
+        place = made[size] if size in made else made.setdefault(size, places.make(batch, size))
+        padded = places.put(batch, place)
+        assert len(padded.live) == size[0] >= len(batch.live)
+        assert len(padded.labels) == size[1] >= len(batch.labels)
         assert padded.has_row.sum() == batch.rows
-        tensors = (getattr(padded, name) for name in COUNTED)
-        addresses = [x.data_ptr() for x in tensors]
-        assert seen.setdefault(sizes, addresses) == addresses
-    assert len(seen) > 1
+        for counted, x in [(getattr(place, n), getattr(padded, n)) for n in COUNTED]:
+            assert counted.data_ptr() == x.data_ptr()
+            assert x.is_contiguous()
+        docs = padded.documents
+        for lengths, cumulative in ((docs.q_lengths, docs.cu_q), (docs.k_lengths, docs.cu_k)):
+            filled = [*lengths, *[0] * (size[2] - len(lengths))]
+            assert cumulative.tolist() == [0, *itertools.accumulate(filled)]
+        assert all(q <= k for q, k in zip(docs.q_lengths, docs.k_lengths))
+        assert (docs.cu_q[-1], docs.cu_k[-1]) == (size[0], len(padded.positions))
+    assert len(made) > 1
+
+
+def row(live: int, supervised: int, documents: int) -> Batch:
+    """Of these sizes, and nothing else."""
+    empty = torch.empty(0)
+    lengths = (1,) * documents
+    return Batch(
+        names=(),
+        embeds=empty,
+        positions=empty,
+        aux=empty,
+        live=torch.empty(live),
+        live_of=empty,
+        documents=Documents(lengths, lengths, empty, empty),
+        last=empty,
+        labels=torch.empty(supervised),
+        student=empty,
+        student_of=empty,
+        has_row=empty,
+        rows=0,
+    )
+
+
+def test_a_size_is_added_once_it_would_have_paid_for_its_graph():
+    sizes = Sizes(160)
+    half, full = (80, 80, 32), (160, 160, 32)
+    waits = [sizes.choose(row(75, 80, 9)) for _ in range(2 * graphed.CAPTURE)]
+    assert waits[:-1] == [full] * (2 * graphed.CAPTURE - 1)  # each loses half a row
+    assert waits[-1] == half
+    assert sizes.choose(row(1, 1, 30)) == half  # the nearest that holds it
+    assert sizes.choose(row(81, 1, 1)) == full
+    assert sizes.choose(row(80, 80, 31)) == (160, 160, 64)  # which no graph yet has room for
+    assert sizes.chosen == [full, half, (160, 160, 64)]
+
+
+def test_few_sizes_lose_little():
+    """Rows as a small model's: some sizes often, many seldom."""
+    g = np.random.default_rng(0)
+    live = np.clip(g.normal(1100, 120, 4000), 1, 2048).astype(int)
+    sizes, spent = Sizes(2048), 0.0
+    for n in live:
+        size = sizes.choose(row(int(n), int(0.95 * n), 9))
+        spent += (size[0] + size[1]) / 4096
+    exact = float((1.95 * live / 4096).sum())
+    assert len(sizes.chosen) <= 6
+    assert spent + graphed.CAPTURE * len(sizes.chosen) < 1.3 * exact

@@ -1,5 +1,6 @@
 """Rows through head and loss as CUDA graphs: copied into fixed places, padded to a few sizes."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,9 +13,10 @@ from drafthead.train.batches import Batch
 from drafthead.train.graphs import Graphs
 from drafthead.train.step import TrainStep
 
-SIZES = 8  # live rows and supervised tokens are padded to: 6 % of a row's work on average
+SIZES = 16  # steps in which a padded size can grow: the finest lose 3 % of a full row's work
+CAPTURE = 30  # full rows that take as long as capturing a graph does: 0.15 s and 5 ms
 HOST_SECONDS = 4e-3  # that the host takes to start the kernels of one step of training-time test
-DOCUMENTS = 32  # by which the number of documents is rounded up
+DOCUMENTS = 32  # room for so many documents, or that times a power of two
 # By what each tensor of a batch is counted, and what stands in its padding.
 COUNTED = {
     "embeds": ("positions", 0),
@@ -38,62 +40,115 @@ def worth_replaying(head: Eagle3Head, tokens: int, rate: float) -> bool:
     return 6 * weights * tokens / rate < HOST_SECONDS
 
 
-class Places:
-    """Fixed memory for batches of up to `tokens` positions, padded.
+Size = tuple[int, int, int]  # live rows, supervised tokens, documents
 
-    The padding is a document of its own behind the others, of zeros, that no loss is taken of.
+
+class Sizes:
+    """The sizes that rows of up to `tokens` positions are padded to: few, for each costs a graph.
+
+    A row gets the cheapest size there is that holds it, at first a full row's. Its own is added
+    once it would have paid for its graph on the rows seen so far. So padding never costs much more
+    than the graphs that it spares, however long training goes on.
     """
 
     def __init__(self, tokens: int):
         self.step = -(-tokens // SIZES)
-        # The padding has at least as many keys as queries, as the attention wants it.
-        self.positions = tokens + self.step
+        self.full = self.step * SIZES
+        self.chosen: list[Size] = []
+        self._seen: Counter[Size] = Counter()
+
+    def own(self, batch: Batch) -> Size:
+        """A row's own size, rounded up by as little as sizes are."""
+        up = lambda size: -(-size // self.step) * self.step
+        return up(len(batch.live)), up(len(batch.labels)), _room(len(batch.documents.k_lengths))
+
+    def choose(self, batch: Batch) -> Size:
+        """What a row is padded to."""
+        own = self.own(batch)
+        if not self._holding(own):
+            self.chosen.append((self.full, self.full, own[2]))
+        self._seen[own] += 1
+        if own not in self.chosen and self._saved(own) >= CAPTURE:
+            self.chosen.append(own)
+        return self._cheapest(own)
+
+    def _holding(self, size: Size) -> list[Size]:
+        return [c for c in self.chosen if all(has >= wants for has, wants in zip(c, size))]
+
+    def _cheapest(self, size: Size) -> Size:
+        return min(self._holding(size), key=self._cost)
+
+    def _cost(self, size: Size) -> float:
+        """In full rows. To layer and LM head a live row and a supervised token cost about alike;
+        what is done to all positions is little, and documents cost nothing."""
+        return (size[0] + size[1]) / (2 * self.full)
+
+    def _saved(self, size: Size) -> float:
+        """Full rows that having had `size` would have saved so far."""
+        held = [seen for seen in self._seen if all(a <= b for a, b in zip(seen, size))]
+        worse = {seen: self._cost(self._cheapest(seen)) - self._cost(size) for seen in held}
+        return sum(self._seen[seen] * max(0.0, cost) for seen, cost in worse.items())
+
+
+class Places:
+    """Fixed memory for batches of up to `full` positions, padded.
+
+    The padding is zeros that no loss is taken of, in two documents behind the others: of positions
+    that are not live, and of live ones, which as queries want as many keys.
+    """
+
+    def __init__(self, full: int):
+        self.full = full
         self._memory: dict[str, Tensor] = {}
-        self._batches: dict[tuple[int, ...], Batch] = {}
 
-    def put(self, batch: Batch) -> tuple[tuple[int, ...], Batch]:
-        """Copy a batch here: its padded sizes, and the padded batch, whose tensors are the same
-        for the same sizes."""
-        docs, count = batch.documents, len(batch.documents.k_lengths)
-        n, m = len(batch.live), len(batch.labels)
-        up = lambda size, step: -(-size // step) * step
-        sizes = up(n, self.step), up(m, self.step), up(count + 1, DOCUMENTS)
-        if sizes not in self._batches:
-            self._batches[sizes] = self._make(batch, *sizes)
-        padded = self._batches[sizes]
-        for name, (_, filler) in COUNTED.items():
-            _copy(getattr(padded, name), getattr(batch, name), filler)
-        end, more = self.positions, sizes[0] - n
-        if more:
-            torch.arange(end - more, end, out=padded.live[n:])
-            torch.arange(n, sizes[0], out=padded.live_of[end - more :])
-        _copy(padded.documents.cu_q, docs.cu_q, sizes[0])
-        _copy(padded.documents.cu_k, docs.cu_k, end)
-        lengths = (*docs.q_lengths, more), (*docs.k_lengths, end - batch.tokens)
-        placed = padded.documents
-        documents = Documents(*lengths, placed.cu_q, placed.cu_k, placed.bounds)
-        return sizes, replace(padded, documents=documents)
+    def make(self, like: Batch, size: Size) -> Batch:
+        """A batch of `size` whose tensors lie here, all at the start: one at a time can be used.
+        like: tells dtypes and the other dimensions."""
+        live, supervised, documents = size
+        lengths = {"live": live, "supervised": supervised, "positions": self.full + live}
 
-    def _make(self, batch: Batch, live: int, supervised: int, documents: int) -> Batch:
-        sizes = {"live": live, "supervised": supervised, "positions": self.positions}
-
-        def place(name: str, like: Tensor, size: int, dim: int) -> Tensor:
+        def place(name: str, like: Tensor, size: int, most: int, dim: int) -> Tensor:
             shape = lambda size: (*like.shape[:dim], size, *like.shape[dim + 1 :])
             if name not in self._memory:
-                self._memory[name] = like.new_empty(shape(self.positions + DOCUMENTS)).flatten()
+                self._memory[name] = like.new_empty(shape(most)).flatten()
             # From the start of the memory, so that it is contiguous whatever the size.
             memory = self._memory[name]
             return memory[: torch.Size(shape(size)).numel()].view(shape(size))
 
-        docs = batch.documents
-        cu_q = place("cu_q", docs.cu_q, documents + 1, 0)
-        cu_k = place("cu_k", docs.cu_k, documents + 1, 0)
-        bounds = live, self.positions
-        tensors = {
-            name: place(name, getattr(batch, name), sizes[counted], int(name in ROWS_OF_STEPS))
-            for name, (counted, _) in COUNTED.items()
-        }
-        return replace(batch, documents=Documents((), (), cu_q, cu_k, bounds), **tensors)
+        tensors = {}
+        for name, (counted, _) in COUNTED.items():
+            most = 2 * self.full if counted == "positions" else self.full
+            dim = int(name in ROWS_OF_STEPS)
+            tensors[name] = place(name, getattr(like, name), lengths[counted], most, dim)
+        docs, most = like.documents, _room(self.full) + 1
+        cu_q = place("cu_q", docs.cu_q, documents + 1, most, 0)
+        cu_k = place("cu_k", docs.cu_k, documents + 1, most, 0)
+        bounds = live, self.full + live
+        return replace(like, documents=Documents((), (), cu_q, cu_k, bounds), **tensors)
+
+    def put(self, batch: Batch, place: Batch) -> Batch:
+        """Copy a batch into a place that holds it: the padded batch, of the place's tensors."""
+        for name, (_, filler) in COUNTED.items():
+            _copy(getattr(place, name), getattr(batch, name), filler)
+        docs, cu_q, cu_k = batch.documents, place.documents.cu_q, place.documents.cu_k
+        n, end, count = len(batch.live), len(place.positions), len(docs.k_lengths)
+        more = len(place.live) - n
+        if more:
+            torch.arange(end - more, end, out=place.live[n:])
+            torch.arange(n, n + more, out=place.live_of[end - more :])
+        _copy(cu_q, docs.cu_q, n + more)
+        _copy(cu_k, docs.cu_k, end)
+        cu_q[count + 1].fill_(n)
+        cu_k[count + 1].fill_(end - more)
+        q_lengths = *docs.q_lengths, 0, more
+        k_lengths = *docs.k_lengths, end - more - batch.tokens, more
+        placed = replace(place.documents, q_lengths=q_lengths, k_lengths=k_lengths)
+        return replace(place, documents=placed)
+
+
+def _room(documents: int) -> int:
+    """For how many documents there are places, two of them padding."""
+    return max(DOCUMENTS, 1 << (documents + 1).bit_length())
 
 
 def _copy(place: Tensor, x: Tensor, filler: float) -> None:
@@ -112,10 +167,12 @@ class GraphedStep:
     """
 
     def __init__(self, step: TrainStep, tokens: int, graphs: Graphs):
-        self.step, self.graphs, self.places = step, graphs, Places(tokens)
+        self.step, self.graphs = step, graphs
+        self.sizes = Sizes(tokens)
+        self.places = Places(self.sizes.full)
         self.parameters = list(step.head.parameters())
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
-        self._functions: dict[tuple[int, ...], Callable[[], tuple[Tensor, Tensor]]] = {}
+        self._made: dict[Size, tuple[Batch, Callable[[], tuple[Tensor, Tensor]]]] = {}
         self._batch: Batch | None = None
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -124,10 +181,17 @@ class GraphedStep:
             torch._foreach_zero_(self.gradients)
         for p, gradient in zip(self.parameters, self.gradients):
             p.grad = gradient
-        sizes, self._batch = self.places.put(batch)
-        if sizes not in self._functions:
-            self._functions[sizes] = self.graphs.wrap(self._backward)
-        return self._functions[sizes]()
+        if self._batch is None:
+            # The first as it is: what is compiled for sizes that are equal by chance, as padded
+            # ones often are, is compiled once more for others.
+            self._batch = batch
+            return self._backward()
+        size = self.sizes.choose(batch)
+        if size not in self._made:
+            self._made[size] = self.places.make(batch, size), self.graphs.wrap(self._backward)
+        place, replayed = self._made[size]
+        self._batch = self.places.put(batch, place)
+        return replayed()
 
     def _backward(self) -> tuple[Tensor, Tensor]:
         assert self._batch is not None

@@ -5,6 +5,7 @@ the host longer than running them takes the device. A graph is started with one 
 the same addresses and sizes.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,17 @@ class Graphs:
 
     def __init__(self, device: torch.device):
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.captured = 0
+        self.seconds = 0.0
+        """Spent on capturing, while the device stood still."""
 
     def wrap(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """The function, called the first time, which lets it compile and allocate what stays, and
-        replayed from then on. It must read and write the same tensors each time."""
+        replayed from then on. It must read and write the same tensors each time.
+
+        Functions that differ in their tensors' sizes only need that call, too: a guard of what was
+        compiled for others can fail, and no capture outlives a compilation.
+        """
         if self.pool is None:
             return function
         graph: torch.cuda.CUDAGraph | None = None
@@ -35,10 +43,12 @@ class Graphs:
                 called = True
                 return function()
             if graph is None:
-                graph = torch.cuda.CUDAGraph()
+                begun, graph = time.monotonic(), torch.cuda.CUDAGraph()
                 # The threads that read rows allocate meanwhile: no business of this capture.
                 with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                     result = function()
+                self.captured += 1
+                self.seconds += time.monotonic() - begun
             graph.replay()
             return result
 

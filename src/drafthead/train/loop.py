@@ -109,12 +109,12 @@ class _Fit:
             fp8.require(device, self.head)
         self.step = TrainStep(self.head, teacher, objective, device.type == "cuda", eight_bit)
         self.sharded = self._shard() if settings.shard and world.size > 1 else None
-        graphs, self.backward = None, self.step.backward
+        self.graphs, self.backward = Graphs(torch.device("cpu")), self.step.backward
         self.rate = matmul_rate(device, self.dtype)
         replaying = worth_replaying(self.head, settings.row_tokens, self.rate)
         if device.type == "cuda" and replaying and not self.sharded and not eight_bit:
-            graphs = Graphs(device)
-            self.backward = GraphedStep(self.step, settings.row_tokens, graphs).backward
+            self.graphs = Graphs(device)
+            self.backward = GraphedStep(self.step, settings.row_tokens, self.graphs).backward
         self.optimizer = AdamW(
             self.sharded.parameters.items() if self.sharded else self.head.named_parameters(),
             AdamWSettings(
@@ -125,7 +125,7 @@ class _Fit:
                 max_grad_norm=settings.max_grad_norm,
             ),
             world.sum if self.sharded else None,
-            graphs,
+            self.graphs,
         )
         self.to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
         every = settings.eval_every or -(-self.plan.steps // 10)
@@ -378,6 +378,7 @@ class _Fit:
             "tokens": self._positions(progress.step),
             "train_seconds": round(progress.seconds, 1),
             "waiting": progress.waited / progress.seconds,
+            "graphs": {"captured": self.graphs.captured, "seconds": round(self.graphs.seconds, 1)},
             "best_step": progress.best_step,
             "k": self.task.k,
             "accepted_length": at_k.accepted_length,
