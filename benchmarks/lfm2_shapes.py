@@ -82,8 +82,25 @@ def draft_vocab(tiny: bool) -> int:
     return 128 if tiny else DRAFT_VOCAB
 
 
-def write_head(folder: Path, tiny: bool, rows: int) -> None:
-    """A random head with a draft vocabulary of so many rows; one that is there is kept."""
+def write_head(
+    folder: Path,
+    tiny: bool,
+    rows: int,
+    *,
+    shape: dict | None = None,
+    aux: tuple[int, ...] | None = None,
+    norms: tuple[str, ...] = (),
+) -> None:
+    """A random head with a draft vocabulary of so many rows; one that is there is kept.
+
+    Args:
+        folder: where to.
+        tiny: for the target that a CPU can run.
+        rows: of its LM head.
+        shape: the target's config.json, if it is not LFM2.5-8B-A1B's.
+        aux: ids of its auxiliary layers, then.
+        norms: norms that the head has, as `HeadConfig` names them.
+    """
     import torch
 
     from drafthead.head.checkpoint import save_head
@@ -93,7 +110,7 @@ def write_head(folder: Path, tiny: bool, rows: int) -> None:
 
     if folder.exists():
         return
-    shape = target_config(tiny, False)
+    shape = shape or target_config(tiny, False)
     config = HeadConfig(
         hidden_size=shape["hidden_size"],
         intermediate_size=4 * shape["hidden_size"],
@@ -103,9 +120,10 @@ def write_head(folder: Path, tiny: bool, rows: int) -> None:
         vocab_size=shape["vocab_size"],
         draft_vocab_size=rows,
         target_hidden_size=shape["hidden_size"],
-        aux_layer_ids=(2, 4, 5) if tiny else AUX,
+        aux_layer_ids=aux or ((2, 4, 5) if tiny else AUX),
         max_position_embeddings=shape["max_position_embeddings"],
         rope_theta=5e6,
+        **dict.fromkeys(norms, True),
     )
     torch.manual_seed(0)
     ids = torch.arange(rows) * (shape["vocab_size"] // rows)
@@ -146,6 +164,7 @@ def start_engine(
     *,
     cache_bytes: int,
     share: float,
+    head: str = "head",
     kv: str = "auto",
     log_stats: bool = False,
     worker_extension_cls: str = "",
@@ -154,18 +173,19 @@ def start_engine(
 
     Args:
         work: folder of :func:`write_models`.
-        target: ``bf16`` or ``nvfp4``.
+        target: ``bf16`` or ``nvfp4``, or what else ``work`` has.
         k: drafts a step; acceptance is synthetic except if ``tiny``.
         tiny: eager, for a CPU.
         cache_bytes: of the KV cache (64 MiB if ``tiny``).
         share: of the GPU's memory, which vLLM only compares with what is free at start.
+        head: its name in ``work``.
         kv: dtype of the KV cache.
         log_stats: keep the engine's counters.
         worker_extension_cls: as in vLLM.
     """
     from vllm import LLM
 
-    speculative = speculation(f"{work}/head", k, tiny) if k else None
+    speculative = speculation(f"{work}/{head}", k, tiny) if k else None
     memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else cache_bytes}
     if not tiny:
         memory["gpu_memory_utilization"] = share

@@ -1,18 +1,23 @@
-"""What a speculative step costs beside a plain one, at LFM2.5-8B-A1B's shapes, as served.
+"""What a speculative step costs beside a plain one, at a real target's shapes, as served.
 
     python benchmarks/step_cost.py --out results/cost                    # 5-6 minutes on an H100
     python benchmarks/step_cost.py --out results/cost --k 3 --stock ''   # a first profile
+    python benchmarks/step_cost.py --out results/norms --target smollm2 --k 1,3 --stock 1,3 \
+        --heads norm_before_fc,fc_norm --without aux_norm --no-trace     # what norms cost
     python benchmarks/step_cost.py --out /tmp/c --tiny                   # rehearsal on a CPU
 
-The target has dummy weights in NVFP4; the head is random, lies on disk and is loaded (with dummy
-weights vLLM would give it the target's LM head). Every engine runs in a process of its own, as
+The target has dummy weights, LFM2.5-8B-A1B's shapes in NVFP4 or SmolLM2-135M's in bf16; the head
+is random, lies on disk and is loaded (with dummy weights vLLM would give it the target's LM head).
+Every engine runs in a process of its own, as
 under `vllm serve`; all are started first and then take turns, one request at a time, greedy, so
 that each round compares them under the same conditions. Acceptance is synthetic, 0.6 at every
-position. `k3` is an engine with the plugin's cost mends, `k3-stock` one without them.
+position. `k3` is an engine with the plugin's cost mends, `k3-stock` one without them;
+`k3-fc_norm` has a head with that norm before its `fc` and the two norms of new heads after it.
 
 Then each engine answers once more with timers around the host's phases, and once under the torch
 profiler. OUT/step_cost.json is written after every round and has, for each engine, the step in
-milliseconds, its ratio to the plain step of the same round, and the two breakdowns.
+milliseconds, its ratio to the plain step of the same round and to those of engines with the same k,
+and the two breakdowns.
 """
 
 import argparse
@@ -27,12 +32,53 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from lfm2_shapes import start_engine, write_models
+from lfm2_shapes import start_engine, write_head, write_models
 from step_probe import summarize
 
-from drafthead.vllm_plugin import COST_MENDS
+from drafthead.vllm_plugin import COST_MENDS, HEAD_MENDS
 
 REPO = Path(__file__).resolve().parent.parent
+NORMS = ("norm_before_fc", "fc_norm")
+
+
+def smollm2_config(tiny: bool) -> dict:
+    """SmolLM2-135M's config.json, or one that a CPU runs at once."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64 if tiny else 576,
+        "intermediate_size": 128 if tiny else 1536,
+        "num_hidden_layers": 6 if tiny else 30,
+        "num_attention_heads": 2 if tiny else 9,
+        "num_key_value_heads": 1 if tiny else 3,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+        "vocab_size": 512 if tiny else 49152,
+        "max_position_embeddings": 512 if tiny else 8192,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float32" if tiny else "bfloat16",
+    }
+
+
+def write_all(work: Path, target: str, heads: list[str], tiny: bool) -> None:
+    """The targets' configurations and the heads that are asked for (see `head_folder`)."""
+    write_models(work, tiny)
+    (work / "smollm2").mkdir(exist_ok=True)
+    (work / "smollm2" / "config.json").write_text(json.dumps(smollm2_config(tiny)))
+    shape = smollm2_config(tiny) if target == "smollm2" else None
+    for name in heads:
+        norms = (name, "norm_before_residual", "norm_output") if name in NORMS else ()
+        rows = 128 if tiny else 16_000 if shape else 32_000
+        aux = ((2, 3, 4) if tiny else (2, 15, 27)) if shape else None
+        folder = work / head_folder(target, name)
+        write_head(folder, tiny, rows, shape=shape, aux=aux, norms=norms)
+
+
+def head_folder(target: str, head: str) -> str:
+    return f"head-{target}-{head}"
 
 
 def serve(spec: dict) -> None:
@@ -42,11 +88,12 @@ def serve(spec: dict) -> None:
     begun = time.monotonic()
     llm = start_engine(
         spec["work"],
-        "bf16" if tiny else "nvfp4",
+        spec["target"],
         spec["k"],
         tiny,
         cache_bytes=1 << 30,
         share=0.1,
+        head=spec["head"],
         worker_extension_cls="benchmarks.step_probe.Probe",
     )
 
@@ -164,10 +211,16 @@ class Engine:
 
 def engines(args: argparse.Namespace) -> list[Engine]:
     base = {"work": str(args.work), "tiny": args.tiny, "tokens": 24 if args.tiny else 256}
-    wanted = [("plain", 0, "")]
-    wanted += [(f"k{k}", k, "") for k in numbers(args.k)]
-    wanted += [(f"k{k}-stock", k, args.without) for k in numbers(args.stock)]
-    return [Engine(name, base | {"k": k}, args.out, skip) for name, k, skip in wanted]
+    base["target"] = "bf16" if args.tiny and args.target == "nvfp4" else args.target
+    wanted = [("plain", 0, args.heads[0], "")]
+    for head in args.heads:
+        tail = f"-{head}" if head in NORMS else ""
+        wanted += [(f"k{k}{tail}", k, head, "") for k in numbers(args.k)]
+        wanted += [(f"k{k}{tail}-stock", k, head, args.without) for k in numbers(args.stock)]
+    return [
+        Engine(name, base | {"k": k, "head": head_folder(args.target, head)}, args.out, skip)
+        for name, k, head, skip in wanted
+    ]
 
 
 def numbers(text: str) -> list[int]:
@@ -185,7 +238,7 @@ def spread(values: list[float]) -> dict:
 
 
 def report(timings: dict[str, list[dict]], about: dict[str, dict], ks: dict[str, int]) -> dict:
-    """Each engine's step and its ratio to the plain step of the same round."""
+    """Each engine's step and its ratios to others' of the same round."""
     rows = {}
     for name, rounds in timings.items():
         row = {"k": ks[name], **about[name], "rounds": len(rounds)}
@@ -194,9 +247,15 @@ def report(timings: dict[str, list[dict]], about: dict[str, dict], ks: dict[str,
             row["ms_per_step_by_medians"] = spread([r["median_ms"] for r in rounds])
             row["tokens_per_s"] = spread([r["tokens_per_s"] for r in rounds])
             row["tokens_a_step"] = spread([r["tokens_a_step"] for r in rounds])
-            pairs = list(zip(rounds, timings["plain"]))
-            if pairs:  # none if the plain engine did not start
-                row["ratio_to_plain"] = spread([a["mean_ms"] / b["mean_ms"] for a, b in pairs])
+            ratios = {
+                other: spread([a["mean_ms"] / b["mean_ms"] for a, b in zip(rounds, others)])
+                for other, others in timings.items()
+                if others  # it may not have started
+            }
+            if "plain" in ratios:
+                row["ratio_to_plain"] = ratios["plain"]
+            alike = [o for o in ratios if ks[o] == ks[name] and o not in (name, "plain")]
+            row["ratio_to"] = {other: ratios[other] for other in alike}
         rows[name] = row
     return rows
 
@@ -218,7 +277,17 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/lfm2_shapes"))
     parser.add_argument("--k", default="1,3,5,7", help="engines with the plugin's cost mends")
     parser.add_argument("--stock", default="3,5", help="engines without them")
-    parser.add_argument("--without", default=",".join(COST_MENDS), help="mends that those lack")
+    parser.add_argument(
+        "--without", default=",".join(COST_MENDS + HEAD_MENDS), help="mends that those lack"
+    )
+    parser.add_argument("--target", choices=("nvfp4", "smollm2"), default="nvfp4")
+    parser.add_argument(
+        "--heads",
+        type=lambda text: text.split(","),
+        default=["bare"],
+        help="bare, " + ", ".join(NORMS),
+    )
+    parser.add_argument("--no-trace", action="store_true", help="without the torch profiler")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--limit", type=float, default=300, help="seconds until all have started")
     parser.add_argument("--tiny", action="store_true")
@@ -232,11 +301,12 @@ def main() -> int:
         args.work = args.out / "models"
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_models(args.work, args.tiny)
+    write_all(args.work, args.target, args.heads, args.tiny)
     record = {
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "environment": environment(),
+        "target": args.target,
         "acceptance": "whatever the random head gets" if args.tiny else "synthetic, 0.6",
     }
     running = engines(args)
@@ -266,6 +336,9 @@ def main() -> int:
             write()
         for engine in running:
             about[engine.name]["host"] = engine.ask("host")
+            write()
+            if args.no_trace:
+                continue
             trace = args.out / f"{engine.name}.trace.json"
             engine.ask("trace", str(trace), limit=120)
             about[engine.name]["profile"] = summarize(trace)
@@ -277,7 +350,9 @@ def main() -> int:
         write()
     for name, row in record["engines"].items():
         if "ms_per_step" in row:
-            print(f"{name:10} {row['ms_per_step']} ms  x {row.get('ratio_to_plain')}")
+            print(f"{name:24} {row['ms_per_step']} ms  x {row.get('ratio_to_plain')}")
+            for other, ratio in row["ratio_to"].items():
+                print(f"{'':24}   x {ratio} of {other}")
     return int(any("failed" in row for row in about.values()))
 
 

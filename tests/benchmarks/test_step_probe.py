@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from step_cost import spread
+from step_cost import report, spread
 from step_probe import busy, summarize
 
 
@@ -60,3 +60,19 @@ def test_busy_time_counts_overlaps_once():
 
 def test_spread():
     assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "middle_half": [2.0, 4.0]}
+
+
+def test_steps_are_held_against_those_of_their_round():
+    def rounds(*ms):
+        return [
+            dict.fromkeys(("mean_ms", "median_ms", "tokens_per_s", "tokens_a_step"), m) for m in ms
+        ]
+
+    timings = {"plain": rounds(1, 2, 4), "k3": rounds(2, 4, 8), "k3-stock": rounds(3, 6, 12)}
+    timings |= {"k5": rounds(5, 5, 5), "k5-stock": []}
+    ks = {"plain": 0, "k3": 3, "k3-stock": 3, "k5": 5, "k5-stock": 5}
+    rows = report(timings, {name: {} for name in timings}, ks)
+    assert rows["k3"]["ratio_to_plain"] == {"median": 2.0, "middle_half": [2.0, 2.0]}
+    assert rows["k3-stock"]["ratio_to"] == {"k3": {"median": 1.5, "middle_half": [1.5, 1.5]}}
+    assert rows["k5"]["ratio_to"] == {}
+    assert rows["k5-stock"] == {"k": 5, "rounds": 0}

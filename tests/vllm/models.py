@@ -68,7 +68,13 @@ def _target(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def write_head(
-    folder: Path, target: Path, *, aux_layers: tuple[int, ...], repeats: bool, seed: int = 7
+    folder: Path,
+    target: Path,
+    *,
+    aux_layers: tuple[int, ...],
+    repeats: bool,
+    norms: tuple[str, ...] = (),
+    seed: int = 7,
 ) -> Path:
     """Write a head for the LFM2 ``target`` that drafts from three quarters of its vocabulary.
 
@@ -78,6 +84,7 @@ def write_head(
         aux_layers: ids in vLLM's convention; the last must be the number of layers if ``repeats``.
         repeats: draft the token that the target itself would choose at the state it was given,
             again and again. Real acceptance wherever the target repeats itself. Else random.
+        norms: of ``norm_before_fc`` and ``fc_norm``, those that the head has; their weights are 1.
         seed: of the random weights.
     """
     config, weights = _target(target)
@@ -107,6 +114,10 @@ def write_head(
         "d2t": drafted - torch.arange(len(drafted)),
         "t2d": torch.isin(torch.arange(vocab), drafted),
     }
+    if "norm_before_fc" in norms:
+        head["input_norm.weight"] = torch.ones(len(aux_layers) * hidden)
+    if "fc_norm" in norms:
+        head |= {f"fc_norm.{i}.weight": torch.ones(hidden) for i in range(len(aux_layers))}
     if repeats:
         if aux_layers[-1] != config["num_hidden_layers"]:
             raise ValueError("a head that repeats needs the target's last stream")
@@ -139,6 +150,7 @@ def write_head(
         "num_aux_hidden_states": len(aux_layers),
         "eagle_aux_hidden_state_layer_ids": list(aux_layers),
         "dtype": "float32",
+        **dict.fromkeys(norms, True),
     }
     (folder / "config.json").write_text(json.dumps(settings))
     return folder

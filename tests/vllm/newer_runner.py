@@ -29,7 +29,7 @@ def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(given), str(results)],
         env=environment(
-            DRAFTHEAD_TRY_MENDS="greedy_verify",
+            DRAFTHEAD_TRY_MENDS="greedy_verify,aux_norm",
             VLLM_USE_V2_MODEL_RUNNER="1",
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
         ),
@@ -83,14 +83,19 @@ def _verify_twice() -> None:
     RejectionSampler.__call__ = __call__
 
 
-def main(given: str, results: str) -> None:
+def let_vllm_interpret() -> None:
+    """Before vLLM is imported: it shall take Triton's interpreter for a backend."""
     import triton.backends
 
     # vLLM looks for this name, and whether a driver is active; the interpreter needs neither.
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
-    from drafthead.vllm_plugin import lfm2, register  # noqa: F401  (applies the model's mends)
+
+def main(given: str, results: str) -> None:
+    let_vllm_interpret()
+
+    from drafthead.vllm_plugin import eagle3, lfm2, register  # noqa: F401  (apply their mends)
     from tests.vllm.engines import answers, counter, engine
     from tests.vllm.oracle import proposing
 

@@ -238,4 +238,5 @@ def test_other_models_are_left_alone():
 
     vllm_plugin.register()
     assert ModelRegistry.models["LlamaForCausalLM"].module_name.startswith("vllm.")
+    assert ModelRegistry.models["Eagle3Qwen3ForCausalLM"].module_name.startswith("vllm.")
     assert ModelRegistry.models["Lfm2MoeForCausalLM"].module_name == "drafthead.vllm_plugin.lfm2"

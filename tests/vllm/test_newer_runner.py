@@ -27,6 +27,7 @@ SORT = "vllm.v1.worker.gpu.model_runner:sort_batch_req_ids"
 SCHEDULED = "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule"
 _BUILDER = "vllm.v1.attention.backends.short_conv_attn:ShortConvAttentionMetadataBuilder"
 METADATA = [f"{_BUILDER}.{name}" for name in ("__init__", "build", "update_block_table")]
+COMBINE = "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM.combine_hidden_states"
 ARGMAX = (
     "vllm.v1.worker.gpu.spec_decode.speculator:"
     "DraftModelSpeculator._validate_local_argmax_reduction"
@@ -60,7 +61,9 @@ def found(tmp_path_factory, targets, plain):
 
     order = oracle("order", ORDER) | {"arguments": ORDERED}
     one_token = oracle("one_token", ONE_TOKEN)
-    head = write_head(folder / "head", targets[1], aux_layers=(2, 3, 6), repeats=True)
+    head = write_head(
+        folder / "head", targets[1], aux_layers=(2, 3, 6), repeats=True, norms=("fc_norm",)
+    )
     mixed = {
         "target": str(targets[1]),
         "speculative": eagle3(head, K),
@@ -79,7 +82,7 @@ def found(tmp_path_factory, targets, plain):
         "one token": one_token,
         "one token, stock": one_token | {"without": [SCHEDULED]},
         "mixed": mixed,
-        "mixed, stock": mixed | {"without": [*METADATA, ARGMAX]},
+        "mixed, stock": mixed | {"without": [*METADATA, ARGMAX, COMBINE]},
         "synthetic": synthetic,
     }
     return newer_runner.run(folder, jobs)

@@ -39,8 +39,11 @@ MODEL_MENDS = (
 # Applied with the model's: answers stay the same, steps cost less.
 COST_MENDS = ("draft_argmax", "conv_metadata", "greedy_verify")
 
+# Applied when a head's class is imported (eagle3.py), whatever its target: likewise.
+HEAD_MENDS = ("aux_norm",)
+
 # Written for the GPU and not yet run on one: only who asks for them gets them.
-UNTRIED = ("greedy_verify",)
+UNTRIED = ("greedy_verify", "aux_norm")
 
 
 def is_supported() -> bool:
@@ -99,4 +102,9 @@ def register() -> None:
     if not skipped("aux_states"):
         for architecture in ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"):
             ModelRegistry.register_model(architecture, f"{__name__}.lfm2:{architecture}")
+    head = "Eagle3LlamaForCausalLM"
+    for architecture in (head, "LlamaForCausalLMEagle3"):
+        stock = ModelRegistry.models.get(architecture)
+        if getattr(stock, "module_name", "").endswith(".llama_eagle3"):
+            ModelRegistry.register_model(architecture, f"{__name__}.eagle3:{head}")
     apply(MENDS)
