@@ -77,7 +77,7 @@ def salvage(out: Path, count: int) -> None:
 
 def capture(options: argparse.Namespace) -> dict:
     """Answers, states and draft vocabulary."""
-    recipe = make_recipe(options, Job("capture"), options.target)
+    recipe = make_recipe(options, Job("capture", vocab=options.vocab), options.target)
     if not options.tiny:
         update = {
             "max_num_seqs": 512,
@@ -155,12 +155,13 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
 def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
     """Both sides; speculators as it comes, and at its best rate if that is another (without
     `explore`: at ours); ours also with the default head, if what won has another."""
-    as_it_comes = Job("", "theirs", train={"learning_rate": 1e-3, "row_tokens": 8192})
+    usual = {"learning_rate": 1e-3, "row_tokens": 8192}
+    as_it_comes = Job("", "theirs", train=usual, vocab=options.vocab)
     if chosen:
         ours, tuned = Job(**chosen["ours"]), Job(**chosen["theirs"])
     else:
-        ours = Job("", train=json.loads(options.ours))
-        tuned = Job("", "theirs", train=ours.train)
+        ours = Job("", train=json.loads(options.ours), vocab=options.vocab)
+        tuned = dataclasses.replace(ours, side="theirs")
     sides = {"drafthead": ours, "speculators": as_it_comes}
     if tuned.train != as_it_comes.train:
         sides["speculators-tuned"] = tuned
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3, help="of finalists and duel")
     parser.add_argument("--answer", type=int, default=160, help="longest answer, in tokens")
     parser.add_argument("--heldout", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=16000, help="draft vocabulary")
     parser.add_argument("--count", type=int, default=8500, help="prompts to salvage")
     parser.add_argument("--timed", type=int, default=24, help="held-out prompts timed, in pairs")
     parser.add_argument("--waves", default="rates,parts,finalists", help="of explore")

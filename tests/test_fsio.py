@@ -4,6 +4,8 @@ import errno
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from drafthead import fsio
 from drafthead.errors import DraftheadError
@@ -45,6 +47,20 @@ def test_json_of_another_shape_names_what_it_lacks(tmp_path, content):
         fsio.read_json(path, "a test", ("a", "b"))
     path.write_text('{"a": 1, "b": 2}')
     assert fsio.read_json(path, "a test", ("a", "b")) == {"a": 1, "b": 2}
+
+
+def test_atomic_dir_gives_files_the_usual_permissions(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("x")
+    mine.chmod(0o600)
+    with fsio.atomic_dir(tmp_path / "made") as folder:
+        save_file({"a": torch.zeros(1)}, folder / "a.safetensors")
+        (folder / "link").symlink_to(mine)
+    plain = tmp_path / "plain"
+    plain.touch()
+    made = tmp_path / "made" / "a.safetensors"
+    assert made.stat().st_mode == plain.stat().st_mode
+    assert mine.stat().st_mode & 0o777 == 0o600
 
 
 def test_atomic_dir_keeps_the_old_folder_on_error(tmp_path):

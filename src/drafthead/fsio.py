@@ -112,6 +112,11 @@ def atomic_dir(final: Path | str) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            # safetensors makes files that only their owner may read; who serves is often another.
+            usual = temporary.stat().st_mode & 0o666
+            for path in temporary.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    path.chmod(usual)
             old = final.with_name(f".{final.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
