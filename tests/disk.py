@@ -1,6 +1,9 @@
 """A disk that is full, for tests."""
 
 import os
+from pathlib import Path
+
+import psutil
 
 
 def fill(monkeypatch, name):
@@ -13,3 +16,9 @@ def fill(monkeypatch, name):
         real(fd)
 
     monkeypatch.setattr(os, "fsync", full)
+
+
+def fill_for_children(path: Path):
+    """The next time that a child of this process writes the shard ``path``, the disk is full."""
+    for child in psutil.Process().children():
+        path.with_name(f".{path.name}.{child.pid}.tmp").symlink_to("/dev/full")

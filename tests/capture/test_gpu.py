@@ -1,5 +1,5 @@
-"""What only a GPU can show: the way of the states through stages, streams and pinned memory, and
-an engine beside training on one GPU."""
+"""What only a GPU can show: the way of the states through stages, streams and memory that is shared
+and pinned, and an engine beside training on one GPU."""
 
 import shutil
 from dataclasses import fields
@@ -17,6 +17,7 @@ from drafthead.states.format import encode
 from drafthead.targets import recipe_target
 from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
 from drafthead.train.plan import Plan
+from tests.capture.taker import Taker
 from tests.vllm.runs import recipe_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("encoding", ["bf16", "fp8", "fp8-aux"])
 def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
     device = torch.device("cuda")
-    tap = Tap(3, 256, torch.bfloat16, encoding, device, max_rows=64)
+    taker = Taker(2 * 64, 3, 256, encoding)
+    tap = Tap(torch.bfloat16, device, taker)
     g = torch.Generator().manual_seed(0)
     outputs = [torch.zeros(64, 256, device=device, dtype=torch.bfloat16) for _ in range(3)]
     for unit in range(3):
@@ -36,8 +38,8 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
                 output[:n].copy_(expected[step, :n, layer], non_blocking=False)
             tap.record(outputs, [(unit * 100 + step, 0, n)])
             expected[step, n:] = 0
-        captured = tap.take()
-        captured.wait()
+        tap.end_unit()
+        captured = taker.take()
         for step in range(40):
             n = int((expected[step].float().abs().sum((1, 2)) > 0).sum())
             rows = captured.resolve({unit * 100 + step: [0] * (n + 1)})
@@ -45,6 +47,7 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
             wanted = encode(expected[step, :n], encoding)
             for a, b in zip(found, wanted.values(), strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    tap.close()
 
 
 def batches(recipe: Recipe, run: RunDir, device: torch.device) -> list[Batch]:

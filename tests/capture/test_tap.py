@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from drafthead.capture import tap as tap_module
-from drafthead.capture.tap import Captured, Ring, Tap
+from drafthead.capture import captured as captured_module
+from drafthead.capture.captured import Captured
+from drafthead.capture.tap import Tap
 from drafthead.errors import DraftheadError
 from drafthead.states.format import encode
+from tests.capture.taker import Taker
 
 L, H = 3, 4
 
@@ -16,9 +18,14 @@ def true_states(ids):
     return torch.stack([torch.full((L, H), float(v)) for v in running])
 
 
+def tap_and_taker(encoding="fp32"):
+    taker = Taker(16, L, H, encoding)
+    return Tap(torch.float32, torch.device("cpu"), taker), taker
+
+
 def run(steps, ids):
-    """Feed a tap steps of (key, start, count); returns it and what it captured."""
-    tap = Tap(L, H, torch.float32, "fp32", torch.device("cpu"), 64)
+    """Feed a tap steps of (key, start, count); returns what it captured."""
+    tap, taker = tap_and_taker()
     for step in steps:
         rows = torch.cat(
             [
@@ -28,11 +35,11 @@ def run(steps, ids):
         )
         padded = torch.cat([rows, torch.full((2, L, H), float("nan"))])
         tap.record(list(padded.unbind(1)), step)
-    return tap, tap.take()
+    tap.end_unit()
+    return taker.take()
 
 
 def check(captured, ids):
-    captured.wait()
     rows = captured.resolve(ids)
     for key, tokens in ids.items():
         assert torch.equal(*captured.take(rows[key]), true_states(tokens)[:-1].float())
@@ -40,21 +47,21 @@ def check(captured, ids):
 
 @pytest.mark.parametrize("segment", [8192, 3])
 def test_rows_of_mixed_steps_find_their_sequences(monkeypatch, segment):
-    monkeypatch.setattr(tap_module, "SEGMENT_ROWS", segment)
+    monkeypatch.setattr(captured_module, "SEGMENT_ROWS", segment)
     ids = {7: [1, 2, 3, 4, 5], 9: [6, 7, 8]}
     steps = [
         [(9, 0, 1), (7, 0, 2)],  # a chunked prefill beside a whole one
         [(7, 2, 1), (None, 0, 4), (9, 1, 1)],  # a sequence nobody wants between them
         [(7, 3, 1), (9, 2, 1)],  # what comes after the last input is left out
     ]
-    check(run(steps, ids)[1], ids)
+    check(run(steps, ids), ids)
 
 
 def test_a_preempted_sequence_counts_as_it_was_computed_last():
     captured = Captured()
     captured.append(torch.tensor([1.0, 2.0, 30.0, 40.0]).reshape(4, 1, 1))
-    captured.note(0, 0, 0, 2)
-    captured.note(0, 2, 0, 2)
+    captured.note(np.array([[0, 0, 0, 2]]))
+    captured.note(np.array([[0, 2, 0, 2]]))
     rows = captured.resolve({0: [5, 5, 5]})
     assert captured.take(rows[0])[0].flatten().tolist() == [30.0, 40.0]
 
@@ -67,11 +74,11 @@ def test_cached_prefixes_are_those_of_a_sequence_that_begins_alike():
         [(2, 2, 1)],
         [(3, 3, 2)],  # two computed for 0, one for 2
     ]
-    check(run(steps, ids)[1], ids)
+    check(run(steps, ids), ids)
 
 
 def test_a_position_that_nobody_computed_is_an_error():
-    _, captured = run([[(0, 2, 2)]], {0: [1, 2, 3, 4, 5]})
+    captured = run([[(0, 2, 2)]], {0: [1, 2, 3, 4, 5]})
     with pytest.raises(DraftheadError, match=r"sequence 0: .* no states at position 0"):
         captured.resolve({0: [1, 2, 3, 4, 5]})
     with pytest.raises(DraftheadError, match="position 0 of 1"):
@@ -80,48 +87,20 @@ def test_a_position_that_nobody_computed_is_an_error():
 
 @pytest.mark.parametrize("encoding", ["fp8", "fp8-aux"])
 def test_fp8_is_encoded_row_by_row(encoding):
-    tap = Tap(L, H, torch.float32, encoding, torch.device("cpu"), 64)
+    tap, taker = tap_and_taker(encoding)
     rows = torch.randn(5, L, H, generator=torch.Generator().manual_seed(0))
     tap.record(list(rows.unbind(1)), [(3, 0, 5)])
-    captured = tap.take()
+    captured = taker.take()
     found = captured.take(captured.resolve({3: [0] * 6})[3])
     for tensor, expected in zip(found, encode(rows, encoding).values(), strict=True):
         assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_take_starts_anew():
-    ids = {0: [1, 2, 3]}
-    tap, _ = run([[(0, 0, 2)]], ids)
-    tap.record(list(true_states([9, 9, 9])[:2].unbind(1)), [(1, 0, 2)])
-    again = tap.take()
-    check(again, {1: [9, 9, 9]})
-    assert again.rows == 2
-
-
-def test_what_was_lost_on_the_way_is_not_passed_over():
-    captured = Captured()
-    captured.complete(MemoryError("no room"))
-    with pytest.raises(MemoryError, match="no room"):
-        captured.wait()
-
-
-def test_ring_never_hands_out_what_is_in_use():
-    ring, rng, held = Ring(64), np.random.default_rng(0), []
-
-    def others_give(*_):
-        """In place of waiting for the thread that gives back."""
-        held.pop(0)
-        ring._used.pop(0)
-
-    ring._change.wait = others_give
-    for _ in range(5000):
-        n = int(rng.integers(1, 33))  # up to half, as `Tap` makes it
-        while held and (len(held) > 3 or rng.random() < 0.3):
-            held.pop(0)
-            ring.give()
-        start, stop = ring.take(n)
-        assert stop - start == n
-        assert 0 <= start < stop <= 64
-        assert all(stop <= a or b <= start for a, b in held)
-        held.append((start, stop))
-    assert ring.waits > 100
+def test_a_unit_starts_anew():
+    tap, taker = tap_and_taker()
+    for key, tokens in enumerate(([1, 2, 3], [9, 9, 9])):
+        tap.record(list(true_states(tokens)[:2].unbind(1)), [(key, 0, 2)])
+        tap.end_unit()
+        captured = taker.take()
+        check(captured, {key: tokens})
+        assert captured.rows == 2

@@ -24,6 +24,7 @@ from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
 from drafthead.states.check import check_store, repair
+from drafthead.states.index import shard_name
 from drafthead.states.writer import open_store
 from tests import disk
 from tests.vllm.runs import WORDS, recipe_for
@@ -167,14 +168,13 @@ def test_redone_unit_is_bit_for_bit_the_same(ran):
     assert run_dir_files(run.root) == before
 
 
-def test_full_disk_stops_the_stage_and_what_is_there_counts(ran, monkeypatch):
+def test_full_disk_stops_the_stage_and_what_is_there_counts(ran):
     plan, run, engine, _ = ran
     for number in (1, 2):
         (run.answers / f"part-{number:06d}.parquet").unlink()
-    disk.fill(monkeypatch, "unit-000002")
+    disk.fill_for_children(run.states / shard_name(2, 0))
     with pytest.raises(DraftheadError, match=r"unit-000002.*disk is full"):
         generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
-    monkeypatch.undo()
     assert (run.answers / "part-000001.parquet").exists()
     assert not (run.answers / "part-000002.parquet").exists()
     generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)

@@ -14,7 +14,7 @@ from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states.check import check_store
-from drafthead.states.index import unit_path
+from drafthead.states.index import shard_name, unit_path
 from drafthead.states.writer import open_store
 from tests import disk
 from tests.vllm.runs import recipe_for
@@ -71,15 +71,15 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(captured):
     assert all((run.states / n).stat().st_mtime_ns == written[n] for n in kept)  # not done twice
 
 
-def test_a_full_disk_stops_it_and_what_was_finished_counts(captured, monkeypatch):
+def test_a_full_disk_stops_it_and_what_was_finished_counts(captured):
     plan, run, engine, whole = captured
     for number in (3, 4, 5):
         unit_path(run.states, number).unlink()
-    disk.fill(monkeypatch, "unit-000004")
+    disk.fill_for_children(run.states / shard_name(4, 0))
     with pytest.raises(DraftheadError, match=r"unit-000004.*disk is full"):
         prefill(plan, run, engine)
     engine.flush()  # unit 3 may still be under way in the writer's other thread
-    monkeypatch.undo()
+    assert not list(run.states.glob(".*.tmp"))
     assert unit_path(run.states, 3).exists()
     assert not unit_path(run.states, 4).exists()
     prefill(plan, run, engine)

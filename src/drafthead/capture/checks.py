@@ -22,7 +22,7 @@ def teacher_argmax(
     """The target's most likely next token at each position, ``lm_head(final_norm(last))``.
 
     In fp32, on the device of ``last``, so many positions and a block of the vocabulary at a time
-    that it takes less than 200 MB at a width of 2048: an engine has left little of a GPU's memory.
+    that it takes less than 200 MB at a width of 2048.
 
     Args:
         last: [n, Ht], the stream before the final norm.
@@ -56,23 +56,13 @@ class Checker:
         target: whose final norm and LM head are the teacher.
         positions: tokens of each answer compared with the teacher's, evenly spread.
         greedy: whether the answers are greedy, so that teacher and answer must agree.
-        device: where to compute the teacher; the engine's, for a CPU beside a GPU has other work.
         strict: whether a failed check raises; else it is counted as ``faults``.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        positions: int,
-        greedy: bool,
-        device: torch.device,
-        strict: bool = True,
-    ):
-        self.positions, self.greedy, self.device, self.strict = positions, greedy, device, strict
+    def __init__(self, target: Target, positions: int, greedy: bool, strict: bool = True):
+        self.positions, self.greedy, self.strict = positions, greedy, strict
         self._norm, self._eps = target.final_norm()
         self._lm_head = target.lm_head()
-        # The engine's steps must not queue behind a copy of the LM head.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def watch(
         self, samples: Iterable[Sample], meta: StoreMeta, checks: dict[str, Any]
@@ -112,18 +102,11 @@ class Checker:
             DraftheadError: too few are.
         """
         last, served = (torch.cat(parts) for parts in zip(*picked))
-        try:
-            with torch.cuda.stream(self._stream):
-                predicted = self._predict(last.to(self.device)).cpu()
-        except torch.OutOfMemoryError:  # the engine, or who shares its GPU, has it all
-            predicted = self._predict(last)
+        predicted = teacher_argmax(last, self._norm, self._eps, self._lm_head)
         agree = int((predicted == served).sum())
         if checks is not None:
             checks.update(greedy_checked=len(predicted), greedy_agree=agree)
         check_agreement(agree, len(predicted))
-
-    def _predict(self, last: torch.Tensor) -> torch.Tensor:
-        return teacher_argmax(last, self._norm, self._eps, self._lm_head)
 
     def _attempt(self, check: Callable[..., None], checks: dict[str, Any], *args: Any) -> None:
         try:

@@ -6,15 +6,13 @@ nothing has to be found and the engine never waits for room.
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from drafthead.capture.checks import Checker, check_values
 from drafthead.states import Sample, StoreMeta
-from drafthead.states.writer import on_few_cores
 
 PAGE = 1 << 18
 """Bytes: small beside a sample of a hundred tokens, large beside the cost of a copy."""
@@ -74,7 +72,7 @@ def pages_needed(size: int) -> int:
 
 
 class PageWriter:
-    """The worker's side: checks samples and copies them into pages, in a thread.
+    """Checks samples and copies them into pages.
 
     Args:
         pages: shared with the reader.
@@ -86,28 +84,13 @@ class PageWriter:
         self.pages, self.meta, self.checker = pages, meta, checker
         self._picked: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._believed = not checker.greedy
-        self._thread = ThreadPoolExecutor(1, "pages", on_few_cores)
-        self._last: Future | None = None
 
-    def submit(self, places: Sequence[Sequence[int]], samples: Iterator[Sample]) -> None:
-        """Copy each sample into the pages at its place, once what was submitted before is done.
-
-        Raises:
-            DraftheadError: what was submitted before failed a check.
-        """
-        self.flush()
-        self._last = self._thread.submit(self._copy, places, samples)
-
-    def flush(self) -> None:
-        """Wait until all that was submitted is there.
+    def submit(self, places: Sequence[Sequence[int]], samples: Iterable[Sample]) -> None:
+        """Copy each sample into the pages at its place.
 
         Raises:
             DraftheadError: it failed a check.
         """
-        if self._last is not None:
-            self._last.result()
-
-    def _copy(self, places: Sequence[Sequence[int]], samples: Iterator[Sample]) -> None:
         for place, sample in zip(places, samples, strict=True):
             check_values(sample, self.meta)
             if not self._believed:
@@ -116,3 +99,9 @@ class PageWriter:
         if sum(len(served) for _, served in self._picked) >= CHECKED:
             self.checker.agreement(self._picked)
             self._picked, self._believed = [], True
+
+    def check(self) -> None:
+        """``submit`` itself has said what is wrong."""
+
+    def flush(self) -> None:
+        """``submit`` leaves nothing to wait for."""

@@ -9,23 +9,15 @@ The layers come in `additional_config["drafthead"]`, which is part of vLLM's com
 cache key: a graph compiled without these outputs is never mistaken for one with them.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.v1.worker.gpu_worker import Worker
 
-from drafthead.capture.checks import Checker
-from drafthead.capture.pages import PageWriter, SharedPages
-from drafthead.capture.tap import KEY, Captured, Tap
-from drafthead.errors import DraftheadError
-from drafthead.states import Sample, StateWriter, StoreMeta
-from drafthead.targets import load_target
+from drafthead.capture.tap import KEY, Tap
+from drafthead.capture.writer_process import WriterProcess
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -34,39 +26,39 @@ if TYPE_CHECKING:
 class Capture:
     """What the workers share; the rank 0 of tensor parallel holds the whole residual stream."""
 
+    _process: WriterProcess | None = None
     _tap: Tap | None = None
-    _meta: StoreMeta
-    _submit: Callable[[Any, Iterator[Sample]], None]
-    _flush: Callable[[], None]
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
         config, runner = self.vllm_config, self.model_runner  # type: ignore[attr-defined]
         if config.parallel_config.pipeline_parallel_size > 1:
             raise RuntimeError(
                 "capture does not work with pipeline parallel: the layers lie in several "
                 "processes. Mend: engine.tensor_parallel_size instead"
             )
+        options = config.additional_config[KEY]
+        layers = tuple(options["layers"])
+        if get_tensor_model_parallel_rank() == 0:
+            # Before the model, so that it starts meanwhile.
+            self._process = WriterProcess(
+                2 * config.scheduler_config.max_num_batched_tokens,
+                len(layers),
+                config.model_config.get_hidden_size(),
+                options["encoding"],
+            )
+        super().load_model(load_dummy_weights=load_dummy_weights)  # type: ignore[misc]
         model = runner.get_model()
         if not supports_eagle3(model):
             raise RuntimeError(
                 f"{type(model).__name__} cannot hand out its hidden states in this vLLM (no "
                 "SupportsEagle3); drafthead's plugin adds it for LFM2 and LFM2-MoE"
             )
-        options = config.additional_config[KEY]
-        layers = tuple(options["layers"])
         model.set_aux_hidden_state_layers(layers)
         runner.use_aux_hidden_state_outputs = True
         self._keys: dict[str, Any] = {}
-        if get_tensor_model_parallel_rank() == 0:
-            self._tap = Tap(
-                len(layers),
-                config.model_config.get_hidden_size(),
-                config.model_config.dtype,
-                options["encoding"],
-                self.device,  # type: ignore[attr-defined]
-                config.scheduler_config.max_num_batched_tokens,
-            )
+        if self._process is not None:
+            device: torch.device = self.device  # type: ignore[attr-defined]
+            self._tap = Tap(config.model_config.dtype, device, self._process)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
@@ -100,34 +92,12 @@ class Capture:
 
     # What `LLM.collective_rpc` calls; ranks other than 0 have nothing to do.
 
-    def drafthead_open(self, sink: dict, meta: dict, target: str, options: dict) -> None:
+    def drafthead_open(self, sink: dict, meta: dict, target: str, options: dict) -> str | None:
         """Write to ``sink`` from now on: ``{"store": folder}`` or ``{"pages": path}``. ``meta``: of
         ``StoreMeta``; ``options``: of the writer (``shard_bytes``) and of the checks
-        (``positions``, ``greedy``, ``strict``)."""
-        if self._tap is None:
-            return
-        # The writer's threads share the interpreter with the engine's, which would wait for it up
-        # to 5 ms, a third of a step, each time it comes back from the GPU.
-        sys.setswitchinterval(0.0005)
-        about = self._meta = StoreMeta.of(meta)
-        checker = Checker(
-            load_target(target),
-            options["positions"],
-            options["greedy"],
-            self.device,  # type: ignore[attr-defined]
-            options["strict"],
-        )
-        if "pages" in sink:
-            pages = PageWriter(SharedPages.open(sink["pages"]), about, checker)
-            self._submit, self._flush = pages.submit, pages.flush
-            return
-        store = StateWriter(Path(sink["store"]), about, options["shard_bytes"])
-
-        def submit(unit: int, samples: Iterator[Sample]) -> None:
-            checks: dict[str, Any] = {}
-            store.submit(unit, checker.watch(samples, about, checks), checks)
-
-        self._submit, self._flush = submit, store.flush
+        (``positions``, ``greedy``, ``strict``). Returns what went wrong, or None."""
+        process = self._process
+        return None if process is None else process.open(sink, meta, target, options)
 
     def drafthead_unit(
         self, place: Any, sequences: list[tuple[int, list[int]]], wanted: list[dict]
@@ -139,55 +109,28 @@ class Capture:
         Returns:
             What went wrong with this or an earlier one, or None.
         """
-        if self._tap is None:
+        if self._tap is None or self._process is None:
             return None
-        taken, meta = self._tap.take(), self._meta
-        return _trouble(lambda: self._submit(place, _samples(taken, dict(sequences), wanted, meta)))
+        self._tap.end_unit()
+        self._process.send_unit(place, dict(sequences), wanted)
+        return self._process.trouble()
 
     def drafthead_flush(self) -> str | None:
         """Wait until everything has arrived; returns what went wrong, or None."""
-        return None if self._tap is None else _trouble(self._flush)
+        return None if self._process is None else self._process.flush()
 
     def drafthead_stats(self) -> dict | None:
         """See ``CaptureEngine.stats``."""
-        if self._tap is None:
+        if self._tap is None or self._process is None:
             return None
-        return {"waits": self._tap.waits, "device_bytes": self._tap.device_bytes}
+        return {"waits": self._process.waits, "device_bytes": self._tap.device_bytes}
 
-
-def _trouble(action: Callable[[], None]) -> str | None:
-    """What went wrong with an action, for the process that asked for it."""
-    try:
-        action()
-    except DraftheadError as error:
-        return str(error)
-    return None
-
-
-def _samples(
-    captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], meta: StoreMeta
-) -> Iterator[Sample]:
-    if not wanted:
-        return
-    captured.wait()
-    rows = captured.resolve(sequences)
-    own = [rows[item["key"]] for item in wanted]
-    lengths = [len(r) for r in own]
-    taken = [tensor.split(lengths) for tensor in captured.take(np.concatenate(own))]
-    captured.segments.clear()
-    for item, *stored in zip(wanted, *taken, strict=True):
-        ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
-        mask = torch.ones(len(ids), dtype=torch.bool)
-        mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
-        yield Sample(
-            ids=ids,
-            loss_mask=mask,
-            num_aux=len(meta.aux_layers),
-            prompt_len=item["prompt_len"],
-            conversation=item["conversation"],
-            split=item["split"],
-            **dict(zip(meta.stored, stored, strict=True)),
-        )
+    def shutdown(self) -> None:
+        if self._tap is not None:
+            self._tap.close()
+        if self._process is not None:
+            self._process.close()
+        super().shutdown()  # type: ignore[misc]
 
 
 class CaptureWorker(Capture, Worker):

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from drafthead.errors import DraftheadError
 from drafthead.fsio import disk_errors
 from drafthead.states.format import Sample, StoreMeta, encode, write_shard
@@ -40,9 +38,7 @@ class StateWriter:
         self.path, self.meta, self.shard_bytes = Path(path), meta, shard_bytes
         open_store(self.path, meta)
         self._slots = threading.BoundedSemaphore(pending)
-        self._threads = ThreadPoolExecutor(
-            pending, thread_name_prefix="states", initializer=on_few_cores
-        )
+        self._threads = ThreadPoolExecutor(pending, thread_name_prefix="states")
         self._futures: list[Future] = []
 
     def has(self, unit: int) -> bool:
@@ -54,7 +50,7 @@ class StateWriter:
     ) -> None:
         """Write ``samples`` as ``unit``, replacing what it held before. They are drawn, and
         ``checks`` is read after the last of them, in a thread of the writer's."""
-        self._raise_failed()
+        self.check()
         checks = {} if checks is None else checks  # an empty one is filled while it is written
         self._slots.acquire()
         future = self._threads.submit(
@@ -67,9 +63,10 @@ class StateWriter:
         """Wait until all that was submitted is on disk."""
         for future in self._futures:
             future.exception()
-        self._raise_failed()
+        self.check()
 
-    def _raise_failed(self) -> None:
+    def check(self) -> None:
+        """Raise the error of a unit that has failed so far, if there is one not yet raised."""
         for future in [future for future in self._futures if future.done()]:
             self._futures.remove(future)
             future.result()
@@ -80,14 +77,7 @@ class StateWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         self._threads.shutdown(wait=True, cancel_futures=kind is not None)
         if kind is None:
-            self._raise_failed()
-
-
-def on_few_cores() -> None:
-    """Beside a GPU, let the calling thread spread its copies over two cores at most: by default
-    PyTorch takes all of them for each, which are then not there for the engine's thread."""
-    if torch.cuda.is_available():
-        torch.set_num_threads(min(2, torch.get_num_threads()))
+            self.check()
 
 
 def open_store(path: Path, meta: StoreMeta) -> None:

@@ -1,0 +1,122 @@
+"""The rows that an engine computed, put in the order of their sequences when a unit is whole."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from drafthead.errors import DraftheadError
+from drafthead.states import memory
+
+SEGMENT_ROWS = 8192
+"""Rows of one piece of memory: large enough to copy in bulk, small enough to grow by."""
+_GATHERED_ROWS = 512
+"""Rows gathered at once on their way to their sequences: few enough to stay in a core's cache."""
+
+
+class Captured:
+    """The rows of finished steps, encoded. Row r of position p is the last one noted for it: a
+    preempted sequence computes its positions again."""
+
+    def __init__(self) -> None:
+        self.segments: list[list[torch.Tensor]] = []
+        """Pieces of ``SEGMENT_ROWS`` rows: the tensors that ``append`` was given."""
+        self.rows = 0
+        self._notes: list[np.ndarray] = []
+
+    def append(self, *tensors: torch.Tensor) -> None:
+        """Add n rows of the host's memory, copied: what ``encode`` made of states."""
+        n, done = len(tensors[0]), 0
+        while done < n:
+            at = self.rows % SEGMENT_ROWS
+            if at == 0:
+                self.segments.append(
+                    [memory.empty((SEGMENT_ROWS, *t.shape[1:]), t.dtype) for t in tensors]
+                )
+            count = min(SEGMENT_ROWS - at, n - done)
+            for segment, tensor in zip(self.segments[-1], tensors, strict=True):
+                segment[at : at + count] = tensor[done : done + count]
+            done += count
+            self.rows += count
+
+    def note(self, notes: np.ndarray) -> None:
+        """``notes``: int64 [n, 4]. Rows ``row`` and on are positions ``start`` and on of sequence
+        ``key``, for each of them as (key, row, start, count)."""
+        self._notes.append(notes)
+
+    def resolve(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
+        """Which row holds each position of each sequence, given all their token ids.
+
+        What an engine found in its prefix cache was computed for an earlier sequence with the same
+        first tokens: those rows are that one's.
+
+        Returns:
+            For each sequence of T tokens int64 [T - 1]: the last token is never an input.
+
+        Raises:
+            DraftheadError: a position was never computed for any of them.
+        """
+        found = self._own_rows({key: len(ids) - 1 for key, ids in sequences.items()})
+        lacking = {key: int((rows < 0).sum()) for key, rows in found.items()}
+        depth = max(lacking.values(), default=0)
+        if depth == 0:
+            return found
+        # A trie of first tokens, as deep as the longest cached prefix; node -> row.
+        children: dict[tuple[int, int], int] = {}
+        paths: dict[int, list[int]] = {}
+        row_of: dict[int, int] = {}
+        for key, ids in sequences.items():
+            node, path = 0, []
+            for position in range(min(depth, len(found[key]))):
+                node = children.setdefault((node, int(ids[position])), len(children) + 1)
+                path.append(node)
+                if found[key][position] >= 0:
+                    row_of.setdefault(node, int(found[key][position]))
+            paths[key] = path
+        for key, count in lacking.items():
+            rows = found[key]
+            for position in range(count):
+                if rows[position] < 0:
+                    rows[position] = row_of.get(paths[key][position], -1)
+            if len(rows) and rows.min() < 0:
+                raise DraftheadError(
+                    f"sequence {key}: the engine computed no states at position "
+                    f"{int(rows.argmin())} of {len(rows)}, nor for a sequence that begins alike"
+                )
+        return found
+
+    def _own_rows(self, lengths: Mapping[int, int]) -> dict[int, np.ndarray]:
+        """The row of each position as noted, -1 where there is none."""
+        notes = np.concatenate([np.zeros((0, 4), np.int64), *self._notes])
+        notes = notes[np.argsort(notes[:, 0], kind="stable")]
+        found = {}
+        for key, length in lengths.items():
+            _, row, start, count = notes[slice(*np.searchsorted(notes[:, 0], (key, key + 1)))].T
+            step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+            position = np.repeat(start, count) + step
+            known = position < length
+            rows = np.full(length, -1, np.int64)
+            rows[position[known]] = (np.repeat(row, count) + step)[known]  # the last one stays
+            found[key] = rows
+        return found
+
+    def take(self, rows: np.ndarray) -> list[torch.Tensor]:
+        """The given rows of each tensor that ``append`` was given, copied. In large pieces,
+        whoever's rows they are."""
+        out = [memory.empty((len(rows), *t.shape[1:]), t.dtype) for t in self.segments[0]]
+        order = np.argsort(rows // SEGMENT_ROWS, kind="stable")
+        ends = np.searchsorted(rows[order] // SEGMENT_ROWS, np.arange(len(self.segments) + 1))
+        for segment, first, end in zip(self.segments, ends[:-1], ends[1:], strict=True):
+            for start in range(first, end, _GATHERED_ROWS):
+                places = order[start : min(start + _GATHERED_ROWS, end)]
+                here = torch.from_numpy(places)
+                index = torch.from_numpy(rows[places] % SEGMENT_ROWS)
+                for target, tensor in zip(out, segment, strict=True):
+                    _wide(target).index_copy_(0, here, _wide(tensor).index_select(0, index))
+        return out
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    """[n, ...] as [n, m] of the widest numbers that fit: PyTorch scatters one after the other."""
+    flat = rows.flatten(1).view(torch.uint8)
+    return flat if flat.shape[1] % 8 else flat.view(torch.int64)

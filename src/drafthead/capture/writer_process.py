@@ -1,0 +1,279 @@
+"""The process that takes an engine's states out of the ring and brings them where they belong.
+
+All that is done to states on the host happens there, at no cost to the engine's interpreter: they
+are put in the order of their sequences, checked, hashed and written, or copied into pages that
+training reads. The engine's side, `WriterProcess`, hands over numbers only. The process ends with
+the engine, however that ends; units that are whole by then stay.
+"""
+
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from drafthead.capture.captured import Captured
+from drafthead.capture.checks import Checker
+from drafthead.capture.pages import PageWriter, SharedPages
+from drafthead.capture.ring import Ring, SharedRows
+from drafthead.errors import DraftheadError
+from drafthead.states import Sample, StateWriter, StoreMeta
+from drafthead.states.format import Encoding
+from drafthead.targets import load_target
+
+
+class WriterProcess:
+    """The engine's side. For one thread of the engine's; none of it waits but where it says so.
+
+    Args:
+        capacity: rows of the ring, at least two of the largest runs that are asked for.
+        layers, hidden: L and Ht of the states.
+        encoding: what they are kept as.
+    """
+
+    def __init__(self, capacity: int, layers: int, hidden: int, encoding: Encoding):
+        self.capacity, self.layers, self.hidden, self.encoding = capacity, layers, hidden, encoding
+        self.waits = 0
+        """Times that there was no room in the ring."""
+        memory = SharedRows.create(capacity, layers, hidden, encoding)
+        self._pipe, theirs = multiprocessing.Pipe()
+        order = [theirs.fileno(), memory, capacity, layers, hidden, encoding]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, json.dumps(order)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), memory),
+            env=_environment(),
+        )
+        theirs.close()
+        self.rows = SharedRows(memory, capacity, layers, hidden, encoding)
+        os.close(memory)
+        self._ring = Ring(capacity)
+        self._outbox: queue.SimpleQueue[tuple[torch.cuda.Event | None, tuple]] = queue.SimpleQueue()
+        self._trouble: str | None = None
+        self._died: str | None = None
+        self._done = False
+        threading.Thread(target=self._send, name="states", daemon=True).start()
+
+    def open(self, sink: dict, meta: dict, target: str, options: dict) -> str | None:
+        """Where units go from now on, see ``CaptureWorker.drafthead_open``; waits until that is
+        known to work. Returns what went wrong, or None."""
+        return self._ask("open", sink, meta, target, options)
+
+    def room(self, n: int) -> tuple[int, int] | None:
+        """A free run of ``n`` rows of the ring as (start, stop). Waits while there is none; None
+        if the process has died, so that there never will be one."""
+        self._receive(wait=False)
+        run = self._ring.take(n)
+        self.waits += run is None
+        while run is None and self._died is None:
+            self._receive(wait=True)
+            run = self._ring.take(n)
+        return run if self._died is None else None
+
+    def send_rows(
+        self, start: int, stop: int, notes: bytes, filled: "torch.cuda.Event | None"
+    ) -> None:
+        """A run from ``room`` is full once ``filled`` has happened. ``notes``: int64 [n, 4], see
+        ``Captured.note``."""
+        self._outbox.put((filled, ("rows", start, stop, notes)))
+
+    def send_unit(self, place: Any, sequences: dict[int, list[int]], wanted: list[dict]) -> None:
+        """What was sent since the last unit is one: see ``CaptureWorker.drafthead_unit``."""
+        self._outbox.put((None, ("unit", place, sequences, wanted)))
+
+    def trouble(self) -> str | None:
+        """What has gone wrong since the last call, as far as it is known, or None."""
+        self._receive(wait=False)
+        trouble, self._trouble = self._died or self._trouble, None
+        return trouble
+
+    def flush(self) -> str | None:
+        """Wait until all units are where they belong; returns what went wrong, or None."""
+        return self._ask("flush")
+
+    def close(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, *message: Any) -> str | None:
+        self._outbox.put((None, message))
+        self._done = False
+        while not self._done and self._died is None:
+            self._receive(wait=True)
+        return self.trouble()
+
+    def _receive(self, wait: bool) -> None:
+        """Take in what the process says; with ``wait`` one message at least."""
+        try:
+            while wait or self._pipe.poll():
+                what, text = self._pipe.recv()
+                wait = False
+                if what == "free":
+                    self._ring.give()
+                elif what == "trouble":
+                    self._trouble = self._trouble or text
+                else:
+                    self._done = True
+        except (EOFError, OSError):
+            code = self._process.wait()
+            killed = ", killed: out of memory?" if code == -signal.SIGKILL else ""
+            self._died = (
+                f"the process that writes the states died (exit code {code}{killed}); what it "
+                "said is in the engine's log. Finished units stay: run again"
+            )
+
+    def _send(self) -> None:
+        """A thread, for what is in the ring only once the GPU has copied it, and so that a process
+        that does not listen holds nobody up."""
+        try:
+            while True:
+                filled, message = self._outbox.get()
+                if filled is not None:
+                    filled.synchronize()
+                self._pipe.send(message)
+        except BrokenPipeError:
+            pass
+        finally:  # nothing reaches it any more, so nobody may go on waiting for it
+            self._process.kill()
+
+
+def _environment() -> dict[str, str]:
+    """This process's, but for what it does with its cores and its GPU: the engine's neighbour takes
+    a quarter of the cores, at most four, and lets go of them when it has nothing to do."""
+    cores = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+    own = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    bound = ("OMP_", "GOMP_", "KMP_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(bound)} | own
+
+
+def serve(
+    rows: list[torch.Tensor], receive: Callable[[], tuple], send: Callable[[tuple], None]
+) -> None:
+    """The process's side: do what the messages say, for ever.
+
+    Args:
+        rows: the ring's.
+        receive: waits for a message.
+        send: to the engine.
+    """
+    captured = Captured()
+    sink: _Sink | None = None
+    while True:
+        what, *given = receive()
+        try:
+            if what == "rows":
+                start, stop, notes = given
+                captured.append(*(tensor[start:stop] for tensor in rows))
+                captured.note(np.frombuffer(notes, np.int64).reshape(-1, 4))
+                send(("free", None))
+            elif what == "open":
+                captured, sink = Captured(), _open(*given)
+            elif sink is None:
+                raise AssertionError(f"{what} before open")
+            elif what == "unit":
+                place, sequences, wanted = given
+                whole, captured = captured, Captured()
+                sink.submit(place, _samples(whole, sequences, wanted, sink.meta))
+            else:
+                sink.flush()
+            if sink is not None:
+                sink.check()
+        except DraftheadError as error:
+            send(("trouble", str(error)))
+        if what in ("open", "flush"):
+            send(("done", None))
+
+
+class _Sink(Protocol):
+    """Where units go. Errors of any may be of a unit from before."""
+
+    meta: StoreMeta
+
+    def submit(self, place: Any, samples: Iterator[Sample]) -> None: ...
+    def check(self) -> None: ...
+    def flush(self) -> None: ...
+
+
+class _Store:
+    """A state store."""
+
+    def __init__(self, path: Path, meta: StoreMeta, shard_bytes: int, checker: Checker):
+        self.meta, self._checker = meta, checker
+        self._writer = StateWriter(path, meta, shard_bytes)
+        self.check, self.flush = self._writer.check, self._writer.flush
+
+    def submit(self, unit: int, samples: Iterator[Sample]) -> None:
+        checks: dict[str, Any] = {}
+        self._writer.submit(unit, self._checker.watch(samples, self.meta, checks), checks)
+
+
+def _open(sink: dict, meta: dict, target: str, options: dict) -> _Sink:
+    about = StoreMeta.of(meta)
+    checker = Checker(
+        load_target(target), options["positions"], options["greedy"], options["strict"]
+    )
+    if "pages" in sink:
+        return PageWriter(SharedPages.open(sink["pages"]), about, checker)
+    return _Store(Path(sink["store"]), about, options["shard_bytes"], checker)
+
+
+def _samples(
+    captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], meta: StoreMeta
+) -> Iterator[Sample]:
+    if not wanted:
+        return
+    rows = captured.resolve(sequences)
+    own = [rows[item["key"]] for item in wanted]
+    lengths = [len(r) for r in own]
+    taken = [tensor.split(lengths) for tensor in captured.take(np.concatenate(own))]
+    captured.segments.clear()
+    for item, *stored in zip(wanted, *taken, strict=True):
+        ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
+        yield Sample(
+            ids=ids,
+            loss_mask=mask,
+            num_aux=len(meta.aux_layers),
+            prompt_len=item["prompt_len"],
+            conversation=item["conversation"],
+            split=item["split"],
+            **dict(zip(meta.stored, stored, strict=True)),
+        )
+
+
+def _listen(pipe: Connection, messages: queue.SimpleQueue) -> None:
+    """A thread, so that the engine's end is noticed whatever else goes on. What waits is bounded
+    by the ring: each message but the few of a unit has rows there."""
+    try:
+        while True:
+            messages.put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def main() -> None:
+    """The process: ``argv[1]`` is ``WriterProcess``'s order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the engine
+    pipe_fd, memory, *shape = json.loads(sys.argv[1])
+    pipe, rows = Connection(pipe_fd), SharedRows(memory, *shape)
+    os.close(memory)
+    messages: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, messages), daemon=True).start()
+    serve(rows.tensors, messages.get, pipe.send)
+
+
+if __name__ == "__main__":
+    main()
