@@ -28,6 +28,7 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
     device = torch.device("cuda")
     taker = Taker(2 * 64, 3, 256, encoding)
     tap = Tap(torch.bfloat16, device, taker)
+    assert all(tensor.is_pinned() for tensor in taker.rows.tensors)
     g = torch.Generator().manual_seed(0)
     outputs = [torch.zeros(64, 256, device=device, dtype=torch.bfloat16) for _ in range(3)]
     for unit in range(3):
@@ -48,6 +49,7 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
             for a, b in zip(found, wanted.values(), strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     tap.close()
+    assert not any(tensor.is_pinned() for tensor in taker.rows.tensors)
 
 
 def batches(recipe: Recipe, run: RunDir, device: torch.device) -> list[Batch]:
