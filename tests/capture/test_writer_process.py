@@ -201,3 +201,13 @@ def test_it_dies_with_an_engine_that_is_killed_whatever_it_waits_for(llama, tmp_
     assert psutil.wait_procs([child], timeout=30)[1] == []
     assert {fault.unit for fault in check_store(tmp_path)} == {0}  # only missing ones
     assert torch.equal(StateReader(tmp_path, partial=True)[0].states, states_of(0, 40))
+
+
+def test_a_fault_of_its_own_ends_it_and_is_said(llama, tmp_path):
+    engine = Engine(WriterProcess(*SHAPE), {"store": str(tmp_path)}, llama)
+    block_shards(engine, tmp_path)
+    engine.run(0)
+    engine.save(0, 0)
+    engine.process.send_unit(1, {}, [{}])
+    assert "died (exit code 1)" in engine.process.flush()
+    engine.process.close()

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -59,7 +60,7 @@ class WriterProcess:
         self.rows = SharedRows(memory, capacity, layers, hidden, encoding)
         os.close(memory)
         self._ring = Ring(capacity)
-        self._outbox: queue.SimpleQueue[tuple[torch.cuda.Event | None, tuple]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (event or None, message)
         self._trouble: str | None = None
         self._died: str | None = None
         self._done = False
@@ -106,6 +107,7 @@ class WriterProcess:
         """End the process at once."""
         self._process.kill()
         self._process.wait()
+        self._outbox.put(None)
 
     def _ask(self, *message: Any) -> str | None:
         self._outbox.put((None, message))
@@ -138,8 +140,8 @@ class WriterProcess:
         """A thread, for what is in the ring only once the GPU has copied it, and so that a process
         that does not listen holds nobody up."""
         try:
-            while True:
-                filled, message = self._outbox.get()
+            while (next_one := self._outbox.get()) is not None:
+                filled, message = next_one
                 if filled is not None:
                     filled.synchronize()
                 self._pipe.send(message)
@@ -272,7 +274,13 @@ def main() -> None:
     os.close(memory)
     messages: queue.SimpleQueue[tuple] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, messages), daemon=True).start()
-    serve(rows.tensors, messages.get, pipe.send)
+    try:
+        serve(rows.tensors, messages.get, pipe.send)
+    except BrokenPipeError:
+        os._exit(0)
+    except Exception:  # at once, whatever else is being written: the engine waits for it
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":
