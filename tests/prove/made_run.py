@@ -106,16 +106,19 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         "tokens": 8123,
         "noise": {
             "answers": 64,
-            "concurrency": 21,
-            "parted": 2,
+            "concurrency": [21, 42],
+            "parted": [2, 1],
             "parted_at_once": 3,
             "positions": 8100,
             "flips": 12,
             "largest": 0.0625,
-            "widest": 0.0625,
         },
+        "wide": 0,
+        "bounds": {"answers": 64, "partings": 14, "widest": 0.0625, "limit": 0.125},
         "p_value": 0.97,
+        "p_wide": 1.0,
         "detectable_share": 0.15,
+        "detectable_wide_share": 0.2,
         "examined": [],
     }
     sampled = TwoSample(p_value=0.43, detectable_shift=0.05, contexts=8, samples=500, positions=8)

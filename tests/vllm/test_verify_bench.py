@@ -16,7 +16,7 @@ from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.prove.bench import bench, contest
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.lossless import TIE
+from drafthead.prove.noise import TIE
 from drafthead.prove.proof import read_proof
 from drafthead.prove.verify import verify
 from drafthead.recipe import parse_recipe

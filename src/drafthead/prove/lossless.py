@@ -3,13 +3,24 @@
 In exact arithmetic it must be: a draft is kept only where it is the target's own choice. In bf16
 two batches of other shapes round differently, so where the target's two likeliest tokens are as
 close as that noise, either may come out. Such a place is told from a fault by holding the target
-against itself, in two ways: the same prompts again, in another order and with another number at
-once, and every position of those answers computed in one pass, as speculation checks its drafts.
+against itself: the same prompts again, in another order and with other numbers at once, and every
+position of those answers computed in one pass, as speculation checks its drafts. It is one target
+with one noise, so what this finds is pooled over all sets of prompts.
 
-- How wide is the gap between the two tokens, computed anew by the target alone? A tie is what is
-  no wider than the target's own partings allow. What a corrupted state writes lies further off.
-- How many answers part? A fault that stays within the noise shows as more partings than the target
-  has with itself (Fisher's exact test; what share of faulty answers it would find is stated).
+How wide is the gap between the two tokens, computed anew by the target alone?
+
+- No wider than the target's own widest parting: a tie.
+- Wider than its movements can close: a fault, in whatever single answer. Gaps that are so narrow,
+  in one of two computations at least, are looked at; none moved by more than half as much. Such a
+  place is computed anew in batches of several sizes, and is a fault only if it lies as far off in
+  all of them: what a corrupted state writes does.
+- Between the two, one answer proves nothing: of so many more the widest is likely to be theirs,
+  noise or no noise. Several do: had the head changed nothing, any of all the answers, the target's
+  own and those with the head, might as well have been the widest ones (an exact test).
+
+How many answers part? A fault that stays within the noise shows as more of them than part of the
+target's own (Fisher's exact test). For both tests it is stated what share of faulty answers they
+would find.
 
 After a tie the comparison goes on, from the drafted token, so that a tie hides nothing that comes
 later.
@@ -17,26 +28,23 @@ later.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 
 import numpy as np
 
 from drafthead.prove.engine import Completion, EngineProcess
+from drafthead.prove.noise import NOT_LOSSLESS, WIDE, Control, Noise, movement
 from drafthead.prove.stats import detectable_excess, more_often
 
 TOP = 20
 """Likeliest tokens that vLLM gives log-probabilities of, by default at most."""
-NOISE_MARGIN = 2.0
-"""A flip needs a gap that the noise of both runs can close: that of the run without the head and
-of the run with it."""
-PARTING_MARGIN = 3.0
-"""Times the widest gap of the target's own partings. Noise whose tail falls off as an exponential
-exceeds three times the widest of n partings with a chance of n**-3 for each parting."""
-ENOUGH_PARTINGS = 20
-"""With fewer the widest says little."""
+BATCHES = (1, 2, 3, 5, 8, 13, 21)
+"""Sizes of the batches in which a place that looks like a fault is computed anew."""
 NOISE_ANSWERS = 256
-"""Answers over which the noise is measured at most: tens of thousands of positions."""
+"""Answers of a set over which the noise is measured at most: tens of thousands of positions."""
 ALPHA = 0.001
-"""Chance that a set of answers is called too different without cause; each set is tested."""
+"""Chance that a set of answers is called too different without cause, by either test; each set is
+tested."""
 POWER = 0.9
 
 
@@ -52,50 +60,15 @@ class Difference:
     """None: the target alone had ended there."""
     drafted_token: int | None
     gap: float | None
-    """How far below the target's likeliest token the worse of the two lies, in log-probability;
-    None if it is not among the likeliest 20, or one side had ended."""
+    """How far below the target's likeliest token the worse of the two lies, in log-probability (in
+    the batch of ``BATCHES`` where it lies closest, if it looked like a fault); None if it is not
+    among the likeliest 20, or one side had ended."""
     verdict: str
-    """``tie within numeric noise`` or ``not lossless``."""
+    """``TIE``, ``WIDE`` or ``NOT_LOSSLESS`` of :mod:`drafthead.prove.noise`."""
 
     @property
     def is_tie(self) -> bool:
-        return self.verdict == TIE
-
-
-TIE, NOT_LOSSLESS = "tie within numeric noise", "not lossless"
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The target alone held against itself."""
-
-    answers: int
-    """Answers that it was asked for once more."""
-    concurrency: int
-    """How many of them at once."""
-    parted: int
-    """Answers that came out otherwise the second time."""
-    parted_at_once: int
-    """Answers with a position at which one pass over them chooses another token."""
-    positions: int
-    """Positions of answers that were computed by decoding and in one pass."""
-    flips: int
-    """Of them, those where the target chooses another token in one pass."""
-    largest: float
-    """Largest change of the gap between the two likeliest tokens, in log-probability."""
-    widest: float
-    """Widest gap at which the target parted from itself, in either way."""
-
-    @property
-    def tolerance(self) -> float:
-        """Widest gap of a tie: at least that at which the target parted from itself, since one pass
-        over its answers may show no noise where other batches do. Where the target is sure of a
-        token its gap may move by a lot and nothing comes of it, so its partings, if there are
-        enough, say more than its movements."""
-        most = max(NOISE_MARGIN * self.largest, self.widest)
-        if self.parted + self.flips < ENOUGH_PARTINGS:
-            return most
-        return min(most, PARTING_MARGIN * self.widest)
+        return self.verdict != NOT_LOSSLESS
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -106,9 +79,19 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def other_concurrency(concurrency: int) -> int:
+def part(base_answers: Sequence[Completion], drafted_answers: Sequence[Completion]) -> bool:
+    """Whether any answer is not the same on both sides."""
+    return any(
+        first_difference(a.ids, b.ids) is not None
+        for a, b in zip(base_answers, drafted_answers, strict=True)
+    )
+
+
+def other_concurrencies(concurrency: int) -> list[int]:
     """How many at once where it must not be ``concurrency``."""
-    return max(1, concurrency // 3) if concurrency > 1 else 4
+    if concurrency == 1:
+        return [2, 4]
+    return sorted({max(1, concurrency // 3), max(1, 2 * concurrency // 3)})
 
 
 def once_more(
@@ -116,22 +99,26 @@ def once_more(
     prompts: Sequence[Sequence[int]],
     max_tokens: Sequence[int],
     concurrency: int,
-    logprobs: int | None = None,
-) -> dict[int, Completion]:
+    times: int = 2,
+) -> list[dict[int, Completion]]:
     """Ask the target alone again, for as many answers as the noise is measured over: drawn and in
-    an order by chance, another number than ``concurrency`` at once.
+    an order by chance, each time another number than ``concurrency`` at once.
 
     Returns:
-        The answers by the index of their prompt.
+        For each of the first ``times`` of :func:`other_concurrencies` the answers, with
+        log-probabilities, by the index of their prompt.
     """
     few = np.random.default_rng(0).permutation(len(prompts))[:NOISE_ANSWERS].tolist()
-    completions = engine.generate(
-        [prompts[i] for i in few],
-        max_tokens=[max_tokens[i] for i in few],
-        concurrency=other_concurrency(concurrency),
-        logprobs=logprobs,
-    ).completions
-    return dict(zip(few, completions, strict=True))
+    rounds = []
+    for at_once in other_concurrencies(concurrency)[:times]:
+        completions = engine.generate(
+            [prompts[i] for i in few],
+            max_tokens=[max_tokens[i] for i in few],
+            concurrency=at_once,
+            logprobs=TOP,
+        ).completions
+        rounds.append(dict(zip(few, completions, strict=True)))
+    return rounds
 
 
 class Examiner:
@@ -144,6 +131,8 @@ class Examiner:
         concurrency: answers that were asked for at once.
         again: what :func:`once_more` gave on an engine that differs from the drafted one only in
             having no head; None: ``base`` is such an engine, and is asked when it is needed.
+        control: where what is seen of the noise is gathered, of all sets of prompts if they share
+            it.
     """
 
     def __init__(
@@ -152,10 +141,12 @@ class Examiner:
         prompts: Sequence[Sequence[int]],
         max_tokens: Sequence[int],
         concurrency: int,
-        again: dict[int, Completion] | None = None,
+        again: list[dict[int, Completion]] | None = None,
+        control: Control | None = None,
     ):
         self.base, self.prompts, self.max_tokens = base, prompts, max_tokens
         self.concurrency, self.again = concurrency, again
+        self.control = control or Control()
         self.noise: Noise | None = None
         """Measured once it is needed."""
 
@@ -167,28 +158,39 @@ class Examiner:
 
         Returns:
             ``prompts`` = ``identical`` + ``ties`` + ``differences`` (answers), ``lossless``,
-            ``tokens`` compared, ``noise`` if it was needed, ``p_value`` (of so many answers that
-            part, if they part as often as the target's from themselves), ``detectable_share`` (the
-            smallest share of answers changed by a fault within the noise that would be found nine
-            times in ten; None: not even half), and ``examined``: each difference.
+            ``wide`` (ties with a gap wider than any of the target's own), ``tokens`` compared,
+            ``noise`` and ``bounds`` if they were needed, ``p_value`` (of so many answers that part,
+            if they part as often as the target's from themselves), ``p_wide`` (of so many that part
+            so widely), ``detectable_share`` and ``detectable_wide_share`` (the smallest share of
+            answers changed by a fault within the noise, or by one with wider gaps, that would be
+            found nine times in ten; None: not even half), and ``examined``: each difference.
         """
         found = self._examine(base_answers, drafted_answers)
         ties = sum(differences[-1].is_tie for differences in found.values())
+        wide = sum(any(d.verdict == WIDE for d in differences) for differences in found.values())
         answers, parted = len(self.prompts), len(found)
-        noise = self.noise
-        again = max(noise.parted, noise.parted_at_once) if noise else 0
+        noise, bounds = self.noise, self.control.bounds() if self.noise else None
+        again = max(*noise.parted, noise.parted_at_once) if noise else 0
         asked = noise.answers if noise else 0
+        pooled = bounds.answers if bounds else 0
         p_value = more_often(parted, answers, again, asked) if parted else 1.0
+        p_wide = more_often(wide, answers, 0, pooled) if wide else 1.0
         return {
-            "lossless": ties == parted and p_value >= ALPHA,
+            "lossless": ties == parted and min(p_value, p_wide) >= ALPHA,
             "prompts": answers,
             "identical": answers - parted,
             "ties": ties,
+            "wide": wide,
             "differences": parted - ties,
             "tokens": sum(len(answer.ids) for answer in drafted_answers),
             "noise": noise and asdict(noise),
+            "bounds": bounds and asdict(bounds),
             "p_value": p_value,
+            "p_wide": p_wide,
             "detectable_share": detectable_excess(answers, again, asked, alpha=ALPHA, power=POWER),
+            "detectable_wide_share": detectable_excess(
+                answers, 0, pooled, alpha=ALPHA, power=POWER
+            ),
             "examined": [
                 asdict(d) for _, differences in sorted(found.items()) for d in differences
             ],
@@ -202,8 +204,8 @@ class Examiner:
         found: dict[int, list[Difference]] = {}
         references = dict(enumerate(answer.ids for answer in base_answers))
         while places := self._partings(references, drafted_answers):
-            if self.noise is None:
-                self.noise = self._measure(base_answers)
+            self.measure(base_answers)
+            bounds = self.control.bounds()
             ties = []
             for (i, at), gap in zip(
                 places.items(), self._gaps(places, references, drafted_answers)
@@ -212,10 +214,11 @@ class Examiner:
                     ids[at] if at < len(ids) else None
                     for ids in (references[i], drafted_answers[i].ids)
                 )
-                tie = gap is not None and gap <= self.noise.tolerance
-                verdict = TIE if tie else NOT_LOSSLESS
-                found.setdefault(i, []).append(Difference(i, at, a, b, gap, verdict))
-                if tie:
+                if gap is not None and gap > bounds.limit:
+                    gap = self._closest(i, at, references, drafted_answers)
+                difference = Difference(i, at, a, b, gap, bounds.verdict(gap))
+                found.setdefault(i, []).append(difference)
+                if difference.is_tie:
                     ties.append((i, at))
             references = self._resumed(ties, drafted_answers)
         return found
@@ -235,21 +238,43 @@ class Examiner:
         answers: Sequence[Completion] | dict[int, Completion],
     ) -> list[float | None]:
         """The gap at each place (see :class:`Difference`), computed anew."""
-        rows = self.base.generate(
-            [[*self.prompts[i], *answers[i].ids[:at]] for i, at in places.items()],
-            max_tokens=1,
-            concurrency=self.concurrency,
-            logprobs=TOP,
-            prefix_cache=False,
-        ).completions
-        found: list[float | None] = []
-        for (i, at), completion in zip(places.items(), rows, strict=True):
-            row = completion.logprobs[0]
-            # Of an answer that has ended there is no token: nothing is found for it.
-            pair = [row.get(t) for ids in (references[i], answers[i].ids) for t in ids[at : at + 1]]
-            known = [p for p in pair if p is not None]
-            found.append(max(row.values()) - min(known) if len(known) == 2 else None)
-        return found
+        rows = self._rows(
+            [[*self.prompts[i], *answers[i].ids[:at]] for i, at in places.items()], self.concurrency
+        )
+        return [
+            self._gap(row, references[i][at : at + 1] + answers[i].ids[at : at + 1])
+            for (i, at), row in zip(places.items(), rows, strict=True)
+        ]
+
+    def _closest(
+        self,
+        i: int,
+        at: int,
+        references: dict[int, list[int]],
+        answers: Sequence[Completion] | dict[int, Completion],
+    ) -> float | None:
+        """The narrowest gap at a place that the target alone has in batches of several sizes."""
+        pair = references[i][at : at + 1] + answers[i].ids[at : at + 1]
+        sequence = [*self.prompts[i], *answers[i].ids[:at]]
+        gaps = [
+            self._gap(row, pair)
+            for size in BATCHES
+            for row in self._rows([sequence] * size, concurrency=size)
+        ]
+        return min((gap for gap in gaps if gap is not None), default=None)
+
+    def _rows(self, sequences: Sequence[list[int]], concurrency: int) -> list[dict[int, float]]:
+        """Log-probabilities of the likeliest tokens that follow each sequence."""
+        found = self.base.generate(
+            sequences, max_tokens=1, concurrency=concurrency, logprobs=TOP, prefix_cache=False
+        )
+        return [completion.logprobs[0] for completion in found.completions]
+
+    @staticmethod
+    def _gap(row: dict[int, float], pair: Sequence[int]) -> float | None:
+        """Of an answer that has ended there is no token: nothing is found for it."""
+        known = [row[token] for token in pair if token in row]
+        return max(row.values()) - min(known) if len(known) == 2 else None
 
     def _resumed(
         self, ties: Sequence[tuple[int, int]], answers: Sequence[Completion]
@@ -273,38 +298,63 @@ class Examiner:
                 done[i] = done[i] + rest.ids
         return done
 
-    def _measure(self, base_answers: Sequence[Completion]) -> Noise:
-        """Hold the target alone against itself."""
-        decoded = once_more(self.base, self.prompts, self.max_tokens, self.concurrency, TOP)
-        again = decoded if self.again is None else self.again
-        first = {i: base_answers[i].ids for i in again}
-        places = self._partings(first, again)
-        widest = [gap for gap in self._gaps(places, first, again) if gap is not None]
+    def measure(self, base_answers: Sequence[Completion]) -> None:
+        """Hold the target alone against itself, unless that was done."""
+        if self.noise is not None:
+            return
+        rounds = self.again or once_more(self.base, self.prompts, self.max_tokens, self.concurrency)
+        decoded = rounds[0]
+        if self.again is not None:  # one pass is held against decoding by the same engine
+            (decoded,) = once_more(
+                self.base, self.prompts, self.max_tokens, self.concurrency, times=1
+            )
+        self.control.asked |= {(tuple(self.prompts[i]), self.max_tokens[i]) for i in decoded}
+        parted = [self._own_partings(base_answers, answers) for answers in rounds]
+        for one, other in combinations(rounds, 2):
+            for i, completion in one.items():
+                # Up to where they part: after it nothing compares.
+                end = first_difference(completion.ids, other[i].ids)
+                both = zip(completion.logprobs, other[i].logprobs)
+                for top, row in list(both)[: None if end is None else end + 1]:
+                    self.control.moves += movement(top, row)
         room = self.base.info["max_model_len"] - 1  # given a sequence it writes a token more
         scored = self.base.score(
             [[*self.prompts[i], *c.ids][:room] for i, c in decoded.items()], TOP
         )
-        changes, flips, parted_at_once = [], 0, 0
+        moves: list[tuple[float, float]] = []
+        flips, parted_at_once = 0, 0
         for (i, completion), rows in zip(decoded.items(), scored, strict=True):
-            before = flips
-            for token, top, row in zip(
-                completion.ids, completion.logprobs, rows[len(self.prompts[i]) :]
+            prompt, before = self.prompts[i], flips
+            for at, (token, top, row) in enumerate(
+                zip(completion.ids, completion.logprobs, rows[len(prompt) :])
             ):
                 best = max(row.values())
-                if token != min(t for t, p in row.items() if p == best):  # as argmax takes it
+                first = min(t for t, p in row.items() if p == best)  # as argmax takes it
+                if token != first:
                     flips += 1
-                    widest.append(best - row[token])
-                (one, p), (two, q) = sorted(top.items(), key=lambda item: -item[1])[:2]
-                if one in row and two in row:
-                    changes.append(abs((p - q) - (row[one] - row[two])))
+                    place = (*prompt, *completion.ids[:at])
+                    self.control.parted(place, first, best - row[token])
+                moves += movement(top, row)
             parted_at_once += flips > before
-        return Noise(
-            answers=len(again),
-            concurrency=other_concurrency(self.concurrency),
-            parted=len(places),
+        self.control.moves += moves
+        self.noise = Noise(
+            answers=len(decoded),
+            concurrency=other_concurrencies(self.concurrency),
+            parted=parted,
             parted_at_once=parted_at_once,
-            positions=len(changes),
+            positions=len(moves),
             flips=flips,
-            largest=max(changes, default=0.0),
-            widest=max(widest, default=0.0),
+            largest=max((moved for _, moved in moves), default=0.0),
         )
+
+    def _own_partings(
+        self, base_answers: Sequence[Completion], again: dict[int, Completion]
+    ) -> int:
+        """Take down the gaps at which the target's answers part; how many do."""
+        first = {i: base_answers[i].ids for i in again}
+        places = self._partings(first, again)
+        for (i, at), gap in zip(places.items(), self._gaps(places, first, again)):
+            if gap is not None:
+                ids = again[i].ids
+                self.control.parted((*self.prompts[i], *ids[:at]), ids[at], gap)
+        return len(places)

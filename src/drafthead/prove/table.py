@@ -24,10 +24,11 @@ def lossless_words(verify: dict) -> str:
         words += f"; {verify['ties']} part at a tie within numeric noise"
         # Measured once for each set of prompts, whatever k.
         noises = {r["workload"]: r["noise"] for r in verify["runs"] if r["noise"]}.values()
-        parted, answers = (sum(n[name] for n in noises) for name in ("parted", "answers"))
-        words += f" (of the target alone {parted} of {answers}, asked twice)"
+        parted = sum(max(n["parted"]) for n in noises)
+        answers = sum(n["answers"] for n in noises)
+        words += f" (of the target alone {parted} of {answers}, asked again)"
     if not verify["differences"] and not all(r["lossless"] for r in verify["runs"]):
-        words += ", more than the target's own: NOT LOSSLESS"
+        words += ", more or more widely than the target's own: NOT LOSSLESS"
     return words
 
 

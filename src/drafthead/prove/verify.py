@@ -13,7 +13,8 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
-from drafthead.prove.lossless import NOT_LOSSLESS, Examiner, once_more
+from drafthead.prove.lossless import ALPHA, Examiner, once_more, part
+from drafthead.prove.noise import NOT_LOSSLESS, Control
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
@@ -196,7 +197,7 @@ def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs
         for k, plan in needed.items()
     }
     work: list[Workload] = []
-    again: list[dict[int, Completion]] | None = None
+    again: list[list[dict[int, Completion]]] | None = None
     written: dict[int, list[list[Completion]]] = {}
     draws: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
@@ -217,10 +218,17 @@ def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs
         if not at_once:
             stack.enter_context(alone)
         wanted = _answers(alone, work, prefix_cache=False)
+        control = Control()
         examiners = [
-            Examiner(alone, w.prompts, w.max_tokens, w.concurrency, again[i] if again else None)
+            Examiner(
+                alone, w.prompts, w.max_tokens, w.concurrency, again[i] if again else None, control
+            )
             for i, w in enumerate(work)
         ]
+        if any(part(*pair) for answers in written.values() for pair in zip(wanted, answers)):
+            # All sets, before any is judged: it is one noise.
+            for examiner, answers in zip(examiners, wanted):
+                examiner.measure(answers)
         runs = [
             {
                 "num_speculative_tokens": k,
@@ -267,6 +275,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
             for name in ("prompts", "identical", "ties", "differences", "tokens")
         },
         "runs": runs,
+        "words": noise_words({"runs": runs}),
         "sampled": sampled and {**asdict(sampled), "words": sampled.words},
         "command": command_line(),
         "machine": this_machine().as_dict(),
@@ -278,7 +287,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         f"verify: {result['identical']} of {result['prompts']} answers identical"
         + (f", {result['ties']} ties within numeric noise" if result["ties"] else "")
     )
-    for line in noise_words(result):
+    for line in result["words"]:
         console.print(line)
     if sampled is not None:
         console.print(sampled.words)
@@ -293,6 +302,11 @@ def _failure(runs: list[dict], run: RunDir) -> str:
     proof = f"see {run.verify_json}"
     failed = min((r for r in runs if not r["lossless"]), key=lambda r: not r["differences"])
     where = f"k={failed['num_speculative_tokens']}, {failed['workload']}"
+    if not failed["differences"] and failed["p_wide"] < ALPHA:
+        return (
+            f"not lossless: {failed['wide']} of {failed['prompts']} answers part ({where}) more "
+            f"widely than the target's from themselves (p = {failed['p_wide']:.2g}); {proof}"
+        )
     if not failed["differences"]:
         return (
             f"not lossless: {failed['ties']} of {failed['prompts']} answers part ({where}), more "
