@@ -185,7 +185,7 @@ def _theirs(options: argparse.Namespace, job: Job, task: Task, folder: Path, war
 
     def make(number: int) -> Any:
         samples = [reader[i] for i in plan.rows[number]]
-        return speculators_side.make_batch(samples, settings.row_tokens, shift=1)
+        return speculators_side.make_batch(samples, settings.row_tokens, shift=1).to(device)
 
     def set_rate(rate: float) -> None:
         for group in side.optimizer.param_groups:

@@ -9,12 +9,13 @@ import torch
 from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
 from drafthead.states import Sample
-from drafthead.train.batches import Batch, assemble
+from drafthead.train.batches import Batch
 from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
 from drafthead.train.losses import Teacher
 from drafthead.train.operations import operations
 from drafthead.train.optimizer import AdamW, AdamWSettings
+from drafthead.train.packing import pack_row
 from drafthead.train.step import Objective, TrainStep
 
 DOCUMENTS = 8
@@ -96,9 +97,9 @@ class Ours:
         to_draft[shape.draft_vocab :] = -1
         self.batches: list[Batch] = []
         for documents in samples:
-            batch = assemble(documents, steps, to_draft, shape.tokens, embedding)
-            assert batch is not None
-            self.batches.append(batch.map(lambda x: x.to(device)))
+            row = pack_row(documents, steps, to_draft, shape.tokens, embedding)
+            assert row is not None
+            self.batches.append(row.batch(device))
         objective = Objective("kl", steps, 1.0, chunk_rows=options.chunk)
         self.embedding = embedding
         self.start = {name: t.cpu().clone() for name, t in head.state_dict().items()}

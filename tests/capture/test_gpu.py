@@ -15,7 +15,8 @@ from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states.format import encode
 from drafthead.targets import recipe_target
-from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
+from drafthead.train.batches import Batch, draft_ids, prefetch
+from drafthead.train.packing import pack_row
 from drafthead.train.plan import Plan
 from tests.capture.taker import Taker
 from tests.vllm.runs import recipe_for
@@ -63,7 +64,8 @@ def batches(recipe: Recipe, run: RunDir, device: torch.device) -> list[Batch]:
 
         def make(number: int) -> Batch | None:
             samples = [reader[index] for index in plan.rows[number]]
-            return assemble(samples, 2, to_draft, tokens, embedding)
+            row = pack_row(samples, 2, to_draft, tokens, embedding, pinned=True)
+            return None if row is None else row.batch(device)
 
         return list(prefetch(make, range(len(plan.rows)), device))
     finally:

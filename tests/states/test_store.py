@@ -1,5 +1,6 @@
 import os
 import signal
+from concurrent.futures import wait
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, write_json
 from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
+from drafthead.states import reader as reader_module
 from drafthead.states.format import decode, encode
 from drafthead.states.writer import write_unit
 from tests import disk
@@ -252,3 +254,40 @@ def test_killed_at_every_step_and_started_again_the_store_is_the_same(tmp_path):
     assert sorted(p.name for p in store.iterdir() if not p.name.startswith(".")) == names
     for name in names:
         assert (store / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_shards_are_opened_ahead_once_and_only_so_far(tmp_path, monkeypatch):
+    write(tmp_path, shard_bytes=1 << 11)
+    opened, real = [], reader_module.open_shard
+
+    def recorded(store, meta, shard, *, verify):
+        opened.append(shard.file)
+        if shard.file == files[3]:
+            raise DraftheadError("broken")
+        return real(store, meta, shard, verify=verify)
+
+    monkeypatch.setattr(reader_module, "open_shard", recorded)
+    monkeypatch.setattr(reader_module, "AHEAD", 2)
+    reader = StateReader(tmp_path)
+    files = [shard.file for shard in reader.shards]
+    first = [int(np.flatnonzero(reader._shard == shard)[0]) for shard in range(len(files))]
+
+    def opened_by_now():
+        wait(reader._open.values())
+        return sorted(opened)
+
+    reader.expect(range(len(reader)))
+    assert opened_by_now() == files[:2]
+    reader[first[0]]
+    assert opened_by_now() == files[:3]
+    reader[first[0]]
+    assert opened_by_now() == files[:3]
+    reader.expect([first[5], first[5], first[6]])  # before what was expected so far
+    reader[first[1]]
+    assert opened_by_now() == [*files[:3], files[5]]
+    for shard in (5, 6, 2, 0):
+        reader[first[shard]]
+    assert opened_by_now() == files[:7]  # the fourth is broken: no matter until it is wanted
+    with pytest.raises(DraftheadError, match="broken"):
+        reader[first[3]]
+    reader.close()

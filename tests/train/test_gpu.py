@@ -10,12 +10,13 @@ from rich.console import Console
 
 from drafthead.train import graphed, loop
 from drafthead.train.attention import Documents, attention, plain_attention
-from drafthead.train.batches import assemble, draft_ids
+from drafthead.train.batches import draft_ids
 from drafthead.train.graphed import GraphedStep
 from drafthead.train.graphs import Graphs
 from drafthead.train.losses import Teacher
 from drafthead.train.meter import Meter
 from drafthead.train.optimizer import AdamW, AdamWSettings
+from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
 from drafthead.train.step import Objective, TrainStep
 from tests.heads import small_head
@@ -68,7 +69,7 @@ def test_step_on_the_gpu_is_the_plain_step(loss, compiled, eight_bit):
     for s in samples:
         object.__setattr__(s, "states", torch.randn(len(s.ids), 4, 128, generator=g).bfloat16())
         object.__setattr__(s, "num_aux", 3)
-    batch = assemble(samples, 3, to_draft, 1000, embedding)
+    batch = pack_row(samples, 3, to_draft, 1000, embedding).batch("cpu")
     weights = torch.ones(128), 1e-5, torch.randn(256, 128, generator=g).bfloat16()
     objective = Objective(loss, 3, 0.8, chunk_rows=100)
 
@@ -142,8 +143,8 @@ def test_replayed_steps_are_the_steps(loss, capture, monkeypatch):
         for s in samples:
             object.__setattr__(s, "states", torch.randn(len(s.ids), 4, 128, generator=g).bfloat16())
             object.__setattr__(s, "num_aux", 3)
-        batch = assemble(samples, 3, to_draft, 400, embedding)
-        rows.append(batch.map(lambda x: x.cuda()))
+        row = pack_row(samples, 3, to_draft, 400, embedding, pinned=True)
+        rows.append(row.batch("cuda"))
     norm, rows_of_head = torch.ones(128), torch.randn(256, 128, generator=g)
     teacher = Teacher(norm.cuda().bfloat16(), 1e-5, rows_of_head.cuda().bfloat16())
     step = TrainStep(head, teacher, Objective(loss, 3, 0.8, chunk_rows=100), compiled=True)

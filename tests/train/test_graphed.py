@@ -9,10 +9,11 @@ import torch
 
 from drafthead.train import graphed
 from drafthead.train.attention import Documents
-from drafthead.train.batches import Batch, assemble, draft_ids
+from drafthead.train.batches import Batch, draft_ids
 from drafthead.train.graphed import COUNTED, GraphedStep, Places, Sizes
 from drafthead.train.graphs import Graphs
 from drafthead.train.losses import Teacher
+from drafthead.train.packing import pack_row
 from drafthead.train.step import Objective, TrainStep
 from tests.train.test_ttt import problem
 
@@ -25,7 +26,8 @@ def rows():
     to_draft = draft_ids(head.target_ids(), head.config.vocab_size)
     tokens = sum(len(s.ids) for s in samples) - 2 * len(samples)
     choices = [samples, samples[:1], samples[1:], samples[::-1], samples[2:]]
-    return head, tokens, [assemble(c, STEPS, to_draft, tokens, embedding) for c in choices]
+    packed = [pack_row(c, STEPS, to_draft, tokens, embedding) for c in choices]
+    return head, tokens, [row.batch("cpu") for row in packed]
 
 
 def both(head, tokens, loss):

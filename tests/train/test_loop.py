@@ -19,9 +19,10 @@ from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head
 from drafthead.recipe import TrainSection
 from drafthead.train import checkpoint
-from drafthead.train.batches import assemble, draft_ids
+from drafthead.train.batches import draft_ids
 from drafthead.train.log import Log, read_metrics
 from drafthead.train.loop import fit, learning_rate
+from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
 from drafthead.train.step import Objective, TrainStep
 from tests.train.toy import make_task, write_store
@@ -65,6 +66,7 @@ from pathlib import Path
 from rich.console import Console
 torch.set_num_threads(1)
 from drafthead.train import checkpoint, loop
+from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
 from drafthead.train.step import Objective, TrainStep
 from tests.train.toy import make_task
@@ -243,9 +245,9 @@ def test_rows_of_a_step_add_up_to_one_row(store):
     def gradients(parts):
         task.head.zero_grad()
         for part in parts:
-            batch = assemble(part, 3, to_draft, 1000, task.embedding)
-            assert batch is not None
-            step.backward(batch)
+            row = pack_row(part, 3, to_draft, 1000, task.embedding)
+            assert row is not None
+            step.backward(row.batch("cpu"))
         return [p.grad.clone() for p in task.head.parameters()]
 
     for a, b in zip(gradients([samples[:2], samples[2:]]), gradients([samples])):

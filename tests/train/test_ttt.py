@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drafthead.head.model import Eagle3Head
-from drafthead.train.batches import assemble
+from drafthead.train.packing import pack_row
 from drafthead.train.ttt import TrainingTimeTest, take_rows
 from tests.heads import small_head
 from tests.train.samples import sample
@@ -57,7 +57,8 @@ def problem(**changes):
             replace(s, ids=s.ids % c.vocab_size, states=states, num_aux=len(c.aux_layer_ids))
         )
     embedding = torch.randn(c.vocab_size, c.hidden_size, generator=g).double()
-    return head, embedding, samples, assemble(samples, STEPS, to_draft, 100, embedding)
+    row = pack_row(samples, STEPS, to_draft, 100, embedding)
+    return head, embedding, samples, row.batch("cpu")
 
 
 @pytest.mark.parametrize(

@@ -90,18 +90,29 @@ class Sample:
     @property
     def aux(self) -> torch.Tensor:
         """[T', A, Ht]: the auxiliary states, bf16 or fp32."""
-        scale = None if self.scale is None else self.scale[:, : self.num_aux]
-        aux = _widened(self.states[:, : self.num_aux], scale)
-        if self.final is None or aux.shape[1] == self.num_aux:
-            return aux
-        return torch.cat([aux, self.final[:, None]], dim=1)  # the last layer is one of them
+        return aux_layers(self.stored, self.num_aux)
 
     @property
     def last(self) -> torch.Tensor:
         """[T', Ht]: the stream before the final norm, bf16 or fp32."""
-        if self.final is not None:
-            return self.final
-        return _widened(self.states[:, -1], None if self.scale is None else self.scale[:, -1])
+        return last_layer(self.stored)
+
+
+def aux_layers(stored: dict[str, torch.Tensor], num_aux: int) -> torch.Tensor:
+    """``Sample.aux`` of ``Sample.stored``."""
+    scale = stored["scale"][:, :num_aux] if "scale" in stored else None
+    aux = _widened(stored["states"][:, :num_aux], scale)
+    if "final" not in stored or aux.shape[1] == num_aux:
+        return aux
+    return torch.cat([aux, stored["final"][:, None]], dim=1)  # the last layer is one of them
+
+
+def last_layer(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``Sample.last`` of ``Sample.stored``."""
+    if "final" in stored:
+        return stored["final"]
+    scale = stored["scale"][:, -1] if "scale" in stored else None
+    return _widened(stored["states"][:, -1], scale)
 
 
 @dataclass(frozen=True)

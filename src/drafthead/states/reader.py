@@ -1,11 +1,15 @@
 """Reads a state store: random access by sample, memory-mapped, checked before it is believed."""
 
+import os
 import threading
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
 from drafthead.errors import DraftheadError
@@ -13,6 +17,9 @@ from drafthead.fsio import sha256_file
 from drafthead.states.format import Sample, StoreMeta, shard_tensors
 from drafthead.states.index import Shard, load_unit, missing_units, unit_numbers
 from drafthead.states.samples import Samples
+
+AHEAD = 8
+"""Shards verified before they are wanted: as many as samples are shuffled over."""
 
 
 class StateReader(Samples):
@@ -27,7 +34,8 @@ class StateReader(Samples):
     Opening reads the index only: the columns of ``Samples``.
 
     ``reader[i]`` gives a ``Sample`` whose tensors are private or memory-mapped read-only pages:
-    do not write to them. Thread-safe. A shard's checksum is verified when it is first touched
+    do not write to them. Thread-safe. A shard's checksum is verified before anything of it is
+    handed out, by threads of its own and some shards ahead of what ``expect`` was told
     (``verify=False`` leaves that out: only after `drafthead states check`). A store that lacks
     units is refused, unless ``partial``.
 
@@ -64,7 +72,10 @@ class StateReader(Samples):
         counts = [len(shard.tokens) for shard in self.shards]
         super().__init__(path, meta, counts, aux_layers)
         self._verify = verify
-        self._open: dict[int, Any] = {}
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4), "shards")
+        self._open: dict[int, Future[dict[str, torch.Tensor]]] = {}
+        self._ahead: deque[int] = deque()  # shards in the order in which they will be wanted
+        self._unused: set[int] = set()  # opened ahead, and not wanted yet
         self._lock = threading.Lock()
 
         def column(name: str, dtype: Any) -> np.ndarray:
@@ -80,26 +91,54 @@ class StateReader(Samples):
 
     def __getitem__(self, index: int) -> Sample:
         index = self.place(index)
-        handle = self._handle(int(self._shard[index]))
-        start, stop = self._token_start[index], self._token_start[index] + self.tokens[index]
-        first, end = self._state_start[index], self._state_start[index] + self.states[index]
-        stored = {n: handle.get_slice(n)[int(first) : int(end)] for n in self.meta.stored}
+        shard = self._tensors(int(self._shard[index]))
+        start, first = int(self._token_start[index]), int(self._state_start[index])
+        stop, end = start + int(self.tokens[index]), first + int(self.states[index])
         return Sample(
-            ids=handle.get_slice("ids")[int(start) : int(stop)],
-            loss_mask=handle.get_slice("loss_mask")[int(start) : int(stop)],
+            ids=shard["ids"][start:stop],
+            loss_mask=shard["loss_mask"][start:stop],
             num_aux=len(self.aux_layers),
             prompt_len=int(self.prompt[index]),
             conversation=self.conversation[index],
             split=self.split[index],
-            **self.chosen(stored),
+            **self.chosen({name: shard[name][first:end] for name in self.meta.stored}),
         )
 
-    def _handle(self, number: int) -> Any:
+    def expect(self, order: Iterable[int]) -> None:
         with self._lock:
-            if number not in self._open:
-                shard = self.shards[number]
-                self._open[number] = open_shard(self.path, self.meta, shard, verify=self._verify)
-            return self._open[number]
+            wanted = self._shard[np.fromiter(order, np.int64)].tolist()
+            self._ahead = deque(dict.fromkeys([*wanted, *self._ahead]))
+            self._go_ahead()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _tensors(self, number: int) -> dict[str, torch.Tensor]:
+        """A shard's tensors, memory-mapped."""
+        with self._lock:
+            self._start(number)
+            self._unused.discard(number)
+            self._go_ahead()
+            opening = self._open[number]
+        return opening.result()
+
+    def _go_ahead(self) -> None:
+        """With the lock held: open what will be wanted next."""
+        while self._ahead and len(self._unused) < AHEAD:
+            number = self._ahead.popleft()
+            if self._start(number):
+                self._unused.add(number)
+
+    def _start(self, number: int) -> bool:
+        """With the lock held: begin to open a shard; False if that was begun before."""
+        if number in self._open:
+            return False
+        self._open[number] = self._pool.submit(self._load, self.shards[number])
+        return True
+
+    def _load(self, shard: Shard) -> dict[str, torch.Tensor]:
+        handle = open_shard(self.path, self.meta, shard, verify=self._verify)
+        return {name: handle.get_tensor(name) for name in ("ids", "loss_mask", *self.meta.stored)}
 
 
 def _starts(lengths: np.ndarray, counts: list[int]) -> np.ndarray:

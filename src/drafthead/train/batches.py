@@ -1,13 +1,7 @@
 """Batches: documents packed into rows without padding, the same for the same seed and step.
 
-A row is what one pass through the head takes: documents one after the other, as many as fit. Index
-arithmetic is done here, on the host, so that the device never has to be asked for a size.
-
-Of a document with tokens x[0..L-1] and states for 0..L'-1, position i takes the embedding of
-x[i+1+t] at step t and predicts x[i+2+t], whose teacher row is `last[i+1+t]`. Let p be the indices
-of the supervised tokens (loss mask set, 2 <= p <= L'). Positions 0..p_last-2 are packed; what comes
-after them is of no use to any row. Those from p_first-2-(T-1) on are *live*: only they run through
-queries and MLP, the others are keys. Each step t < T and token p has one row, at position p-2-t.
+A row is what one pass through the head takes: documents one after the other, as many as fit. What
+of a document is in it, and where, says `packing.py`.
 """
 
 import functools
@@ -19,10 +13,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from drafthead.states import Sample
 from drafthead.train.attention import Documents
 
 OPEN_ROWS = 16  # rows that packing fills at once: more fill better and mix less
@@ -80,8 +72,8 @@ class Batch:
 def pack(lengths: np.ndarray, order: Iterable[int], tokens: int) -> list[list[int]]:
     """Put documents of `lengths`, taken in `order`, into rows of at most `tokens` positions.
 
-    First fit into a few open rows; a document longer than a row fills one alone (and is cut when
-    assembled). Documents without a position to train on (length < 1) are left out.
+    First fit into a few open rows; a document longer than a row fills one alone (and is cut when it
+    is packed). Documents without a position to train on (length < 1) are left out.
     """
     done: list[list[int]] = []
     rows: list[tuple[int, list[int]]] = []
@@ -108,86 +100,26 @@ def draft_ids(target_ids: Tensor, vocab_size: int) -> Tensor:
     return ids
 
 
-def assemble(
-    samples: list[Sample], steps: int, to_draft: Tensor, tokens: int, embedding: Tensor
-) -> Batch | None:
-    """Pack samples for `steps` of training-time test; None if nothing in them is supervised.
-
-    to_draft int [V] (see `draft_ids`). embedding [V, H]: the target's, on the CPU. Of a document
-    only the first `tokens` positions are used.
-    """
-    names, next_ids, positions, aux, last, labels = [], [], [], [], [], []
-    live, student, q_lengths, k_lengths = [], [], [], []
-    start = first_live = 0
-    for sample in samples:
-        known = min(len(sample.ids) - 1, len(sample.last), tokens + 1)
-        supervised = sample.loss_mask[: known + 1].nonzero()[:, 0]
-        supervised = supervised[supervised >= 2]
-        if not len(supervised):
-            continue
-        count = int(supervised[-1]) - 1
-        begin = max(0, int(supervised[0]) - 1 - steps)
-        names.append(sample.conversation)
-        next_ids.append(sample.ids[1 : count + 1].long())
-        positions.append(torch.arange(count))
-        aux.append(sample.aux[:count])
-        last.append(sample.last[supervised - 1])
-        labels.append(to_draft[sample.ids[supervised].long()])
-        live.append(torch.arange(start + begin, start + count))
-        at = supervised - 2 - torch.arange(steps)[:, None]
-        student.append(torch.where(at >= 0, at - begin + first_live, -1))
-        q_lengths.append(count - begin)
-        k_lengths.append(count)
-        start, first_live = start + count, first_live + count - begin
-    if not names:
-        return None
-    rows = torch.cat(student, dim=1)
-    live_rows, total = torch.cat(live), rows.shape[1]
-    live_of = torch.full((start,), -1)
-    live_of[live_rows] = torch.arange(len(live_rows))
-    student_of = torch.full((steps, len(live_rows) + 1), -1)  # the last column takes the -1
-    student_of.scatter_(1, rows % (len(live_rows) + 1), torch.arange(total).expand(steps, -1))
-    return Batch(
-        names=tuple(names),
-        embeds=F.embedding(torch.cat(next_ids), embedding),
-        positions=torch.cat(positions),
-        aux=torch.cat(aux),
-        live=live_rows,
-        live_of=live_of,
-        documents=Documents.of(q_lengths, k_lengths),
-        last=torch.cat(last),
-        labels=torch.cat(labels),
-        student=rows.clamp(min=0),
-        student_of=student_of[:, :-1],
-        has_row=rows >= 0,
-        rows=int((rows >= 0).sum()),
-    )
-
-
 def prefetch(
     make: Callable[[int], Batch | None],
     numbers: Iterable[int],
     device: torch.device,
     depth: int = 3,
 ) -> Generator[Batch | None, None, None]:
-    """`make(number)` for each number in order, on the device, up to `depth` ahead.
+    """`make(number)`, which is on the device, for each number in order, up to `depth` ahead.
 
-    Threads make them: on a GPU several, since a row of 8192 states is 130 MB to be read, packed and
-    pinned, and its copy runs on a stream of its own beside the computation.
+    Threads make them: on a GPU several, since a row of 8192 states is 130 MB to be read and packed,
+    and what they start there runs on a stream of its own beside the computation.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def load(number: int) -> tuple[Batch | None, torch.cuda.Event | None]:
-        batch = make(number)
-        if batch is None or stream is None:
-            return batch, None
         with torch.cuda.stream(stream):
-            pinned = batch.map(Tensor.pin_memory)
-            return pinned.map(lambda x: x.to(device, non_blocking=True)), stream.record_event()
+            return make(number), stream and stream.record_event()
 
     def ready(future: Future) -> Batch | None:
         batch, copied = future.result()
-        if copied is not None:
+        if batch is not None and copied is not None:
             current = torch.cuda.current_stream(device)
             current.wait_event(copied)
             batch.map(functools.partial(_used_on, current))

@@ -182,9 +182,9 @@ class GraphedStep:
         for p, gradient in zip(self.parameters, self.gradients):
             p.grad = gradient
         if self._batch is None:
-            # The first as it is: what is compiled for sizes that are equal by chance, as padded
-            # ones often are, is compiled once more for others.
-            self._batch = batch
+            # The first as large as it is: what is compiled for sizes that are equal by chance, as
+            # padded ones often are, is compiled once more for others. Places are contiguous, too.
+            self._batch = batch.map(Tensor.contiguous)
             return self._backward()
         size = self.sizes.choose(batch)
         if size not in self._made:

@@ -19,7 +19,7 @@ from drafthead.recipe import TrainSection
 from drafthead.states import Samples
 from drafthead.states.format import decode
 from drafthead.train import checkpoint, fp8
-from drafthead.train.batches import Batch, assemble, draft_ids, prefetch
+from drafthead.train.batches import Batch, draft_ids, prefetch
 from drafthead.train.evaluate import Acceptance, evaluate
 from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
@@ -28,6 +28,7 @@ from drafthead.train.losses import Teacher
 from drafthead.train.meter import Meter
 from drafthead.train.operations import matmul_rate
 from drafthead.train.optimizer import AdamW, AdamWSettings
+from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
 from drafthead.train.plan import Plan
 from drafthead.train.sharded import ShardedStep
@@ -161,12 +162,10 @@ class _Fit:
     def make(self, number: int) -> Batch | None:
         """Read and pack row `number` of the plan."""
         samples = [self.task.reader[index] for index in self.plan.rows[number]]
-        settings = self.task.settings
-        batch = assemble(samples, self.steps, self.to_draft, settings.row_tokens, self.embedding)
-        return batch if batch is None else batch.map(self._shrink)
-
-    def _shrink(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if x.is_floating_point() else x
+        tokens, device = self.task.settings.row_tokens, self.world.device
+        pinned = device.type == "cuda"
+        row = pack_row(samples, self.steps, self.to_draft, tokens, self.embedding, pinned)
+        return None if row is None else row.batch(device, self.dtype)
 
     def run(self) -> dict:
         progress, world, plan = self.progress, self.world, self.plan
