@@ -159,6 +159,7 @@ def _ours(options: argparse.Namespace, job: Job, task: Task, folder: Path, warm:
         "tokens": summary["tokens"],
         "train_seconds": summary["train_seconds"],
         "waiting": summary["waiting"],
+        "graphs": summary["graphs"],
         "curve": curve,
         "heldout": summary["heldout"],
         "head_folder": str(folder / "best"),
