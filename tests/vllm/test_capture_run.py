@@ -249,3 +249,16 @@ def test_tensor_parallel_engine_gives_the_states_of_one(ran, llama, tmp_path, mo
     for index in range(18):
         assert torch.equal(one[index].ids, two[index].ids)
         torch.testing.assert_close(two[index].states, one[index].states, rtol=1e-4, atol=1e-4)
+
+
+def test_the_writing_processs_death_ends_the_stage(ran):
+    """The last of them: ``ran``'s engine captures nothing after it."""
+    plan, run, engine, _ = ran
+    for number in (1, 2):
+        (run.answers / f"part-{number:06d}.parquet").unlink()
+    for child in psutil.Process().children():
+        child.kill()
+    with pytest.raises(DraftheadError, match="the process that writes the states died"):
+        generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
+    assert [fault.unit for fault in check_store(run.states)] == [1]
+    assert (run.answers / "part-000000.parquet").exists()
