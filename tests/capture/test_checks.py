@@ -30,7 +30,7 @@ def greedy_sample(target, seed=0, tokens=12, prompt=4):
 
 def run(checker, samples):
     checks = {}
-    return list(checker.watch(samples, META, checks)), checks
+    return list(checker.watch(samples, len(samples), META, checks)), checks
 
 
 @pytest.mark.parametrize("block", [4096, 100, 3])
@@ -47,25 +47,26 @@ def test_teacher_is_the_last_norm_and_the_lm_head(target, monkeypatch, block):
     assert torch.equal(teacher_argmax(last, norm, eps, target.lm_head()), expected)
 
 
-def test_good_samples_pass_untouched_and_are_counted(target):
+def test_good_samples_pass_untouched_and_are_counted(target, monkeypatch):
     samples = [greedy_sample(target, seed) for seed in range(5)]
-    checker = Checker(target, 3, True)
-    passed, checks = run(checker, samples)
+    checker = Checker(target, True)
+    passed, found = run(checker, samples)
     assert all(a is b for a, b in zip(passed, samples))
-    assert checks == {"samples": 5, "tokens": 55, "greedy_checked": 15, "greedy_agree": 15}
-    everything = Checker(target, 99, True)
-    assert run(everything, samples)[1]["greedy_checked"] == 5 * 8
+    assert found == {"samples": 5, "tokens": 55, "greedy_checked": 40, "greedy_agree": 40}
+    for most, each in ((15, 3), (11, 3), (5, 1), (41, 8)):
+        monkeypatch.setattr(checks, "CHECKED", most)
+        assert run(checker, samples)[1]["greedy_checked"] == 5 * each
 
 
 def test_rows_of_other_positions_are_found_out(target):
-    checker = Checker(target, 8, True)
+    checker = Checker(target, True)
     shifted = [greedy_sample(target, seed) for seed in range(4)]
     for sample in shifted:
         sample.states[:] = sample.states.roll(1, 0)
     with pytest.raises(DraftheadError, match="explain only"):
         run(checker, shifted)
     # sampled answers are not expected to be the teacher's
-    sampled = Checker(target, 8, False)
+    sampled = Checker(target, False)
     assert run(sampled, shifted)[1]["greedy_checked"] == 0
 
 

@@ -22,7 +22,7 @@ from tests import disk
 
 L, H, CAPACITY = 3, 64, 32
 META = StoreMeta((1, 3), 4, H, "fp32", 4, {})
-OPTIONS = {"shard_bytes": 1 << 20, "positions": 2, "greedy": False, "strict": True}
+OPTIONS = {"shard_bytes": 1 << 20, "greedy": False, "strict": True}
 SHAPE = (CAPACITY, L, H, "fp32")
 
 

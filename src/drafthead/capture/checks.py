@@ -13,6 +13,10 @@ from drafthead.targets import Target
 MIN_AGREEMENT = 0.9
 """Below this share of greedy tokens that the states explain, they are not the served ones. Rounding
 (bf16 logits, quantized kernels) moves single near-ties, not one token in ten."""
+CHECKED = 512
+"""Greedy tokens of a unit that are compared with the teacher's argmax, as far as it has so many:
+more than chance could fail on, and of 256 answers no more work for a CPU (an LM head of 65,000 rows
+of 2048) than the bytes of their states are."""
 _VOCAB_BLOCK = _POSITIONS_BLOCK = 4096
 
 
@@ -54,21 +58,20 @@ class Checker:
 
     Args:
         target: whose final norm and LM head are the teacher.
-        positions: tokens of each answer compared with the teacher's, evenly spread.
         greedy: whether the answers are greedy, so that teacher and answer must agree.
         strict: whether a failed check raises; else it is counted as ``faults``.
     """
 
-    def __init__(self, target: Target, positions: int, greedy: bool, strict: bool = True):
-        self.positions, self.greedy, self.strict = positions, greedy, strict
+    def __init__(self, target: Target, greedy: bool, strict: bool = True):
+        self.greedy, self.strict = greedy, strict
         self._norm, self._eps = target.final_norm()
         self._lm_head = target.lm_head()
 
     def watch(
-        self, samples: Iterable[Sample], meta: StoreMeta, checks: dict[str, Any]
+        self, samples: Iterable[Sample], count: int, meta: StoreMeta, checks: dict[str, Any]
     ) -> Iterator[Sample]:
-        """The same samples; after the last, ``checks`` says what was found: ``samples``,
-        ``tokens`` (of states), ``greedy_checked``, ``greedy_agree``.
+        """The same samples, of which there are ``count``; after the last, ``checks`` says what was
+        found: ``samples``, ``tokens`` (of states), ``greedy_checked``, ``greedy_agree``.
 
         Raises:
             DraftheadError: states that are not finite, zero, or not those of the served tokens.
@@ -77,17 +80,17 @@ class Checker:
         checks.update(samples=0, tokens=0, greedy_checked=0, greedy_agree=0)
         for sample in samples:
             self._attempt(check_values, checks, sample, meta)
-            picked.append(self.pick(sample))
+            picked.append(self.pick(sample, count))
             checks["samples"] += 1
             checks["tokens"] += len(sample.states)
             yield sample
         if self.greedy and picked:
             self._attempt(self.agreement, checks, picked, checks)
 
-    def pick(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the teacher needs of a sample: last-layer states [n, Ht] at some positions, and the
-        token int64 [n] that the target served after each."""
-        at = self._spread(sample)
+    def pick(self, sample: Sample, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the teacher needs of one of ``count`` samples: last-layer states [n, Ht] at some
+        positions, evenly spread, and the token int64 [n] that the target served after each."""
+        at = _spread(sample, -(-CHECKED // count))
         return sample.map(lambda stored: gathered(stored, at)).last, sample.ids[at + 1].long()
 
     def agreement(
@@ -116,11 +119,12 @@ class Checker:
                 raise
             checks["faults"] = checks.get("faults", 0) + 1
 
-    def _spread(self, sample: Sample) -> torch.Tensor:
-        """Positions whose next token the target wrote last, at most ``positions``, ascending."""
-        first, stop = sample.prompt_len - 1, min(len(sample.states), len(sample.ids) - 1)
-        count = max(0, min(self.positions, stop - first))
-        return torch.linspace(first, max(first, stop - 1), count).round().long()
+
+def _spread(sample: Sample, most: int) -> torch.Tensor:
+    """Positions whose next token the target wrote last, at most ``most``, ascending."""
+    first, stop = sample.prompt_len - 1, min(len(sample.states), len(sample.ids) - 1)
+    count = max(0, min(most, stop - first))
+    return torch.linspace(first, max(first, stop - 1), count).round().long()
 
 
 def check_agreement(agree: int, positions: int) -> None:

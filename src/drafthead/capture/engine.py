@@ -16,10 +16,6 @@ from drafthead.serve import engine_plan, llm_class
 from drafthead.states import StoreMeta
 from drafthead.targets import Target
 
-CHECKED_POSITIONS = 2
-"""Tokens of each answer that are compared with the teacher's argmax: over thousands of answers
-enough for a share to some tenths of a percent, for no more work of the CPU (an LM head of 65,000
-rows of 2048) than the bytes of the same answer take."""
 _SETTLE_SECONDS = 10.0
 """With asynchronous scheduling a last step may still be under way for sequences that have ended."""
 
@@ -106,7 +102,6 @@ class CaptureEngine:
             where = {"store": str(sink)} if isinstance(sink, Path) else {"pages": sink.path}
             options = {
                 "shard_bytes": recipe.capture.shard_bytes,
-                "positions": CHECKED_POSITIONS,
                 "greedy": recipe.generate.temperature == 0,
                 "strict": strict,
             }

@@ -11,14 +11,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from drafthead.capture.checks import Checker, check_values
+from drafthead.capture.checks import CHECKED, Checker, check_values
 from drafthead.states import Sample, StoreMeta
 
 PAGE = 1 << 18
 """Bytes: small beside a sample of a hundred tokens, large beside the cost of a copy."""
-CHECKED = 512
-"""Greedy tokens compared with the teacher's before the engine is believed; then only each state's
-values are looked at, for the LM head is too much to read for every few samples."""
 
 
 class SharedPages:
@@ -72,7 +69,9 @@ def pages_needed(size: int) -> int:
 
 
 class PageWriter:
-    """Checks samples and copies them into pages.
+    """Checks samples and copies them into pages. After ``CHECKED`` greedy tokens the engine is
+    believed, and only each state's values are looked at: the LM head is too much to read for every
+    few samples.
 
     Args:
         pages: shared with the reader.
@@ -85,8 +84,10 @@ class PageWriter:
         self._picked: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._believed = not checker.greedy
 
-    def submit(self, places: Sequence[Sequence[int]], samples: Iterable[Sample]) -> None:
-        """Copy each sample into the pages at its place.
+    def submit(
+        self, places: Sequence[Sequence[int]], samples: Iterable[Sample], count: int
+    ) -> None:
+        """Copy each of ``count`` samples into the pages at its place.
 
         Raises:
             DraftheadError: it failed a check.
@@ -94,7 +95,7 @@ class PageWriter:
         for place, sample in zip(places, samples, strict=True):
             check_values(sample, self.meta)
             if not self._believed:
-                self._picked.append(self.checker.pick(sample))
+                self._picked.append(self.checker.pick(sample, count))
             self.pages.put(place, sample.stored.values())
         if sum(len(served) for _, served in self._picked) >= CHECKED:
             self.checker.agreement(self._picked)

@@ -187,7 +187,8 @@ def serve(
             elif what == "unit":
                 place, sequences, wanted = given
                 whole, captured = captured, Captured()
-                sink.submit(place, _samples(whole, sequences, wanted, sink.meta))
+                samples = _samples(whole, sequences, wanted, sink.meta)
+                sink.submit(place, samples, len(wanted))
             else:
                 sink.flush()
             if sink is not None:
@@ -203,7 +204,7 @@ class _Sink(Protocol):
 
     meta: StoreMeta
 
-    def submit(self, place: Any, samples: Iterator[Sample]) -> None: ...
+    def submit(self, place: Any, samples: Iterator[Sample], count: int) -> None: ...
     def check(self) -> None: ...
     def flush(self) -> None: ...
 
@@ -216,16 +217,14 @@ class _Store:
         self._writer = StateWriter(path, meta, shard_bytes)
         self.check, self.flush = self._writer.check, self._writer.flush
 
-    def submit(self, unit: int, samples: Iterator[Sample]) -> None:
+    def submit(self, unit: int, samples: Iterator[Sample], count: int) -> None:
         checks: dict[str, Any] = {}
-        self._writer.submit(unit, self._checker.watch(samples, self.meta, checks), checks)
+        self._writer.submit(unit, self._checker.watch(samples, count, self.meta, checks), checks)
 
 
 def _open(sink: dict, meta: dict, target: str, options: dict) -> _Sink:
     about = StoreMeta.of(meta)
-    checker = Checker(
-        load_target(target), options["positions"], options["greedy"], options["strict"]
-    )
+    checker = Checker(load_target(target), options["greedy"], options["strict"])
     if "pages" in sink:
         return PageWriter(SharedPages.open(sink["pages"]), about, checker)
     return _Store(Path(sink["store"]), about, options["shard_bytes"], checker)
