@@ -1,7 +1,7 @@
 r"""Quality at equal data on two CPU cores: heads on the states of a finished run (the demo's).
 
     python benchmarks/quality_small.py --run runs/demo --out OUT --peers DIR \
-        [--only a,b] [--seeds 0,1,2]
+        [--recipe recipes/demo.yaml] [--only a,b] [--seeds 0,1,2]
 
 Rows of 256 tokens, 3 steps of training-time test, one epoch, and drafthead's defaults for every
 head but what its name says; speculators 0.9.0 with its own schedule and loss on the same packed
@@ -29,24 +29,24 @@ from drafthead.train import fp8
 DEMO = {"row_tokens": 256, "ttt_steps": 3}
 ADAMW = DEMO | {"optimizer": "adamw"}
 JOBS = [
-    Job("drafthead", train=DEMO, vocab=8192),
-    Job("speculators-1e-3", "theirs", train=DEMO | {"learning_rate": 1e-3}, vocab=8192),
-    Job("speculators-5e-4", "theirs", train=DEMO | {"learning_rate": 5e-4}, vocab=8192),
-    Job("muon-1e-3", train=DEMO | {"learning_rate": 1e-3}, vocab=8192),
-    Job("adamw-5e-4", train=ADAMW, vocab=8192),
-    Job("adamw-1e-3", train=ADAMW | {"learning_rate": 1e-3}, vocab=8192),
-    Job("adamw-2e-3", train=ADAMW | {"learning_rate": 2e-3}, vocab=8192),
-    Job("no-norms", train=DEMO, head=BARE, vocab=8192),
-    Job("adamw-1e-3-no-norms", train=ADAMW | {"learning_rate": 1e-3}, head=BARE, vocab=8192),
-    Job("fc_norm", train=DEMO, head={"fc_norm": True, "norm_before_fc": False}, vocab=8192),
-    Job("rows-512", train=DEMO | {"row_tokens": 512}, vocab=8192),
-    Job("rows-1024", train=DEMO | {"row_tokens": 1024}, vocab=8192),
-    Job("acceptance", train=DEMO | {"loss": "acceptance"}, vocab=8192),
+    Job("drafthead", train=DEMO),
+    Job("speculators-1e-3", "theirs", train=DEMO | {"learning_rate": 1e-3}),
+    Job("speculators-5e-4", "theirs", train=DEMO | {"learning_rate": 5e-4}),
+    Job("muon-1e-3", train=DEMO | {"learning_rate": 1e-3}),
+    Job("adamw-5e-4", train=ADAMW),
+    Job("adamw-1e-3", train=ADAMW | {"learning_rate": 1e-3}),
+    Job("adamw-2e-3", train=ADAMW | {"learning_rate": 2e-3}),
+    Job("no-norms", train=DEMO, head=BARE),
+    Job("adamw-1e-3-no-norms", train=ADAMW | {"learning_rate": 1e-3}, head=BARE),
+    Job("fc_norm", train=DEMO, head={"fc_norm": True, "norm_before_fc": False}),
+    Job("rows-512", train=DEMO | {"row_tokens": 512}),
+    Job("rows-1024", train=DEMO | {"row_tokens": 1024}),
+    Job("acceptance", train=DEMO | {"loss": "acceptance"}),
     Job("vocab-16384", train=DEMO, vocab=16384),
-    Job("layer-from-target", train=DEMO, head={"layer_from_target": True}, vocab=8192),
-    Job("fp8", train=DEMO | {"matmul": "fp8"}, vocab=8192),
-    Job("ttt-1", train=DEMO | {"ttt_steps": 1}, vocab=8192),
-    Job("ttt-5", train=DEMO | {"ttt_steps": 5}, vocab=8192),
+    Job("layer-from-target", train=DEMO, head={"layer_from_target": True}),
+    Job("fp8", train=DEMO | {"matmul": "fp8"}),
+    Job("ttt-1", train=DEMO | {"ttt_steps": 1}),
+    Job("ttt-5", train=DEMO | {"ttt_steps": 5}),
 ]
 
 
@@ -81,7 +81,9 @@ def main() -> None:
     wanted = options.only.split(",") if options.only else [job.name for job in JOBS]
     for seed in (int(part) for part in options.seeds.split(",")):
         for job in (job for job in JOBS if job.name in wanted):
-            named = replace(job, name=f"{job.name}/{seed}", train=job.train | {"seed": seed})
+            size = job.vocab if job.name.startswith("vocab-") else recipe.vocab.size
+            settings = job.train | {"seed": seed}
+            named = replace(job, name=f"{job.name}/{seed}", train=settings, vocab=size)
             record["heads"].append(train(options, named))
             print(f"{named.name}: {length(record['heads'][-1]):.4f}", flush=True)
             write_json(options.out / "quality_small.json", record)

@@ -162,6 +162,9 @@ def test_what_differs_only_by_how_the_engine_is_set_is_not_the_heads_doing():
     assert found["noise"]["parted"][0] > 10
     assert found["noise"]["flips"] == 0
     assert found["p_value"] > 0.4
+    # Each writes the same however many are asked at once: it is from each other that they move.
+    assert found["bounds"]["limit"] == pytest.approx(2 * JUMP)
+    assert found["lossless"]
 
 
 def test_a_fault_behind_a_tie_is_found():

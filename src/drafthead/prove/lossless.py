@@ -310,7 +310,9 @@ class Examiner:
             )
         self.control.asked |= {(tuple(self.prompts[i]), self.max_tokens[i]) for i in decoded}
         parted = [self._own_partings(base_answers, answers) for answers in rounds]
-        for one, other in combinations(rounds, 2):
+        # Also across the two engines: each may well repeat itself to the bit.
+        computed = rounds if self.again is None else [*rounds, decoded]
+        for one, other in combinations(computed, 2):
             for i, completion in one.items():
                 # Up to where they part: after it nothing compares.
                 end = first_difference(completion.ids, other[i].ids)
