@@ -32,7 +32,7 @@ from drafthead.vocab import vocab
 
 KS = (1, 2, 3, 4, 5)
 THEIR_STEPS = 3  # speculators' default number of training-time-test steps
-BARE = {"norm_before_fc": False, "norm_before_residual": False, "norm_output": False}
+BARE = {"fc_norm": False, "norm_before_residual": False, "norm_output": False}
 """The `head` section of a head without norms but those of its layer."""
 
 
@@ -170,7 +170,11 @@ def _theirs(options: argparse.Namespace, job: Job, task: Task, folder: Path, war
     device = World.join().device
     settings, reader = task.settings, task.reader
     config = dataclasses.replace(
-        task.head.config, norm_before_residual=True, norm_before_fc=True, norm_output=True
+        task.head.config,
+        norm_before_residual=True,
+        norm_before_fc=True,
+        fc_norm=False,
+        norm_output=True,
     )
     torch.manual_seed(settings.seed)
     model = speculators_side.make_model(config, device)

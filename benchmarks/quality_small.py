@@ -38,7 +38,7 @@ JOBS = [
     Job("adamw-2e-3", train=ADAMW | {"learning_rate": 2e-3}),
     Job("no-norms", train=DEMO, head=BARE),
     Job("adamw-1e-3-no-norms", train=ADAMW | {"learning_rate": 1e-3}, head=BARE),
-    Job("fc_norm", train=DEMO, head={"fc_norm": True, "norm_before_fc": False}),
+    Job("norm_before_fc", train=DEMO, head={"fc_norm": False, "norm_before_fc": True}),
     Job("rows-512", train=DEMO | {"row_tokens": 512}),
     Job("rows-1024", train=DEMO | {"row_tokens": 1024}),
     Job("acceptance", train=DEMO | {"loss": "acceptance"}),

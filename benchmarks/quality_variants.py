@@ -15,9 +15,9 @@ MARGIN = 0.01
 
 LEVELS: dict[str, list[Job]] = {
     "norms": [
-        Job("fc_norm", head={"fc_norm": True, "norm_before_fc": False}),
+        Job("norm_before_fc", head={"fc_norm": False, "norm_before_fc": True}),
         Job("no-norm_before_residual", head={"norm_before_residual": False}),
-        Job("no-norm_before_fc", head={"norm_before_fc": False}),
+        Job("no-fc_norm", head={"fc_norm": False}),
         Job("no-norm_output", head={"norm_output": False}),
         Job("no-norms", head=BARE),
     ],

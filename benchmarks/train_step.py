@@ -93,6 +93,7 @@ def case(shape: Shape, ttt: int, device, options) -> dict:
     sides: list = []
     rest: dict[str, int] = {}
     result: dict = {"ttt_steps": ttt}
+    at_rest = allocated(device)  # what an earlier case has left behind
     for maker in (Ours, OursMuon, OursLaunched, OursFp8, Speculators, SpecForge):
         if maker.name not in options.sides:
             continue
@@ -111,7 +112,7 @@ def case(shape: Shape, ttt: int, device, options) -> dict:
         result[side.name] = {"start_seconds": time.perf_counter() - start, "losses": losses}
         print(f"ttt {ttt} {side.name}: warm after {time.perf_counter() - start:.0f} s", flush=True)
     for side in sides:
-        others = sum(size for name, size in rest.items() if name != side.name)
+        others = at_rest + sum(size for name, size in rest.items() if name != side.name)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for number in range(2):

@@ -14,7 +14,7 @@ def records() -> dict[str, dict]:
     found["muon-0.002-rows2048"] = record(2.0)
     found["speculators-0.0005-rows8192"] = record(1.8)
     base = variants.best(found, "ours")
-    gains = {"seed-1": 0.004, "seed-2": -0.004, "acceptance": 0.2, "fc_norm": 0.05}
+    gains = {"seed-1": 0.004, "seed-2": -0.004, "acceptance": 0.2, "norm_before_fc": 0.05}
     gains |= {"decay-0.6": 0.009, "two-layers": 0.5}
     for job in variants.parts(found):
         found[job.name] = record(2.0 + gains.get(job.name.removeprefix(f"{base.name}+"), -0.1))
@@ -23,10 +23,10 @@ def records() -> dict[str, dict]:
 
 def test_what_wins_by_more_than_the_noise_is_taken_together():
     job = variants.chosen(records())
-    assert job.name == "muon-0.002-rows2048+fc_norm+acceptance"
+    assert job.name == "muon-0.002-rows2048+norm_before_fc+acceptance"
     assert job.train["optimizer"] == "muon"
     assert job.train["loss"] == "acceptance"
-    assert job.head == {"fc_norm": True, "norm_before_fc": False}, (
+    assert job.head == {"fc_norm": False, "norm_before_fc": True}, (
         "shapes cost when served: they are not chosen by length"
     )
 

@@ -19,7 +19,7 @@ def target(llama):
     return load_target(llama)
 
 
-BARE = {"norm_before_fc": False, "norm_before_residual": False, "norm_output": False}
+BARE = {"fc_norm": False, "norm_before_residual": False, "norm_output": False}
 
 
 def config(target, **section) -> HeadConfig:
@@ -46,11 +46,11 @@ def test_the_recipe_leaves_open_what_the_target_says(target):
 
 def test_a_recipe_makes_a_head(target):
     section = HeadSection(
-        intermediate_size=128, num_hidden_layers=2, norm_before_fc=False, layer_from_target=True
+        intermediate_size=128, num_hidden_layers=2, fc_norm=False, layer_from_target=True
     )
     head = new_head(section, target, (1, 3), D2T, seed=3)
     assert len(head.layers) == 2
-    flags = head.config.norm_before_fc, head.config.norm_before_residual, head.config.norm_output
+    flags = head.config.fc_norm, head.config.norm_before_residual, head.config.norm_output
     assert flags == (False, True, True)
     assert head.config.aux_layer_ids == (1, 3)
     taken = target_layer(target)["mlp.up_proj.weight"]
@@ -75,14 +75,15 @@ def test_the_deepest_state_passes_through(target):
     assert 0 < (head.fuse(aux) - aux[:, -1]).norm() < 0.2 * aux[:, -1].norm()
 
 
-def test_normed_the_deepest_state_passes_through_in_its_direction(target):
-    head = make(target, {})
+@pytest.mark.parametrize("together", [False, True])
+def test_normed_the_deepest_state_passes_through_in_its_direction(target, together):
+    head = make(target, {"fc_norm": False, "norm_before_fc": True} if together else {})
     aux = torch.randn(5, len(head.config.aux_layer_ids), target.hidden_size) * 300
     aux[:, :-1] = 0
     passed, deepest = head.fuse(aux), aux[:, -1]
     assert torch.cosine_similarity(passed, deepest, dim=-1).min() > 0.999
-    size = passed.square().mean(-1).sqrt()  # all states are normed together
-    expected = len(head.config.aux_layer_ids) ** 0.5
+    size = passed.square().mean(-1).sqrt()
+    expected = len(head.config.aux_layer_ids) ** 0.5 if together else 1.0
     torch.testing.assert_close(size, torch.full((5,), expected), atol=0.05, rtol=0)
 
 
