@@ -180,7 +180,9 @@ def test_hostile_index_with_a_right_checksum(whole, tmp_path, data):
     except DraftheadError:
         pass
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 200_000  # kilobytes; claims go up to 2**70
+    # Kilobytes. Claims that are large begin at 2**30; what other threads of a long run of tests
+    # allocate meanwhile counts too, and was 211 MB once.
+    assert grown < 800_000
 
 
 @pytest.mark.parametrize(
