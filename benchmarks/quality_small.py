@@ -4,9 +4,10 @@ r"""Quality at equal data on two CPU cores: heads on the states of a finished ru
         [--recipe recipes/demo.yaml] [--only a,b] [--seeds 0,1,2]
 
 Rows of 256 tokens, 3 steps of training-time test, one epoch, and drafthead's defaults for every
-head but what its name says; speculators 0.9.0 with its own schedule and loss on the same packed
-rows in the same order, at its default rate and half of it. Held-out accepted length at k = 1 to 5
-by drafthead's walk. Far less data than quality.py's, so read it as a comparison at a demo's size.
+head but what its name says (as in quality_variants.py); speculators 0.9.0 with its own schedule and
+loss on the same packed rows in the same order, at its default rate and half of it. Held-out
+accepted length at k = 1 to 5 by drafthead's walk. Far less data than quality.py's, so read it as a
+comparison at a demo's size.
 `fp8` runs in PyTorch's 8-bit products for CPUs: slow, the same rounding. Finished heads are read
 back; OUT/quality_small.json is written after each.
 """
@@ -21,33 +22,36 @@ from pathlib import Path
 import speculators_side
 import torch
 from quality_heads import BARE, Job, length, train
+from quality_variants import LEVELS
 
 from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
+from drafthead.targets import load_target
 from drafthead.train import fp8
 
 DEMO = {"row_tokens": 256, "ttt_steps": 3}
-ADAMW = DEMO | {"optimizer": "adamw"}
-JOBS = [
-    Job("drafthead", train=DEMO),
-    Job("speculators-1e-3", "theirs", train=DEMO | {"learning_rate": 1e-3}),
-    Job("speculators-5e-4", "theirs", train=DEMO | {"learning_rate": 5e-4}),
-    Job("muon-1e-3", train=DEMO | {"learning_rate": 1e-3}),
-    Job("adamw-5e-4", train=ADAMW),
-    Job("adamw-1e-3", train=ADAMW | {"learning_rate": 1e-3}),
-    Job("adamw-2e-3", train=ADAMW | {"learning_rate": 2e-3}),
-    Job("no-norms", train=DEMO, head=BARE),
-    Job("adamw-1e-3-no-norms", train=ADAMW | {"learning_rate": 1e-3}, head=BARE),
-    Job("norm_before_fc", train=DEMO, head={"fc_norm": False, "norm_before_fc": True}),
-    Job("rows-512", train=DEMO | {"row_tokens": 512}),
-    Job("rows-1024", train=DEMO | {"row_tokens": 1024}),
-    Job("acceptance", train=DEMO | {"loss": "acceptance"}),
-    Job("vocab-16384", train=DEMO, vocab=16384),
-    Job("layer-from-target", train=DEMO, head={"layer_from_target": True}),
-    Job("fp8", train=DEMO | {"matmul": "fp8"}),
-    Job("ttt-1", train=DEMO | {"ttt_steps": 1}),
-    Job("ttt-5", train=DEMO | {"ttt_steps": 5}),
-]
+
+
+def jobs(hidden: int, vocab: int) -> list[Job]:
+    """The heads by name, for a target of that width: what quality.py compares, and a few more."""
+    muon = [Job("drafthead"), Job("muon-1e-3", train={"learning_rate": 1e-3})]
+    muon += [part for level in LEVELS.values() for part in level]
+    muon += [Job(f"rows-{rows}", train={"row_tokens": rows}) for rows in (512, 1024)]
+    muon += [Job("ttt-5", train={"ttt_steps": 5}), Job("fp8", train={"matmul": "fp8"})]
+    muon += [Job(f"mlp-{n}x", head={"intermediate_size": n * hidden}) for n in (2, 8)]
+    muon += [Job("two-layers", head={"num_hidden_layers": 2})]
+    rates = {"5e-4": 5e-4, "1e-3": 1e-3, "2e-3": 2e-3}
+    adamw = [
+        Job(f"adamw-{n}", train={"optimizer": "adamw", "learning_rate": rates[n]}) for n in rates
+    ]
+    adamw += [replace(adamw[1], name="adamw-1e-3-no-norms", head=BARE)]
+    theirs = [
+        Job(f"speculators-{n}", "theirs", train={"learning_rate": rates[n]})
+        for n in ("1e-3", "5e-4")
+    ]
+    usual = [replace(job, vocab=vocab) for job in (*muon, *adamw, *theirs)]
+    sizes = [Job("vocab-half", vocab=vocab // 2), Job("vocab-double", vocab=2 * vocab)]
+    return [replace(job, train=DEMO | job.train) for job in (*usual, *sizes)]
 
 
 def main() -> None:
@@ -78,12 +82,13 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "heads": [],
     }
-    wanted = options.only.split(",") if options.only else [job.name for job in JOBS]
+    known = {
+        job.name: job for job in jobs(load_target(options.target).hidden_size, recipe.vocab.size)
+    }
+    wanted = options.only.split(",") if options.only else list(known)
     for seed in (int(part) for part in options.seeds.split(",")):
-        for job in (job for job in JOBS if job.name in wanted):
-            size = job.vocab if job.name.startswith("vocab-") else recipe.vocab.size
-            settings = job.train | {"seed": seed}
-            named = replace(job, name=f"{job.name}/{seed}", train=settings, vocab=size)
+        for job in (known[name] for name in wanted):
+            named = replace(job, name=f"{job.name}/{seed}", train=job.train | {"seed": seed})
             record["heads"].append(train(options, named))
             print(f"{named.name}: {length(record['heads'][-1]):.4f}", flush=True)
             write_json(options.out / "quality_small.json", record)
