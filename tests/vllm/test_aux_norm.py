@@ -1,14 +1,12 @@
 """The norms before a head's fc in one kernel, against vLLM's own operations."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from drafthead.vllm_plugin import aux_norm
-from tests.triton_interpreter import REPO, environment
+from tests.triton_interpreter import run_tests
 
 ROWS, PARTS, EPS = 5, 3, 1e-5
 
@@ -95,19 +93,8 @@ def test_weights_loaded_anew_are_used():
 
 @pytest.mark.skipif(aux_norm.HAS_TRITON, reason="they ran above")
 def test_under_the_interpreter(tmp_path):
-    code = (
-        "import sys, pytest; from tests.vllm.newer_runner import let_vllm_interpret; "
-        "let_vllm_interpret(); sys.exit(pytest.main(sys.argv[1:]))"
+    run_tests(
+        f"--basetemp={tmp_path / 'inner'}",
+        *("-k", "not interpreter", "tests/vllm/test_aux_norm.py"),
+        first="from tests.vllm.newer_runner import let_vllm_interpret; let_vllm_interpret();",
     )
-    options = ["-q", f"--basetemp={tmp_path / 'inner'}", "-p", "no:cacheprovider", "-k"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options, "not interpreter", "tests/vllm/test_aux_norm.py"],
-        cwd=REPO,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "passed" in done.stdout, done.stdout[-500:]
-    assert "skipped" not in done.stdout, done.stdout[-500:]
