@@ -8,11 +8,11 @@
 
 The target has dummy weights, LFM2.5-8B-A1B's shapes in NVFP4 or SmolLM2-135M's in bf16; the head
 is random, lies on disk and is loaded (with dummy weights vLLM would give it the target's LM head).
-Every engine runs in a process of its own, as
-under `vllm serve`; all are started first and then take turns, one request at a time, greedy, so
-that each round compares them under the same conditions. Acceptance is synthetic, 0.6 at every
-position. `k3` is an engine with the plugin's cost mends, `k3-stock` one without them;
-`k3-fc_norm` has a head with that norm before its `fc` and the two norms of new heads after it.
+Every engine runs in a process of its own, as under `vllm serve`; all are started first and then
+take turns, one request at a time, greedy, so that each round compares them under the same
+conditions. Acceptance is synthetic, 0.6 at every position. `k3` is an engine with the plugin's cost
+mends, `k3-stock` one without them; `k3-fc_norm` has a head with that norm before its `fc` and the
+two norms of new heads after it.
 
 Then each engine answers once more with timers around the host's phases, and once under the torch
 profiler. OUT/step_cost.json is written after every round and has, for each engine, the step in

@@ -2,7 +2,6 @@
 
 import mmap
 import os
-from math import prod
 
 import torch
 
@@ -57,10 +56,10 @@ class SharedRows:
         self.tensors: list[torch.Tensor] = []
         """In the order of ``encode``'s, each [rows, ...]."""
         begin = 0
-        for one in encode(torch.zeros(1, layers, hidden), encoding).values():
-            shape = (rows, *one.shape[1:])
-            size = prod(shape) * one.element_size()
-            self.tensors.append(self._raw[begin : begin + size].view(one.dtype).view(shape))
+        for row in _row(layers, hidden, encoding):
+            size = rows * row.nbytes
+            place = self._raw[begin : begin + size].view(row.dtype)
+            self.tensors.append(place.view(rows, *row.shape[1:]))
             begin += _padded(size)
         self._pinned = False
 
@@ -68,8 +67,8 @@ class SharedRows:
     def create(rows: int, layers: int, hidden: int, encoding: Encoding) -> int:
         """Makes the memory; returns its file descriptor, to be closed once all have mapped it."""
         fd = os.memfd_create("drafthead-rows")
-        tensors = encode(torch.zeros(1, layers, hidden), encoding).values()
-        os.ftruncate(fd, sum(_padded(rows * t.nbytes) for t in tensors))
+        row = _row(layers, hidden, encoding)
+        os.ftruncate(fd, sum(_padded(rows * tensor.nbytes) for tensor in row))
         return fd
 
     def pin(self) -> None:
@@ -87,6 +86,11 @@ class SharedRows:
         if self._pinned:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._raw.data_ptr()))
             self._pinned = False
+
+
+def _row(layers: int, hidden: int, encoding: Encoding) -> list[torch.Tensor]:
+    """What ``encode`` makes of a row of states, each [1, ...]."""
+    return list(encode(torch.zeros(1, layers, hidden), encoding).values())
 
 
 def _padded(size: int) -> int:

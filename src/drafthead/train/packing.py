@@ -114,8 +114,10 @@ def pack_row(
     shapes |= {name: (torch.from_numpy(a).dtype, a.shape) for name, a in index.items()}
     places = _laid_out(shapes)
     size = max(place.end for place in places.values())
-    pages = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else None
-    whole = memory.empty([size], torch.uint8) if pages is None else pages
+    if pinned:
+        whole = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    else:
+        whole = memory.empty([size], torch.uint8)
     out = whole.numpy()
     room = {name: out[place.begin : place.end] for name, place in places.items()}
 
