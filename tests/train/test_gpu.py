@@ -122,8 +122,8 @@ def test_muon_on_the_gpu_is_muon():
                 p.grad = gradients[name].to(device, dtype)
             optimizer.step(rate, torch.tensor(1.0, device=device))
         masters.append(optimizer.masters())
-    for name, t in start.items():  # there Newton-Schulz is in bf16
-        assert relative(masters[1][name] - t, masters[0][name] - t) < 0.03
+    for name, t in start.items():  # there Newton-Schulz is in fp16, of what is in bf16
+        assert relative(masters[1][name] - t, masters[0][name] - t) < 0.01
 
 
 @pytest.mark.parametrize("capture", [0, graphed.CAPTURE], ids=["own sizes", "a full row's size"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from drafthead.train import muon
 from drafthead.train.masters import join, split
 from drafthead.train.optimizer import AdamW, AdamWSettings
 
@@ -114,6 +115,21 @@ def test_muon_follows_torch_muon(dtype):
         assert torch.equal(other.masters()[name], optimizer.masters()[name])
         assert torch.equal(other.mean[name], optimizer.mean[name])
         assert other.mean[name].any()
+
+
+@pytest.mark.parametrize("falling", [0, 1, 2], ids=["flat", "1/i", "1/i^2"])
+def test_newton_schulz_by_gram_is_newton_schulz(falling):
+    """Singular values near each other, and so far apart that fp16 loses the small ones."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(2, n, 96)).Q for n in (96, 300))
+    wide = left * torch.arange(1, 97) ** -float(falling) @ right.mT
+    wide /= torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)
+    expected = muon.newton_schulz(wide.double())
+    assert torch.linalg.svdvals(expected).max() < 1.3
+    for rule in (muon.newton_schulz, muon.by_gram):
+        for dtype, close in ((torch.float32, 1e-4), (torch.float16, 2e-2)):
+            error = rule(wide.to(dtype)).double() - expected
+            assert error.norm() < close * expected.norm()
 
 
 def test_muon_leaves_the_lm_head_and_vectors_to_adamw_and_survives_a_nan():
