@@ -6,9 +6,7 @@ import os
 import torch
 
 from drafthead.states.format import Encoding, encode
-
-_ALIGNED = 4096
-"""Bytes: where each tensor begins, a page."""
+from drafthead.states.layout import Place, lay_out
 
 
 class Ring:
@@ -53,22 +51,17 @@ class SharedRows:
 
     def __init__(self, fd: int, rows: int, layers: int, hidden: int, encoding: Encoding):
         self._raw = torch.frombuffer(mmap.mmap(fd, 0), dtype=torch.uint8)
-        self.tensors: list[torch.Tensor] = []
+        places, _ = _places(rows, layers, hidden, encoding)
+        self.tensors = [place.of(self._raw) for place in places.values()]
         """In the order of ``encode``'s, each [rows, ...]."""
-        begin = 0
-        for row in _row(layers, hidden, encoding):
-            size = rows * row.nbytes
-            place = self._raw[begin : begin + size].view(row.dtype)
-            self.tensors.append(place.view(rows, *row.shape[1:]))
-            begin += _padded(size)
         self._pinned = False
 
     @staticmethod
     def create(rows: int, layers: int, hidden: int, encoding: Encoding) -> int:
         """Makes the memory; returns its file descriptor, to be closed once all have mapped it."""
         fd = os.memfd_create("drafthead-rows")
-        row = _row(layers, hidden, encoding)
-        os.ftruncate(fd, sum(_padded(rows * tensor.nbytes) for tensor in row))
+        _, size = _places(rows, layers, hidden, encoding)
+        os.ftruncate(fd, size)
         return fd
 
     def pin(self) -> None:
@@ -88,10 +81,9 @@ class SharedRows:
             self._pinned = False
 
 
-def _row(layers: int, hidden: int, encoding: Encoding) -> list[torch.Tensor]:
-    """What ``encode`` makes of a row of states, each [1, ...]."""
-    return list(encode(torch.zeros(1, layers, hidden), encoding).values())
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
+def _places(
+    rows: int, layers: int, hidden: int, encoding: Encoding
+) -> tuple[dict[str, Place], int]:
+    """Where what ``encode`` makes of states [rows, layers, hidden] lies, and the bytes of it."""
+    row = encode(torch.zeros(1, layers, hidden), encoding)
+    return lay_out({name: (x.dtype, (rows, *x.shape[1:])) for name, x in row.items()})

@@ -12,8 +12,6 @@ queries and MLP, the others are keys. Each step t < T and token p has one row, a
 """
 
 from dataclasses import dataclass
-from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +19,9 @@ from torch import Tensor
 
 from drafthead.states import Sample, memory
 from drafthead.states.format import aux_layers, last_layer
+from drafthead.states.layout import Place, lay_out
 from drafthead.train.attention import Documents
 from drafthead.train.batches import Batch
-
-ALIGNED = 64  # bytes at which a tensor begins
-
-
-class Place(NamedTuple):
-    """Where a tensor lies: its bytes from `begin` to `end`."""
-
-    begin: int
-    end: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,10 +48,7 @@ class Row:
         """The row on a device, in one transfer, with floating-point tensors in `dtype`, or as they
         are. From pinned memory a GPU does all of it in its own time."""
         whole = self.memory.to(device, non_blocking=True)
-        parts = {
-            name: whole[place.begin : place.end].view(place.dtype).view(place.shape)
-            for name, place in self.places.items()
-        }
+        parts = {name: place.of(whole) for name, place in self.places.items()}
         stored: dict[str, Tensor] = {
             name: parts.pop(name) for name in ("states", "scale", "final") if name in parts
         }
@@ -112,8 +97,7 @@ def pack_row(
     shapes = {n: (t.dtype, (positions + len(used), *t.shape[1:])) for n, t in stored[0].items()}
     shapes["embeds"] = embedding.dtype, (positions, *embedding.shape[1:])
     shapes |= {name: (torch.from_numpy(a).dtype, a.shape) for name, a in index.items()}
-    places = _laid_out(shapes)
-    size = max(place.end for place in places.values())
+    places, size = lay_out(shapes)
     if pinned:
         whole = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     else:
@@ -185,16 +169,6 @@ def _indices(
         "cu_q": np.concatenate([[0], q_end]).astype(np.int32),
         "cu_k": np.concatenate([[0], k_end]).astype(np.int32),
     }
-
-
-def _laid_out(shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Place]:
-    """Tensors one after the other."""
-    places, end = {}, 0
-    for name, (dtype, shape) in shapes.items():
-        begin = -(-end // ALIGNED) * ALIGNED
-        end = begin + prod(shape) * dtype.itemsize
-        places[name] = Place(begin, end, dtype, shape)
-    return places
 
 
 def _bytes(x: Tensor) -> np.ndarray:
