@@ -146,10 +146,11 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
                 run_of(options, size)
             found = train_all(jobs, deadline)
         pool.terminate()  # what the last wave left behind
-    record["chosen"] = {
-        "ours": dataclasses.asdict(variants.chosen(found)),
-        "theirs": dataclasses.asdict(variants.best(found, "theirs")),
-    }
+    if "rates" in waves or "chosen" not in record:
+        record["chosen"] = {
+            "ours": dataclasses.asdict(variants.chosen(found)),
+            "theirs": dataclasses.asdict(variants.best(found, "theirs")),
+        }
 
 
 def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:

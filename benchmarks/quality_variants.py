@@ -1,9 +1,12 @@
-"""What the quality benchmark compares, in three waves, and how one wave's result enters the next.
+"""What the quality benchmark compares, in waves, and how one wave's result enters the next.
 
 1. `rates`: optimizer, learning rate and tokens of a step, for ours and for speculators.
 2. `parts`: everything else, each changed alone from the best of the first wave.
 3. `finalists`: that best one, the same with every part that won, and speculators at its best rate,
    three seeds each, for more epochs.
+
+`three` goes without them: parts and rates changed alone from the first of ours, three seeds each,
+what was asked most first, for as long as there is time.
 """
 
 from dataclasses import replace
@@ -68,7 +71,7 @@ def rates() -> list[Job]:
             train={"optimizer": optimizer, "learning_rate": rate, "row_tokens": rows},
         )
         for optimizer, sizes, rates in (
-            ("muon", (8192, 2048, 1024), (2e-3, 1e-3, 4e-3)),
+            ("muon", (2048, 8192, 1024), (2e-3, 1e-3, 4e-3)),
             ("adamw", (2048,), (1e-3, 5e-4)),
         )
         for rows in sizes
@@ -89,7 +92,7 @@ def rates() -> list[Job]:
 def best(found: dict[str, dict], side: str) -> Job:
     """The winner of the first wave on one side."""
     jobs = [job for job in rates() if job.side == side]
-    # Out of time before any of them: the first, which is what each side's authors would take.
+    # None of them known: the first, which is what each side's authors take.
     return max(jobs, key=lambda job: length(found[job.name]) if job.name in found else 0.0)
 
 
@@ -111,6 +114,28 @@ def parts(found: dict[str, dict]) -> list[Job]:
     base = best(found, "ours")
     changes = [*SEEDS, *(job for level in LEVELS.values() for job in level), *SHAPES]
     return [over(base, change) for change in changes]
+
+
+RATES = [
+    Job("adamw-5e-4", train={"optimizer": "adamw", "learning_rate": 5e-4}),
+    Job("adamw-1e-3", train={"optimizer": "adamw", "learning_rate": 1e-3}),
+    Job("muon-1e-3", train={"learning_rate": 1e-3}),
+    Job("muon-4e-3", train={"learning_rate": 4e-3}),
+    Job("rows-1024", train={"row_tokens": 1024}),
+]
+FIRST = "nothing ttt-3 ttt-7 ttt-1 ce+smoothl1 acceptance adamw-5e-4 adamw-1e-3 two-layers mlp-2x"
+
+
+def three(found: dict[str, dict]) -> list[Job]:
+    """Every part and rate, three seeds each."""
+    base, levels = best(found, "ours"), [job for level in LEVELS.values() for job in level]
+    changes = {job.name: job for job in [Job("nothing"), *levels, *SHAPES, *RATES]}
+    return [
+        replace(job, name=f"three/{name}/{seed}", train=job.train | {"seed": seed})
+        for name in dict.fromkeys([*FIRST.split(), *changes])
+        for job in [over(base, changes[name])]
+        for seed in range(3)
+    ]
 
 
 def chosen(found: dict[str, dict]) -> Job:
@@ -150,5 +175,6 @@ WAVES = {
     "rates": lambda found, epochs: rates(),
     "parts": lambda found, epochs: parts(found),
     "finalists": finalists,
+    "three": lambda found, epochs: three(found),
 }
 """The jobs of a wave, from the records so far and the finalists' epochs."""

@@ -1,5 +1,7 @@
 """How one wave of the quality benchmark leads to the next, and who wins the duel."""
 
+from dataclasses import replace
+
 import quality
 import quality_variants as variants
 
@@ -41,8 +43,22 @@ def test_finalists_are_three_seeds_of_each_side():
 
 
 def test_without_a_finished_wave_the_first_of_each_side_stands():
-    assert variants.chosen({}).name == "muon-0.002-rows8192"
+    assert variants.chosen({}).name == "muon-0.002-rows2048"
     assert variants.best({}, "theirs").train["learning_rate"] == 1e-3
+
+
+def test_parts_and_rates_with_three_seeds_each_differ_in_what_they_name():
+    jobs = variants.three({})
+    assert [job.name for job in jobs[:3]] == [f"three/nothing/{seed}" for seed in range(3)]
+    assert len({job.name for job in jobs}) == len(jobs)
+    usual = jobs[0].train
+    for job in jobs:
+        _, name, seed = job.name.split("/")
+        assert job.train["seed"] == int(seed)
+        rest = replace(job, name=jobs[0].name, train=job.train | {"seed": 0})
+        assert (rest == jobs[0]) == (name == "nothing"), name
+    (slower,) = (job for job in jobs if job.name == "three/muon-1e-3/2")
+    assert slower.train == usual | {"learning_rate": 1e-3, "seed": 2}
 
 
 def test_the_verdict_is_the_time_to_where_the_other_ends():
