@@ -3,11 +3,14 @@
 import random
 from dataclasses import dataclass, field
 
-from drafthead.vllm_plugin import COST_MENDS, MODEL_MENDS
+from drafthead.vllm_plugin import COST_MENDS, HEAD_MENDS, MODEL_MENDS
 
 # What `stock-*` leaves out; without `state_shape` they would not start.
 ALL_MENDS = ",".join(
-    sorted({"placeholder_drafts", "draft_kv_group", *MODEL_MENDS, *COST_MENDS} - {"state_shape"})
+    sorted(
+        {"placeholder_drafts", "draft_kv_group", *MODEL_MENDS, *COST_MENDS, *HEAD_MENDS}
+        - {"state_shape"}
+    )
 )
 IEEE = {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
 """The environment in which Triton and cuBLAS do not take TF32 for float32."""

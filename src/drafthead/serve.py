@@ -227,6 +227,10 @@ def engine_plan(
     if method is None and "producer" in (target.quantization or {}):
         method = "modelopt"  # hf_quant_config.json names its producer, not a method
     add("quantization", method, "the checkpoint's own quantization")
+    why = (
+        "what drafts, and how many tokens a step; the method is named because vLLM guesses it "
+        "from the path only"
+    )
     if head is not None:
         if (folder := Path(head).expanduser()).is_dir():
             refuse_unfit(folder, target)
@@ -234,16 +238,14 @@ def engine_plan(
             "method": "eagle3",
             "model": str(head),
             "num_speculative_tokens": k,
-            # The same drafts: without it, each draft step scatters its logits into the target's
-            # whole vocabulary and takes the maximum over that.
+            # vLLM's own, for every class of EAGLE-3 heads that it has.
             "use_local_argmax_reduction": True,
         }
-    add(
-        "speculative_config",
-        speculative_config,
-        "what drafts, and how many tokens a step; the method is named because vLLM guesses it "
-        "from the path only",
-    )
+        why += (
+            "; use_local_argmax_reduction chooses the same drafts for less: among the ids that the "
+            "head can draft, not over the target's whole vocabulary"
+        )
+    add("speculative_config", speculative_config, why)
     if engine.dtype != "auto":
         add("dtype", engine.dtype, "the recipe's computation type")
     add("max_model_len", engine.max_model_len, "the recipe's longest sequence")

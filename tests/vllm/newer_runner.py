@@ -22,7 +22,8 @@ def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
     A job has ``target``, ``speculative`` and ``requests``, and may have ``arguments`` (as for
     ``engines.engine``), ``known`` (sequences: drafts come from the oracle) and ``without``
     (``module:attribute`` of functions that a mend replaced, to be as vLLM has them). A result has
-    ``answers`` and the numbers of ``drafted`` and ``accepted`` tokens.
+    ``answers``, the numbers of ``drafted`` and ``accepted`` tokens, and whether drafts were chosen
+    in the ``draft_vocab`` (None without a head).
     """
     given, results = folder / "jobs.json", folder / "results.json"
     given.write_text(json.dumps(jobs))
@@ -111,7 +112,10 @@ def main(given: str, results: str) -> None:
             arguments = job.get("arguments", {})
             target, speculative = Path(job["target"]), job["speculative"]
             llm = stack.enter_context(engine(target, speculative, **arguments))
+            runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            speculator = runner.model_runner.speculator
             found[name] = {
+                "draft_vocab": getattr(speculator, "use_local_argmax_reduction", None),
                 "answers": answers(llm, job["requests"]),
                 "drafted": counter(llm, "spec_decode_num_draft_tokens"),
                 "accepted": counter(llm, "spec_decode_num_accepted_tokens"),

@@ -1,5 +1,6 @@
 """The mends that make steps cheaper change nothing else; decode graphs are for decodes."""
 
+import importlib
 import random
 from dataclasses import fields
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from drafthead import vllm_plugin
 from drafthead.vllm_plugin import (
     conv_metadata,
     draft_argmax,
@@ -163,6 +165,15 @@ def test_drafts_are_the_same_when_chosen_in_the_draft_vocabulary(tmp_path, targe
             accepted.append((got, counter(llm, "spec_decode_num_accepted_tokens")))
     assert accepted[0] == accepted[1]
     assert accepted[0][1] > 10
+
+
+def test_draft_argmax_comes_with_every_head(monkeypatch):
+    from drafthead.vllm_plugin import eagle3 as head_class
+
+    applied = []
+    monkeypatch.setattr(vllm_plugin, "apply", applied.extend)
+    importlib.reload(head_class)
+    assert "draft_argmax" in applied
 
 
 def test_draft_argmax_is_asked_for_where_it_may():

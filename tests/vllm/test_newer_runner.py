@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from tests.prove import crafted
 from tests.vllm import newer_runner
 from tests.vllm.engines import answers, eagle3, engine, ngram, prompt
 from tests.vllm.models import write_head, write_target
@@ -70,6 +71,12 @@ def found(tmp_path_factory, targets, plain):
         "requests": MIXED,
         "arguments": {"enable_prefix_caching": True, "block_size": 32},
     }
+    llama = crafted.target(folder / "llama")
+    llama_head = {
+        "target": str(llama),
+        "speculative": eagle3(crafted.head(folder / "llama-head", llama), K),
+        "requests": [([4 + i, 20 + i, crafted.ALTERNATES[2 * i]], 12) for i in range(6)],
+    }
     accepting = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.2}
     synthetic = {
         "target": str(targets[1]),
@@ -83,6 +90,8 @@ def found(tmp_path_factory, targets, plain):
         "one token, stock": one_token | {"without": [SCHEDULED]},
         "mixed": mixed,
         "mixed, stock": mixed | {"without": [*METADATA, ARGMAX, COMBINE]},
+        "llama": llama_head,
+        "llama, stock": llama_head | {"without": [ARGMAX]},
         "synthetic": synthetic,
     }
     return newer_runner.run(folder, jobs)
@@ -107,8 +116,11 @@ def test_one_token_prompts(found, plain):
 
 def test_cost_mends_change_neither_answers_nor_drafts(found, plain):
     assert found["mixed"]["answers"] == plain["mixed"]
-    assert found["mixed"] == found["mixed, stock"]
-    assert 0 < found["mixed"]["accepted"] < found["mixed"]["drafted"]
+    for name in ("mixed", "llama"):
+        mended, stock = found[name], found[f"{name}, stock"]
+        assert (mended.pop("draft_vocab"), stock.pop("draft_vocab")) == (True, False)
+        assert mended == stock
+        assert 0 < mended["accepted"] < mended["drafted"]
 
 
 def test_acceptance_is_as_synthetic_as_asked_for(found):

@@ -37,10 +37,10 @@ MODEL_MENDS = (
 )
 
 # Applied with the model's: answers stay the same, steps cost less.
-COST_MENDS = ("draft_argmax", "conv_metadata", "greedy_verify")
+COST_MENDS = ("conv_metadata", "greedy_verify")
 
 # Applied when a head's class is imported (eagle3.py), whatever its target: likewise.
-HEAD_MENDS = ("aux_norm",)
+HEAD_MENDS = ("aux_norm", "draft_argmax")
 
 # Written for the GPU and not yet run on one: only who asks for them gets them.
 UNTRIED = ("greedy_verify",)

@@ -4,6 +4,8 @@ A head with a draft vocabulary of its own gets its logits scattered into a row o
 vocabulary, draft pass by draft pass, of which only the largest is wanted. The model has a method
 that takes the largest in the draft vocabulary and maps its id; vLLM uses it only when
 ``use_local_argmax_reduction`` is asked for, to save traffic between GPUs. It pays on one too.
+``drafthead serve`` asks for it itself, whatever the head and the runner: this is for who serves
+a head by another command.
 """
 
 from .patch import log, still_has, wrap
