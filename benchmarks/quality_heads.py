@@ -76,7 +76,7 @@ def make_recipe(options: argparse.Namespace, job: Job, target: str) -> Recipe:
             "prompts": {"sources": [{"path": str(options.prompts)}], "heldout": options.heldout},
             "generate": {"max_new_tokens": 24 if tiny else options.answer, "chunk": 2200},
             "capture": {"aux_layers": more},
-            "vocab": {"size": job.vocab // 40 if tiny else job.vocab},
+            "vocab": {"size": job.vocab // 80 if tiny else job.vocab},
             "head": {"aux_layers": more if job.all_layers else usual} | job.head,
             "train": train,
             "engine": {
