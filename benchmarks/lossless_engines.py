@@ -14,7 +14,6 @@ ALL_MENDS = ",".join(
 )
 IEEE = {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
 """The environment in which Triton and cuBLAS do not take TF32 for float32."""
-GREEDY = {"DRAFTHEAD_TRY_MENDS": "greedy_verify"}
 VOCAB = {"gpu": 2048, "tiny": 512}
 
 
@@ -95,18 +94,6 @@ def configurations() -> list[Config]:
             stock=True,
             env={"DRAFTHEAD_SKIP_MENDS": "batch_order"},
         ),
-        # With the mend that is left out by default.
-        Config("eagle3-k3-graphs-greedy-v2", "eagle3", 3, env=GREEDY),
-        Config("eagle3-k5-wide-greedy-v2", "eagle3", 5, shape="wide", env=GREEDY),
-        Config(
-            "eagle3-k7-slivers-prefix-greedy-v2",
-            "eagle3",
-            7,
-            prefix_caching=True,
-            shape="slivers",
-            env=GREEDY,
-        ),
-        Config("ngram-k3-eager-slivers-greedy-v2", "ngram", 3, False, shape="slivers", env=GREEDY),
         Config("plain-graphs-v2-tf32", tf32=True),
         Config("eagle3-k3-graphs-v2-tf32", "eagle3", 3, tf32=True),
     ]

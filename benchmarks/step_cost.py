@@ -34,6 +34,7 @@ from pathlib import Path
 
 from lfm2_shapes import start_engine, write_head, write_models
 from step_probe import summarize
+from turns import add_turn, turn
 
 from drafthead.vllm_plugin import COST_MENDS, HEAD_MENDS
 
@@ -290,6 +291,7 @@ def main() -> int:
     parser.add_argument("--no-trace", action="store_true", help="without the torch profiler")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--limit", type=float, default=300, help="seconds until all have started")
+    add_turn(parser)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -329,11 +331,12 @@ def main() -> int:
                 print(error, flush=True)
                 running.remove(engine)
                 engine.end()
-        for turn in range(args.rounds if running else 0):
-            at = turn % len(running)
-            for engine in running[at:] + running[:at]:
-                timings[engine.name].append(engine.ask("time", turn))
-            write()
+        with turn(args.turn):
+            for number in range(args.rounds if running else 0):
+                at = number % len(running)
+                for engine in running[at:] + running[:at]:
+                    timings[engine.name].append(engine.ask("time", number))
+                write()
         for engine in running:
             about[engine.name]["host"] = engine.ask("host")
             write()

@@ -30,7 +30,6 @@ def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(given), str(results)],
         env=environment(
-            DRAFTHEAD_TRY_MENDS="greedy_verify",
             VLLM_USE_V2_MODEL_RUNNER="1",
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
         ),

@@ -1,4 +1,4 @@
-"""Greedy verification in one kernel, against vLLM's own rejection sampler on batches of any make."""
+"""Greedy verification in one kernel, against vLLM's own sampler on batches of any make."""
 
 from types import SimpleNamespace
 
@@ -102,7 +102,9 @@ def test_is_what_vllm_finds(rates, dtype):
             assert getattr(got, name).dtype == getattr(want, name).dtype
         assert got.num_rejected.tolist() == want.num_rejected.tolist()
         assert got.num_sampled.tolist() == want.num_sampled.tolist()
-        for one, other, count in zip(got.sampled_token_ids, want.sampled_token_ids, got.num_sampled):
+        for one, other, count in zip(
+            got.sampled_token_ids, want.sampled_token_ids, got.num_sampled
+        ):
             assert one[:count].tolist() == other[:count].tolist()
         accepted += got.num_sampled.tolist()
     assert set(accepted) == set(range(K + 2))  # 0: a prompt that goes on

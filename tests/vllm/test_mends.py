@@ -227,12 +227,6 @@ def test_mends_can_be_left_out(monkeypatch):
     assert vllm_plugin.skipped("cpu_short_conv")
 
 
-def test_untried_mends_are_for_who_asks(monkeypatch):
-    assert all(vllm_plugin.skipped(name) for name in vllm_plugin.UNTRIED)
-    monkeypatch.setenv("DRAFTHEAD_TRY_MENDS", ",".join(vllm_plugin.UNTRIED))
-    assert not any(vllm_plugin.skipped(name) for name in vllm_plugin.UNTRIED)
-
-
 def test_other_models_are_left_alone():
     from vllm import ModelRegistry
 

@@ -5,8 +5,7 @@ vLLM calls :func:`register` in every process it starts, through the entry-point 
 the installed vLLM still has the fault. ``docs/upstream/`` has a page for each fault.
 
 ``DRAFTHEAD_SKIP_MENDS=name,name`` (names as in ``MENDS``, or ``all``) leaves mends out, to see a
-fault again or to find out which mend is to blame. ``DRAFTHEAD_TRY_MENDS=name,name`` puts in what
-``UNTRIED`` leaves out.
+fault again or to find out which mend is to blame.
 """
 
 import importlib
@@ -40,10 +39,7 @@ MODEL_MENDS = (
 COST_MENDS = ("conv_metadata", "greedy_verify")
 
 # Applied when a head's class is imported (eagle3.py), whatever its target: likewise.
-HEAD_MENDS = ("aux_norm", "draft_argmax")
-
-# Written for the GPU and not yet run on one: only who asks for them gets them.
-UNTRIED = ("greedy_verify",)
+HEAD_MENDS = ("aux_norm", "draft_argmax", "greedy_verify")
 
 
 def is_supported() -> bool:
@@ -55,10 +51,8 @@ def is_supported() -> bool:
 
 def skipped(name: str) -> bool:
     """Whether the mend ``name`` is left out."""
-    skip, tried = (
-        os.environ.get(f"DRAFTHEAD_{which}_MENDS", "").split(",") for which in ("SKIP", "TRY")
-    )
-    return name in skip or "all" in skip or (name in UNTRIED and name not in tried)
+    skip = os.environ.get("DRAFTHEAD_SKIP_MENDS", "").split(",")
+    return name in skip or "all" in skip
 
 
 def apply(names: tuple[str, ...]) -> None:
