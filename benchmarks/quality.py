@@ -45,7 +45,7 @@ import torch
 from quality_heads import Job, length, make_recipe, run_of, train
 from quality_serve import serve
 from rich.console import Console
-from turns import add_turn, turn
+from turns import add_turn
 
 from drafthead.fsio import read_json, write_bytes, write_json
 from drafthead.run import execute
@@ -266,12 +266,11 @@ def main() -> None:
         save()
     if "duel" in stages:
         record["duel"] = sides = {}
-        with turn(options.turn):
-            for job in duel_jobs(options, record.get("chosen", {})):
-                sides[job.name] = train(options, job, warm=True)
-                seconds = sides[job.name]["train_seconds"]
-                CONSOLE.print(f"{job.name}: {length(sides[job.name]):.3f} after {seconds:.1f} s")
-                save()
+        for job in duel_jobs(options, record.get("chosen", {})):
+            sides[job.name] = train(options, job, warm=True)
+            seconds = sides[job.name]["train_seconds"]
+            CONSOLE.print(f"{job.name}: {length(sides[job.name]):.3f} after {seconds:.1f} s")
+            save()
         record["verdict"] = verdict(sides)
         save()
     if "serve" in stages:

@@ -15,6 +15,7 @@ import speculators_side
 import torch
 from heads_of_a_store import unverified_task
 from rich.console import Console
+from turns import turn
 
 from drafthead.fsio import read_json, write_json
 from drafthead.head.checkpoint import save_head
@@ -151,7 +152,8 @@ def _ours(options: argparse.Namespace, job: Job, task: Task, folder: Path, warm:
         few = settings.model_copy(update={"epochs": 4 / plan.steps * settings.epochs})
         again = dataclasses.replace(task_of(options, job), settings=few)
         fit(again, folder / "warm-up", world, quiet)
-    summary = fit(dataclasses.replace(task, settings=settings), folder, world, quiet)
+    with turn(options.turn):
+        summary = fit(dataclasses.replace(task, settings=settings), folder, world, quiet)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(m["step"], m["seconds"], m["accepted_length"]) for m in lines if "seconds" in m]
     return {
@@ -209,17 +211,18 @@ def _theirs(options: argparse.Namespace, job: Job, task: Task, folder: Path, war
     warmup = max(1, plan.steps // 100)
     every = _eval_every(plan.steps, job.evaluations)
     batches = prefetch(make, range(plan.steps), device)
-    seconds, curve, totals, start = 0.0, [], [], wait()
-    for step in range(plan.steps):
-        falling = (plan.steps - step) / max(1, plan.steps - warmup)
-        set_rate(settings.learning_rate * min((step + 1) / warmup, falling))
-        side.step(next(batches))
-        if (step + 1) % every == 0 or step + 1 == plan.steps:
-            seconds += wait() - start
-            head = as_head(model, config, task).to(dtype)
-            totals = evaluate(head, embedding, heldout, KS)
-            curve.append((step + 1, seconds, totals[-1].accepted_length))
-            start = wait()
+    with turn(options.turn):
+        seconds, curve, totals, start = 0.0, [], [], wait()
+        for step in range(plan.steps):
+            falling = (plan.steps - step) / max(1, plan.steps - warmup)
+            set_rate(settings.learning_rate * min((step + 1) / warmup, falling))
+            side.step(next(batches))
+            if (step + 1) % every == 0 or step + 1 == plan.steps:
+                seconds += wait() - start
+                head = as_head(model, config, task).to(dtype)
+                totals = evaluate(head, embedding, heldout, KS)
+                curve.append((step + 1, seconds, totals[-1].accepted_length))
+                start = wait()
     batches.close()
     save_head(as_head(model, config, task), folder / "best", task.provenance, speculative_tokens=5)
     longest = settings.row_tokens
