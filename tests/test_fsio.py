@@ -2,10 +2,12 @@
 
 import errno
 import os
+from typing import NotRequired
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from drafthead import fsio
 from drafthead.errors import DraftheadError
@@ -39,14 +41,34 @@ def test_broken_json_names_file_and_line(tmp_path):
         fsio.read_json(tmp_path / "b.json", "a test")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"a": 1}', "3"])
-def test_json_of_another_shape_names_what_it_lacks(tmp_path, content):
+class Shape(TypedDict):
+    a: NotRequired[fsio.Number | None]
+    b: fsio.Natural
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "Input should be a valid dictionary, found []"),
+        ('{"a": 1}', "no `b` in it"),
+        ('{"b": "3"}', "`b`: Input should be a valid integer, found '3'"),
+        ('{"b": true}', "`b`: Input should be a valid integer, found True"),
+        ('{"b": 0}', "`b`: Input should be greater than or equal to 1, found 0"),
+        ('{"b": 1, "a": NaN}', "`a`: "),
+        ('{"b": 1, "c": "\\ud800"}', "surrogates not allowed"),
+    ],
+)
+def test_json_of_another_shape_names_field_and_mend(tmp_path, content, words):
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(DraftheadError, match=r"a\.json: not a test: no .*`b` in it.*make it anew"):
-        fsio.read_json(path, "a test", ("a", "b"))
-    path.write_text('{"a": 1, "b": 2}')
-    assert fsio.read_json(path, "a test", ("a", "b")) == {"a": 1, "b": 2}
+    with pytest.raises(DraftheadError) as error:
+        fsio.read_json(path, "a test", Shape, "mend it")
+    assert words in str(error.value)
+    if "ud800" not in content:
+        assert str(error.value).startswith(f"{path}: not a test: ")
+        assert str(error.value).endswith("another version: mend it")
+    path.write_text('{"a": 1, "b": 2, "c": "\\ud83d\\ude00"}')
+    assert fsio.read_json(path, "a test", Shape) == {"a": 1, "b": 2, "c": "😀"}
 
 
 def test_atomic_dir_gives_files_the_usual_permissions(tmp_path):

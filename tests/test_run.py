@@ -1,6 +1,7 @@
 """The order of the stages: nothing done twice, nothing stale used, nothing costly thrown away."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -133,13 +134,23 @@ def test_missing_prompts_file(job):
         job.execute(recipe)
 
 
-def test_broken_record_is_named(job):
+@pytest.mark.parametrize(
+    ("state", "content", "words"),
+    [
+        ("done", "{", "broken JSON"),
+        ("done", "[]", "found []"),
+        ("done", '{"inputs": {}}', "no `summary` in it"),
+        ("done", '{"inputs": 3, "summary": {}}', "`inputs`: "),
+        ("begun", "3", "found 3"),
+    ],
+)
+def test_broken_record_is_named(job, state, content, words):
     recipe = job.recipe()
     job.execute(recipe)
-    record = next((job.root / ".stages").glob("vocab.done.json"))
-    record.write_text("{")
-    with pytest.raises(DraftheadError, match=r"vocab\.done\.json"):
-        job.execute(recipe)
+    record = job.root / ".stages" / f"vocab.{state}.json"
+    record.write_text(content)
+    with pytest.raises(DraftheadError, match=rf"vocab\.{state}\.json.*{re.escape(words)}"):
+        job.execute(recipe, first="vocab", again=True)
     assert RunDir(job.root).answers.exists()
 
 

@@ -3,15 +3,27 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from drafthead.errors import DraftheadError
+
+_LARGE = 1e15
+"""Nothing that is counted or measured here is larger, and what is computed of it stays finite."""
+Count = Annotated[int, Field(strict=True, ge=0, le=_LARGE)]
+Natural = Annotated[int, Field(strict=True, ge=1, le=_LARGE)]
+Amount = Annotated[float, Field(strict=True, ge=0, le=_LARGE)]
+Number = Annotated[float, Field(strict=True, ge=-_LARGE, le=_LARGE)]
+"""As the three above: not NaN, and an integer too. All for the shapes of :func:`read_json`."""
 
 _MENDS = {
     errno.ENOSPC: "the disk is full; free some space or move the run, then run again",
@@ -66,20 +78,24 @@ def write_json(path: Path | str, obj: Any) -> None:
     write_bytes(path, text.encode())
 
 
-def read_json(path: Path | str, what: str, needs: Sequence[str] = ()) -> Any:
+def read_json(path: Path | str, what: str, shape: Any = None, mend: str = "make it anew") -> Any:
     """Read a JSON file.
 
     Args:
         path: the file.
         what: what it should hold, for the error.
-        needs: keys that the object in it must have; none are asked for by default.
+        shape: type that it must fit, such as a TypedDict; it may hold more. None is any.
+        mend: what to do if it does not.
 
     Raises:
-        DraftheadError: missing, unreadable, not JSON, or without those keys.
+        DraftheadError: missing, unreadable, not JSON, or of another shape.
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)
+        if "\\u" in text:  # an escape may be half a character, which no file can be written with
+            json.dumps(found, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise DraftheadError(f"{path}: not found; it should hold {what}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -88,15 +104,40 @@ def read_json(path: Path | str, what: str, needs: Sequence[str] = ()) -> Any:
         raise DraftheadError(
             f"{path}, line {error.lineno}: broken JSON in {what}: {error.msg}"
         ) from error
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+    except (ValueError, RecursionError) as error:  # such an escape, endless numbers or brackets
         raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from error
-    lacks = [key for key in needs if not isinstance(found, dict) or key not in found]
-    if lacks:
-        raise DraftheadError(
-            f"{path}: not {what}: no `{'`, `'.join(lacks)}` in it; it was altered, or written by "
-            "another version: make it anew"
-        )
+    if shape is not None:
+        shaped(found, path, what, shape, mend)
     return found
+
+
+_adapter = functools.cache(TypeAdapter)  # making one takes milliseconds
+
+
+def shaped(found: Any, where: Path | str, what: str, shape: Any, mend: str = "make it anew") -> Any:
+    """What was read, as pydantic makes it a ``shape``: checked at every depth.
+
+    Args:
+        found: JSON-able.
+        where: the file, for the error.
+        what, shape, mend: as for :func:`read_json`.
+
+    Raises:
+        DraftheadError: names the first field that is not there, or holds something else.
+    """
+    try:
+        return _adapter(shape).validate_python(found)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field = ".".join(map(str, wrong["loc"]))
+        if wrong["type"] == "missing":
+            fault = f"no `{field}` in it"
+        else:
+            value = textwrap.shorten(repr(wrong["input"]), 80, placeholder=" …")
+            fault = f"{f'`{field}`: ' if field else ''}{wrong['msg']}, found {value}"
+        raise DraftheadError(
+            f"{where}: not {what}: {fault}; it was altered, or written by another version: {mend}"
+        ) from None
 
 
 @contextlib.contextmanager

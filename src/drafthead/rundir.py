@@ -3,9 +3,21 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, write_json
+
+RECORD_MEND = "delete it, and the stage is looked at again"
+
+
+class Done(TypedDict):
+    """The record of a stage that ended."""
+
+    inputs: dict[str, Any]
+    summary: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class RunDir:
         path = self._record(stage, "done")
         if not path.exists():
             return None
-        record = read_json(path, f"the record of stage {stage}", ("inputs", "summary"))
+        record = read_json(path, f"the record of stage {stage}", Done, RECORD_MEND)
         return record["summary"] if record["inputs"] == inputs else None
 
     def begin(self, stage: str, inputs: dict, overwrite: bool) -> None:
@@ -75,7 +87,7 @@ class RunDir:
         """
         path = self._record(stage, "begun")
         if path.exists():
-            before = read_json(path, f"the record of stage {stage}")
+            before = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
             if before != inputs:
                 if not overwrite:
                     raise DraftheadError(

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import read_json
+from drafthead.fsio import Natural, read_json
 from drafthead.head.inspect import refuse_unfit
 from drafthead.machine import Machine, this_machine
 from drafthead.recipe import Recipe, load_recipe
@@ -337,15 +339,20 @@ def llm_class() -> type:
     return LLM
 
 
+class _Benched(TypedDict):
+    """What of ``bench.json`` decides k."""
+
+    num_speculative_tokens: Natural
+    recommended_num_speculative_tokens: NotRequired[Natural | None]
+
+
 def served_k(recipe: Recipe, run: RunDir) -> int:
     """Tokens to draft a step: what the recipe says, else what the run's bench recommends, else
     what it measured first."""
     explicit = recipe.serve.num_speculative_tokens
     if explicit is not None or not run.bench_json.exists():
         return recipe.serve.k
-    bench = read_json(
-        run.bench_json, "the figures of `drafthead bench`", ("num_speculative_tokens",)
-    )
+    bench = read_json(run.bench_json, "the figures of `drafthead bench`", _Benched)
     return bench.get("recommended_num_speculative_tokens") or bench["num_speculative_tokens"]
 
 

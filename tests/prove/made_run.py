@@ -148,6 +148,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
             "size": 8192,
             "coverage": 0.991,
             "heldout_coverage": 0.987,
+            "always_in": [0, 1, 4],
             "curve": [{"size": s, "coverage": min(1.0, 0.42 + 0.145 * np.log10(s))} for s in sizes],
         },
     )

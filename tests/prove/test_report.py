@@ -101,27 +101,6 @@ def test_ticks_are_round_and_cover(low, high):
     assert all(len(f"{tick:.10g}") <= 7 for tick in found)
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "words"),
-    [
-        ("bench.json", lambda d: d.pop("cost_model"), "no `cost_model` in it"),
-        ("bench.json", lambda d: d["grid"].clear(), "no point in `grid`; measure anew with"),
-        ("bench.json", lambda d: d["grid"][1].pop("step_s"), r"no `grid\.1\.step_s` in it"),
-        ("verify.json", lambda d: d.pop("runs"), "no `runs` in it"),
-        ("vocab/coverage.json", lambda d: d.pop("curve"), "no `curve` in it"),
-        ("train/best.json", lambda d: d.pop("heldout"), "no `heldout` in it"),
-    ],
-)
-def test_a_file_of_another_version_is_named_with_what_it_lacks(tmp_path, file, change, words):
-    recipe, run = made_run.make(tmp_path, ks=(3, 1))
-    path = run.root / file
-    content = read_json(path, "")
-    change(content)
-    write_json(path, content)
-    with pytest.raises(DraftheadError, match=f"{re.escape(str(path))}: .*{words}"):
-        report(recipe, run, console=Console(quiet=True))
-
-
 def test_the_grid_and_what_stands_beside(tmp_path):
     recipe, run = made_run.make(tmp_path)
     bench = read_json(run.bench_json, "")

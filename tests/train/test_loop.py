@@ -350,6 +350,23 @@ def test_wandb_itself_takes_the_figures(tmp_path, monkeypatch):
     assert all(b"conditional_acceptance/1" in path.read_bytes() for path in records)
 
 
+def test_altered_records_of_training_are_named(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": NaN, "mfu": 0.1}\n{"step": 2}\n{"st')
+    assert read_metrics(metrics) == [{"step": 1, "loss": None, "mfu": 0.1}, {"step": 2}]
+    metrics.write_text('{"step": 1}\n{"step": "2"}\n')
+    with pytest.raises(DraftheadError, match=r"metrics\.jsonl, line 2: .*`step`: .*found '2'"):
+        read_metrics(metrics)
+    checkpoint.save(tmp_path, checkpoint.Progress("inputs", 4, step=3), {"a": torch.zeros(1)})
+    progress = tmp_path / "step-00000003" / "progress.json"
+    content = json.loads(progress.read_text())
+    progress.write_text(json.dumps(content | {"more": 1}))
+    assert checkpoint.read_progress(tmp_path) == checkpoint.Progress("inputs", 4, step=3)
+    progress.write_text(json.dumps(content | {"step": "three"}))
+    with pytest.raises(DraftheadError, match=r"progress\.json: .*`step`: .*'three'; .*train anew"):
+        checkpoint.read_progress(tmp_path)
+
+
 def test_the_line_on_a_terminal(store, tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     fit(make_task(store), tmp_path, ALONE, console)

@@ -23,6 +23,7 @@ from drafthead.prove.prediction import (
 )
 from drafthead.prove.prompts import timed_prompts
 from drafthead.prove.proof import command_line, hash_folder, now
+from drafthead.prove.records import BENCH_AGAIN, Contest, WrittenHead
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
@@ -139,7 +140,7 @@ def _vocabularies(
     others = by_vocabulary(rehearsal, curves)
     if others is None:
         return None
-    config = read_json(rehearsal.run.head / "config.json", "the head's configuration")
+    config = read_json(rehearsal.run.head / "config.json", "the head's configuration", WrittenHead)
     rows, device = config["draft_vocab_size"], this_machine().vllm_device
     dtype = torch.float32 if recipe.engine.dtype == "float32" else torch.bfloat16
     row_s = {
@@ -168,7 +169,7 @@ def contest(
     Raises:
         DraftheadError: the run has not been benched, or an engine does not run.
     """
-    result = read_json(run.bench_json, "the figures of `drafthead bench`")
+    result = read_json(run.bench_json, "the figures of `drafthead bench`", Contest, BENCH_AGAIN)
     target = recipe_target(recipe)
     drafters: dict[str, dict[str, Any]] = {head: {"head": existing_head(head)} for head in heads}
     if ngram:

@@ -135,7 +135,7 @@ def limitations(r: Results) -> list[str]:
     sources = {s: c for s, c in cells[0]["by_source"].items() if c["accepted_length"]}
     if len(sources) > 1:
         worst = min(sources, key=lambda s: sources[s]["accepted_length"])
-        length, overall = sources[worst]["accepted_length"], cells[0]["accepted_length"]
+        length, overall = sources[worst]["accepted_length"], cells[0]["accepted_length"] or 0.0
         if length < 0.95 * overall:
             found.append(
                 f"Least help on {worst}: {length:.2f} tokens a step against {overall:.2f} over all."

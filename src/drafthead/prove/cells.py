@@ -7,6 +7,7 @@ from typing import Any
 
 from drafthead.fsio import fingerprint, read_json, write_json
 from drafthead.prove.pairing import Point
+from drafthead.prove.records import Cell
 
 
 class Cells:
@@ -21,7 +22,9 @@ class Cells:
         self.path = folder / f"cells-{fingerprint(inputs)}.json"
         self._cells: dict[str, dict] = {}
         if self.path.exists():
-            self._cells = read_json(self.path, "the points of an unfinished bench")
+            self._cells = read_json(
+                self.path, "the points of an unfinished bench", dict[str, Cell], "delete it"
+            )
 
     @staticmethod
     def _key(point: Point) -> str:

@@ -11,8 +11,10 @@ def _figure(title: str, caption: str, svg: str, legend: Sequence = (), foot: str
     return {"title": title, "caption": caption, "svg": svg, "legend": legend, "foot": foot}
 
 
-def _acceptance(r: Results) -> dict:
+def _acceptance(r: Results) -> dict | None:
     served = r.bench["acceptance_by_position"]
+    if not served:  # answers of one token
+        return None
     predicted = (r.bench["predicted_acceptance_by_position"] or [])[: len(served)]
     where = range(len(served))
     series = [charts.Series("served", "head", where, served)]
@@ -55,7 +57,9 @@ def _step_time(r: Results) -> dict | None:
     """Where a step's time goes: with each k, beside a plain step."""
     load = r.bench["concurrency"]
     cells = [c for c in r.bench["grid"] if c["concurrency"] == load and not c["temperature"]]
-    cells = [c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"]]
+    cells = [
+        c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"] and c["accepted_length"]
+    ]
     if not cells:
         return None
     cells.sort(key=lambda cell: cell["num_speculative_tokens"])

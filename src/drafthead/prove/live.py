@@ -13,6 +13,7 @@ from drafthead.fsio import read_json
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.prediction import predicted_acceptance
 from drafthead.prove.prompts import heldout_prompts
+from drafthead.prove.records import BENCH_AGAIN, Bench, Stored
 from drafthead.prove.server import Client
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
@@ -175,7 +176,9 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     probe = client.counters().since(traffic)
     plan = make_plan(recipe)
     about = inspect_head(run.head, plan.target)
-    bench = read_json(run.bench_json, "bench's figures") if run.bench_json.exists() else {}
+    bench = {}
+    if run.bench_json.exists():
+        bench = read_json(run.bench_json, "bench's figures", Bench, BENCH_AGAIN)
     config = about.get("config") or {}
     by_id = {p.conversation: p.ids for p in prompts}
     chats = [chat for unit in plan.units for chat, _ in unit if chat.id in by_id]
@@ -201,9 +204,10 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
 
 
 def _captured_layers(run: RunDir) -> list[int] | None:
-    if not (run.states / "meta.json").exists():
+    path = run.states / "meta.json"
+    if not path.exists():
         return None
-    return list(read_json(run.states / "meta.json", "the state store's description")["aux_layers"])
+    return list(read_json(path, "the state store's description", Stored)["aux_layers"])
 
 
 def diagnose_server(url: str, recipe: Recipe | None, runs: Path) -> list[Finding]:

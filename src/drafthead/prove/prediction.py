@@ -14,6 +14,7 @@ from drafthead.head.prune import keep_tokens
 from drafthead.prove.costmodel import thinned
 from drafthead.prove.pairing import Point
 from drafthead.prove.prompts import heldout_prompts
+from drafthead.prove.records import Coverage, Heldout
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import existing_head
@@ -42,7 +43,7 @@ def predicted_acceptance(run: RunDir, k: int | None = None) -> list[float] | Non
     path = run.train / "best.json"
     if not path.exists():
         return None
-    heldout = read_json(path, "the held-out evaluation that train writes")["heldout"]
+    heldout = read_json(path, "the held-out evaluation that train writes", Heldout)["heldout"]
     by_k = {entry["k"]: entry["acceptance_by_position"] for entry in heldout}
     # Where a step ends decides where the next one begins, so each k has rates of its own.
     rates = by_k.get(k) or by_k[max(by_k)]
@@ -138,7 +139,7 @@ def by_vocabulary(
     run = rehearsal.run
     if curves is None or not (run.vocab / "coverage.json").exists():
         return None
-    about = read_json(run.vocab / "coverage.json", "the draft vocabulary's coverage")
+    about = read_json(run.vocab / "coverage.json", "the draft vocabulary's coverage", Coverage)
     counts = load_file(run.vocab / "vocab.safetensors")["counts"].numpy()
     own, found = about["size"], {}
     total = max(1, counts.sum())

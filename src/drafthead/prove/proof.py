@@ -17,6 +17,7 @@ from drafthead import __version__
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, sha256_file, write_json
 from drafthead.prove.prompts import Prompt
+from drafthead.prove.records import VERIFY_AGAIN, Proof
 from drafthead.rundir import RunDir
 from drafthead.targets import Target
 
@@ -104,8 +105,8 @@ def read_proof(run: RunDir) -> dict:
         DraftheadError: missing, altered after it was signed off, or of another head.
     """
     path = proof_path(run)
-    record = read_json(path, "the proof that verify signs off", ("lossless", "head", "target"))
-    if record.get("seal") != seal(record):
+    record = read_json(path, "the proof that verify signs off", Proof, VERIFY_AGAIN)
+    if record["seal"] != seal(record):
         raise DraftheadError(f"{path}: altered after it was signed off; run verify again")
     found = hash_folder(run.head)
     if record["head"]["sha256"] != found:

@@ -5,14 +5,25 @@ No figure comes from anywhere else; what a run did not measure is None and is le
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json
 from drafthead.prove.proof import read_proof
+from drafthead.prove.records import (
+    BENCH_AGAIN,
+    ENDED,
+    VERIFY_AGAIN,
+    Bench,
+    Coverage,
+    Ended,
+    Training,
+    Verified,
+    WrittenHead,
+)
 from drafthead.recipe import Recipe
-from drafthead.rundir import RunDir
+from drafthead.rundir import RECORD_MEND, RunDir
 from drafthead.serve import served_k
 from drafthead.train.log import read_metrics
 
@@ -65,84 +76,33 @@ class Results:
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
-_VERIFIED = ("lossless", "prompts", "identical", "ties", "differences", "runs", "command")
-_BENCHED = (
-    "num_speculative_tokens",
-    "speedup",
-    "speedup_ci95",
-    "acceptance_by_position",
-    "predicted_acceptance_by_position",
-    "grid",
-    "cost_model",
-    "cost_model_error",
-    "recommended_num_speculative_tokens",
-    "command",
-    "machine",
-)
-_POINT = (
-    "num_speculative_tokens",
-    "concurrency",
-    "temperature",
-    "tensor_parallel_size",
-    "speedup",
-    "speedup_ci95",
-    "verdict",
-    "accepted_length",
-    "step_s",
-    "latency",
-    "by_source",
-)
-
-
-def read_bench(path: Path) -> dict:
-    """The figures of a bench, each point of its grid whole.
-
-    Raises:
-        DraftheadError: missing, or not what this version's bench writes.
-    """
-    bench = read_json(path, "the figures of `drafthead bench`", _BENCHED)
-    mend = "measure anew with `drafthead bench RECIPE --again`"
-    if not bench["grid"]:
-        raise DraftheadError(f"{path}: no point in `grid`; {mend}")
-    for number, point in enumerate(bench["grid"]):
-        for name in _POINT:
-            if name not in point:
-                raise DraftheadError(
-                    f"{path}: no `grid.{number}.{name}` in it; it was altered, or written by "
-                    f"another version: {mend}"
-                )
-    return bench
-
-
 def read_results(recipe: Recipe, run: RunDir) -> Results:
     """Read a run that has been verified and benched.
 
     Raises:
-        DraftheadError: verify or bench has not been run, or the proof is of another head.
+        DraftheadError: verify or bench has not been run, the proof is of another head, or a file
+            is not what this version writes.
     """
 
-    def optional(path: Path, what: str, needs: tuple[str, ...]) -> dict | None:
-        return read_json(path, what, needs) if path.exists() else None
+    def optional(path: Path, what: str, shape: Any) -> Any:
+        return read_json(path, what, shape) if path.exists() else None
 
     summaries = {}
     for path in sorted((run.root / ".stages").glob("*.done.json")):
-        record = read_json(path, "the record of a stage", ("summary",))
-        summaries[path.name.split(".")[0]] = record["summary"]
+        stage = path.name.split(".")[0]
+        done = read_json(path, f"the record of stage {stage}", ENDED.get(stage, Ended), RECORD_MEND)
+        summaries[stage] = done["summary"]
     return Results(
         recipe=recipe,
         run=run,
-        verify=read_json(run.verify_json, "the outcome of `drafthead verify`", _VERIFIED),
-        bench=read_bench(run.bench_json),
+        verify=read_json(
+            run.verify_json, "the outcome of `drafthead verify`", Verified, VERIFY_AGAIN
+        ),
+        bench=read_json(run.bench_json, "the figures of `drafthead bench`", Bench, BENCH_AGAIN),
         proof=read_proof(run),
-        training=optional(
-            run.train / "best.json", "the held-out evaluation", ("heldout", "steps", "tokens")
-        ),
-        coverage=optional(
-            run.vocab / "coverage.json",
-            "the draft vocabulary's coverage",
-            ("size", "coverage", "curve"),
-        ),
+        training=optional(run.train / "best.json", "the held-out evaluation", Training),
+        coverage=optional(run.vocab / "coverage.json", "the draft vocabulary's coverage", Coverage),
         metrics=read_metrics(run.train / "metrics.jsonl"),
         stages=summaries,
-        head_config=read_json(run.head / "config.json", "the head's configuration"),
+        head_config=read_json(run.head / "config.json", "the head's configuration", WrittenHead),
     )

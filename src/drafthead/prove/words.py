@@ -1,5 +1,6 @@
 """Results in words and rows: what report and card both say."""
 
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -15,6 +16,7 @@ def tone(cell: dict) -> str:
     return _TONES.get(cell["verdict"], "unsure")
 
 
+@cache
 def environment() -> jinja2.Environment:
     """Templates of this package; a name that is not given is an error, never an empty place."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
@@ -110,10 +112,8 @@ def vocabulary_rows(bench: dict) -> list[dict]:
     """What the cost model says of other draft vocabularies at the headline's load."""
     for fit in bench.get("cost_model") or []:
         if fit["concurrency"] == bench["concurrency"]:
-            return [
-                {**row, "gain": row["predicted_speedup"][str(row["best_num_speculative_tokens"])]}
-                for row in fit["by_vocabulary"]
-            ]
+            rows = fit["by_vocabulary"]
+            return [row | {"gain": max(row["predicted_speedup"].values())} for row in rows]
     return []
 
 
@@ -235,11 +235,13 @@ def noise_words(verify: dict) -> list[str]:
         parted = _span([r["prompts"] - r["identical"] for r in runs])
         words = f"{name}: {parted} of {runs[0]['prompts']} answers part with the head"
         # Measured once for each set of prompts, whatever k, if any answer parts.
-        if noise := next((r["noise"] for r in runs if r["noise"]), None):
+        noise, bounds = (
+            next((r[key] for r in runs if r[key]), None) for key in ("noise", "bounds")
+        )
+        if noise and bounds:
             times, at_once = (
                 " and ".join(map(str, noise[key])) for key in ("parted", "concurrency")
             )
-            bounds = next(r["bounds"] for r in runs if r["bounds"])
             words += (
                 f"; of the target alone {times} of {noise['answers']}, asked again {at_once} at "
                 f"once, and {noise['parted_at_once']} in one pass over its answers; wider than its "
@@ -247,7 +249,7 @@ def noise_words(verify: dict) -> list[str]:
                 f"all sets) part {_span([r['wide'] for r in runs])}"
             )
         words += f"; {_found('within the noise', [r['detectable_share'] for r in runs])}"
-        if noise:
+        if bounds:
             wide = _found("with wider gaps", [r["detectable_wide_share"] for r in runs])
             words += f"; {wide}; one with a gap beyond {bounds['limit']:.2g} in a single answer"
         found.append(f"{words}.")

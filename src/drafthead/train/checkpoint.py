@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import atomic_dir, read_json, write_json
+from drafthead.fsio import atomic_dir, read_json, shaped, write_json
 
 
 @dataclass
@@ -49,7 +49,8 @@ def read_progress(folder: Path) -> Progress | None:
     found = _all(folder)
     if not found:
         return None
-    return Progress(**read_json(found[-1] / "progress.json", "the progress of training"))
+    path, what = found[-1] / "progress.json", "the progress of training"
+    return shaped(read_json(path, what), path, what, Progress, f"delete {folder} to train anew")
 
 
 def load(folder: Path, progress: Progress, take: Callable[[dict[str, Tensor], int], None]) -> None:

@@ -4,13 +4,22 @@ import importlib
 import json
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import disk_errors, write_bytes
+from drafthead.fsio import Count, Number, disk_errors, shaped, write_bytes
+
+
+class Metrics(TypedDict):
+    """What every line of `metrics.jsonl` has, and what is drawn of it."""
+
+    step: Count
+    loss: NotRequired[Number | None]
+    accepted_length: NotRequired[Number | None]
 
 
 class Log:
@@ -118,12 +127,19 @@ def _run_id(path: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a `metrics.jsonl`; a last one that a kill cut off is left out."""
+    """The whole lines of a `metrics.jsonl`; a last one that a kill cut off is left out. What is
+    no finite number is None.
+
+    Raises:
+        DraftheadError: a line is no record of training.
+    """
     lines = path.read_bytes().splitlines() if path.exists() else []
     found = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:  # no JSON, or not even text
+            record = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):  # no JSON, or not even text
             break
+        shaped(record, f"{path}, line {number}", "a record of training", Metrics)
+        found.append(record)
     return found

@@ -1,0 +1,339 @@
+"""What the files of a run hold, as far as report, card, publish, bench and doctor read it.
+
+A file that lacks any of it, or has another type there, was altered or is another version's:
+:func:`drafthead.fsio.read_json` says so. More may be in it.
+"""
+
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, StrictBool
+from typing_extensions import TypedDict
+
+from drafthead.fsio import Amount, Count, Natural, Number
+
+Interval = Annotated[list[Amount], Field(min_length=2, max_length=2)]
+Curve = list[Amount]
+"""Acceptance by position."""
+Digits = Annotated[str, Field(pattern="^[0-9]{1,6}$")]
+"""A number as a key: JSON has none but text."""
+Gains = Annotated[dict[Digits, Number], Field(min_length=1)]
+"""Predicted speedup by number of drafts."""
+
+
+class Typical(TypedDict):
+    p50: Amount
+
+
+class Percentiles(Typical):
+    p99: Amount
+
+
+class Latency(TypedDict):
+    first_token_s: Percentiles | None
+    between_outputs_s: Percentiles | None
+    tokens_per_s_of_a_user: Typical | None
+
+
+class Latencies(TypedDict):
+    drafted: Latency
+
+
+class Measured(TypedDict):
+    """Speed with the head against speed without."""
+
+    speedup: Amount
+    speedup_ci95: Interval
+    verdict: str
+    base_tokens_per_s: Amount
+    drafted_tokens_per_s: Amount
+    accepted_length: Amount | None
+    latency: Latencies
+
+
+class Headline(Measured):
+    num_speculative_tokens: Natural
+    concurrency: Natural
+    temperature: Amount
+    tensor_parallel_size: Natural
+
+
+class Steps(TypedDict):
+    """Seconds of one, and of one with the head in those without."""
+
+    base: Amount | None
+    drafted: Amount | None
+    undisturbed: Amount | None
+    plain_steps: Amount | None
+
+
+class Point(Headline):
+    """Of a grid."""
+
+    step_s: Steps
+    by_source: dict[str, Measured]
+
+
+Grid = Annotated[list[Point], Field(min_length=1)]
+
+
+class Pair(TypedDict):
+    """Of blocks, with the head and without."""
+
+    base_tokens: Count
+    base_s: Amount
+    base_answers: Natural
+    base_step_s: Amount | None
+    base_first_token_s: Amount
+    drafted_tokens: Count
+    drafted_s: Amount
+    drafted_step_s: Amount | None
+    drafted_undisturbed_step_s: Amount | None
+    drafted_first_token_s: Amount
+    drafts: Count
+    accepted_by_position: list[Count]
+
+
+class Cell(Point):
+    """A point with all that was timed."""
+
+    pairs: list[Pair]
+
+
+class Beside(TypedDict):
+    """Another drafter."""
+
+    grid: Grid
+
+
+class FittedPoint(TypedDict):
+    num_speculative_tokens: Natural
+    measured: Number
+
+
+class Vocabulary(TypedDict):
+    """What the cost model says of a draft vocabulary."""
+
+    draft_vocab_size: Natural
+    best_num_speculative_tokens: Natural
+    predicted_speedup: Gains
+    accepted_length: Amount
+
+
+class Fit(TypedDict):
+    """The cost model at one load."""
+
+    concurrency: Natural
+    per_row_s: Number | None
+    points: list[FittedPoint]
+    predicted_speedup: Gains
+    best_num_speculative_tokens: Natural
+    median_relative_error: Amount | None
+    by_vocabulary: list[Vocabulary]
+
+
+class CostError(TypedDict):
+    median_error: Amount
+    of_noise_alone: Annotated[list[Amount], Field(min_length=3, max_length=3)]
+
+
+class CostErrors(TypedDict):
+    decoding: NotRequired[CostError]
+
+
+class Gpu(TypedDict):
+    name: str
+    memory_bytes: Count
+
+
+class Machine(TypedDict):
+    summary: str
+    cpu: str
+    cores: Count
+    memory_bytes: Count
+    gpus: list[Gpu]
+    system: str
+    driver: str | None
+    versions: dict[str, str]
+
+
+class Contest(TypedDict):
+    """``bench.json`` as far as other drafters go."""
+
+    beside: NotRequired[dict[str, Beside]]
+
+
+class Bench(Headline, Contest):
+    """``bench.json``."""
+
+    max_new_tokens: Natural
+    pairs_timed: Count
+    acceptance_by_position: Curve
+    predicted_acceptance_by_position: Curve | None
+    predicted_accepted_length: Amount | None
+    grid: Grid
+    cost_model: list[Fit]
+    cost_model_error: CostErrors
+    recommended_num_speculative_tokens: Natural | None
+    command: str
+    machine: Machine
+    date: str
+
+
+class Noise(TypedDict):
+    """How often the target parts from itself."""
+
+    answers: Count
+    concurrency: list[Natural]
+    parted: Annotated[list[Count], Field(min_length=1)]
+    parted_at_once: Count
+
+
+class Bounds(TypedDict):
+    answers: Count
+    widest: Amount
+    limit: Amount
+
+
+class Outcome(TypedDict):
+    prompts: Count
+    identical: Count
+    ties: Count
+    differences: Count
+    tokens: Count
+    lossless: StrictBool
+
+
+class Run(Outcome):
+    """Of one number of drafts over one set of prompts."""
+
+    workload: str
+    num_speculative_tokens: Natural
+    concurrency: Natural
+    noise: Noise | None
+    bounds: Bounds | None
+    wide: Count
+    detectable_share: Amount | None
+    detectable_wide_share: Amount | None
+
+
+class Sampled(TypedDict):
+    words: str
+    contexts: Count
+    samples: Count
+    p_value: Amount
+
+
+class Verified(Outcome):
+    """``verify.json``."""
+
+    runs: list[Run]
+    sampled: NotRequired[Sampled | None]
+    command: str
+
+
+class ProvedHead(TypedDict):
+    sha256: dict[str, str]
+
+
+class ProvedOutcome(TypedDict):
+    tokens: Count
+
+
+class Proof(TypedDict):
+    """``proof.json``."""
+
+    lossless: StrictBool
+    claim: Annotated[str, Field(min_length=1)]
+    outcome: ProvedOutcome
+    head: ProvedHead
+    served: dict[Digits, Any]
+    drafthead: str
+    seal: str
+
+
+class Expected(TypedDict):
+    k: Natural
+    acceptance_by_position: Curve
+
+
+class Heldout(TypedDict):
+    """``best.json`` of a training, without the training."""
+
+    heldout: Annotated[list[Expected], Field(min_length=1)]
+
+
+class Training(Heldout):
+    """``best.json``."""
+
+    steps: Count
+    tokens: Count
+    waiting: NotRequired[Amount | None]
+
+
+class Covered(TypedDict):
+    size: Count
+    coverage: Amount
+
+
+class Coverage(Covered):
+    """``coverage.json``."""
+
+    always_in: list[Count]
+    curve: Annotated[list[Covered], Field(min_length=1)]
+    heldout_coverage: NotRequired[Amount | None]
+
+
+class Stored(TypedDict):
+    """``meta.json`` of a state store, which has a reader of its own for all else."""
+
+    aux_layers: list[Count]
+
+
+class WrittenHead(TypedDict):
+    """A head's ``config.json``."""
+
+    num_hidden_layers: Natural
+    hidden_size: Natural
+    intermediate_size: Natural
+    draft_vocab_size: Natural
+    vocab_size: Natural
+
+
+class Summary(TypedDict):
+    """What a stage says when it ends."""
+
+    seconds: NotRequired[Amount]
+
+
+class Generated(Summary):
+    conversations: Count
+    heldout: Count
+    answer_tokens: Count
+
+
+class Captured(Summary):
+    tokens: Count
+    bytes: Count
+    format: str
+    greedy_agreement: NotRequired[Amount | None]
+
+
+class Ended(TypedDict):
+    """The record of a stage that ended."""
+
+    summary: Summary
+
+
+class GenerateEnded(TypedDict):
+    summary: Generated
+
+
+class CaptureEnded(TypedDict):
+    summary: Captured
+
+
+ENDED: dict[str, Any] = {"generate": GenerateEnded, "capture": CaptureEnded}
+"""By stage, where a summary says more than any stage's."""
+
+BENCH_AGAIN = "measure anew with `drafthead bench RECIPE --again`"
+VERIFY_AGAIN = "prove anew with `drafthead verify RECIPE --again`"
