@@ -55,21 +55,32 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         raise
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file so that after any crash it is either the old or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def atomic_file(final: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that becomes ``final`` when the block ends without an
+    error, so that after any crash ``final`` is either the old or the new one, never a part. The
+    block brings what it wrote to disk.
+
+    Raises:
+        DraftheadError: as :func:`disk_errors`.
+    """
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            yield temporary
+            os.replace(temporary, final)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_file(Path(path)) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path | str, obj: Any) -> None:

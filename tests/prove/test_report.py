@@ -80,6 +80,14 @@ def test_a_head_without_training_here_has_a_report_too(tmp_path):
     assert "Served as predicted" not in html
 
 
+def test_answers_of_one_token_have_a_report_too(tmp_path):
+    recipe, run = made_run.make(tmp_path, ks=(3,))
+    bench = read_json(run.bench_json, "")
+    write_json(run.bench_json, bench | {"acceptance_by_position": [], "accepted_length": None})
+    html, _, _ = written(recipe, run)
+    assert "Acceptance by position" not in html
+
+
 def test_names_are_escaped_and_another_head_is_refused(tmp_path):
     recipe, run = made_run.make(tmp_path / "<b>&")
     html, _, _ = written(recipe, run)

@@ -18,7 +18,6 @@ A store is of the first version that can read it: 2 for fp8-aux, 1 for the other
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
@@ -28,7 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import disk_errors, fingerprint, read_json, write_json
+from drafthead.fsio import atomic_file, fingerprint, read_json, write_json
 from drafthead.states.direct import write_direct
 
 VERSION = 2
@@ -202,7 +201,7 @@ class StoreMeta:
             DraftheadError: missing, broken, of a later version, or altered.
         """
         path = store / "meta.json"
-        record = read_any_json(path, "the description of a state store")
+        record = read_json(path, "the description of a state store", dict[str, Any])
         check_version(path, record)
         try:
             meta = cls(**{field.name: record[field.name] for field in fields(cls)})
@@ -217,17 +216,6 @@ class StoreMeta:
         if record.get("fingerprint") != meta.fingerprint:
             raise DraftheadError(f"{path}: was altered: its fingerprint does not fit its content")
         return meta
-
-
-def read_any_json(path: Path, what: str) -> dict:
-    """``read_json`` that survives hostile files too (nesting, giant numbers) and wants a dict."""
-    try:
-        record = read_json(path, what)
-    except (ValueError, RecursionError) as error:
-        raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from None
-    if not isinstance(record, dict):
-        raise DraftheadError(f"{path}: not {what}: found a {type(record).__name__}")
-    return record
 
 
 def check_version(path: Path, record: dict) -> None:
@@ -326,12 +314,5 @@ def write_shard(path: Path, name: str, tensors: dict[str, list[torch.Tensor]]) -
             for part in parts:
                 yield part.contiguous().flatten().view(torch.uint8)
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            written = write_direct(temporary, pieces())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    return written
+    with atomic_file(path) as temporary:
+        return write_direct(temporary, pieces())

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import write_json
-from drafthead.states.format import StoreMeta, check_version, read_any_json
+from drafthead.fsio import read_json, write_json
+from drafthead.states.format import StoreMeta, check_version
 
 UNIT_FILE = re.compile(r"unit-(\d{6})\.json")
 
@@ -74,7 +74,7 @@ def load_unit(store: Path, meta: StoreMeta, number: int) -> Unit:
         DraftheadError: broken, altered, of another store or version, or not adding up.
     """
     path = unit_path(store, number)
-    record = read_any_json(path, "the index of a unit of states")
+    record = read_json(path, "the index of a unit of states", dict[str, Any])
     check_version(path, record)
     digest = record.pop("sha256", None)
     if digest != _digest(record):

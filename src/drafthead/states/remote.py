@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import disk_errors
+from drafthead.fsio import atomic_file, disk_errors
 from drafthead.states.format import StoreMeta
 from drafthead.states.index import load_unit, unit_numbers, unit_path
 
@@ -65,16 +65,11 @@ class Location:
 
     def get(self, name: str, local: Path) -> None:
         """Copy a file here, whole or not at all."""
-        temporary = local.with_name(f".{local.name}.{os.getpid()}.tmp")
-        with disk_errors(local):
-            local.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(local) as temporary:
             try:
                 self._fs.get_file(self._at(name), str(temporary))
-                os.replace(temporary, local)
             except FileNotFoundError:
                 raise DraftheadError(f"{self.url}/{name}: not there") from None
-            finally:
-                temporary.unlink(missing_ok=True)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
