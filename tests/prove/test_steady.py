@@ -106,6 +106,17 @@ def test_steps_that_read_no_other_prompt_are_known_by_themselves():
     assert alone.undisturbed_s == [1, 1, 1.5, 1, 1]  # no other request, no prompt of one
 
 
+def test_a_prompt_whose_step_begins_before_the_last_output_is_read_disturbs_both():
+    """An asynchronous engine, bound by its host: starting the step that reads the prompt holds up
+    the output before it, and the first token comes after a usual time."""
+    first = Completion([0] * 7, "length", 0, [(t, 1) for t in (1, 2, 3, 5, 6, 7, 8)])
+    second = Completion([0] * 3, "length", 0, [(t, 1) for t in (1, 2, 3)])
+    third = Completion([0] * 3, "length", 3, [(t, 1) for t in (6, 7, 8)])
+    seen = window(Generation([first, second, third], 8.0), 2)
+    assert seen.undisturbed_s == [1.0] * 8
+    assert seen.decoding_s == pytest.approx(sum(seen.undisturbed_s) + 3)
+
+
 def test_the_whole_answers_are_those_of_the_second_round():
     indices, limits = requests(range(4), 2, 8)
     assert limits == [4, 8, 8, 8, 4]

@@ -8,7 +8,7 @@ its work, to the moment in which a place falls free and no request is left to ta
 """
 
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,8 +57,10 @@ class Window:
     """That they spent after. With ``waiting_s`` it makes ``seconds`` times the requests at once,
     but for the moments between an answer and the next request."""
     undisturbed_s: list[float]
-    """Of each step, as a request meets it, that read no other request's prompt: from one output
-    to the next without a first token between."""
+    """Of each step, as a request meets it, that had nothing to do with another request's prompt:
+    from one output to the next in a time in which no request waited for its first token. Where a
+    step is started before the last one's output is read, as an asynchronous engine does, a prompt
+    delays the output before the one that brings its first token."""
 
     @property
     def later_tokens(self) -> int:
@@ -77,14 +79,15 @@ def window(generation: Generation, concurrency: int) -> Window:
         # Each that ends is followed by the next of the list, until none is left.
         end = sorted(c.end_at for c in completions)[len(completions) - concurrency]
 
-    first_tokens = sorted(c.first_token_at for c in completions)
+    begun = sorted(c.begin_at for c in completions)
+    answered = sorted(c.first_token_at for c in completions)
 
     def within(since: float, until: float) -> float:
         return max(0.0, min(until, end) - max(since, begin))
 
     def undisturbed(since: float, until: float) -> bool:
-        prompts_read = bisect_right(first_tokens, until) - bisect_right(first_tokens, since)
-        return begin <= since and until <= end and not prompts_read
+        waiting = bisect_left(begun, until) - bisect_right(answered, since)
+        return begin <= since and until <= end and not waiting
 
     return Window(
         end - begin,
