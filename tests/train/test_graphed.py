@@ -1,11 +1,14 @@
 """Padded rows against the rows themselves; that CUDA graphs repeat them is shown on a GPU."""
 
+import functools
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from drafthead.train import graphed
 from drafthead.train.attention import Documents
@@ -20,9 +23,12 @@ from tests.train.test_ttt import problem
 STEPS = 3
 
 
-def rows():
-    """Rows of different numbers of documents and tokens, one as full as a row can be."""
+def rows(last: int = 100):
+    """Rows of different numbers of documents and tokens, one as full as a row can be; of each
+    document the `last` tokens are supervised."""
     head, embedding, samples, _ = problem()
+    later = lambda s: s.loss_mask & (torch.arange(len(s.ids)) >= len(s.ids) - last)
+    samples = [replace(s, loss_mask=later(s)) for s in samples]
     to_draft = draft_ids(head.target_ids(), head.config.vocab_size)
     tokens = sum(len(s.ids) for s in samples) - 2 * len(samples)
     choices = [samples, samples[:1], samples[1:], samples[::-1], samples[2:]]
@@ -30,13 +36,13 @@ def rows():
     return head, tokens, [row.batch("cpu") for row in packed]
 
 
-def both(head, tokens, loss):
+def both(head, tokens, loss, compiled=False):
     """`backward` of rows as they are, and padded."""
     c = head.config
     g = torch.Generator().manual_seed(0)
     weights = torch.randn(c.draft_vocab_size, c.target_hidden_size, generator=g).double()
     teacher = Teacher(torch.ones(c.target_hidden_size).double(), 1e-5, weights)
-    step = TrainStep(head, teacher, Objective(loss, STEPS, 0.8, chunk_rows=10))
+    step = TrainStep(head, teacher, Objective(loss, STEPS, 0.8, chunk_rows=10), compiled)
     return step.backward, GraphedStep(step, tokens, Graphs(torch.device("cpu"))).backward
 
 
@@ -55,6 +61,28 @@ def test_padding_changes_no_gradient(loss, capture, monkeypatch):
                 p.grad = None
         for plain, padded in zip(*results):
             torch.testing.assert_close(padded, plain)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_pieces_are_compiled_once_whatever_the_rows(padded, monkeypatch):
+    """Compiling takes seconds, in which training would stand still."""
+    monkeypatch.setattr(graphed, "CAPTURE", 0)
+    compiled = []
+
+    def backend(module, inputs):
+        compiled.append(module)
+        return module
+
+    compiler = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=backend))
+    monkeypatch.setattr("drafthead.train.ttt.torch.compile", compiler)
+    torch._dynamo.reset()
+    head, tokens, batches = rows(last=3)
+    sizes = {(len(b.live), len(b.labels), b.tokens) for b in batches}
+    assert len(sizes) > 2
+    backward = both(head, tokens, "kl", compiled=True)[padded]
+    for batch in batches:
+        backward(batch)
+    assert len(compiled) == 6  # begin, turn and finish, there and back
 
 
 def test_gradients_add_up_until_they_are_taken():

@@ -1,5 +1,6 @@
 """Rows through head and loss as CUDA graphs: copied into fixed places, padded to a few sizes."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -183,8 +184,11 @@ class GraphedStep:
             p.grad = gradient
         if self._batch is None:
             # The first as large as it is: what is compiled for sizes that are equal by chance, as
-            # padded ones often are, is compiled once more for others. Places are contiguous, too.
-            self._batch = batch.map(Tensor.contiguous)
+            # padded ones often are, is compiled once more for others. Copied, since places too are
+            # contiguous and begin with their memory.
+            self._batch = batch.map(
+                functools.partial(torch.clone, memory_format=torch.contiguous_format)
+            )
             return self._backward()
         size = self.sizes.choose(batch)
         if size not in self._made:

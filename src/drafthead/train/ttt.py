@@ -136,10 +136,13 @@ class TrainingTimeTest:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The states that the LM head reads: [T, M, H], rows as in `batch.student`."""
+        # Not views, and rows at the start of their memory: what is compiled for one view is
+        # compiled anew for one that fills its memory otherwise or does not begin with it.
+        batch = batch.map(Tensor.detach)
         head, docs, all_docs = self.head, batch.documents, batch.documents.all_rows()
         dtype, final = head.fc.weight.dtype, len(head.layers) - 1
         embeds = batch.embeds.to(dtype)
-        where = list(zip(batch.student.unbind(), batch.student_of.unbind()))
+        where = [(rows.clone(), of.clone()) for rows, of in zip(batch.student, batch.student_of)]
         prefix: list[tuple[Tensor, Tensor]] = []
         own: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in head.layers]
 
