@@ -130,6 +130,7 @@ RECIPES = {
     "negative": (edit("heldout: 4", "heldout: -4"), "`prompts.heldout`"),
     "not a number": (edit("epochs: 1", "learning_rate: .nan"), "`train.learning_rate`"),
     "infinite": (edit("epochs: 1", "learning_rate: .inf"), "`train.learning_rate`"),
+    "Python's None": (edit("max_model_len: 128", "max_model_len: None"), "word for it is `null`"),
     "list for a section": (edit("{epochs: 1}", "[1]"), "`train`: should be a mapping"),
     "no target": (edit("target: {path: target}", "target:"), "`target` is missing"),
     "vocabulary too large": (edit("size: 256", "size: 9999"), "only 512 tokens"),
@@ -185,6 +186,9 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
         (nothing, ("verify", "r.yaml", "--samples", "-1"), "`verify.samples`"),
         (nothing, ("inspect", "p.jsonl"), "no such head"),
         (nothing, ("states", "check", "nope"), "nope/meta.json: not found"),
+        (nothing, ("states", "check", "target"), "a run's is runs/NAME/states"),
+        (nothing, ("bench", "r.yaml", "--head", "nope"), "nope: no such folder; a head is"),
+        (nothing, ("bench", "r.yaml", "--set", "code=no.jsonl"), "no.jsonl: no such file; a path"),
         (nothing, ("publish", "r.yaml", "--repo", "a/b"), "verify.json: not found"),
         (nothing, ("quantize", "target", "target", "--prompts", "p.jsonl"), "would be replaced"),
         (nothing, ("quantize", "target", "out", "--prompts", "nope.jsonl"), "no such file"),
@@ -228,6 +232,31 @@ def test_what_only_looks_odd_is_taken(place, drafthead, monkeypatch, change):
     code, _, err = drafthead(*RUN, "--to", "generate")
     assert code == 1
     assert "40 conversations" in err or "41 conversations" in err
+
+
+def test_a_mistake_mended_before_anything_was_made_is_no_other_setting(
+    place, drafthead, monkeypatch
+):
+    def started(*_args):
+        raise ClaimFailed("started")
+
+    monkeypatch.setattr("drafthead.capture.stages._in_child", started)
+    Path("p.txt").write_text("What is one?\n")
+    edit("p.jsonl", "p.txt")()
+    code, _, err = drafthead(*RUN)
+    assert code == 2
+    assert "p.txt: prompts come from .jsonl or .parquet" in err
+    Path("r.yaml").write_text(RECIPE)
+    code, _, err = drafthead(*RUN, "--to", "generate")
+    assert code == 1, err
+
+
+def test_init_says_that_prompts_are_missing(place, drafthead):
+    code, _, err = drafthead("init", "target", "--prompts", "no.jsonl", "--out", "n.yaml")
+    assert code == 0
+    assert "no.jsonl is not there yet" in err
+    _, _, err = drafthead("init", "target", "--prompts", "p.jsonl", "--out", "o.yaml")
+    assert "not there" not in err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(place, drafthead):

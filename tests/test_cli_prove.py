@@ -76,6 +76,6 @@ def test_other_drafters_come_after_the_bench(given, monkeypatch):
         return {"ngram": {"speedup": 1.2}}
 
     monkeypatch.setattr("drafthead.prove.bench.contest", contest)
-    _, result = given("bench", "--head", "a", "--head", "b", "--baseline", "ngram")
-    assert called == {"heads": ["a", "b"], "ngram": True, "run": "runs/r"}
+    _, result = given("bench", "--head", "o/a", "--head", "o/b", "--baseline", "ngram")
+    assert called == {"heads": ["o/a", "o/b"], "ngram": True, "run": "runs/r"}
     assert result == {"stage": "bench", "beside": {"ngram": {"speedup": 1.2}}}

@@ -136,6 +136,32 @@ def test_a_recipe_that_does_not_fit_is_a_fault_with_its_mend(recipe, tmp_path):
     assert "target.path" in finding.mend
 
 
+def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
+    def findings(**sections):
+        data = recipe.model_dump(mode="json")
+        changed = parse_recipe(
+            {k: v | sections.get(k, {}) if isinstance(v, dict) else v for k, v in data.items()},
+            "test",
+        )
+        return {f.what: f for f in doctor.check_recipe(changed, RunDir(tmp_path / "runs/r"), CPU)}
+
+    assert not {"prompts", "drafts"} & findings().keys()
+    few = findings(engine={"max_model_len": 8})["prompts"]
+    assert few.state == "fault"
+    assert "engine.max_model_len" in few.mend
+    assert "drafts" not in findings(serve={"num_speculative_tokens": 7})  # trained for as many
+    poor = findings(serve={"num_speculative_tokens": 7}, train={"ttt_steps": 3})["drafts"]
+    assert poor.state == "warning"
+    assert "train.ttt_steps" in poor.mend
+    assert findings(serve={"num_speculative_tokens": 9})["drafts"].state == "warning"
+
+
+def test_a_folder_that_cannot_be_written_is_a_fault(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda path, _: path != tmp_path)
+    findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
+    assert f"{tmp_path} cannot be written to" in [f.found for f in findings if f.state == "fault"]
+
+
 @pytest.mark.parametrize(
     ("machine", "code", "found", "mend"),
     [

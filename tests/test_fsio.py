@@ -27,6 +27,15 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_file_that_cannot_be_written_is_named_as_the_user_knows_it(tmp_path, monkeypatch):
+    def refused(path, _mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(fsio, "open", refused, raising=False)
+    with pytest.raises(DraftheadError, match=r"/r\.yaml: no permission"):
+        fsio.write_bytes(tmp_path / "r.yaml", b"")
+
+
 def test_nan_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="Out of range"):
         fsio.write_json(tmp_path / "a.json", {"a": float("nan")})

@@ -43,7 +43,7 @@ def job(tmp_path, llama, monkeypatch):
 
     job = Job()
     job.root = tmp_path / "runs" / "job"
-    job.prompts = prompts
+    job.prompts, job.llama = prompts, llama
 
     def load(function):
         name = function.split(":")[1]
@@ -125,6 +125,17 @@ def test_a_failed_claim_still_writes_the_report_and_is_told(job):
     job.fail = None
     job.execute(recipe)
     assert job.ran == ["verify", "report"]
+
+
+def test_only_what_was_made_with_other_settings_is_in_the_way(job):
+    job.execute(job.recipe())
+    other = job.recipe(generate={"max_new_tokens": 7}, target={"path": str(job.llama)})
+    with pytest.raises(DraftheadError, match="max_new_tokens: 512 -> 7") as told:
+        job.execute(other)
+    assert len(str(told.value)) < 400
+    (job.root / "answers" / "part").unlink()
+    job.execute(other)
+    assert job.ran == list(NAMES)
 
 
 def test_missing_prompts_file(job):

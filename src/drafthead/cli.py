@@ -58,13 +58,17 @@ def init(
     from drafthead.init import write_recipe
 
     emit(write_recipe(target, prompts, out), as_json)
-    console.print(f"wrote {out}; read it, then: drafthead run {out}")
+    if not Path(prompts).is_file():
+        console.print(f"[yellow]{escape(prompts)} is not there yet; the run will need it[/yellow]")
+    console.print(f"wrote {out}; read it, then: drafthead doctor {out}, drafthead run {out}")
 
 
 @app.command(epilog="Example: drafthead run recipe.yaml --from train --to export")
 def run(
     recipe: RecipeFile,
-    first: Annotated[str, typer.Option("--from", help="First stage.")] = "generate",
+    first: Annotated[
+        str, typer.Option("--from", help="First stage; those before it must be done.")
+    ] = "generate",
     last: Annotated[str, typer.Option("--to", help="Last stage.")] = "report",
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
@@ -103,7 +107,8 @@ def _add_cluster_stage(name: str, help_text: str) -> None:
             int | None, typer.Option(help="Engines at once; as many as there is room for.", min=1)
         ] = None,
         location: Annotated[
-            str | None, typer.Option(help="fsspec URL for what the workers finish.")
+            str | None,
+            typer.Option(help="fsspec URL for what the workers finish; the run's folder."),
         ] = None,
         runs: RunsDir = Path("runs"),
         overwrite: Overwrite = False,
@@ -228,7 +233,8 @@ def serve(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve target and head with vLLM. Unknown arguments are passed on to it."""
+    """Serve target and head with vLLM. Unknown arguments are passed on to it; --json prints the
+    plan first."""
     from drafthead.prove.proof import doubt
     from drafthead.serve import serve_plan
 
@@ -319,9 +325,13 @@ def publish(
 
 @app.command(epilog="Example: drafthead doctor recipe.yaml")
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe to check the disk against.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe whose target, prompts, disk and head to check.")
+    ] = None,
     runs: RunsDir = Path("runs"),
-    url: Annotated[str | None, typer.Option(help="A live server to diagnose, http://…")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="A live server to diagnose, http://HOST:PORT.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check Python, PyTorch, vLLM, plugin, GPU and disk; say how to mend each fault."""

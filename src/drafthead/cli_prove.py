@@ -28,12 +28,13 @@ def _numbers(text: str | None) -> list[str] | None:
 def _with_options(recipe: Path, section: str, options: dict[str, Any]) -> Recipe:
     """The recipe with a section's fields as the command line gives them, and a word on it."""
     changed = {name: value for name, value in options.items() if value is not None}
+    found = with_options(load_recipe(recipe), section, changed)
     if changed:
         console.print(
             f"{section}: {', '.join(f'{n}={v}' for n, v in changed.items())} instead of the "
-            f"recipe's; what comes after this stage wants the same in {recipe}"
+            f"recipe's; run and report go by {recipe}: write the same into it to keep this"
         )
-    return with_options(load_recipe(recipe), section, changed)
+    return found
 
 
 def _sets(named: list[str] | None) -> list[dict[str, str]] | None:
@@ -48,7 +49,7 @@ def verify(
     recipe: RecipeFile,
     k: Annotated[str | None, typer.Option(help="Tokens drafted a step: 1,2,3.")] = None,
     prompts: Annotated[
-        int | None, typer.Option(help="How many prompts, trained on or not.")
+        int | None, typer.Option(help="How many prompts; beyond the held-out ones, of training.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
@@ -106,13 +107,15 @@ def bench(
     prompts: Annotated[int | None, typer.Option(help="Prompts to time.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Times each pair is run.")] = None,
-    over: Annotated[_Over | None, typer.Option(help="The engine itself, or servers.")] = None,
+    over: Annotated[
+        _Over | None, typer.Option(help="Time the engine itself, or servers over HTTP.")
+    ] = None,
     heads: Annotated[
         list[str] | None,
-        typer.Option("--head", help="Another EAGLE-3 head, vLLM or speculators format."),
+        typer.Option("--head", help="Also another EAGLE-3 head, folder or hub id; more are fine."),
     ] = None,
     baseline: Annotated[
-        _Baseline | None, typer.Option(help="Also a drafter that needs no head.")
+        _Baseline | None, typer.Option(help="Also a drafter that needs no head: prompt lookup.")
     ] = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
@@ -132,6 +135,11 @@ def bench(
         "over": over and over.value,
     }
     found = _with_options(recipe, "bench", options)
+    if heads:
+        from drafthead.serve import existing_head
+
+        for head in heads:  # looked for now, not after hours of measuring
+            existing_head(head)
     summary = run_stage("bench", found, runs, overwrite, again)
     if heads or baseline:
         from drafthead.prove.bench import contest

@@ -22,6 +22,7 @@ from drafthead.rundir import RunDir
 # What needs PyTorch is imported where it is used: doctor must work where PyTorch does not.
 if TYPE_CHECKING:
     from drafthead.capture.plan import WorkPlan
+    from drafthead.data.chats import Chat
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
@@ -189,20 +190,44 @@ def _gpus(machine: Machine) -> Finding:
     return Finding("GPU", "ok", names + link)
 
 
-def _longest_mean(plan: "WorkPlan", sample: int = 64) -> float:
+def _sample(plan: "WorkPlan", size: int = 64) -> list["Chat"]:
+    return [chat for unit in plan.units for chat, _ in unit][:size]
+
+
+def _longest_mean(plan: "WorkPlan") -> float:
     """Mean tokens of a conversation if every answer is as long as it may be, over a sample."""
-    chats = [chat for unit in plan.units for chat, _ in unit][:sample]
     tokenizer, limit = plan.template.tokenizer, plan.recipe.generate.max_new_tokens
     lengths = []
-    for chat in chats:
+    for chat in _sample(plan):
         said = " ".join([chat.system or "", *chat.turns])
         tokens = len(tokenizer(said, add_special_tokens=False)["input_ids"])
         lengths.append(min(plan.max_len, tokens + len(chat.turns) * limit))
     return sum(lengths) / max(1, len(lengths))
 
 
+def _room(plan: "WorkPlan") -> list[Finding]:
+    """Whether prompts leave room for an answer, over a sample."""
+    sample = _sample(plan)
+    full = sum(len(plan.template.encode(c.opening)[0]) >= plan.max_len for c in sample)
+    if not full:
+        return []
+    words = f"{full} of {len(sample)} leave no room for an answer in {plan.max_len} tokens"
+    mend = "raise engine.max_model_len, as far as the target reaches, or take shorter prompts"
+    return [Finding("prompts", "fault" if full == len(sample) else "warning", words, mend)]
+
+
+def _trained_steps(recipe: Recipe) -> list[Finding]:
+    """Whether the head is trained for as many drafts as the recipe serves."""
+    k = max(recipe.serve.candidates)
+    if k <= recipe.ttt_steps:
+        return []
+    words = f"up to {k} drafts a step, and a head trained for {recipe.ttt_steps}: the rest are poor"
+    mend = "raise train.ttt_steps (8 at most), or lower serve.num_speculative_tokens"
+    return [Finding("drafts", "warning", words, mend)]
+
+
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
-    """Target, prompts, fit into memory, and disk against the bytes of the states to come."""
+    """Target, prompts, drafts a step, fit into memory, and disk against the bytes of the states."""
     from drafthead.capture.plan import make_plan
     from drafthead.serve import engine_plan
     from drafthead.targets import recipe_target
@@ -224,6 +249,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     except DraftheadError as error:
         mend = "correct the recipe, or the file that the message names"
         return [Finding("recipe", "fault", str(error), mend)]
+    found += [*_room(plan), *_trained_steps(recipe)]
     try:
         engine_plan(recipe, head=None, target=target, machine=machine)
     except DraftheadError as error:
@@ -236,6 +262,9 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     folder = run.root
     while not folder.exists():
         folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        mend = "choose a folder that you may write with --runs"
+        found.append(Finding("disk", "fault", f"{folder} cannot be written to", mend))
     free = shutil.disk_usage(folder).free
     words = (
         f"states take at most {need / 1e9:.1f} GB ({conversations:,} conversations, "

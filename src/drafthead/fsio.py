@@ -70,7 +70,9 @@ def atomic_file(final: Path) -> Iterator[Path]:
         try:
             yield temporary
             os.replace(temporary, final)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename = str(final)  # the name that the user knows
             temporary.unlink(missing_ok=True)
             raise
 

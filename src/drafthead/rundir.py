@@ -1,6 +1,7 @@
 """Where a run leaves what it makes. One folder, the same names in every run."""
 
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ class RunDir:
         return record["summary"] if record["inputs"] == inputs else None
 
     def begin(self, stage: str, inputs: dict, overwrite: bool) -> None:
-        """Start or go on with ``stage``. Output made with other inputs is swept away first.
+        """Start or go on with ``stage``. Output made with other inputs is swept away first; a
+        mistake that was found before any was made leaves nothing to hold the next try against.
 
         Raises:
             DraftheadError: there is such output and ``overwrite`` is off.
@@ -89,7 +91,8 @@ class RunDir:
         if path.exists():
             before = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
             if before != inputs:
-                if not overwrite:
+                made = any(out.is_dir() and any(out.iterdir()) for out in self._outputs(stage))
+                if made and not overwrite:
                     raise DraftheadError(
                         f"{self.root}: its {stage} stage was made with other settings "
                         f"({', '.join(_differences(before, inputs))}); give this run another name, "
@@ -128,5 +131,6 @@ def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}: {old!r} -> {new!r}")
+            old, new = (textwrap.shorten(repr(v), 60, placeholder=" …") for v in (old, new))
+            found.append(f"{prefix}{key}: {old} -> {new}")
     return found

@@ -294,9 +294,11 @@ def existing_head(head: Path | str) -> Path | str:
     """``head`` itself (a folder or a hub id), after looking whether a local one is there.
 
     Raises:
-        DraftheadError: a folder without a head.
+        DraftheadError: a folder without a head, or what is neither a folder nor a hub id.
     """
     local = isinstance(head, Path) or str(head).startswith((".", "/", "~")) or Path(head).exists()
+    if not local and str(head).count("/") != 1:
+        raise DraftheadError(f"{head}: no such folder; a head is a folder or a hub id, OWNER/NAME")
     if local and not (Path(head).expanduser() / "config.json").is_file():
         raise DraftheadError(
             f"{head}: no head there (no config.json); `drafthead run RECIPE` makes one"

@@ -6,7 +6,7 @@ import torch
 
 from drafthead import cli
 from drafthead.capture.checks import teacher_argmax
-from drafthead.capture.compare import compare
+from drafthead.capture.compare import compare, compare_stores
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
@@ -48,6 +48,18 @@ def test_other_tokens_are_refused(llama):
         compare([(sample(target, 0), sample(target, 1))], target)
     with pytest.raises(DraftheadError, match="no samples"):
         compare([], target)
+
+
+def test_states_of_another_target_are_refused(llama, tmp_path):
+    target = load_target(llama)
+    for name, captured in (("a", "another"), ("b", "one more"), ("c", target.fingerprint)):
+        size = (target.num_layers, target.hidden_size)
+        meta = StoreMeta((1, 2), *size, "fp32", 1, {"target": captured})
+        with StateWriter(tmp_path / name, meta) as writer:
+            writer.submit(0, [sample(target, 0)])
+    with pytest.raises(DraftheadError, match="are of another target; give --target"):
+        compare_stores(tmp_path / "a", tmp_path / "b", target)
+    assert compare_stores(tmp_path / "a", tmp_path / "c", target)["conversations"] == 1
 
 
 def test_the_command_pairs_two_stores_by_conversation(llama, tmp_path, capsys):

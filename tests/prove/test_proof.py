@@ -17,7 +17,7 @@ def altered(run, **changes):
 def test_a_k_that_was_not_proved_is_doubted(tmp_path):
     _, run = made_run.make(tmp_path)
     assert doubt(run, 1) is None
-    assert "k = 5 was not proved (k = 1 was): drafthead verify --k 5" in doubt(run, 5)
+    assert "k = 5 was not proved (k = 1 was): `drafthead verify RECIPE --k 5`" in doubt(run, 5)
     altered(run, served={"10": {}, "2": {}})
     assert "(k = 2, 10 was)" in doubt(run, 3)
     altered(run, lossless=False)

@@ -83,9 +83,15 @@ def compare_stores(first: Path, second: Path, target: Target) -> dict[str, Any]:
     """``compare`` over the conversations that two stores share, paired by name.
 
     Raises:
-        DraftheadError: they share none, or one is broken.
+        DraftheadError: they share none, one is broken, or neither is of this target.
     """
     readers = [StateReader(path, partial=True) for path in (first, second)]
+    captured = {reader.meta.inputs.get("target") for reader in readers}
+    if None not in captured and target.fingerprint not in captured:
+        raise DraftheadError(
+            f"{target.path}: the states in {first} and {second} are of another target; give "
+            "--target the folder that they were captured from"
+        )
     places = {name: i for i, name in enumerate(readers[1].conversation)}
     shared = [(i, places[name]) for i, name in enumerate(readers[0].conversation) if name in places]
     pairs = ((readers[0][i], readers[1][j]) for i, j in shared)

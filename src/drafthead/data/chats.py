@@ -75,11 +75,14 @@ def check_file(path: Path | str) -> None:
     """
     if Path(path).is_dir():
         raise DraftheadError(
-            f"prompts.sources: {path} is a folder; name the JSONL or Parquet file in it, or give "
+            f"prompts: {path} is a folder; name the JSONL or Parquet file in it, or give "
             "the folder as `dataset`"
         )
     if not Path(path).is_file():
-        raise DraftheadError(f"prompts.sources: {path}: no such file")
+        raise DraftheadError(
+            f"prompts: {path}: no such file; a path in a recipe is relative to the folder that "
+            "drafthead is run from"
+        )
 
 
 def read_records(source: Source) -> Iterator[tuple[str, Any]]:
@@ -148,7 +151,10 @@ def to_chat(record: Any, where: str, source: str) -> Chat | str:
         DraftheadError: the record is of no known form.
     """
     if not isinstance(record, dict):
-        raise DraftheadError(f"{where}: a record is an object, found {type(record).__name__}")
+        raise DraftheadError(
+            f"{where}: a record is an object, found {type(record).__name__}; write each on a line "
+            'of its own: {"prompt": …}'
+        )
     for name in ("messages", "conversations", "prompt"):
         if record.get(name):
             found = record[name]

@@ -121,7 +121,7 @@ def read_proof(run: RunDir) -> dict:
 def doubt(run: RunDir, k: int) -> str | None:
     """Why it is not proved that a run's head is lossless at ``k`` drafts a step; None if it is."""
     if not proof_path(run).exists():
-        return f"k = {k} was not proved, nor was any other: drafthead verify would do it."
+        return f"k = {k} was not proved, nor was any other: `drafthead verify RECIPE` would do it."
     try:
         proof = read_proof(run)
     except DraftheadError as error:
@@ -130,5 +130,8 @@ def doubt(run: RunDir, k: int) -> str | None:
         return f"{proof_path(run)}: verify found that the head is not lossless."
     if str(k) not in proof["served"]:
         proved = ", ".join(sorted(proof["served"], key=int))
-        return f"k = {k} was not proved (k = {proved} was): drafthead verify --k {k} would do it."
+        return (
+            f"k = {k} was not proved (k = {proved} was): `drafthead verify RECIPE --k {k}` would "
+            "do it."
+        )
     return None

@@ -57,6 +57,8 @@ def parse_recipe(data: Any, where: str) -> Recipe:
                 wanted = item["msg"]
                 if item["type"] in ("model_type", "dict_type"):
                     wanted = "should be a mapping (`key: value` lines)"
+                if item["input"] == "None":
+                    wanted += "; YAML's word for it is `null`"
                 found = textwrap.shorten(repr(item["input"]), 80, placeholder=" …")
                 lines.append(f"{where}: `{field}`: {wanted}, found {found}")
         raise DraftheadError("\n".join(lines)) from None

@@ -1,6 +1,7 @@
 """One typed description of a whole run. Every default says why it is what it is.
 
-A recipe is a YAML file. Unknown or misspelt keys are refused, with the nearest right one.
+A recipe is a YAML file, and what is said of its keys is in YAML's words: `null` is Python's None.
+Unknown or misspelt keys are refused, with the nearest right one.
 """
 
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ class TargetSection(Section):
     path: str
     """Folder or hub id of the target, exactly as you serve it (quantized if you serve it so)."""
     revision: str | None = None
-    """Hub revision; None is the default branch."""
+    """Hub revision; null is the default branch."""
     trust_remote_code: bool = False
     """Run Python code that comes with the target. Off: say so by name if you mean it."""
 
@@ -39,9 +40,9 @@ class Source(Section):
     split: str = "train"
     """Split of `dataset`."""
     limit: Annotated[int, Field(gt=0)] | None = None
-    """At most this many conversations of this source; None takes all."""
+    """At most this many conversations of this source; null takes all."""
     name: str | None = None
-    """What reports call this source (chat, code, maths, …); None takes the file's name."""
+    """What reports call this source (chat, code, maths, …); null takes the file's name."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "Source":
@@ -84,7 +85,7 @@ class CaptureSection(Section):
     """Hidden states of the target, taken out of the running engine."""
 
     aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Ids of the auxiliary layers: id i is the residual stream that enters layer i. None is
+    """Ids of the auxiliary layers: id i is the residual stream that enters layer i. null is
     vLLM's own default (2, n//2, n-3)."""
     format: Literal["bf16", "fp8-aux", "fp8", "fp32"] = "bf16"
     """How states lie on disk: bf16 (exact for a bf16 target), fp8-aux (the auxiliary layers in e4m3
@@ -102,7 +103,7 @@ class CaptureSection(Section):
     of 8192 tokens of a target 2048 wide."""
     online_devices: list[Annotated[int, Field(ge=0)]] | None = None
     """GPUs of the engines that compute states online, by CUDA's numbers, in the order of the
-    training processes. None: each shares its training process's GPU; then lower
+    training processes. null: each shares its training process's GPU; then lower
     `engine.gpu_memory_utilization`, to leave room for training."""
 
 
@@ -111,13 +112,13 @@ class ClusterSection(Section):
 
     address: str | None = None
     """A Ray cluster (`auto` finds the one that this machine is in; `local` starts one here).
-    None: this machine, without Ray. `drafthead generate --ray ADDRESS` sets it."""
+    null: this machine, without Ray. `drafthead generate --ray ADDRESS` sets it."""
     workers: Annotated[int, Field(gt=0)] | None = None
     """Engines at once, each on `engine.tensor_parallel_size` GPUs, or a CPU core in a cluster
-    without GPUs; None is as many as the cluster has room for."""
+    without GPUs; null is as many as the cluster has room for."""
     location: str | None = None
     """A URL that fsspec knows (s3://…, gs://…, file://…): workers put finished units there, and
-    training brings the states from there. None: the run's folder, which all machines must share."""
+    training brings the states from there. null: the run's folder, which all machines must share."""
 
 
 class VocabSection(Section):
@@ -129,25 +130,26 @@ class VocabSection(Section):
 
 
 class HeadSection(Section):
-    """The shape of the draft head. None takes the target's own figure."""
+    """The shape of the draft head. null takes the target's own figure. "The published head" is the
+    one on the hub for LFM2.5-8B-A1B."""
 
     aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Which of the captured auxiliary layers the head reads; None is all. Capture more once, and
+    """Which of the captured auxiliary layers the head reads; null is all. Capture more once, and
     heads that read different ones can be compared on the same states."""
     hidden_size: Annotated[int, Field(gt=0)] | None = None
     """Width. vLLM shares the target's embedding, so it must be the target's unless the head
     brings its own."""
     intermediate_size: Annotated[int, Field(gt=0)] | None = None
-    """Width of the MLP; None is 4 x hidden, rounded to 128 (the published head's ratio)."""
+    """Width of the MLP; null is 4 x hidden, rounded to 128 (the published head's ratio)."""
     num_attention_heads: Annotated[int, Field(gt=0)] | None = None
-    """Query heads; None is the target's."""
+    """Query heads; null is the target's."""
     num_key_value_heads: Annotated[int, Field(gt=0)] | None = None
-    """Key and value heads; None is the target's."""
+    """Key and value heads; null is the target's."""
     norm_before_residual: bool = True
     """Take the residual after the norm of the hidden state rather than before. The norms are the
     largest single gain that was measured: a few dimensions of a target's states are hundreds of
-    times the others, and drown what a head adds to them (docs/heads.md). false, with `fc_norm` and
-    `norm_output`, is the published head."""
+    times the others, and drown what a head adds to them (docs/heads.md). The published head has
+    none of the three: false here, in `fc_norm` and in `norm_output`."""
     norm_before_fc: bool = False
     """RMS-norm the joined auxiliary states before `fc`."""
     fc_norm: bool = True
@@ -170,13 +172,14 @@ class TrainSection(Section):
     epochs: Annotated[float, Field(gt=0)] = 3
     """Passes over the training states; the published head took 3."""
     start_from: str | None = None
-    """A head to go on from, in vLLM's or speculators' format (`drafthead train --from HEAD`); None
+    """A head to go on from, in vLLM's or speculators' format (`drafthead train --from HEAD`); null
     starts from the target's own weights."""
     ttt_steps: Annotated[int, Field(ge=1, le=8)] | None = None
     """Steps of training-time test: the head learns from its own states as it will at draft
-    position 1..n. None: as many as may be drafted a step, at most 8. Positions beyond are as good
-    as lost: trained for 3, the demo's head got 30 % right at positions 1 to 3 and 5 % at the
-    fourth. 1 is the published recipe (fit for k=1 only)."""
+    position 1..n. null: as many as may be drafted a step, at most 8. Positions beyond are
+    drafted worse, and without `head.norm_output` are as good as lost: such a head, trained for 3,
+    got 30 % right at positions 1 to 3 and 5 % at the fourth. 1 is the published head's recipe (fit
+    for k=1 only)."""
     ttt_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Weight of step t is decay**t: later drafts count only if earlier ones were accepted."""
     loss: Loss = "kl"
@@ -190,7 +193,7 @@ class TrainSection(Section):
     the same tokens the demo's head accepts 1.71 tokens a step where AdamW alone makes it 1.56. Its
     products cost time; `adamw` is for speed alone, and for `shard`."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate, of all weights (Muon's steps are scaled to the size of AdamW's). None is
+    """Peak learning rate, of all weights (Muon's steps are scaled to the size of AdamW's). null is
     2e-3 with `muon`, 5e-4 with `adamw`: a normed head trained by AdamW alone takes no more."""
     lm_head_rate: Annotated[float, Field(ge=0)] = 1.0
     """The LM head's learning rate as a share of the others': it starts from the target's own, and
@@ -212,15 +215,15 @@ class TrainSection(Section):
     conversation is cut there."""
     rows_per_step: Annotated[int, Field(ge=1)] | None = None
     """Packed rows of an optimizer step over all processes together; more than processes means
-    accumulation. None: one for each process of the first start. The result does not depend on how
+    accumulation. null: one for each process of the first start. The result does not depend on how
     many processes share the work."""
     shard: bool = False
     """Under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2).
     For heads that outgrow a card; a head of ordinary size trains faster without."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
-    """Steps between held-out evaluations; None is ten times in a run."""
+    """Steps between held-out evaluations; null is ten times in a run."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after so many evaluations without a better accepted length; None never stops."""
+    """Stop after so many evaluations without a better accepted length; null never stops."""
     track: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
     """Trackers to report to beside JSON lines and TensorBoard, if installed."""
     seed: int = 0
@@ -238,7 +241,7 @@ class EngineSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computation type. On a CPU float32 makes greedy outputs exact."""
     max_model_len: Annotated[int, Field(gt=0)] | None = None
-    """Longest sequence; None is the target's own."""
+    """Longest sequence; null is the target's own."""
     max_num_seqs: Annotated[int, Field(gt=0)] = 64
     """Sequences at once when generating."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
@@ -246,7 +249,7 @@ class EngineSection(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that an engine may take."""
     kv_cache_memory_bytes: Annotated[int, Field(gt=0)] | None = None
-    """KV cache in bytes; None lets vLLM decide on a GPU and takes 1 GiB on a CPU."""
+    """KV cache in bytes; null lets vLLM decide on a GPU and takes 1 GiB on a CPU."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's `LLM`, by their own names."""
 
@@ -262,10 +265,10 @@ class ServeSection(Section):
     """How the head is served."""
 
     num_speculative_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens drafted a step (k). None: verify and bench take 3, 1 and 5, and what bench then
+    """Tokens drafted a step (k). null: verify and bench take 3, 1 and 5, and what bench then
     recommends is served."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] | None = None
-    """GPUs to serve on; None is the engine's if it is above 1, else the fewest that hold the
+    """GPUs to serve on; null is the engine's if it is above 1, else the fewest that hold the
     weights."""
 
     @property
@@ -284,20 +287,20 @@ class VerifySection(Section):
     """The proof that the head changes no token."""
 
     prompts: Annotated[int, Field(gt=0)] | None = None
-    """Prompts to check; None is all that are held out. More than those takes training prompts too:
+    """Prompts to check; null is all that are held out. More than those takes training prompts too:
     the claim is of every prompt, seen or not."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer."""
     num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
-    """Each k to prove; None is the one that serve names, else 3, 1 and 5."""
+    """Each k to prove; null is the one that serve names, else 3, 1 and 5."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
-    """Requests at once; None is the engine's `max_num_seqs`, so that the proof is under load."""
+    """Requests at once; null is the engine's `max_num_seqs`, so that the proof is under load."""
     prefix_cache: bool = False
     """Also ask every prompt again, and prompts that begin as others do: answers that start from
     cached blocks."""
     max_num_batched_tokens: Annotated[int, Field(gt=0)] | None = None
     """Tokens of one engine step; a small number (64) cuts prompts into chunks that share steps with
-    drafts. None is vLLM's own, which few prompts exceed."""
+    drafts. null is vLLM's own, which few prompts exceed."""
     mixed_lengths: bool = False
     """Also cut prompts and answers to random lengths, from one token up: the batches in which
     faults of speculation have hidden."""
@@ -312,7 +315,7 @@ class BenchSection(Section):
     prompts: Annotated[int, Field(gt=0)] = 24
     """Prompts timed, each with and without the head."""
     sources: list[Source] | None = None
-    """Prompt sets of your own to time (chat, code, maths, …), each with figures of its own; None
+    """Prompt sets of your own to time (chat, code, maths, …), each with figures of its own; null
     takes the held-out prompts, by the sources that they came from."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer; the published page took 256."""
@@ -321,7 +324,7 @@ class BenchSection(Section):
     repeats: Annotated[int, Field(ge=1)] = 1
     """Times each pair is run."""
     num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
-    """Each k to measure; None is the one that serve names, else 3, 1 and 5. The first is the
+    """Each k to measure; null is the one that serve names, else 3, 1 and 5. The first is the
     headline's."""
     concurrency: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
     """Requests at once, each that ends replaced by the next; each number is a row of the grid, the
@@ -329,7 +332,7 @@ class BenchSection(Section):
     temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
     """Sampling temperatures of the grid; the first is the headline's."""
     tensor_parallel_size: list[Annotated[int, Field(ge=1)]] | None = None
-    """Numbers of GPUs to spread the target over, each measured; None is the one that is served."""
+    """Numbers of GPUs to spread the target over, each measured; null is the one that is served."""
     over: Literal["engine", "http"] = "engine"
     """`engine`: vLLM's engine itself. `http`: two servers asked by streaming, so that what the
     server adds is in the times."""
@@ -343,7 +346,7 @@ class PublishSection(Section):
     base_model: str | None = None
     """Hub id of the target when `target.path` is a folder: what the model card calls it."""
     license: str | None = None
-    """The target's licence as the hub names it (apache-2.0); None reads its card or LICENSE."""
+    """The target's licence as the hub names it (apache-2.0); null reads its card or LICENSE."""
     private: bool = False
     """Whether a repository that publish makes is private."""
 

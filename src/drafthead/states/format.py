@@ -201,7 +201,8 @@ class StoreMeta:
             DraftheadError: missing, broken, of a later version, or altered.
         """
         path = store / "meta.json"
-        record = read_json(path, "the description of a state store", dict[str, Any])
+        what = "the description of a state store (a run's is runs/NAME/states)"
+        record = read_json(path, what, dict[str, Any])
         check_version(path, record)
         try:
             meta = cls(**{field.name: record[field.name] for field in fields(cls)})
