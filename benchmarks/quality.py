@@ -277,8 +277,8 @@ def main() -> None:
         targets = (options.served_targets or options.target).split(",")
         sides = record["duel"]
         of = {side: [n for n in sides if sides[n]["side"] == side] for side in ("ours", "theirs")}
-        theirs = max(of["theirs"], key=lambda name: length(sides[name]))
-        heads = {name: Path(sides[name]["head_folder"]) for name in (*of["ours"], theirs)}
+        theirs = sorted(of["theirs"], key=lambda name: length(sides[name]))[-1:]
+        heads = {name: Path(sides[name]["head_folder"]) for name in (*of["ours"], *theirs)}
         serve(options, targets, heads, record.setdefault("served", []), save, CONSOLE.print)
     save()
 

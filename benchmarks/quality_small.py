@@ -63,6 +63,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="recipes/demo.yaml", help="that run's recipe")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--peers", type=Path, help="folder with speculators, if not installed")
+    parser.add_argument(
+        "--aux",
+        action="append",
+        default=[],
+        help="auxiliary layers of one head more: 2-5-8 makes aux-2-5-8; the run must hold them",
+    )
     parser.add_argument("--only", help="names of heads, comma-separated; default all")
     parser.add_argument("--seeds", default="0")
     options = parser.parse_args()
@@ -74,6 +80,7 @@ def main() -> None:
     if not (options.out / "runs" / "quality").exists():
         (options.out / "runs" / "quality").symlink_to(options.run.resolve())
     speculators_side.find(options.peers)
+    options.turn = None
     fp8.require = lambda device, head: None
     record: dict = {
         "benchmark": "quality_small",
@@ -86,6 +93,9 @@ def main() -> None:
     known = {
         job.name: job for job in jobs(load_target(options.target).hidden_size, recipe.vocab.size)
     }
+    for layers in options.aux:
+        read = {"aux_layers": [int(layer) for layer in layers.split("-")]}
+        known[f"aux-{layers}"] = replace(known["drafthead"], head=read)
     wanted = options.only.split(",") if options.only else list(known)
     for seed in (int(part) for part in options.seeds.split(",")):
         for job in (known[name] for name in wanted):
