@@ -95,7 +95,8 @@ def main() -> None:
     }
     for layers in options.aux:
         read = {"aux_layers": [int(layer) for layer in layers.split("-")]}
-        known[f"aux-{layers}"] = replace(known["drafthead"], head=read)
+        name = f"aux-{layers}"
+        known[name] = replace(known["drafthead"], name=name, head=read)
     wanted = options.only.split(",") if options.only else list(known)
     for seed in (int(part) for part in options.seeds.split(",")):
         for job in (known[name] for name in wanted):
