@@ -29,9 +29,9 @@ from rich.console import Console
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
+from drafthead.prove.noise import noise_words
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.verify import prove_lossless, verify_plans
-from drafthead.prove.words import noise_words
 from drafthead.recipe import parse_recipe
 from drafthead.serve import existing_head
 from drafthead.targets import load_target

@@ -316,7 +316,7 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Upload the head with its model card, proof and measurements to the hub."""
-    from drafthead.prove.publish import publish as upload
+    from drafthead.report.publish import publish as upload
 
     result = upload(load_recipe(recipe), runs, repo=repo, dry_run=dry_run, console=console)
     if as_json:

@@ -89,7 +89,7 @@ STAGES = (
     Stage(
         "report",
         "report and model card",
-        "drafthead.prove.report:report",
+        "drafthead.report.page:report",
         ("verify", "publish"),
         "bench",
         reads_all=True,

@@ -10,7 +10,7 @@ from rich.console import Console
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, write_json
 from drafthead.prove.proof import seal
-from drafthead.prove.report import report
+from drafthead.report.page import report
 from tests.prove import made_run
 
 RECORDS = (

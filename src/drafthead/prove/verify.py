@@ -14,11 +14,10 @@ from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
 from drafthead.prove.lossless import ALPHA, Examiner, once_more, part
-from drafthead.prove.noise import NOT_LOSSLESS, Control
+from drafthead.prove.noise import NOT_LOSSLESS, Control, noise_words
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
-from drafthead.prove.words import noise_words
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, engine_plan, existing_head

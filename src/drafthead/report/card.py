@@ -10,9 +10,9 @@ import yaml
 
 from drafthead.fsio import write_bytes
 from drafthead.machine import Gpu, Machine, this_machine
-from drafthead.prove.results import Results
-from drafthead.prove.table import lossless_words
-from drafthead.prove.words import environment, facts, notes, sampled_words, speed_rows
+from drafthead.report.results import Results
+from drafthead.report.table import lossless_words
+from drafthead.report.words import environment, facts, notes, sampled_words, speed_rows
 from drafthead.serve import Plan, engine_plan
 from drafthead.targets import Target, recipe_target
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from drafthead.prove import charts
-from drafthead.prove.results import Results
-from drafthead.prove.words import load_words
+from drafthead.report import charts
+from drafthead.report.results import Results
+from drafthead.report.words import load_words
 
 
 def _figure(title: str, caption: str, svg: str, legend: Sequence = (), foot: str = "") -> dict:

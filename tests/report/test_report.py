@@ -8,8 +8,8 @@ from rich.console import Console
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, write_json
-from drafthead.prove import charts
-from drafthead.prove.report import report
+from drafthead.report import charts
+from drafthead.report.page import report
 from tests.prove import made_run
 
 

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import read_json, sha256_file
-from drafthead.prove.card import find_licence, write_card
-from drafthead.prove.publish import publish
-from drafthead.prove.report import report
-from drafthead.prove.results import read_results
+from drafthead.report.card import find_licence, write_card
+from drafthead.report.page import report
+from drafthead.report.publish import publish
+from drafthead.report.results import read_results
 from drafthead.targets import load_target
-from tests.prove import hub, made_run
+from tests.prove import made_run
+from tests.report import hub
 
 QUIET = Console(quiet=True)
 PUBLISH = {"repo": "me/head", "base_model": "some/target", "license": "apache-2.0"}

@@ -7,10 +7,10 @@ from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import sha256_file
-from drafthead.prove.card import hub_id, write_card
 from drafthead.prove.proof import proof_path
-from drafthead.prove.results import read_results
 from drafthead.recipe import Recipe
+from drafthead.report.card import hub_id, write_card
+from drafthead.report.results import read_results
 from drafthead.rundir import RunDir
 
 

@@ -5,17 +5,18 @@ from typing import Any
 from rich.console import Console
 
 from drafthead.fsio import write_bytes
-from drafthead.prove.card import write_card
-from drafthead.prove.figures import figures, interval
-from drafthead.prove.results import Results, read_results
-from drafthead.prove.table import lossless_words, results_table, verdict_words
-from drafthead.prove.words import (
+from drafthead.prove.noise import noise_words
+from drafthead.recipe import Recipe
+from drafthead.report.card import write_card
+from drafthead.report.figures import figures, interval
+from drafthead.report.results import Results, read_results
+from drafthead.report.table import lossless_words, results_table, verdict_words
+from drafthead.report.words import (
     beside_rows,
     environment,
     facts,
     grid_table,
     machine_facts,
-    noise_words,
     notes,
     sampled_summary,
     sampled_words,
@@ -24,7 +25,6 @@ from drafthead.prove.words import (
     tone,
     vocabulary_rows,
 )
-from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
 

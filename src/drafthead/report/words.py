@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 
 from drafthead.prove.proof import doubt
-from drafthead.prove.results import Results
+from drafthead.report.results import Results
 
 _TONES = {"faster": "good", "slower": "bad"}
 
@@ -224,52 +224,6 @@ def sampled_words(verify: dict) -> list[str]:
     """In words what the test of sampled distributions found, if it was run."""
     sampled = verify.get("sampled")
     return [sampled["words"]] if sampled else []
-
-
-def noise_words(verify: dict) -> list[str]:
-    """For each set of prompts how many answers part with the head, and how many of them widely,
-    beside what the target's do by themselves, and what would have been found."""
-    found = []
-    for name in dict.fromkeys(r["workload"] for r in verify["runs"]):
-        runs = [r for r in verify["runs"] if r["workload"] == name]
-        parted = _span([r["prompts"] - r["identical"] for r in runs])
-        words = f"{name}: {parted} of {runs[0]['prompts']} answers part with the head"
-        # Measured once for each set of prompts, whatever k, if any answer parts.
-        noise, bounds = (
-            next((r[key] for r in runs if r[key]), None) for key in ("noise", "bounds")
-        )
-        if noise and bounds:
-            times, at_once = (
-                " and ".join(map(str, noise[key])) for key in ("parted", "concurrency")
-            )
-            words += (
-                f"; of the target alone {times} of {noise['answers']}, asked again {at_once} at "
-                f"once, and {noise['parted_at_once']} in one pass over its answers; wider than its "
-                f"own partings ({bounds['widest']:.2g} at most in {bounds['answers']} answers of "
-                f"all sets) part {_span([r['wide'] for r in runs])}"
-            )
-        words += f"; {_found('within the noise', [r['detectable_share'] for r in runs])}"
-        if bounds:
-            wide = _found("with wider gaps", [r["detectable_wide_share"] for r in runs])
-            words += f"; {wide}; one with a gap beyond {bounds['limit']:.2g} in a single answer"
-        found.append(f"{words}.")
-    return found
-
-
-def _span(counts: list[int]) -> str:
-    least, most = min(counts), max(counts)
-    return f"{least} to {most}" if least < most else f"{least}"
-
-
-def _found(fault: str, shares: list[float | None]) -> str:
-    """What share of faulty answers would have been found."""
-    known = [share for share in shares if share is not None]
-    if len(known) < len(shares):
-        return f"too few to find even a fault {fault} in half of the answers"
-    return (
-        f"a fault {fault} in {max(known):.1%} of the answers would have been found nine times in "
-        "ten"
-    )
 
 
 def machine_facts(machine: dict) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from drafthead.prove.results import Results
+from drafthead.report.results import Results
 
 
 def verdict_words(results: Results) -> str:
