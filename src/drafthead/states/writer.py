@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,9 +60,11 @@ class StateWriter:
         self._futures.append(future)
 
     def flush(self) -> None:
-        """Wait until all that was submitted is on disk."""
-        for future in self._futures:
-            future.exception()
+        """Wait until all that was submitted is on disk. A fault of the program's own is raised at
+        once, whatever else is being written."""
+        for future in as_completed(self._futures):
+            if not isinstance(future.exception(), DraftheadError | None):
+                break
         self.check()
 
     def check(self) -> None:
