@@ -8,14 +8,16 @@ import threading
 import time
 from dataclasses import asdict
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
+from drafthead.capture import captured, writer_process
 from drafthead.capture.pages import SharedPages
 from drafthead.capture.tap import Tap
 from drafthead.capture.writer_process import WriterProcess
-from drafthead.states import StateReader, StoreMeta
+from drafthead.states import StateReader, StoreMeta, memory
 from drafthead.states.check import check_store
 from drafthead.states.index import shard_name, unit_path
 from tests import disk
@@ -50,10 +52,13 @@ class Engine:
 
     def save(self, key, place, tokens=40):
         self.tap.end_unit()
-        wanted = {"key": key, "prompt_len": 5, "prompt_mask": [False] * 5}
-        wanted |= {"conversation": f"c{key}", "split": "train"}
-        self.process.send_unit(place, {key: list(range(tokens))}, [wanted])
+        self.process.send_unit(place, {key: list(range(tokens))}, [wanted(key, 5)])
         return self.process.trouble()
+
+
+def wanted(key, prompt=2):
+    about = {"conversation": f"c{key}", "split": "train"}
+    return {"key": key, "prompt_len": prompt, "prompt_mask": [False] * prompt, **about}
 
 
 def states_of(key, tokens):
@@ -83,6 +88,25 @@ def test_units_of_more_rows_than_the_ring_has_arrive_whole(engine, tmp_path):
     assert [reader[key].conversation for key in range(4)] == ["c0", "c1", "c2", "c3"]
     for key in range(4):
         assert torch.equal(reader[key].states, states_of(key, 40))
+
+
+def test_a_smaller_unit_lies_in_the_memory_of_a_larger_one(monkeypatch):
+    monkeypatch.setattr(memory, "_free", {})
+    for module in (captured, writer_process):
+        monkeypatch.setattr(module, "SEGMENT_ROWS", 8)
+    real, made = memory.mmap.mmap, []
+    monkeypatch.setattr(memory.mmap, "mmap", lambda *a, **k: made.append(a) or real(*a, **k))
+    sizes = []
+    for tokens in (9, 6, 4, 3):
+        rows, sequences = captured.Captured(), {key: list(range(tokens)) for key in range(6)}
+        for key in sequences:
+            rows.note(np.array([[key, rows.rows, 0, tokens - 1]]))
+            rows.append(states_of(key, tokens))
+        found = list(writer_process._samples(rows, sequences, [*map(wanted, sequences)], META))
+        assert all(torch.equal(s.states, states_of(k, tokens)) for k, s in enumerate(found))
+        sizes.append(len(made))
+        del found
+    assert sizes[0] == sizes[-1]
 
 
 def test_states_reach_pages(process, llama):

@@ -10,8 +10,6 @@ from drafthead.states import memory
 
 SEGMENT_ROWS = 8192
 """Rows of one piece of memory: large enough to copy in bulk, small enough to grow by."""
-_GATHERED_ROWS = 512
-"""Rows gathered at once on their way to their sequences: few enough to stay in a core's cache."""
 
 
 class Captured:
@@ -101,18 +99,17 @@ class Captured:
         return found
 
     def take(self, rows: np.ndarray) -> list[torch.Tensor]:
-        """The given rows of each tensor that ``append`` was given, copied. In large pieces,
-        whoever's rows they are."""
-        out = [memory.empty((len(rows), *t.shape[1:]), t.dtype) for t in self.segments[0]]
-        order = np.argsort(rows // SEGMENT_ROWS, kind="stable")
-        ends = np.searchsorted(rows[order] // SEGMENT_ROWS, np.arange(len(self.segments) + 1))
-        for segment, first, end in zip(self.segments, ends[:-1], ends[1:], strict=True):
-            for start in range(first, end, _GATHERED_ROWS):
-                places = order[start : min(start + _GATHERED_ROWS, end)]
-                here = torch.from_numpy(places)
-                index = torch.from_numpy(rows[places] % SEGMENT_ROWS)
-                for target, tensor in zip(out, segment, strict=True):
-                    _wide(target).index_copy_(0, here, _wide(tensor).index_select(0, index))
+        """The given rows of each tensor that ``append`` was given, copied. Up to ``SEGMENT_ROWS``
+        rows lie in memory of that size: segments and units of all sizes then share it in turn."""
+        size, first = max(SEGMENT_ROWS, len(rows)), self.segments[0]
+        out = [memory.empty((size, *t.shape[1:]), t.dtype)[: len(rows)] for t in first]
+        number, index = np.divmod(rows, SEGMENT_ROWS)
+        # Positions were computed in their order: a sequence's rows are few runs, each of a segment.
+        starts = np.flatnonzero(np.diff(number, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            here = torch.from_numpy(index[start:end])
+            for target, tensor in zip(out, self.segments[number[start]], strict=True):
+                torch.index_select(_wide(tensor), 0, here, out=_wide(target[start:end]))
         return out
 
 

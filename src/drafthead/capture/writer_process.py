@@ -23,13 +23,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from drafthead.capture.captured import Captured
+from drafthead.capture.captured import SEGMENT_ROWS, Captured
 from drafthead.capture.checks import Checker
 from drafthead.capture.pages import PageWriter, SharedPages
 from drafthead.capture.ring import Ring, SharedRows
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.states.format import Encoding
+from drafthead.states.writer import grouped
 from drafthead.targets import load_target
 
 
@@ -237,10 +238,12 @@ def _samples(
         return
     rows = captured.resolve(sequences)
     own = [rows[item["key"]] for item in wanted]
-    lengths = [len(r) for r in own]
-    taken = [tensor.split(lengths) for tensor in captured.take(np.concatenate(own))]
+    taken: list[tuple[torch.Tensor, ...]] = []
+    for group in grouped(own, len, SEGMENT_ROWS):
+        whole = captured.take(np.concatenate(group))
+        taken += zip(*(tensor.split([len(r) for r in group]) for tensor in whole), strict=True)
     captured.segments.clear()
-    for item, *stored in zip(wanted, *taken, strict=True):
+    for item, stored in zip(wanted, taken, strict=True):
         ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.bool)
         mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
@@ -268,6 +271,8 @@ def _listen(pipe: Connection, messages: queue.SimpleQueue) -> None:
 def main() -> None:
     """The process: ``argv[1]`` is ``WriterProcess``'s order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the engine
+    # The teacher's products in bf16, as engines have them, where the CPU has instructions for it.
+    torch.set_float32_matmul_precision("medium")
     pipe_fd, memory, *shape = json.loads(sys.argv[1])
     pipe, rows = Connection(pipe_fd), SharedRows(memory, *shape)
     os.close(memory)
