@@ -104,11 +104,12 @@ def _add_cluster_stage(name: str, help_text: str) -> None:
             str | None, typer.Option(help="Ray cluster to spread over: auto, local, an address.")
         ] = None,
         workers: Annotated[
-            int | None, typer.Option(help="Engines at once; as many as there is room for.", min=1)
+            int | None,
+            typer.Option(help="Engines at once; by default all that there is room for.", min=1),
         ] = None,
         location: Annotated[
             str | None,
-            typer.Option(help="fsspec URL for what the workers finish; the run's folder."),
+            typer.Option(help="fsspec URL for what workers finish; by default the run's folder."),
         ] = None,
         runs: RunsDir = Path("runs"),
         overwrite: Overwrite = False,
@@ -234,7 +235,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve target and head with vLLM. Unknown arguments are passed on to it; --json prints the
-    plan first."""
+    plan as JSON, and then serves unless there is --print."""
     from drafthead.prove.proof import doubt
     from drafthead.serve import serve_plan
 

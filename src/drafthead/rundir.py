@@ -1,7 +1,6 @@
 """Where a run leaves what it makes. One folder, the same names in every run."""
 
 import shutil
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +130,10 @@ def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         else:
-            old, new = (textwrap.shorten(repr(v), 60, placeholder=" …") for v in (old, new))
-            found.append(f"{prefix}{key}: {old} -> {new}")
+            found.append(f"{prefix}{key}: {_short(old)} -> {_short(new)}")
     return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
