@@ -156,6 +156,14 @@ def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
     assert findings(serve={"num_speculative_tokens": 9})["drafts"].state == "warning"
 
 
+@pytest.mark.parametrize(("rows", "warned"), [({}, True), ({"row_tokens": 64, "epochs": 4}, False)])
+def test_few_steps_are_said(recipe, tmp_path, rows, warned):
+    data = recipe.model_dump(mode="json")  # 40 answers of 100 tokens
+    changed = parse_recipe(data | {"train": rows}, "test")
+    findings = doctor.check_recipe(changed, RunDir(tmp_path / "runs" / "r"), CPU)
+    assert ("training" in {f.what for f in findings if f.state == "warning"}) == warned
+
+
 def test_a_folder_that_cannot_be_written_is_a_fault(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, _: path != tmp_path)
     findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)

@@ -201,7 +201,8 @@ def quantize(
 
 
 @app.command(
-    epilog="Example: drafthead inspect runs/demo/head --target ./my-model", rich_help_panel=TOOLS
+    epilog="Example: drafthead inspect runs/my-model/head --target ./my-model",
+    rich_help_panel=TOOLS,
 )
 def inspect(
     head: Annotated[Path, typer.Argument(help="Head folder, vLLM or speculators format.")],

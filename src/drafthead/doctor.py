@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
 _VLLM = "0.32."
+_FEW_STEPS = 200
 # Installed beside the CPU build they are CUDA builds, and `import vllm` fails on them.
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 _IMPORTS = """
@@ -226,6 +227,16 @@ def _trained_steps(recipe: Recipe) -> list[Finding]:
     return [Finding("drafts", "warning", words, mend)]
 
 
+def _enough_steps(recipe: Recipe, tokens: int) -> list[Finding]:
+    """Whether ``tokens`` come to the steps that a head takes to learn (docs/heads.md)."""
+    train = recipe.train
+    steps = int(train.epochs * tokens / (train.row_tokens * (train.rows_per_step or 1)))
+    if steps >= _FEW_STEPS:
+        return []
+    words = f"at most {steps:,} steps of {train.row_tokens:,} tokens; heads have taken hundreds"
+    return [Finding("training", "warning", words, "lower train.row_tokens, or add prompts")]
+
+
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
     """Target, prompts, drafts a step, fit into memory, and disk against the bytes of the states."""
     from drafthead.capture.plan import make_plan
@@ -257,6 +268,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         found.append(Finding("memory", "fault", str(error), mend))
     conversations = sum(len(unit) for unit in plan.units)
     tokens = int(conversations * _longest_mean(plan))
+    found += _enough_steps(recipe, tokens)
     need = 0 if recipe.capture.mode == "online" else tokens * plan.meta.bytes_per_token
     have = sum(f.stat().st_size for f in run.states.rglob("*") if f.is_file())
     folder = run.root

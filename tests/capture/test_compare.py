@@ -64,13 +64,17 @@ def test_states_of_another_target_are_refused(llama, tmp_path):
 
 def test_the_command_pairs_two_stores_by_conversation(llama, tmp_path, capsys):
     target = load_target(llama)
-    samples = [sample(target, seed) for seed in range(4)]
+    samples = [sample(target, seed) for seed in range(5)]
+    other = replace(samples[4], ids=samples[4].ids.flip(0))
     for name, encoding, order in (("a", "fp32", [0, 1, 2]), ("b", "fp8", [3, 2, 1])):
         meta = StoreMeta((1, 2), target.num_layers, target.hidden_size, encoding, 1, {})
         with StateWriter(tmp_path / name, meta) as writer:
-            writer.submit(0, [samples[i] for i in order])
+            parted = samples[4] if name == "a" else other
+            writer.submit(0, [*(samples[i] for i in order), parted])
     cli.states_compare(tmp_path / "a", tmp_path / "b", str(llama), as_json=True)
-    found = json.loads(capsys.readouterr().out)
-    assert found["conversations"] == 2
+    shown = capsys.readouterr()
+    assert "left out: 1 conversations whose answers differ" in shown.err
+    found = json.loads(shown.out)
+    assert (found["conversations"], found["other_answers"]) == (2, 1)
     assert found["positions"] == 60
     assert 0 < found["distance"][0]["median"] < 0.05

@@ -1,7 +1,7 @@
 """How far two captures of the same tokens are from each other: by decoding or prefill, in bf16 or
 fp8, from one engine or another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,9 @@ def compare(pairs: Iterable[tuple[Sample, Sample]], target: Target) -> dict[str,
 
 
 def compare_stores(first: Path, second: Path, target: Target) -> dict[str, Any]:
-    """``compare`` over the conversations that two stores share, paired by name.
+    """``compare`` over the conversations that two stores share, paired by name, and under
+    ``other_answers`` how many of them are left out: on a GPU an answer may part at a near-tie, and
+    then its states are of other tokens.
 
     Raises:
         DraftheadError: they share none, one is broken, or neither is of this target.
@@ -94,16 +96,27 @@ def compare_stores(first: Path, second: Path, target: Target) -> dict[str, Any]:
         )
     places = {name: i for i, name in enumerate(readers[1].conversation)}
     shared = [(i, places[name]) for i, name in enumerate(readers[0].conversation) if name in places]
-    pairs = ((readers[0][i], readers[1][j]) for i, j in shared)
-    return {"conversations": len(shared), **compare(pairs, target)}
+    alike: list[bool] = []
+
+    def pairs() -> Iterator[tuple[Sample, Sample]]:
+        for i, j in shared:
+            a, b = readers[0][i], readers[1][j]
+            alike.append(torch.equal(a.ids, b.ids))
+            if alike[-1]:
+                yield a, b
+
+    found = compare(pairs(), target)
+    return {"conversations": sum(alike), "other_answers": alike.count(False), **found}
 
 
 def describe(found: dict[str, Any]) -> str:
-    """``compare``'s figures in words."""
+    """``compare_stores``'s figures in words."""
     served = " and ".join(f"{share:.2%}" for share in found["served"])
     layers = ", ".join(f"{d['median']:.2%} (p99 {d['p99']:.2%})" for d in found["distance"])
+    other = found["other_answers"]
     return (
         f"{found['positions']} positions: the teacher's argmax differs at "
         f"{found['teacher_differs']:.3%} of them; it is the served token at {served}\n"
         f"relative distance of the states, layer by layer: {layers}"
+        + (f"\nleft out: {other} conversations whose answers differ" if other else "")
     )
