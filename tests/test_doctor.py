@@ -109,8 +109,8 @@ def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypa
     run = RunDir(tmp_path / "runs" / "r")
     usage = namedtuple("usage", "total used free")
     # 3 layers (2 auxiliary, the last) of 64 numbers of 2 bytes, 40 answers of 100 tokens at most
-    # and prompts of a few: between 40 * 100 and 40 * 120 tokens.
-    low, high = 40 * 100 * 3 * 64 * 2, 40 * 120 * 3 * 64 * 2
+    # and prompts of a few, template and all: between 40 * 100 and 40 * 140 tokens.
+    low, high = 40 * 100 * 3 * 64 * 2, 40 * 140 * 3 * 64 * 2
     for free, state in ((low, "fault"), (high, "ok")):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
         (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
@@ -122,6 +122,15 @@ def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypa
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(0, 0, 0))
     (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
     assert disk.state == "ok"
+
+
+def test_what_the_template_adds_is_counted(recipe):
+    from drafthead.capture.plan import make_plan
+
+    plan = make_plan(recipe)
+    (unit,) = plan.units
+    exact = [len(plan.template.encode(chat.opening)[0]) + 100 for chat, _ in unit]
+    assert doctor._longest_mean(plan) == sum(exact) / len(exact)
 
 
 def test_a_recipe_that_does_not_fit_is_a_fault_with_its_mend(recipe, tmp_path):

@@ -283,8 +283,10 @@ def states_check(
     if found["whole"]:
         console.print(f"{store}: all {found['units']} units are whole")
         return
-    mend = "`drafthead capture RECIPE`" if repair else "the same with --repair"
-    console.print(f"{len(found['faults'])} of {found['units']} units are broken; next: {mend}")
+    console.print(
+        f"{len(found['faults'])} of {found['units']} units are broken; next: `{found['mend']}`",
+        soft_wrap=True,
+    )
     raise typer.Exit(0 if repair else ClaimFailed.exit_code)
 
 

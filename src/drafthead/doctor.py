@@ -197,12 +197,17 @@ def _sample(plan: "WorkPlan", size: int = 64) -> list["Chat"]:
 
 def _longest_mean(plan: "WorkPlan") -> float:
     """Mean tokens of a conversation if every answer is as long as it may be, over a sample."""
-    tokenizer, limit = plan.template.tokenizer, plan.recipe.generate.max_new_tokens
+    limit = plan.recipe.generate.max_new_tokens
+
+    def count(text: str) -> int:
+        return len(plan.template.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     lengths = []
     for chat in _sample(plan):
-        said = " ".join([chat.system or "", *chat.turns])
-        tokens = len(tokenizer(said, add_special_tokens=False)["input_ids"])
-        lengths.append(min(plan.max_len, tokens + len(chat.turns) * limit))
+        opening = len(plan.template.encode(chat.opening)[0])
+        around = max(0, opening - count(chat.turns[0]))  # what the template puts around a turn
+        more = sum(count(turn) + around for turn in chat.turns[1:])
+        lengths.append(min(plan.max_len, opening + more + len(chat.turns) * limit))
     return sum(lengths) / max(1, len(lengths))
 
 
@@ -233,7 +238,7 @@ def _enough_steps(recipe: Recipe, tokens: int) -> list[Finding]:
     steps = int(train.epochs * tokens / (train.row_tokens * (train.rows_per_step or 1)))
     if steps >= _FEW_STEPS:
         return []
-    words = f"at most {steps:,} steps of {train.row_tokens:,} tokens; heads have taken hundreds"
+    words = f"about {steps:,} steps of {train.row_tokens:,} tokens; heads have taken hundreds"
     return [Finding("training", "warning", words, "lower train.row_tokens, or add prompts")]
 
 

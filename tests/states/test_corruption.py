@@ -265,12 +265,15 @@ def test_check_names_what_is_broken_and_repair_throws_just_that_out(whole, tmp_p
     assert done.exit_code == 1
     found = json.loads(done.stdout)
     assert [fault["unit"] for fault in found["faults"]] == [1, 2]
+    assert found["mend"] == f"drafthead states check {path} --repair"
     assert broken.name in found["faults"][0]["what"]
     assert found["faults"][0]["conversations"] == ["c4", "c5", "c6", "c7"]
     assert (run / ".stages" / "capture.done.json").exists()
 
     assert cli.invoke(app, ["states", "check", str(path), "--repair"]).exit_code == 0
     assert not (run / ".stages" / "capture.done.json").exists()
+    again = cli.invoke(app, ["states", "check", str(path), "--json"])
+    assert json.loads(again.stdout)["mend"] == "drafthead capture RECIPE"
     assert sorted(p.name for p in path.glob("unit-00000[12]*")) == []
     with StateWriter(path, META, shard_bytes=1500) as writer:
         assert [writer.has(unit) for unit in range(3)] == [True, False, False]

@@ -71,7 +71,20 @@ def repair(path: Path | str, faults: list[Fault]) -> None:
         for shard in path.glob(f"unit-{fault.unit:06d}-*.safetensors"):
             shard.unlink()
     if faults:
-        (path.parent / ".stages" / "capture.done.json").unlink(missing_ok=True)
+        _record(path).unlink(missing_ok=True)
+
+
+def _record(path: Path) -> Path:
+    """The run's own record, if the store lies in one, that it was captured."""
+    return path.parent / ".stages" / "capture.done.json"
+
+
+def _mend(path: Path, faults: list[Fault]) -> str | None:
+    """The command to type next; None for a whole store."""
+    there = any(unit_path(path, fault.unit).exists() for fault in faults)
+    if there or (faults and _record(path).exists()):
+        return f"drafthead states check {path} --repair"
+    return "drafthead capture RECIPE" if faults else None
 
 
 def check_command(path: Path | str, *, fix: bool) -> dict[str, Any]:
@@ -85,4 +98,5 @@ def check_command(path: Path | str, *, fix: bool) -> dict[str, Any]:
         "whole": not faults,
         "repaired": fix and bool(faults),
         "faults": [vars(fault) for fault in faults],
+        "mend": _mend(Path(path), faults),
     }
