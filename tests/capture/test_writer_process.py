@@ -160,6 +160,7 @@ def test_a_store_of_something_else_is_refused(engine, llama, tmp_path):
 def test_it_keeps_off_the_engines_cores_and_gpu(process):
     environment = psutil.Process(process._process.pid).environ()
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert int(environment["MALLOC_TRIM_THRESHOLD_"]) > 1 << 20  # what it freed, it keeps
     cores = len(os.sched_getaffinity(0))
     assert 1 <= int(environment["OMP_NUM_THREADS"]) <= max(1, cores // 4)
     with open(f"/proc/{process._process.pid}/maps") as maps:
