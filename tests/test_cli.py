@@ -251,6 +251,30 @@ def test_a_mistake_mended_before_anything_was_made_is_no_other_setting(
     assert code == 1, err
 
 
+def test_a_mistake_throws_nothing_away(place, drafthead, monkeypatch):
+    """Neither a broken file of prompts nor a head that does not fit costs what was made before."""
+    kept = [Path("runs/r/answers/part"), Path("runs/r/train/best.json")]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("hours of work")
+    stages = Path("runs/r/.stages")
+    stages.mkdir()
+    for name in ("generate", "train"):
+        (stages / f"{name}.begun.json").write_text('{"train": "other settings"}')
+    Path("p.jsonl").write_text("no JSON\n")
+    code, _, err = drafthead(*RUN, "--overwrite")
+    assert code == 2
+    assert "p.jsonl, line 1: broken JSON" in err
+    monkeypatch.setattr(
+        "drafthead.rundir.RunDir.finished", lambda self, name, _: {} if name != "train" else None
+    )
+    folder("h")()
+    code, _, err = drafthead("train", "r.yaml", "--from", "h", "--overwrite")
+    assert code == 2
+    assert "h: no *.safetensors there" in err
+    assert [path.read_text() for path in kept] == ["hours of work"] * 2
+
+
 def test_init_says_that_prompts_are_missing(place, drafthead):
     code, _, err = drafthead("init", "target", "--prompts", "no.jsonl", "--out", "n.yaml")
     assert code == 0

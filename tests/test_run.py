@@ -47,6 +47,8 @@ def job(tmp_path, llama, monkeypatch):
 
     def load(function):
         name = function.split(":")[1]
+        if name in ("make_plan", "check_start"):
+            return lambda _recipe: None
 
         def stage(recipe, run, *, console):
             job.ran.append(name)

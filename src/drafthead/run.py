@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,6 +37,9 @@ class Stage:
     """The stage whose output it reads; stale input makes it stale too."""
     costly: bool = False
     """Hours of work: never thrown away without `--overwrite`."""
+    check: str | None = None
+    """`module:name`, called with the recipe before output made with other settings is thrown away:
+    raises for a mistake that the stage would find only after that."""
     reads_all: bool = False
     """Tells of every stage, so it runs again after any of them did."""
 
@@ -48,6 +52,7 @@ STAGES = (
         ("target", "prompts", "generate", "capture", "engine"),
         None,
         costly=True,
+        check="drafthead.capture.plan:make_plan",
     ),
     Stage(
         "capture",
@@ -64,6 +69,7 @@ STAGES = (
         ("vocab", "head", "train"),
         "capture",
         costly=True,
+        check="drafthead.train.stage:check_start",
     ),
     Stage(
         "export",
@@ -147,7 +153,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
     return inputs
 
 
-def _load(function: str) -> Callable[..., dict]:
+def _load(function: str) -> Callable[..., Any]:
     module, name = function.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -158,6 +164,8 @@ def _run_stage(
     if int(os.environ.get("RANK", 0)) > 0:
         # A further process of torchrun: the first one keeps the records.
         return _load(stage.function)(recipe, run, console=Console(quiet=True))
+    if overwrite and stage.check:
+        _load(stage.check)(recipe)
     run.begin(stage.name, inputs, overwrite=overwrite or not stage.costly)
     console.print(f"[bold]{stage.name}[/bold]: {stage.does}")
     start = time.monotonic()

@@ -75,7 +75,7 @@ class SafetensorsFolder:
             files = [folder / name for name in sorted(wanted)]
         if not files:
             raise DraftheadError(
-                f"{folder}: no *.safetensors there; save the target with safe serialization"
+                f"{folder}: no *.safetensors there; save the model with safe serialization"
             )
         self.files = files
         self.where = {name: file for file in files for name in check_file(file)}

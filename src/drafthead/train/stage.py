@@ -52,7 +52,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
         )
     embedding = None
     if recipe.train.start_from:
-        head, embedding = _given_head(Path(recipe.train.start_from), reader, target)
+        head, embedding = _given_head(Path(recipe.train.start_from), reader.aux_layers, target)
     else:
         head = _new_head(recipe, run, reader, target)
     if recipe.train.loss == "ce+smoothl1" and head.config.hidden_size != target.hidden_size:
@@ -83,14 +83,29 @@ def _new_head(recipe: Recipe, run: RunDir, reader: Samples, target: Target) -> E
     return new_head(recipe.head, target, reader.aux_layers, d2t, recipe.train.seed)
 
 
-def _given_head(folder: Path, reader: Samples, target: Target) -> tuple[Eagle3Head, Tensor | None]:
+def check_start(recipe: Recipe) -> None:
+    """Whether the head to go on from, if any, fits the run: looked at before what was trained is
+    thrown away.
+
+    Raises:
+        DraftheadError: it cannot be read, or is of another target or other layers.
+    """
+    if recipe.train.start_from:
+        target = recipe_target(recipe)
+        layers = recipe.head.aux_layers or recipe.capture.aux_layers
+        _given_head(Path(recipe.train.start_from), target.check_aux_layers(layers), target)
+
+
+def _given_head(
+    folder: Path, aux_layers: tuple[int, ...], target: Target
+) -> tuple[Eagle3Head, Tensor | None]:
     """A head of either format to go on from, and its own embedding if it has one."""
     loaded = load_head(folder, target)
     config = loaded.head.config
     for name, found, wanted in (
         ("vocab_size", config.vocab_size, target.vocab_size),
         ("target_hidden_size", config.target_hidden_size, target.hidden_size),
-        ("aux layers", tuple(config.aux_layer_ids), tuple(reader.aux_layers)),
+        ("aux layers", tuple(config.aux_layer_ids), aux_layers),
     ):
         if found != wanted:
             raise DraftheadError(
