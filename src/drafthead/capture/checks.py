@@ -30,9 +30,8 @@ def teacher_argmax(
 ) -> torch.Tensor:
     """The target's most likely next token at each position, ``lm_head(final_norm(last))``.
 
-    In fp32 (products as ``torch.get_float32_matmul_precision`` has it), on the device of ``last``,
-    so many positions and a block of the vocabulary at a time that it takes less than 200 MB at a
-    width of 2048.
+    In fp32, on the device of ``last``, so many positions and a block of the vocabulary at a time
+    that it takes less than 200 MB at a width of 2048.
 
     Args:
         last: [n, Ht], the stream before the final norm.

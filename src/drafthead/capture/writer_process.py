@@ -274,8 +274,6 @@ def _listen(pipe: Connection, messages: queue.SimpleQueue) -> None:
 def main() -> None:
     """The process: ``argv[1]`` is ``WriterProcess``'s order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the engine
-    # The teacher's products in bf16, as engines have them, where the CPU has instructions for it.
-    torch.set_float32_matmul_precision("medium")
     pipe_fd, memory, *shape = json.loads(sys.argv[1])
     pipe, rows = Connection(pipe_fd), SharedRows(memory, *shape)
     os.close(memory)
