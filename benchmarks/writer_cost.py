@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--encoding", default="bf16")
     parser.add_argument("--units", type=int, default=5)
     args = parser.parse_args()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="writer_cost-", dir=args.work))
     try:
         units = measure(args, work)
