@@ -68,12 +68,13 @@ class RunDir:
     def report_html(self) -> Path:
         return self.root / "report.html"
 
-    def _record(self, stage: str, state: str) -> Path:
+    def record(self, stage: str, state: str) -> Path:
+        """The file that says that ``stage`` has begun, or is done (``state``)."""
         return self.root / ".stages" / f"{stage}.{state}.json"
 
     def finished(self, stage: str, inputs: dict) -> dict | None:
         """The summary of ``stage`` if it ended before with the same ``inputs``, else None."""
-        path = self._record(stage, "done")
+        path = self.record(stage, "done")
         if not path.exists():
             return None
         record = read_json(path, f"the record of stage {stage}", Done, RECORD_MEND)
@@ -86,7 +87,7 @@ class RunDir:
         Raises:
             DraftheadError: there is such output and ``overwrite`` is off.
         """
-        path = self._record(stage, "begun")
+        path = self.record(stage, "begun")
         if path.exists():
             before = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
             if before != inputs:
@@ -99,16 +100,16 @@ class RunDir:
                     )
                 for output in self._outputs(stage):
                     shutil.rmtree(output, ignore_errors=True)
-                self._record(stage, "done").unlink(missing_ok=True)
+                self.record(stage, "done").unlink(missing_ok=True)
         write_json(path, inputs)
 
     def finish(self, stage: str, inputs: dict, summary: dict) -> None:
         """Record that ``stage`` ended with these ``inputs``."""
-        write_json(self._record(stage, "done"), {"inputs": inputs, "summary": summary})
+        write_json(self.record(stage, "done"), {"inputs": inputs, "summary": summary})
 
     def forget(self, stage: str) -> None:
         """Let ``stage`` run again: what it told of has changed."""
-        self._record(stage, "done").unlink(missing_ok=True)
+        self.record(stage, "done").unlink(missing_ok=True)
 
     def _outputs(self, stage: str) -> list[Path]:
         return {

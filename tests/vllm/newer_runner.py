@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.triton_interpreter import REPO, environment
+from tests.triton_interpreter import REPO, environment, run_tests
 
 
 def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
@@ -90,6 +90,15 @@ def let_vllm_interpret() -> None:
     # vLLM looks for this name, and whether a driver is active; the interpreter needs neither.
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+
+
+def run_interpreted(tmp_path: Path, tests: str) -> None:
+    """Run the tests of a file but its last, which calls this, with vLLM's kernels interpreted."""
+    run_tests(
+        f"--basetemp={tmp_path / 'inner'}",
+        *("-k", "not interpreter", tests),
+        first=f"from {__name__} import let_vllm_interpret; let_vllm_interpret();",
+    )
 
 
 def main(given: str, results: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drafthead.vllm_plugin import aux_norm
-from tests.triton_interpreter import run_tests
+from tests.vllm.newer_runner import run_interpreted
 
 ROWS, PARTS, EPS = 5, 3, 1e-5
 
@@ -93,8 +93,4 @@ def test_weights_loaded_anew_are_used():
 
 @pytest.mark.skipif(aux_norm.HAS_TRITON, reason="they ran above")
 def test_under_the_interpreter(tmp_path):
-    run_tests(
-        f"--basetemp={tmp_path / 'inner'}",
-        *("-k", "not interpreter", "tests/vllm/test_aux_norm.py"),
-        first="from tests.vllm.newer_runner import let_vllm_interpret; let_vllm_interpret();",
-    )
+    run_interpreted(tmp_path, "tests/vllm/test_aux_norm.py")

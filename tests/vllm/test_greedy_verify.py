@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.triton_utils import HAS_TRITON
 
-from drafthead.vllm_plugin import aux_norm, greedy_verify
-from tests.triton_interpreter import run_tests
+from drafthead.vllm_plugin import greedy_verify
+from tests.vllm.newer_runner import run_interpreted
 
 K, STATES, VOCAB = 3, 12, 1000
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with_triton = pytest.mark.skipif(not aux_norm.HAS_TRITON, reason="see the last test")
+with_triton = pytest.mark.skipif(not HAS_TRITON, reason="see the last test")
 
 
 def _sampler(rng: np.random.Generator, prompt: np.ndarray, rates: list[float] | None):
@@ -110,10 +111,6 @@ def test_is_what_vllm_finds(rates, dtype):
     assert set(accepted) == set(range(K + 2))  # 0: a prompt that goes on
 
 
-@pytest.mark.skipif(aux_norm.HAS_TRITON, reason="they ran above")
+@pytest.mark.skipif(HAS_TRITON, reason="they ran above")
 def test_under_the_interpreter(tmp_path):
-    run_tests(
-        f"--basetemp={tmp_path / 'inner'}",
-        *("-k", "not interpreter", "tests/vllm/test_greedy_verify.py"),
-        first="from tests.vllm.newer_runner import let_vllm_interpret; let_vllm_interpret();",
-    )
+    run_interpreted(tmp_path, "tests/vllm/test_greedy_verify.py")

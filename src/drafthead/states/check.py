@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
+from drafthead.rundir import RunDir
 from drafthead.states.format import StoreMeta, decode
 from drafthead.states.index import load_unit, missing_units, unit_numbers, unit_path
 from drafthead.states.reader import open_shard
@@ -71,18 +72,13 @@ def repair(path: Path | str, faults: list[Fault]) -> None:
         for shard in path.glob(f"unit-{fault.unit:06d}-*.safetensors"):
             shard.unlink()
     if faults:
-        _record(path).unlink(missing_ok=True)
-
-
-def _record(path: Path) -> Path:
-    """The run's own record, if the store lies in one, that it was captured."""
-    return path.parent / ".stages" / "capture.done.json"
+        RunDir(path.parent).forget("capture")
 
 
 def _mend(path: Path, faults: list[Fault]) -> str | None:
     """The command to type next; None for a whole store."""
     there = any(unit_path(path, fault.unit).exists() for fault in faults)
-    if there or (faults and _record(path).exists()):
+    if there or (faults and RunDir(path.parent).record("capture", "done").exists()):
         return f"drafthead states check {path} --repair"
     return "drafthead capture RECIPE" if faults else None
 
