@@ -77,6 +77,13 @@ def atomic_file(final: Path) -> Iterator[Path]:
             raise
 
 
+def sweep_temporaries(folder: Path) -> None:
+    """Delete what killed processes left of :func:`atomic_file` in ``folder``. Only while nobody
+    writes there."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write a file, whole or not at all."""
     with atomic_file(Path(path)) as temporary, open(temporary, "wb") as file:

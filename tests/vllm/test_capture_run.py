@@ -82,6 +82,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(llama, tmp_path):
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive, "the engine outlived the run that was killed"
     assert not (root / "answers" / "part-000004.parquet").exists()
+    for half in ("answers/.part-000001.parquet.1.tmp", "states/.unit-000001-00.safetensors.1.tmp"):
+        (root / half).write_bytes(b"half")  # as a kill amid a write leaves it
     again = subprocess.run(
         command(recipe_file, tmp_path / "killed"), capture_output=True, text=True, check=False
     )
@@ -89,6 +91,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(llama, tmp_path):
     whole, killed = run_dir_files(tmp_path / "whole" / "t"), run_dir_files(root)
     assert whole.keys() == killed.keys()
     assert [name for name in whole if whole[name] != killed[name]] == []
+    assert not list(root.rglob(".*.tmp"))
 
 
 @pytest.fixture(scope="module")
