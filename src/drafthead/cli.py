@@ -236,7 +236,7 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve target and head with vLLM. Unknown arguments are passed on to it; --json prints the
-    plan as JSON, and then serves unless there is --print."""
+    plan as JSON and starts nothing: vLLM's log would follow it on stdout."""
     from drafthead.prove.proof import doubt
     from drafthead.serve import serve_plan
 
@@ -250,7 +250,7 @@ def serve(
         emit(plan.as_dict() | {"not_proved": not_proved}, as_json)
     elif print_only:
         print(plan.text())
-    if not print_only:
+    else:
         os.execvpe(plan.command[0], plan.command, os.environ | plan.environment)
 
 

@@ -65,7 +65,8 @@ def check_installation(machine: Machine) -> list[Finding]:
 def _torch(machine: Machine) -> Finding:
     version = machine.versions.get("torch")
     if version is None:
-        return Finding("PyTorch", "fault", "not installed", "pip install 'drafthead[cuda]'")
+        extra = "cuda" if machine.gpus else "cpu"
+        return Finding("PyTorch", "fault", "not installed", f"pip install 'drafthead[{extra}]'")
     if _version(version) < _OLDEST_TORCH:
         return Finding("PyTorch", "fault", version, "drafthead needs PyTorch 2.11 or later")
     if machine.gpus and "+cpu" in version:
@@ -90,6 +91,14 @@ def _vllm(machine: Machine) -> Finding:
                 f"{name} {version}, but there is a GPU",
                 "the CPU build does not use it: pip install 'drafthead[cuda]' in a fresh "
                 "environment",
+            )
+        if name == "vllm" and not machine.gpus and "cpu" not in version:
+            return Finding(
+                "vLLM",
+                "warning",
+                f"{name} {version} is a GPU build, and no NVIDIA GPU is visible: no engine starts",
+                "look at the driver and CUDA_VISIBLE_DEVICES; for a machine without a GPU, "
+                "pip install 'drafthead[cpu]' in a fresh environment",
             )
         if not version.startswith(_VLLM):
             return Finding(
@@ -191,30 +200,30 @@ def _gpus(machine: Machine) -> Finding:
     return Finding("GPU", "ok", names + link)
 
 
-def _sample(plan: "WorkPlan", size: int = 64) -> list["Chat"]:
-    return [chat for unit in plan.units for chat, _ in unit][:size]
+def _sample(plan: "WorkPlan", size: int = 64) -> list[tuple["Chat", int]]:
+    """Some conversations, and the tokens of each one's opening."""
+    chats = [chat for unit in plan.units for chat, _ in unit][:size]
+    return [(chat, len(plan.template.encode(chat.opening)[0])) for chat in chats]
 
 
-def _longest_mean(plan: "WorkPlan") -> float:
-    """Mean tokens of a conversation if every answer is as long as it may be, over a sample."""
+def _longest_mean(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> float:
+    """Mean tokens of a conversation if every answer is as long as it may be."""
     limit = plan.recipe.generate.max_new_tokens
 
     def count(text: str) -> int:
         return len(plan.template.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     lengths = []
-    for chat in _sample(plan):
-        opening = len(plan.template.encode(chat.opening)[0])
+    for chat, opening in sample:
         around = max(0, opening - count(chat.turns[0]))  # what the template puts around a turn
         more = sum(count(turn) + around for turn in chat.turns[1:])
         lengths.append(min(plan.max_len, opening + more + len(chat.turns) * limit))
     return sum(lengths) / max(1, len(lengths))
 
 
-def _room(plan: "WorkPlan") -> list[Finding]:
-    """Whether prompts leave room for an answer, over a sample."""
-    sample = _sample(plan)
-    full = sum(len(plan.template.encode(c.opening)[0]) >= plan.max_len for c in sample)
+def _room(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> list[Finding]:
+    """Whether prompts leave room for an answer."""
+    full = sum(opening >= plan.max_len for _, opening in sample)
     if not full:
         return []
     words = f"{full} of {len(sample)} leave no room for an answer in {plan.max_len} tokens"
@@ -265,14 +274,15 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     except DraftheadError as error:
         mend = "correct the recipe, or the file that the message names"
         return [Finding("recipe", "fault", str(error), mend)]
-    found += [*_room(plan), *_trained_steps(recipe)]
+    sample = _sample(plan)
+    found += [*_room(plan, sample), *_trained_steps(recipe)]
     try:
         engine_plan(recipe, head=None, target=target, machine=machine)
     except DraftheadError as error:
         mend = "change serve.tensor_parallel_size, or serve a smaller or quantized target"
         found.append(Finding("memory", "fault", str(error), mend))
     conversations = sum(len(unit) for unit in plan.units)
-    tokens = int(conversations * _longest_mean(plan))
+    tokens = int(conversations * _longest_mean(plan, sample))
     found += _enough_steps(recipe, tokens)
     need = 0 if recipe.capture.mode == "online" else tokens * plan.meta.bytes_per_token
     have = sum(f.stat().st_size for f in run.states.rglob("*") if f.is_file())
