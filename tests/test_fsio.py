@@ -1,5 +1,6 @@
 """Whole files or nothing; one run in a folder at a time."""
 
+import contextlib
 import errno
 import os
 from typing import NotRequired
@@ -119,3 +120,57 @@ def test_second_run_in_a_folder_is_refused(tmp_path):
 def test_fingerprint_ignores_the_order_of_keys():
     assert fsio.fingerprint({"a": 1, "b": 2}) == fsio.fingerprint({"b": 2, "a": 1})
     assert fsio.fingerprint({"a": 1}) != fsio.fingerprint({"a": 2})
+
+
+def test_a_long_value_is_shortened_whatever_it_is_made_of():
+    assert fsio.shortened("ab", 5) == "'ab'"
+    assert fsio.shortened("x" * 100, 8) == "'xxxxxx…"
+    assert fsio.shortened("x y " * 100, 8) == "'x y x …"
+    assert len(fsio.shortened(["x" * 100])) == 80
+
+
+def test_two_that_write_the_same_folder_at_once_each_write_a_whole_one(tmp_path):
+    final = tmp_path / "out"
+    with fsio.atomic_dir(final) as mine:
+        (mine / "a").write_text("mine")
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException), fsio.atomic_dir(final) as theirs:
+                (theirs / "a").write_text("theirs")
+                os._exit(0 if (mine / "a").read_text() == "mine" else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        (mine / "b").write_text("mine")
+    assert [(final / name).read_text() for name in "ab"] == ["mine", "mine"]
+    with fsio.atomic_dir(final):  # what the dead one left goes
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_takes_its_place_once_its_files_are_on_disk(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+
+    def fsync(fd):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        real(fd)
+
+    def rename(source, target):
+        assert sorted(synced) == ["a", "b"]
+        os.replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    with fsio.atomic_dir(tmp_path / "out") as folder:
+        (folder / "a").touch()
+        (folder / "in").mkdir()
+        (folder / "in" / "b").touch()
+    assert (tmp_path / "out" / "in" / "b").exists()
+
+
+def test_a_file_system_that_cannot_lock_is_no_other_run(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fsio.fcntl, "flock", flock)
+    with pytest.raises(DraftheadError, match=r"cannot be locked.*Function not implemented"):
+        fsio.RunLock(tmp_path).__enter__()

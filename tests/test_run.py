@@ -1,6 +1,8 @@
 """The order of the stages: nothing done twice, nothing stale used, nothing costly thrown away."""
 
+import errno
 import json
+import os
 import re
 
 import pytest
@@ -178,3 +180,109 @@ def test_again_measures_again_and_keeps_what_took_hours(job):
     assert job.ran == ["report"]  # it told of the old measurement
     job.execute(recipe, again=True)
     assert job.ran == [name for name in NAMES if name not in ("generate", "train")]
+
+
+def test_a_claim_that_fails_when_measured_again_is_not_done(job):
+    recipe = job.recipe()
+    job.execute(recipe)
+    job.fail = "verify"
+    with pytest.raises(ClaimFailed):
+        job.execute(recipe, first="verify", last="verify", again=True)
+    with pytest.raises(ClaimFailed):  # and the report told of the measurement before it
+        job.execute(recipe)
+    assert job.ran == ["verify", "report"]
+
+
+def test_killed_while_its_record_is_written_the_report_does_not_tell_of_what_was(job, monkeypatch):
+    recipe = job.recipe()
+    job.execute(recipe)
+    with monkeypatch.context() as patched:
+        finish = RunDir.finish
+
+        def then_killed(*args):
+            finish(*args)
+            raise KeyboardInterrupt
+
+        patched.setattr(RunDir, "finish", then_killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.execute(recipe, first="bench", last="bench", again=True)
+    job.execute(recipe)
+    assert job.ran == ["report"]
+
+
+def test_killed_while_output_is_thrown_away_it_is_not_done(job, monkeypatch):
+    recipe = job.recipe()
+    job.execute(recipe)
+    real = os.unlink
+
+    def unlink(path, **options):
+        if str(path).endswith("part"):
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            job.execute(job.recipe(generate={"max_new_tokens": 7}), overwrite=True)
+    job.execute(job.recipe())  # the old settings again
+    assert job.ran[0] == "generate"
+
+
+def test_what_a_link_leads_to_is_thrown_away_and_the_link_stays(job, tmp_path):
+    elsewhere = tmp_path / "large disk"
+    (elsewhere / "more").mkdir(parents=True)
+    job.root.mkdir(parents=True)
+    (job.root / "answers").symlink_to(elsewhere)
+    job.execute(job.recipe())
+    old = elsewhere / "more" / "part-000007.parquet"
+    old.touch()
+    job.execute(job.recipe(generate={"max_new_tokens": 7}), overwrite=True)
+    assert not old.exists()  # it would count as one of the new answers
+    assert (job.root / "answers").is_symlink()
+    assert (elsewhere / "part").exists()
+
+
+def test_output_that_cannot_be_thrown_away_is_not_gone_on_with(job, monkeypatch):
+    job.execute(job.recipe())
+
+    real = os.unlink
+
+    def refused(path, **options):
+        if str(path).endswith("part"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refused)
+    with pytest.raises(DraftheadError, match="part: no permission"):
+        job.execute(job.recipe(generate={"max_new_tokens": 7}), overwrite=True)
+    assert job.ran == []
+
+
+def test_a_format_that_is_no_longer_asked_for_is_not_left_of_an_older_head(job):
+    job.execute(job.recipe(export={"speculators": True}))
+    (job.root / "head-speculators").mkdir()
+    job.execute(job.recipe(export={"speculators": False}))
+    assert not (job.root / "head-speculators").exists()
+
+
+def test_what_a_kill_left_half_made_is_swept_from_the_runs_folders(job, tmp_path):
+    recipe = job.recipe()
+    job.execute(recipe)
+    (tmp_path / "disk").mkdir()
+    (job.root / "states").symlink_to(tmp_path / "disk")
+    halves = [".verify.json.1.tmp", ".stages/.x.json.1.tmp", "states/.unit-000000.json.1.tmp"]
+    folders = [".head.1.tmp", "train/.best.1.tmp", "train/checkpoint/.step-00000007.1.tmp"]
+    for folder in folders:
+        (job.root / folder).mkdir(parents=True)
+    for half in (*halves, *(f"{folder}/model.safetensors" for folder in folders)):
+        (job.root / half).write_bytes(b"half")
+    for name in ("replaced", "not replaced"):  # killed before and after the new one took its place
+        (job.root / "train" / f".{name}.old").mkdir()
+        (job.root / "train" / f".{name}.old" / "old").touch()
+    (job.root / "train" / "replaced").mkdir()
+    job.execute(recipe)
+    hidden = {str(p.relative_to(job.root)) for p in job.root.rglob(".*")}
+    assert {name for name in hidden if name.endswith((".tmp", ".old"))} == set()
+    assert list((tmp_path / "disk").iterdir()) == []
+    assert list((job.root / "train" / "replaced").iterdir()) == []
+    assert (job.root / "train" / "not replaced" / "old").exists()

@@ -4,15 +4,16 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
 import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 from pydantic import Field, TypeAdapter, ValidationError
 
 from drafthead.errors import DraftheadError
@@ -77,11 +78,48 @@ def atomic_file(final: Path) -> Iterator[Path]:
             raise
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Delete what killed processes left of :func:`atomic_file` in ``folder``. Only while nobody
-    writes there."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+def sweep(folder: Path) -> None:
+    """Clear away what killed processes left half made of :func:`atomic_file` and
+    :func:`atomic_dir` in a folder, those in it and those in them. Only while nobody writes there.
+    """
+    for below in ("", "*/", "*/*/"):  # a link to a folder is followed, which `**` would not
+        for left in list(folder.glob(f"{below}.*.tmp")):
+            _delete(left)
+        for old in list(folder.glob(f"{below}.*.old")):
+            final = old.with_name(old.name[1:-4])
+            if final.exists():
+                _delete(old)
+            else:  # killed just before the new one took its place
+                old.rename(final)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Delete a folder, if there is one, or all that is in it if it is a link. What another process
+    has open may leave empty folders (NFS).
+
+    Raises:
+        DraftheadError: a file cannot be deleted.
+    """
+    with disk_errors(folder):
+        for parent, folders, files in os.walk(folder, topdown=False):
+            for path in (Path(parent, name) for name in folders + files):
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
+                else:
+                    _remove_empty(path)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -153,8 +191,8 @@ def shaped(found: Any, where: Path | str, what: str, shape: Any, mend: str = "ma
         if wrong["type"] == "missing":
             fault = f"no `{field}` in it"
         else:
-            value = textwrap.shorten(repr(wrong["input"]), 80, placeholder=" …")
-            fault = f"{f'`{field}`: ' if field else ''}{wrong['msg']}, found {value}"
+            fault = f"{f'`{field}`: ' if field else ''}{wrong['msg']}, "
+            fault += f"found {shortened(wrong['input'])}"
         raise DraftheadError(
             f"{where}: not {what}: {fault}; it was altered, or written by another version: {mend}"
         ) from None
@@ -162,14 +200,18 @@ def shaped(found: Any, where: Path | str, what: str, shape: Any, mend: str = "ma
 
 @contextlib.contextmanager
 def atomic_dir(final: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``final`` when the block ends without an error.
+    """Yield a temporary folder that becomes ``final`` when the block ends without an error, its
+    files brought to disk.
 
-    An older ``final`` is replaced; a leftover of a killed run is swept away first.
+    An older ``final`` is replaced; leftovers of killed processes are swept away first.
     """
     final = Path(final)
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     with disk_errors(final):
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
+            pid = left.name.split(".")[-2]
+            if left == temporary or not (pid.isdigit() and psutil.pid_exists(int(pid))):
+                _delete(left)
         temporary.mkdir(parents=True)
         try:
             yield temporary
@@ -178,6 +220,8 @@ def atomic_dir(final: Path | str) -> Iterator[Path]:
             for path in temporary.rglob("*"):
                 if path.is_file() and not path.is_symlink():
                     path.chmod(usual)
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
             old = final.with_name(f".{final.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
@@ -201,6 +245,12 @@ def fingerprint(obj: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def shortened(value: Any, width: int = 80) -> str:
+    """A value as an error shows it: at most ``width`` characters."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 def log_tail(path: Path, begin: int) -> str:
     """The last lines of what was written to a log since the offset ``begin``, to end an error."""
     with path.open("rb") as file:
@@ -222,13 +272,18 @@ class RunLock:
             self._file = open(self.path, "a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
             raise DraftheadError(
                 f"{self.path.parent}: another drafthead run (process {holder}) is at work in this "
                 "folder; wait for it, or give this run another name"
+            ) from None
+        except OSError as error:
+            self._file.close()
+            raise DraftheadError(
+                f"{self.path}: cannot be locked ({error}); put the run where files can be"
             ) from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from drafthead.data.chats import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import RunLock, fingerprint, sha256_file
+from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep
 from drafthead.recipe import Recipe, Source
 from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
@@ -167,14 +167,14 @@ def _run_stage(
     if overwrite and stage.check:
         _load(stage.check)(recipe)
     run.begin(stage.name, inputs, overwrite=overwrite or not stage.costly)
+    for other in STAGES:
+        if other.reads_all:
+            run.forget(other.name)
     console.print(f"[bold]{stage.name}[/bold]: {stage.does}")
     start = time.monotonic()
     summary = _load(stage.function)(recipe, run, console=console)
     summary["seconds"] = round(time.monotonic() - start, 1)
     run.finish(stage.name, inputs, summary)
-    for other in STAGES:
-        if other.reads_all and other is not stage:
-            run.forget(other.name)
     return summary
 
 
@@ -219,6 +219,8 @@ def execute(
     anything_ran = False
     first_process = int(os.environ.get("RANK", 0)) == 0
     with RunLock(run.root) if first_process else contextlib.nullcontext():
+        if first_process:
+            sweep(run.root)
         for stage in STAGES:
             if stage.name not in wanted:
                 continue

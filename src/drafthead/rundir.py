@@ -1,6 +1,5 @@
 """Where a run leaves what it makes. One folder, the same names in every run."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import read_json, write_json
+from drafthead.fsio import clear, read_json, shortened, write_json
 
 RECORD_MEND = "delete it, and the stage is looked at again"
 
@@ -81,26 +80,28 @@ class RunDir:
         return record["summary"] if record["inputs"] == inputs else None
 
     def begin(self, stage: str, inputs: dict, overwrite: bool) -> None:
-        """Start or go on with ``stage``. Output made with other inputs is swept away first; a
-        mistake that was found before any was made leaves nothing to hold the next try against.
+        """Start or go on with ``stage``, which from now on is not done. Output made with other
+        inputs is swept away first; a mistake that was found before any was made leaves nothing to
+        hold the next try against.
 
         Raises:
-            DraftheadError: there is such output and ``overwrite`` is off.
+            DraftheadError: there is such output and ``overwrite`` is off, or it cannot be deleted.
         """
-        path = self.record(stage, "begun")
+        path, before = self.record(stage, "begun"), inputs
         if path.exists():
             before = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
-            if before != inputs:
-                made = any(out.is_dir() and any(out.iterdir()) for out in self._outputs(stage))
-                if made and not overwrite:
-                    raise DraftheadError(
-                        f"{self.root}: its {stage} stage was made with other settings "
-                        f"({', '.join(_differences(before, inputs))}); give this run another name, "
-                        "or pass --overwrite to make it anew"
-                    )
-                for output in self._outputs(stage):
-                    shutil.rmtree(output, ignore_errors=True)
-                self.record(stage, "done").unlink(missing_ok=True)
+        if before != inputs:
+            made = any(out.is_dir() and any(out.iterdir()) for out in self._outputs(stage))
+            if made and not overwrite:
+                raise DraftheadError(
+                    f"{self.root}: its {stage} stage was made with other settings "
+                    f"({', '.join(_differences(before, inputs))}); give this run another name, "
+                    "or pass --overwrite to make it anew"
+                )
+        self.forget(stage)  # first: nothing that is killed from here on counts as done
+        if before != inputs:
+            for output in self._outputs(stage):
+                clear(output)
         write_json(path, inputs)
 
     def finish(self, stage: str, inputs: dict, summary: dict) -> None:
@@ -117,7 +118,7 @@ class RunDir:
             "generate": [self.answers, self.states],
             "vocab": [self.vocab],
             "train": [self.train],
-            "export": [self.head],
+            "export": [self.head, self.head_speculators],
         }.get(stage, [])
 
 
@@ -131,10 +132,5 @@ def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}: {_short(old)} -> {_short(new)}")
+            found.append(f"{prefix}{key}: {shortened(old, 60)} -> {shortened(new, 60)}")
     return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -11,7 +11,7 @@ from drafthead.capture.engine import CaptureEngine
 from drafthead.capture.generate import generate_units, prefill_units
 from drafthead.capture.plan import make_plan
 from drafthead.errors import DraftheadError
-from drafthead.fsio import sweep_temporaries
+from drafthead.fsio import sweep
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states.check import check_store
@@ -65,7 +65,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(captured):
     assert done[0] == 0
     assert len(done) < UNITS
     assert {fault.unit for fault in check_store(run.states)} == {len(done)}  # only missing ones
-    sweep_temporaries(run.states)  # as the stage does before it goes on
+    sweep(run.root)  # as a run does before it goes on
     written = {name: (run.states / name).stat().st_mtime_ns for name in files(run)}
     prefill(plan, run, engine)
     assert files(run) == whole

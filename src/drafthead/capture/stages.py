@@ -11,7 +11,6 @@ from drafthead.capture.plan import WorkPlan, make_plan
 from drafthead.capture.work import progress_bar, work
 from drafthead.data.answers import part_path, read_answers, read_left_out
 from drafthead.errors import DraftheadError
-from drafthead.fsio import sweep_temporaries
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StoreMeta
@@ -101,8 +100,6 @@ def _summary(meta: StoreMeta, *, samples: int, tokens: int, bytes_: int) -> dict
 
 def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     """A stage's work, on this machine or on the cluster that the recipe names."""
-    for folder in (run.answers, run.states):
-        sweep_temporaries(folder)  # the run's lock is held: nobody writes there yet
     cluster = plan.recipe.cluster
     if cluster.address is None:
         _in_child(stage, plan, run, console)

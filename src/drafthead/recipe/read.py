@@ -1,7 +1,6 @@
 """Reading a recipe: each mistake is named with its file and field, and the nearest right key."""
 
 import difflib
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import shortened
 from drafthead.recipe.schema import Recipe, Source
 
 
@@ -59,8 +59,7 @@ def parse_recipe(data: Any, where: str) -> Recipe:
                     wanted = "should be a mapping (`key: value` lines)"
                 if item["input"] == "None":
                     wanted += "; YAML's word for it is `null`"
-                found = textwrap.shorten(repr(item["input"]), 80, placeholder=" …")
-                lines.append(f"{where}: `{field}`: {wanted}, found {found}")
+                lines.append(f"{where}: `{field}`: {wanted}, found {shortened(item['input'])}")
         raise DraftheadError("\n".join(lines)) from None
 
 
