@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from drafthead.errors import DraftheadError
 from drafthead.fsio import log_tail
 
@@ -73,7 +75,7 @@ class Child:
             if "error" in message:
                 raise DraftheadError(message["error"])
             yield message
-        if self.process.wait() != 0:
+        if self._end() != 0:
             raise DraftheadError(
                 f"{self.what}: the vLLM process died (exit code {self.process.returncode}); "
                 + log_tail(self.log, self._begin)
@@ -86,7 +88,14 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()  # it ends itself when this closes
         self.process.stdout.close()
-        self.process.wait()
+        self._end()
+
+    def _end(self) -> int:
+        """Wait for the child and end what it left, be it that it was killed; its exit code."""
+        with contextlib.suppress(ChildProcessError):  # another thread was here before
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            _kill_group(self.process.pid)  # no other group's number as long as it is not reaped
+        return self.process.wait()
 
 
 def _environment() -> dict[str, str]:
@@ -100,6 +109,16 @@ def _environment() -> dict[str, str]:
     }
 
 
+def _kill_group(group: int) -> None:
+    """SIGKILL for all processes of a group but this one and Python's resource tracker, which ends
+    by itself when all others have, and removes the shared memory that they left."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            own = process.pid != os.getpid() and os.getpgid(process.pid) == group
+            if own and not any("resource_tracker" in part for part in process.cmdline()):
+                process.kill()
+
+
 def child_main(
     work: Callable[[dict, Callable[[dict], None]], None],
     receive: Callable[[Any], None] = lambda _: None,
@@ -111,9 +130,12 @@ def child_main(
     order: dict[str, Any] = json.loads(sys.stdin.readline())
 
     def listen() -> None:
-        for line in sys.stdin:
-            receive(json.loads(line))
-        os.killpg(0, signal.SIGKILL)
+        try:
+            for line in sys.stdin:
+                receive(json.loads(line))
+        finally:  # the last line may be the half of one
+            _kill_group(os.getpgrp())
+            os.kill(os.getpid(), signal.SIGKILL)
 
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM prints to stdout; that goes to the log
