@@ -41,6 +41,14 @@ def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
     assert board.look() == (0, 0, [])
 
 
+def test_a_worker_that_was_lost_is_given_nothing_more():
+    board = Board([0, 1])
+    assert board.take("a") == 0
+    board.lose("a")
+    assert board.take("a") is None  # it asked before it died: nobody would ever do that unit
+    assert [board.take("b"), board.take("b")] == [0, 1]
+
+
 def test_what_kills_every_worker_is_named():
     board = Board([7, 8])
     for worker in range(ATTEMPTS):
@@ -69,8 +77,44 @@ def test_a_store_goes_to_a_location_and_comes_back(tmp_path, scheme):
     assert fetch_store(there, "states", copy)["units"] == 1  # and only what was missing
     files = {p.name for p in store.iterdir()}
     assert there.names("states") == files
-    assert {p.name for p in copy.iterdir()} - {".incoming"} == files
+    assert {p.name for p in copy.iterdir()} == files
     assert all((copy / name).read_bytes() == (store / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("scheme", ["file://{}/there", "memory://{}/there"])
+def test_what_is_half_there_is_swept(tmp_path, scheme, monkeypatch):
+    (tmp_path / "a").write_bytes(b"whole")
+    there = Location(scheme.format(tmp_path))
+    there.put(tmp_path / "a", "states/a")
+
+    def half(fs, local, final):
+        with fs.open(final, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    kind = type(there._fs)
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "put_file", half)
+        patched.setattr(kind, "mv", pytest.fail)
+        with pytest.raises(KeyboardInterrupt):
+            there.put(tmp_path / "a", "states/b")
+    assert len(there.names("states")) == 2
+    there.sweep("states")
+    there.sweep("answers")  # not there
+    assert there.names("states") == {"a"}
+
+
+def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path, monkeypatch):
+    store, copy = tmp_path / "store", tmp_path / "copy"
+    with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:
+        writer.submit(0, [make_sample(0)])
+    there = Location(f"file://{tmp_path}/there")
+    there.put(store / "meta.json", "states/meta.json")
+    publish_unit(store, StoreMeta.load(store), 0, there, "states")
+    (copy / ".incoming").mkdir(parents=True)
+    (copy / ".incoming" / ".unit-000000.json.1.tmp").write_bytes(b"half")
+    fetch_store(there, "states", copy)
+    assert {p.name for p in copy.iterdir()} == {p.name for p in store.iterdir()}
 
 
 def test_a_unit_whose_index_was_altered_there_is_not_brought(tmp_path):

@@ -1,5 +1,6 @@
 """A broken store is refused by name, or it is not broken: never a crash, never wrong states."""
 
+import errno
 import json
 import resource
 import shutil
@@ -14,9 +15,9 @@ from typer.testing import CliRunner
 
 from drafthead.cli import app
 from drafthead.errors import DraftheadError
-from drafthead.fsio import sha256_file
-from drafthead.states import StateReader, StateWriter, StoreMeta
-from drafthead.states.check import check_store, repair
+from drafthead.fsio import RunLock, sha256_file
+from drafthead.states import StateReader, StateWriter, StoreMeta, reader
+from drafthead.states.check import check_command, check_store, repair
 from drafthead.states.format import StoreMeta as Meta
 from drafthead.states.index import _digest
 from tests.states.test_store import make_sample
@@ -291,3 +292,29 @@ def test_states_that_are_not_finite_are_found(tmp_path):
     with StateWriter(tmp_path, meta) as writer:
         writer.submit(0, [sample])
     assert "not finite" in check_store(tmp_path)[0].what
+
+
+def test_a_shard_that_the_disk_no_longer_gives_back_is_one_more_fault(whole, monkeypatch):
+    real = reader.sha256_file
+
+    def read(path):
+        if path.name == "unit-000001-00.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(reader, "sha256_file", read)
+    (fault,) = check_store(whole)
+    assert fault.unit == 1
+    assert "unit-000001-00.safetensors: not a readable" in fault.what
+    assert "Input/output error" in fault.what
+
+
+def test_nothing_is_thrown_out_while_a_run_is_at_work(whole, tmp_path):
+    path = tmp_path / "states"
+    shutil.copytree(whole, path)
+    (path / "unit-000001.json").unlink()  # as of a unit whose shards are being written
+    shards = sorted(path.glob("unit-000001-*"))
+    with RunLock(tmp_path), pytest.raises(DraftheadError, match="another drafthead run"):
+        check_command(path, fix=True)
+    assert sorted(path.glob("unit-000001-*")) == shards
+    assert check_command(path, fix=True)["repaired"]

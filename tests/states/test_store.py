@@ -256,6 +256,15 @@ def test_killed_at_every_step_and_started_again_the_store_is_the_same(tmp_path):
         assert (store / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_unit_made_again_with_fewer_shards_leaves_none_of_the_others(tmp_path):
+    samples = [make_sample(i) for i in range(6)]
+    for most in (1, 1 << 30):  # an engine on a GPU may answer anew, and more briefly
+        with StateWriter(tmp_path, replace(META, units=1), most) as writer:
+            writer.submit(0, samples)
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {"unit-000000-00.safetensors"}
+    assert len(StateReader(tmp_path)) == 6
+
+
 def test_shards_are_opened_ahead_once_and_only_so_far(tmp_path, monkeypatch):
     write(tmp_path, shard_bytes=1 << 11)
     opened, real = [], reader_module.open_shard

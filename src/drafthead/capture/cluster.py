@@ -51,12 +51,14 @@ class Board:
         self._open = deque(units)
         self._held: dict[str, list[int]] = {}
         self._lost: dict[str, int] = {}
+        self._dead: set[str] = set()
         self.done: list[int] = []
         self._tokens: list[int] = []
 
     def take(self, worker: str) -> int | None:
-        """The next unit, now this worker's; None if there is none to give out."""
-        if not self._open:
+        """The next unit, now this worker's; None if there is none to give out, or if it asked
+        before it was lost."""
+        if not self._open or worker in self._dead:
             return None
         self._held.setdefault(worker, []).append(self._open.popleft())
         return self._held[worker][-1]
@@ -72,6 +74,7 @@ class Board:
         Returns:
             What makes it hopeless to go on, if ``ATTEMPTS`` workers went the same way.
         """
+        self._dead.add(worker)
         units = self._held.pop(worker, [])
         self._open.extendleft(reversed(units))
         for what in [f"unit {unit}" for unit in units] or ["starting an engine"]:
@@ -178,6 +181,9 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     """
     recipe, cluster = plan.recipe, plan.recipe.cluster
     location = Location(cluster.location) if cluster.location else None
+    if location:
+        location.sweep("answers")
+        location.sweep("states")
     todo = _missing(stage, plan, run, location)
     if not todo:
         return

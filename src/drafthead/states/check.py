@@ -1,10 +1,12 @@
 """Verifies a whole store and names what is broken; what is thrown out is captured again."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import RunLock
 from drafthead.rundir import RunDir
 from drafthead.states.format import StoreMeta, decode
 from drafthead.states.index import load_unit, missing_units, unit_numbers, unit_path
@@ -84,10 +86,16 @@ def _mend(path: Path, faults: list[Fault]) -> str | None:
 
 
 def check_command(path: Path | str, *, fix: bool) -> dict[str, Any]:
-    """What `drafthead states check` prints: JSON-able, with one entry a faulty unit."""
-    faults = check_store(path)
-    if fix:
-        repair(path, faults)
+    """What `drafthead states check` prints: JSON-able, with one entry a faulty unit.
+
+    Raises:
+        DraftheadError: as ``check_store``; with ``fix``, a run is at work in the store's folder.
+    """
+    lock = RunLock(Path(path).parent)
+    with lock if fix and lock.path.exists() else contextlib.nullcontext():
+        faults = check_store(path)
+        if fix:
+            repair(path, faults)
     return {
         "store": str(path),
         "units": StoreMeta.load(Path(path)).units,

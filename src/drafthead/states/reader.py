@@ -167,9 +167,9 @@ def open_shard(store: Path, meta: StoreMeta, shard: Shard, *, verify: bool) -> A
     """
     path = store / shard.file
     check_size(store, shard)
-    if verify and sha256_file(path) != shard.sha256:
-        raise DraftheadError(f"{path}: altered: its checksum is not the index's; {MEND}")
     try:
+        if verify and sha256_file(path) != shard.sha256:
+            raise DraftheadError(f"{path}: altered: its checksum is not the index's; {MEND}")
         handle = safe_open(path, framework="pt")
         found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
         shapes = {key: (part.get_dtype(), part.get_shape()) for key, part in found.items()}

@@ -5,6 +5,8 @@ it is under another name until it is whole. A unit's index goes last, as in a lo
 """
 
 import os
+import re
+import shutil
 import uuid
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +18,7 @@ from drafthead.states.index import load_unit, unit_numbers, unit_path
 
 # These put whole objects, and renaming would copy them.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az", "adl", "oci", "oss", "hf"}
+_HALF = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 class Location:
@@ -49,6 +52,11 @@ class Location:
         except FileNotFoundError:
             return set()
         return {PurePosixPath(path).name for path in found}
+
+    def sweep(self, folder: str) -> None:
+        """Delete what killed workers left half copied in a folder. Only while nobody writes there."""
+        for name in filter(_HALF.fullmatch, self.names(folder)):
+            self._fs.rm_file(self._at(f"{folder}/{name}"))
 
     def put(self, local: Path, name: str) -> None:
         """Copy a file there, replacing what is."""
@@ -97,12 +105,15 @@ def fetch_store(location: Location, folder: str, store: Path) -> dict[str, Any]:
     there = location.names(folder)
     units = {n for n in range(meta.units) if unit_path(store, n).name in there}
     missing, size = sorted(units - set(unit_numbers(store))), 0
-    for number in missing:
-        index = unit_path(store, number)
-        aside = store / ".incoming"
-        location.get(f"{folder}/{index.name}", aside / index.name)
-        for shard in load_unit(aside, meta, number).shards:
-            location.get(f"{folder}/{shard.file}", store / shard.file)
-            size += shard.bytes
-        os.replace(aside / index.name, index)
+    aside = store / ".incoming"
+    try:
+        for number in missing:
+            index = unit_path(store, number)
+            location.get(f"{folder}/{index.name}", aside / index.name)
+            for shard in load_unit(aside, meta, number).shards:
+                location.get(f"{folder}/{shard.file}", store / shard.file)
+                size += shard.bytes
+            os.replace(aside / index.name, index)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return {"units": len(missing), "bytes": size}

@@ -117,6 +117,10 @@ def write_unit(
     shards: list[Shard] = []
     for group in grouped(encoded, lambda s: meta.bytes_of(len(s.ids), len(s.states)), shard_bytes):
         shards.append(_write_group(store, meta, number, len(shards), group))
+    beyond = len(shards)
+    while (left := store / shard_name(number, beyond)).exists():  # made before, and there were more
+        left.unlink()
+        beyond += 1
     unit = Unit(number, shards, checks)
     save_unit(store, meta, unit)
     return unit
