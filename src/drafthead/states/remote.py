@@ -54,7 +54,7 @@ class Location:
         return {PurePosixPath(path).name for path in found}
 
     def sweep(self, folder: str) -> None:
-        """Delete what killed workers left half copied in a folder. Only while nobody writes there."""
+        """Delete what killed workers left half copied in a folder. Only while none writes there."""
         for name in filter(_HALF.fullmatch, self.names(folder)):
             self._fs.rm_file(self._at(f"{folder}/{name}"))
 
