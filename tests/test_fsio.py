@@ -7,7 +7,8 @@ from typing import NotRequired
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from typing_extensions import TypedDict
 
 from drafthead import fsio
@@ -174,3 +175,13 @@ def test_a_file_system_that_cannot_lock_is_no_other_run(tmp_path, monkeypatch):
     monkeypatch.setattr(fsio.fcntl, "flock", flock)
     with pytest.raises(DraftheadError, match=r"cannot be locked.*Function not implemented"):
         fsio.RunLock(tmp_path).__enter__()
+
+
+def test_what_the_disk_refuses_safetensors_is_said_as_all_else_is(tmp_path):
+    path = tmp_path / "head"
+    with pytest.raises(DraftheadError, match="/head: no such file"), fsio.disk_errors(path):
+        save_file({"a": torch.zeros(1)}, path / "a.safetensors")  # as it says that a disk is full
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"x")
+    with pytest.raises(SafetensorError), fsio.disk_errors(path):
+        load_file(broken)

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import psutil
 from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
 from drafthead.errors import DraftheadError
 
@@ -53,6 +55,11 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _MENDS:
             raise DraftheadError(f"{error.filename or path}: {_MENDS[error.errno]}") from error
+        raise
+    except SafetensorError as error:  # has the number of an OSError in its words only
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number and int(number[1]) in _MENDS:
+            raise DraftheadError(f"{path}: {_MENDS[int(number[1])]}") from error
         raise
 
 
