@@ -148,24 +148,47 @@ def test_two_that_write_the_same_folder_at_once_each_write_a_whole_one(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_takes_its_place_once_its_files_are_on_disk(tmp_path, monkeypatch):
-    synced, real = [], os.fsync
+@pytest.fixture
+def brought(monkeypatch):
+    """What is brought to disk, and what then takes another's place, in order."""
+    done, fsync = [], os.fsync
 
-    def fsync(fd):
-        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
-        real(fd)
+    def synced(fd):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
 
-    def rename(source, target):
-        assert sorted(synced) == ["a", "b"]
-        os.replace(source, target)
+    def noted(real):
+        return lambda source, target: done.append("renamed") or real(source, target)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "fsync", synced)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
+    return done
+
+
+def test_a_folder_takes_its_place_once_all_in_it_is_on_disk(tmp_path, brought):
     with fsio.atomic_dir(tmp_path / "out") as folder:
         (folder / "a").touch()
         (folder / "in").mkdir()
         (folder / "in" / "b").touch()
+    assert {"a", "b", "in", folder.name} == set(brought[:4])
+    assert brought[4:] == ["renamed", tmp_path.name]
     assert (tmp_path / "out" / "in" / "b").exists()
+
+
+def test_a_files_name_is_on_disk_too(tmp_path, brought, monkeypatch):
+    fsio.write_bytes(tmp_path / "a", b"1")
+    assert brought[1:] == ["renamed", tmp_path.name]
+    real = os.fsync
+
+    def files_only(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", files_only)  # as some network file systems
+    fsio.write_bytes(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"2"
 
 
 def test_a_file_system_that_cannot_lock_is_no_other_run(tmp_path, monkeypatch):

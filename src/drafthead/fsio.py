@@ -66,8 +66,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
     """Yield the path of a temporary file that becomes ``final`` when the block ends without an
-    error, so that after any crash ``final`` is either the old or the new one, never a part. The
-    block brings what it wrote to disk.
+    error, so that after any crash ``final`` is either the old or the new one, never a part, and
+    after a power cut too. The block brings what it wrote to disk.
 
     Raises:
         DraftheadError: as :func:`disk_errors`.
@@ -78,11 +78,22 @@ def atomic_file(final: Path) -> Iterator[Path]:
         try:
             yield temporary
             os.replace(temporary, final)
+            _sync_folder(final.parent)
         except BaseException as error:
             if isinstance(error, OSError) and error.filename == str(temporary):
                 error.filename = str(final)  # the name that the user knows
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk, where the file system can be told to."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def sweep(folder: Path) -> None:
@@ -225,15 +236,21 @@ def atomic_dir(final: Path | str) -> Iterator[Path]:
             # safetensors makes files that only their owner may read; who serves is often another.
             usual = temporary.stat().st_mode & 0o666
             for path in temporary.rglob("*"):
-                if path.is_file() and not path.is_symlink():
-                    path.chmod(usual)
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
+                if path.is_symlink():
+                    continue
+                if path.is_dir():
+                    _sync_folder(path)
+                    continue
+                path.chmod(usual)
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            _sync_folder(temporary)
             old = final.with_name(f".{final.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 os.rename(final, old)
             os.rename(temporary, final)
+            _sync_folder(final.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
