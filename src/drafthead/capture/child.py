@@ -113,7 +113,7 @@ def _kill_group(group: int) -> None:
     """SIGKILL for all processes of a group but this one and Python's resource tracker, which ends
     by itself when all others have, and removes the shared memory that they left."""
     for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, psutil.Error):
+        with contextlib.suppress(OSError, psutil.Error):
             own = process.pid != os.getpid() and os.getpgid(process.pid) == group
             if own and not any("resource_tracker" in part for part in process.cmdline()):
                 process.kill()
