@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from drafthead.prove.engine import SpecCounters
-from drafthead.prove.live import LiveFacts, conclude
+from drafthead.prove.live import LiveFacts, _alone, conclude
 from drafthead.prove.server import histogram_mean, parse_metrics, spec_counters
 
 PAGE = """\
@@ -98,3 +98,26 @@ def test_slower_than_the_target_alone():
     slow = states(probe_tokens_per_s=80.0, best_k=1)["speed"]
     assert slow.state == "warning"
     assert "num_speculative_tokens: 1" in slow.mend
+
+
+def test_probes_that_drafted_nothing_leave_what_users_sent():
+    """As where no held-out prompt fits the server's context."""
+    found = states(probe=SpecCounters(), probe_tokens_per_s=0.0)
+    assert set(found) == {"acceptance"}
+    assert found["acceptance"].found.startswith("68.0%")
+
+
+def test_one_request_at_a_time_is_held_against_one_at_a_time():
+    """The headline's load may be another: 64 at once make many more tokens a second."""
+
+    def cell(concurrency, temperature, speed):
+        return {
+            "concurrency": concurrency,
+            "temperature": temperature,
+            "base_tokens_per_s": speed,
+        }
+
+    crowd = cell(64, 0.0, 9000.0)
+    assert _alone(crowd | {"grid": [crowd]}) is None
+    assert _alone(crowd | {"grid": [crowd, cell(1, 0.7, 90.0), cell(1, 0.0, 100.0)]}) == 100.0
+    assert _alone({}) is None

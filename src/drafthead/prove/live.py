@@ -5,7 +5,7 @@ are read. That separates the causes: prompts given as ids bypass the server's ch
 they are prompts whose acceptance training has predicted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from drafthead.finding import Finding
@@ -48,12 +48,15 @@ class LiveFacts:
     head_notes: tuple[str, ...] = ()
     probe_tokens_per_s: float | None = None
     base_tokens_per_s: float | None = None
-    """Target alone, from bench."""
+    """Target alone, one request at a time as the probes are, from bench."""
     best_k: int | None = None
 
 
 def conclude(facts: LiveFacts) -> list[Finding]:
     """Findings and their likely causes, from what was seen; the surest cause first."""
+    if facts.traffic.drafts and facts.probe and not facts.probe.drafts:
+        # No held-out prompt fits this server, or answers are of one token: they say nothing.
+        facts = replace(facts, probe=None, probe_tokens_per_s=None)
     if not facts.traffic.drafts and not (facts.probe and facts.probe.drafts):
         return [
             Finding(
@@ -198,9 +201,17 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         head_problems=tuple(about["problems"]),
         head_notes=tuple(about["notes"]),
         probe_tokens_per_s=answers.tokens / answers.wall_s,
-        base_tokens_per_s=bench.get("base_tokens_per_s"),
+        base_tokens_per_s=_alone(bench),
         best_k=bench.get("recommended_num_speculative_tokens"),
     )
+
+
+def _alone(bench: dict) -> float | None:
+    """Tokens a second of the target alone for one greedy request at a time, if that was timed."""
+    for cell in bench.get("grid", []):
+        if cell["concurrency"] == 1 and not cell["temperature"]:
+            return cell["base_tokens_per_s"]
+    return None
 
 
 def _captured_layers(run: RunDir) -> list[int] | None:
