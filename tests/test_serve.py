@@ -114,6 +114,18 @@ def test_extra_settings_win_and_unknown_arguments_pass(recipe):
     assert len(plan.settings) == len(plan.args) + sum(s.server_only for s in plan.settings)
 
 
+def test_lists_and_nothing_as_vllms_parser_takes_them(recipe):
+    """`--cudagraph-capture-sizes [1,2]` and `--max-num-seqs None` are refused by vLLM 0.32."""
+    extra = {"max_num_seqs": None, "cudagraph_capture_sizes": [1, 2], "hf_overrides": {"a": [1]}}
+    plan = engine_plan(recipe(engine={"extra": extra}), head=None, machine=CPU)
+    assert plan.args["max_num_seqs"] is None
+    assert "--max-num-seqs" not in plan.command
+    at = plan.command.index("--cudagraph-capture-sizes")
+    assert plan.command[at + 1 : at + 3] == ["1", "2"]
+    assert '{"a":[1]}' in plan.command
+    assert all(flag for flag, _ in plan.explain())
+
+
 def test_print_explains_every_flag(recipe):
     plan = engine_plan(recipe(), head="h", machine=gpus(2, nvlink=False))
     assert all(why for _, why in plan.explain())

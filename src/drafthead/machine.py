@@ -82,6 +82,30 @@ def _joined(a: object, b: object) -> bool:
     return status == pynvml.NVML_P2P_STATUS_OK
 
 
+def _let_through(visible: str, handles: list) -> list:
+    """NVML handles that ``CUDA_VISIBLE_DEVICES`` names, as CUDA reads it: by index, by the first
+    letters of an UUID or by a MIG device's, up to the first name of nothing."""
+    import pynvml
+
+    uuids, found = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles], []
+    for name in (part.strip() for part in visible.split(",")):
+        if name.startswith("MIG-"):
+            try:
+                alike = [pynvml.nvmlDeviceGetHandleByUUID(name)]
+            except pynvml.NVMLError:
+                alike = []
+        else:
+            alike = [
+                handle
+                for i, handle in enumerate(handles)
+                if name == str(i) or (name.startswith("GPU-") and uuids[i].startswith(name))
+            ]
+        if len(alike) != 1:
+            break
+        found += alike
+    return found
+
+
 def _gpus() -> tuple[tuple[Gpu, ...], bool, str | None]:
     """GPUs that CUDA_VISIBLE_DEVICES lets through, whether NVLink joins them all, the driver."""
     import pynvml
@@ -94,10 +118,7 @@ def _gpus() -> tuple[tuple[Gpu, ...], bool, str | None]:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:
-            by_name = {str(i): handle for i, handle in enumerate(handles)}
-            by_name |= {pynvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
-            names = [name.strip() for name in visible.split(",")]
-            handles = [by_name[name] for name in names if name in by_name]
+            handles = _let_through(visible, handles)
         gpus = tuple(
             Gpu(pynvml.nvmlDeviceGetName(h), int(pynvml.nvmlDeviceGetMemoryInfo(h).total))
             for h in handles

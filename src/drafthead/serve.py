@@ -51,11 +51,15 @@ class Setting:
 
     @property
     def flag(self) -> list[str]:
-        """As ``vllm serve`` takes it on the command line."""
+        """As ``vllm serve`` takes it on the command line; None, its default, has no flag."""
         name = "--" + self.name.replace("_", "-")
+        if self.value is None:
+            return []
         if isinstance(self.value, bool):
             return [name if self.value else "--no-" + self.name.replace("_", "-")]
-        if isinstance(self.value, dict | list):
+        if isinstance(self.value, list):
+            return [name, *map(str, self.value)]
+        if isinstance(self.value, dict):
             return [name, json.dumps(self.value, separators=(",", ":"))]
         return [name, str(self.value)]
 
@@ -97,7 +101,7 @@ class Plan:
     def explain(self) -> list[tuple[str, str]]:
         """Each environment variable and flag with its reason."""
         lines = [(f"{name}={value}", why) for name, (value, why) in self.env.items()]
-        lines += [(shlex.join(s.flag), s.why) for s in self.settings]
+        lines += [(shlex.join(s.flag), s.why) for s in self.settings if s.flag]
         if self.extra:
             lines.append((shlex.join(self.extra), "yours, passed on to vLLM"))
         return lines
