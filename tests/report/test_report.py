@@ -138,3 +138,69 @@ def test_one_k_recommends_nothing(tmp_path, ks, word):
     assert f"drafts a step, {word}" in html
     for text in (html, markdown):
         assert ("One k was measured" in text) == (len(ks) == 1)
+
+
+def table_row(text, name):
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_a_prediction_of_fewer_drafts_than_were_served_keeps_its_columns(tmp_path):
+    """Training may have evaluated three drafts where five are served."""
+    recipe, run = made_run.make(tmp_path, ks=(5, 3))
+    bench = read_json(run.bench_json, "")
+    bench |= {"predicted_acceptance_by_position": [0.7, 0.5, 0.3], "predicted_accepted_length": 2.5}
+    write_json(run.bench_json, bench)
+    _, markdown, table = written(recipe, run)
+    card = (run.head / "README.md").read_text()
+    for text in (markdown, card):
+        cells = ["70.0 %", "50.0 %", "30.0 %", "–", "–", "–"]
+        assert table_row(text, "predicted on held-out states") == cells
+        assert len(table_row(text, "served")) == 6
+    assert "2.50" not in table
+    write_json(run.bench_json, bench | {"acceptance_by_position": [], "accepted_length": None})
+    assert table_row(written(recipe, run)[1], "served") == ["–"] * 6
+
+
+def test_steps_of_other_numbers_of_gpus_are_not_mixed(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    alone = written(recipe, run)[0]
+    bench = read_json(run.bench_json, "")
+    bench["grid"] += [cell | {"tensor_parallel_size": 2} for cell in bench["grid"]]
+    write_json(run.bench_json, bench)
+    both = written(recipe, run)[0]
+    drawing = r'<svg[^>]*aria-label="Milliseconds of a decoding step.*?</svg>'
+    (one,), (two,) = (re.findall(drawing, html, re.DOTALL) for html in (alone, both))
+    assert one == two
+
+
+def test_heads_of_one_name_are_told_apart(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    bench = read_json(run.bench_json, "")
+    (other, *_) = bench["beside"].values()
+    bench["beside"] = {"runs/a/head": other, "runs/b/head": other}
+    write_json(run.bench_json, bench)
+    for text in written(recipe, run)[:2]:
+        assert "runs/a/head" in text
+        assert "runs/b/head" in text
+
+
+def test_the_card_of_a_head_that_is_not_lossless_claims_nothing(tmp_path):
+    recipe, run = made_run.make(tmp_path, lossless=False)
+    written(recipe, run)
+    card = (run.head / "README.md").read_text()
+    assert "**Not lossless**" in card
+    assert "the text stays the target's own" not in card
+    assert "as they do between any two batch shapes" not in card
+    verify = read_json(run.verify_json, "")
+    write_json(run.verify_json, verify | {"sampled": None})
+    written(recipe, run)
+    assert "was proved for greedy" not in (run.head / "README.md").read_text()
+
+
+def test_a_target_in_the_folder_at_hand_has_its_name(tmp_path, monkeypatch):
+    recipe, run = made_run.make(tmp_path)
+    monkeypatch.chdir(recipe.target.path)
+    here = recipe.model_copy(update={"target": recipe.target.model_copy(update={"path": "."})})
+    html, _, _ = written(here, run)
+    assert "<h1>SmolLM2-135M-Instruct</h1>" in html

@@ -226,7 +226,10 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,
-        "predicted_accepted_length": 1 + sum(expected) if expected else None,
+        # Of fewer drafts than are served it would be too short.
+        "predicted_accepted_length": 1 + sum(expected)
+        if expected and len(expected) == points[0].num_speculative_tokens
+        else None,
         "method": METHOD,
         "grid": cells,
         "cost_model": fits,

@@ -12,7 +12,15 @@ from drafthead.fsio import write_bytes
 from drafthead.machine import Gpu, Machine, this_machine
 from drafthead.report.results import Results
 from drafthead.report.table import lossless_words
-from drafthead.report.words import environment, facts, notes, sampled_words, speed_rows
+from drafthead.report.words import (
+    environment,
+    facts,
+    notes,
+    predicted_cells,
+    sampled_words,
+    served_cells,
+    speed_rows,
+)
 from drafthead.serve import Plan, engine_plan
 from drafthead.targets import Target, recipe_target
 
@@ -147,9 +155,11 @@ def limitations(r: Results) -> list[str]:
         found.append("Measured one request at a time; under load the gain is not known.")
     if not any(cell["temperature"] for cell in cells):
         found.append("Speed was measured at temperature 0; sampling accepts fewer drafts.")
-    if not r.verify.get("sampled"):
+    if not r.proof["lossless"]:
+        found.append("Not lossless: with this head the target writes other text than alone.")
+    elif not r.verify.get("sampled"):
         found.append("Losslessness was proved for greedy decoding; sampling was not tested here.")
-    if r.verify["ties"]:
+    if r.verify["ties"] and r.proof["lossless"]:
         found.append(
             f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "
             "within its numeric noise, as they do between any two batch shapes."
@@ -202,6 +212,8 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "linked": f"[{base}](https://huggingface.co/{base})" if known else base,
         "quantized": quantization.get("quant_algo") or quantization.get("quant_method"),
         "speed": speed_rows(r.bench),
+        "predicted": predicted_cells(r.bench),
+        "served": served_cells(r.bench),
         "lossless": lossless_words(r.verify),
         "sampled": sampled_words(r.verify),
         "ks": ", ".join(sorted(r.proof["served"], key=int)),

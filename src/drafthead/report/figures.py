@@ -55,8 +55,12 @@ def _speeds(r: Results) -> dict | None:
 
 def _step_time(r: Results) -> dict | None:
     """Where a step's time goes: with each k, beside a plain step."""
-    load = r.bench["concurrency"]
-    cells = [c for c in r.bench["grid"] if c["concurrency"] == load and not c["temperature"]]
+    load, gpus = r.bench["concurrency"], r.bench["tensor_parallel_size"]
+    cells = [
+        c
+        for c in r.bench["grid"]
+        if (c["concurrency"], c["temperature"], c["tensor_parallel_size"]) == (load, 0, gpus)
+    ]
     cells = [
         c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"] and c["accepted_length"]
     ]

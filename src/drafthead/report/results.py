@@ -3,6 +3,7 @@
 No figure comes from anywhere else; what a run did not measure is None and is left out.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Results:
 
     @property
     def target_name(self) -> str:
-        return Path(self.recipe.target.path).name
+        return os.path.basename(os.path.abspath(self.recipe.target.path))  # of "." too
 
     @property
     def k(self) -> int:

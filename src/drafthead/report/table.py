@@ -3,6 +3,7 @@
 from rich.table import Table
 
 from drafthead.report.results import Results
+from drafthead.report.words import predicted_cells, served_cells
 
 
 def verdict_words(results: Results) -> str:
@@ -46,17 +47,10 @@ def results_table(results: Results) -> Table:
     ratio = f"{bench['speedup']:.2f}× [{low:.2f}, {high:.2f}]"
     table.add_row("ratio, 95 % interval", "", ratio)
     table.add_row("", "", verdict_words(results), end_section=True)
-    expected = bench["predicted_acceptance_by_position"] or []
-    for i, served in enumerate(bench["acceptance_by_position"]):
-        predicted = f"{expected[i]:.1%}" if i < len(expected) else "–"
-        table.add_row(f"accepted at position {i + 1}", predicted, f"{served:.1%}")
-    length = bench["predicted_accepted_length"]
-    table.add_row(
-        "mean accepted length",
-        f"{length:.2f}" if length else "–",
-        f"{bench['accepted_length']:.2f}" if bench["accepted_length"] else "–",
-        end_section=True,
-    )
+    *rates, length = zip(predicted_cells(bench), served_cells(bench), strict=True)
+    for i, (predicted, served) in enumerate(rates, 1):
+        table.add_row(f"accepted at position {i}", predicted, served)
+    table.add_row("mean accepted length", *length, end_section=True)
     table.add_row("lossless", "", lossless_words(results.verify))
     table.add_row("head", "", str(run.head))
     table.add_row("report", "", str(run.report_html))

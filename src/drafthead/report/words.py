@@ -1,5 +1,6 @@
 """Results in words and rows: what report and card both say."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -80,7 +81,27 @@ def beside_rows(bench: dict) -> list[dict]:
     if not others:
         return []
     found = [speed_row("this head", bench["grid"][0])]
-    return found + [speed_row(Path(name).name, other["grid"][0]) for name, other in others.items()]
+    return found + [speed_row(name, other["grid"][0]) for name, other in others.items()]
+
+
+def predicted_cells(bench: dict) -> list[str]:
+    """Predicted acceptance at each position drafted, then the tokens a step; what was predicted
+    for fewer drafts than were served has no length to compare."""
+    rates, k = bench["predicted_acceptance_by_position"] or [], bench["num_speculative_tokens"]
+    length = bench["predicted_accepted_length"] if len(rates) == k else None
+    return _acceptance_cells(rates, length, k)
+
+
+def served_cells(bench: dict) -> list[str]:
+    """Served acceptance at each position drafted, then the tokens a step; none of answers of one
+    token."""
+    rates, k = bench["acceptance_by_position"], bench["num_speculative_tokens"]
+    return _acceptance_cells(rates, bench["accepted_length"], k)
+
+
+def _acceptance_cells(rates: Sequence[float], length: float | None, k: int) -> list[str]:
+    cells = [f"{100 * rate:.1f} %" for rate in rates]
+    return cells + ["–"] * (k - len(rates)) + [f"{length:.2f}" if length else "–"]
 
 
 def grid_table(bench: dict) -> dict | None:
