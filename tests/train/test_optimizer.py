@@ -161,3 +161,37 @@ def test_the_lm_head_has_a_rate_of_its_own(muon):
         assert torch.equal(moved[share][0], moved[1.0][0])
         torch.testing.assert_close(moved[share][1], share * moved[1.0][1])
     assert moved[1.0][1].all()
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_step_in_which_no_process_had_a_row_moves_nothing_and_counts(muon):
+    """Processes that share gradients bring zeros for rows without a supervised token; alone there
+    are no gradients at all. Both leave what the step before left, momentum included."""
+    left = []
+    for shared in (False, True):
+        p = torch.nn.Parameter(torch.ones(4, 3))
+        optimizer = AdamW([("fc.weight", p)], AdamWSettings(muon))
+        p.grad = torch.full((4, 3), 2.0)
+        optimizer.step(0.1, torch.tensor(5.0))
+        before = p.detach().clone(), optimizer.mean["fc.weight"].clone()
+        p.grad = torch.zeros(4, 3) if shared else None
+        assert optimizer.step(0.1, torch.tensor(0.0)) == 0
+        assert torch.equal(p, before[0])
+        assert torch.equal(optimizer.mean["fc.weight"], before[1])
+        assert p.grad is None
+        left.append(optimizer.steps)
+    assert left == [2, 2]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_matrix_is_divided_and_rounded_at_once_to_the_same_bits(kind):
+    torch.manual_seed(0)
+    stack = torch.randn(2, 33, 20).to(kind)
+    stack[0, 0, 0] = 300.0
+    for x in (stack, stack.mT):
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        for dtype in (torch.float32, torch.float16):
+            found = muon.scaled(x, dtype)
+            assert torch.equal(found, (x / norm).to(dtype))
+            assert found.stride() == x.stride()
+    assert not muon.scaled(torch.zeros_like(stack), torch.float16).any()

@@ -25,11 +25,16 @@ def orthogonalize(x: Tensor) -> Tensor:
     """Matrices with about the singular vectors of x [g, n, m] and singular values near 1, in fp32,
     on a GPU fp16: its iterates are below 2, so the three more bits than bf16's cost nothing."""
     dtype = torch.float16 if x.is_cuda else torch.float32
-    wide = x.mT if x.shape[1] > x.shape[2] else x
-    norm = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    wide = (wide / norm.clamp(min=1e-7)).to(dtype)
+    wide = scaled(x.mT if x.shape[1] > x.shape[2] else x, dtype)
     wide = newton_schulz(wide) if 2 * wide.shape[1] > wide.shape[2] else by_gram(wide)
     return wide.mT if x.shape[1] > x.shape[2] else wide
+
+
+def scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [g, n, m], each matrix over its Frobenius norm: divided in fp32 and rounded to `dtype`, in
+    one pass over memory."""
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    return torch.div(x, norm.clamp(min=1e-7), out=torch.empty_like(x, dtype=dtype))
 
 
 A, B, C = 3.4445, -4.7750, 2.0315

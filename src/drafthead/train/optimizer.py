@@ -87,18 +87,22 @@ class AdamW:
         """One step with gradients that are sums over `count` rows (a scalar tensor).
 
         Divides by `count`, clips to the global norm, and leaves all weights as they are where that
-        norm is not finite. Returns the norm before clipping, a scalar fp32 tensor.
+        norm is not finite, or where no process had a row. Returns the norm before clipping, a
+        scalar fp32 tensor.
         """
         s, self.steps = self.settings, self.steps + 1
+        if not self.gradients():
+            return torch.zeros_like(count)
         norms = torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.total is not None:
             squared = norm**2
             self.total([squared])
             norm = squared.sqrt()
-        norm = norm / count
-        scale = torch.clamp(s.max_grad_norm / (norm + 1e-6), max=1.0) / count
-        scale = torch.where(norm.isfinite(), scale, torch.nan)
+        rows = count.clamp(min=1)
+        norm = norm / rows
+        scale = torch.clamp(s.max_grad_norm / (norm + 1e-6), max=1.0) / rows
+        scale = torch.where(norm.isfinite() & (count > 0), scale, torch.nan)
         corrections = 1 - s.beta1**self.steps, 1 - s.beta2**self.steps
         self.muon.step(scale, rate, s.weight_decay)
         for name, square in self.square.items():
