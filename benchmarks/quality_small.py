@@ -22,7 +22,7 @@ from pathlib import Path
 import speculators_side
 import torch
 from quality_heads import BARE, Job, length, train
-from quality_variants import LEVELS
+from quality_variants import LEVELS, RATES, rated
 
 from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
@@ -34,23 +34,19 @@ DEMO = {"row_tokens": 256, "ttt_steps": 3}
 
 def jobs(hidden: int, vocab: int) -> list[Job]:
     """The heads by name, for a target of that width: what quality.py compares, and a few more."""
-    muon = [Job("drafthead"), Job("muon-1e-3", train={"learning_rate": 1e-3})]
+    ours = [Job("drafthead"), *RATES, rated("adamw", "2e-3")]
     # ttt-3 is the first of them here.
-    muon += [part for level in LEVELS.values() for part in level if part.name != "ttt-3"]
-    muon += [Job(f"rows-{rows}", train={"row_tokens": rows}) for rows in (512, 1024)]
-    muon += [Job("ttt-5", train={"ttt_steps": 5}), Job("fp8", train={"matmul": "fp8"})]
-    muon += [Job(f"mlp-{n}x", head={"intermediate_size": n * hidden}) for n in (2, 8)]
-    muon += [Job("two-layers", head={"num_hidden_layers": 2})]
-    rates = {"5e-4": 5e-4, "1e-3": 1e-3, "2e-3": 2e-3}
-    adamw = [
-        Job(f"adamw-{n}", train={"optimizer": "adamw", "learning_rate": rates[n]}) for n in rates
-    ]
-    adamw += [replace(adamw[1], name="adamw-1e-3-no-norms", head=BARE)]
+    ours += [part for level in LEVELS.values() for part in level if part.name != "ttt-3"]
+    ours += [Job("rows-512", train={"row_tokens": 512})]
+    ours += [Job("ttt-5", train={"ttt_steps": 5}), Job("fp8", train={"matmul": "fp8"})]
+    ours += [Job(f"mlp-{n}x", head={"intermediate_size": n * hidden}) for n in (2, 8)]
+    ours += [Job("two-layers", head={"num_hidden_layers": 2})]
+    ours += [replace(rated("adamw", "1e-3"), name="adamw-1e-3-no-norms", head=BARE)]
     theirs = [
-        Job(f"speculators-{n}", "theirs", train={"learning_rate": rates[n]})
-        for n in ("1e-3", "5e-4")
+        Job(f"speculators-{rate}", "theirs", train={"learning_rate": float(rate)})
+        for rate in ("1e-3", "5e-4")
     ]
-    usual = [replace(job, vocab=vocab) for job in (*muon, *adamw, *theirs)]
+    usual = [replace(job, vocab=vocab) for job in (*ours, *theirs)]
     sizes = [Job("vocab-half", vocab=vocab // 2), Job("vocab-double", vocab=2 * vocab)]
     return [replace(job, train=DEMO | job.train) for job in (*usual, *sizes)]
 

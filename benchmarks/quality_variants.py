@@ -116,11 +116,16 @@ def parts(found: dict[str, dict]) -> list[Job]:
     return [over(base, change) for change in changes]
 
 
+def rated(optimizer: str, rate: str) -> Job:
+    """An optimizer at a peak learning rate, named by both."""
+    return Job(f"{optimizer}-{rate}", train={"optimizer": optimizer, "learning_rate": float(rate)})
+
+
 RATES = [
-    Job("adamw-5e-4", train={"optimizer": "adamw", "learning_rate": 5e-4}),
-    Job("adamw-1e-3", train={"optimizer": "adamw", "learning_rate": 1e-3}),
-    Job("muon-1e-3", train={"learning_rate": 1e-3}),
-    Job("muon-4e-3", train={"learning_rate": 4e-3}),
+    rated("adamw", "5e-4"),
+    rated("adamw", "1e-3"),
+    rated("muon", "1e-3"),
+    rated("muon", "4e-3"),
     Job("rows-1024", train={"row_tokens": 1024}),
 ]
 FIRST = "nothing ttt-3 ttt-7 ttt-1 ce+smoothl1 acceptance adamw-5e-4 adamw-1e-3 two-layers mlp-2x"

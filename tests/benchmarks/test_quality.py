@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import quality
+import quality_small
 import quality_variants as variants
 
 
@@ -59,6 +60,28 @@ def test_parts_and_rates_with_three_seeds_each_differ_in_what_they_name():
         assert (rest == jobs[0]) == (name == "nothing"), name
     (slower,) = (job for job in jobs if job.name == "three/muon-1e-3/2")
     assert slower.train == usual | {"learning_rate": 1e-3, "seed": 2}
+
+
+def test_a_rate_is_that_of_the_optimizer_that_it_names_whichever_won():
+    found = records() | {"adamw-0.001-rows2048": record(3.0)}
+    assert variants.best(found, "ours").train["optimizer"] == "adamw"
+    for job in variants.three(found):
+        name = job.name.split("/")[1]
+        if name.startswith(("muon", "adamw")):
+            optimizer, rate = name.split("-", 1)
+            assert job.train["optimizer"] == optimizer
+            assert job.train["learning_rate"] == float(rate)
+
+
+def test_the_heads_of_the_small_benchmark_differ_in_what_they_name():
+    jobs = {job.name: job for job in quality_small.jobs(hidden=64, vocab=512)}
+    assert len(jobs) == len(quality_small.jobs(hidden=64, vocab=512))
+    bare = [replace(job, name="") for job in jobs.values()]
+    assert all(job not in bare[:place] for place, job in enumerate(bare))
+    assert jobs["adamw-1e-3-no-norms"].train == jobs["adamw-1e-3"].train
+    assert jobs["muon-1e-3"].train == {
+        "row_tokens": 256, "ttt_steps": 3, "optimizer": "muon", "learning_rate": 1e-3
+    }  # fmt: skip
 
 
 def test_the_verdict_is_the_time_to_where_the_other_ends():
