@@ -10,6 +10,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from drafthead.errors import ClaimFailed
 from drafthead.fsio import RunLock
@@ -252,7 +254,8 @@ def test_a_mistake_mended_before_anything_was_made_is_no_other_setting(
 
 
 def test_a_mistake_throws_nothing_away(place, drafthead, monkeypatch):
-    """Neither a broken file of prompts nor a head that does not fit costs what was made before."""
+    """Neither broken prompts, nor a head that does not fit, nor a machine that cannot train so
+    costs what was made before."""
     kept = [Path("runs/r/answers/part"), Path("runs/r/train/best.json")]
     for path in kept:
         path.parent.mkdir(parents=True)
@@ -272,6 +275,12 @@ def test_a_mistake_throws_nothing_away(place, drafthead, monkeypatch):
     code, _, err = drafthead("train", "r.yaml", "--from", "h", "--overwrite")
     assert code == 2
     assert "h: no *.safetensors there" in err
+    edit("epochs: 1", "epochs: 1, matmul: fp8")()
+    Path("runs/r/vocab").mkdir()
+    save_file({"d2t": torch.zeros(256, dtype=torch.int64)}, "runs/r/vocab/vocab.safetensors")
+    code, _, err = drafthead("train", "r.yaml", "--overwrite")
+    assert code == 2
+    assert "fp8 needs a GPU" in err
     assert [path.read_text() for path in kept] == ["hours of work"] * 2
 
 

@@ -59,6 +59,7 @@ def test_misspelt_section_and_source_key(tmp_path):
         (GOOD | {"prompts": {"sources": [{}]}}, "exactly one of"),
         ({"name": "r"}, "`target` is missing"),
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
+        (GOOD | {"train": {"betas": [0.9, 1.0]}}, "train.betas.1.*less than 1"),
     ],
 )
 def test_wrong_recipes_are_refused_in_words(tmp_path, data, words):

@@ -49,8 +49,8 @@ def job(tmp_path, llama, monkeypatch):
 
     def load(function):
         name = function.split(":")[1]
-        if name in ("make_plan", "check_start"):
-            return lambda _recipe: None
+        if name in ("check_prompts", "check_start"):
+            return lambda _recipe, _run: None
 
         def stage(recipe, run, *, console):
             job.ran.append(name)
@@ -106,6 +106,20 @@ def test_changed_prompts_or_target_make_answers_stale(job):
     job.prompts.write_text(json.dumps({"prompt": "Bye"}) + "\n")
     with pytest.raises(DraftheadError, match="prompt_files"):
         job.execute(recipe)
+
+
+def test_a_changed_head_to_start_from_makes_training_stale_and_a_tracker_does_not(job):
+    head = job.prompts.with_name("head")
+    head.mkdir()
+    (head / "config.json").write_text("{}")
+    (head / "model.safetensors").write_text("weights")
+    start = {"start_from": str(head)}
+    job.execute(job.recipe(train=start))
+    job.execute(job.recipe(train=start | {"track": ["wandb"]}))
+    assert job.ran == []
+    (head / "model.safetensors").write_text("trained once more")
+    job.execute(job.recipe(train=start))
+    assert job.ran == list(NAMES[NAMES.index("train") :])
 
 
 def test_from_and_to(job):

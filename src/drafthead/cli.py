@@ -154,6 +154,11 @@ def train(
     console.quiet = rank > 0
     found = from_head(load_recipe(recipe), start)
     one_stage("train", found, runs, overwrite, as_json and rank == 0)
+    if start is not None:
+        console.print(
+            "The stages after train go by the recipe. Write into it: "
+            f"train: {{start_from: {escape(str(start))}}}"
+        )
 
 
 _add_stage("export", "Write the folder that vLLM serves.")

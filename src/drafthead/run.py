@@ -38,8 +38,8 @@ class Stage:
     costly: bool = False
     """Hours of work: never thrown away without `--overwrite`."""
     check: str | None = None
-    """`module:name`, called with the recipe before output made with other settings is thrown away:
-    raises for a mistake that the stage would find only after that."""
+    """`module:name`, called with recipe and run before output made with other settings is thrown
+    away: raises for a mistake that the stage would find only after that."""
     reads_all: bool = False
     """Tells of every stage, so it runs again after any of them did."""
 
@@ -52,7 +52,7 @@ STAGES = (
         ("target", "prompts", "generate", "capture", "engine"),
         None,
         costly=True,
-        check="drafthead.capture.plan:make_plan",
+        check="drafthead.capture.stages:check_prompts",
     ),
     Stage(
         "capture",
@@ -136,11 +136,15 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
 
     dumped = recipe.model_dump(mode="json")
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
+    del dumped["train"]["track"]  # who looks on does not change what is trained
     inputs: dict[str, dict] = {}
     for stage in STAGES:
         own = {section: dumped[section] for section in stage.sections}
         if stage.name == "bench":
             own["prompt_files"] = hashes(recipe.bench.sources or [])
+        if stage.name == "train" and (start := recipe.train.start_from):
+            files = [Path(start) / "config.json", *sorted(Path(start).glob("*.safetensors"))]
+            own["start_files"] = {f.name: sha256_file(f) for f in files if f.is_file()}
         if stage.after is None:
             # How much memory the engine may take does not change what the target writes: who ran
             # out of it goes on with less.
@@ -165,7 +169,7 @@ def _run_stage(
         # A further process of torchrun: the first one keeps the records.
         return _load(stage.function)(recipe, run, console=Console(quiet=True))
     if overwrite and stage.check:
-        _load(stage.check)(recipe)
+        _load(stage.check)(recipe, run)
     run.begin(stage.name, inputs, overwrite=overwrite or not stage.costly)
     for other in STAGES:
         if other.reads_all:

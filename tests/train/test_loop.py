@@ -300,6 +300,7 @@ def test_a_tracker_that_is_not_installed(store, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(DraftheadError, match="pip install trackio"):
         fit(make_task(store, track=["trackio"]), tmp_path, ALONE, quiet())
+    assert not any(tmp_path.iterdir()), "what is left would be another recipe's"
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

@@ -17,12 +17,12 @@ from rich.console import Console
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
-from drafthead.recipe import Recipe, load_recipe, parse_recipe
+from drafthead.recipe import Recipe, load_recipe, parse_recipe, with_options
 from drafthead.run import stage_inputs
 from drafthead.rundir import RunDir
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
-from drafthead.train.stage import from_head, make_task, train
+from drafthead.train.stage import check_start, from_head, make_task, train
 from drafthead.vocab import save_vocab
 
 CONSOLE = Console(file=io.StringIO())
@@ -115,6 +115,39 @@ def test_a_head_for_other_layers_is_refused(prepared, tmp_path):
     save_head(head, tmp_path / "other", Provenance("x"))
     with pytest.raises(DraftheadError, match=r"aux layers is \(1, 3\).*\(1, 2\).*head.aux_layers"):
         make_task(from_head(recipe, tmp_path / "other"), run, target)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "words"),
+    [
+        ("train", {"matmul": "fp8"}, "fp8 needs a GPU"),
+        ("train", {"shard": True}, "muon steps whole matrices"),
+        ("train", {"shard": True, "optimizer": "adamw", "rows_per_step": 3}, "multiple of 2"),
+        ("train", {"rows_per_step": 1}, "2 processes for steps of 1 rows"),
+        ("train", {"track": ["trackio"]}, "pip install trackio"),
+        ("train", {"start_from": "nowhere"}, "nowhere: no such head"),
+        ("head", {"hidden_size": 48}, "head.hidden_size is 48"),
+        ("head", {"aux_layers": [1, 3]}, r"\[3\]: .* holds the layers \[1, 2\]"),
+    ],
+)
+def test_mistakes_are_found_before_what_was_trained_is_thrown_away(
+    prepared, monkeypatch, section, settings, words
+):
+    recipe, run = prepared
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    captured = recipe.model_copy(
+        update={"capture": recipe.capture.model_copy(update={"aux_layers": list(AUX)})}
+    )
+    check_start(captured, run)
+    with pytest.raises(DraftheadError, match=words):
+        check_start(with_options(captured, section, settings), run)
+
+
+def test_a_run_does_not_go_on_from_what_it_will_replace(prepared):
+    recipe, run = prepared
+    with pytest.raises(DraftheadError, match=r"train/best: is what this run makes.*copy"):
+        check_start(from_head(recipe, run.train / "best"), run)
 
 
 def test_states_of_another_width_are_refused(prepared, tmp_path):

@@ -20,6 +20,15 @@ from drafthead.states.remote import Location, fetch_store
 from drafthead.states.writer import open_store
 
 
+def check_prompts(recipe: Recipe, run: RunDir) -> None:
+    """What ``generate`` would find only once earlier answers are thrown away.
+
+    Raises:
+        DraftheadError: target, template, prompts or layers are not usable.
+    """
+    make_plan(recipe)
+
+
 def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     """Stage: the target answers every prompt into ``run.answers``; with ``capture.mode: generate``
     its states go to ``run.states`` in the same pass.

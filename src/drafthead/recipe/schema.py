@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Loss = Literal["kl", "ce+smoothl1", "acceptance"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -200,7 +201,7 @@ class TrainSection(Section):
     with 0 it stays that."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """A head sees each token a few times only: no decay needed."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moments; 0.95 forgets spikes faster than 0.999."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps that the learning rate rises over, before the cosine."""

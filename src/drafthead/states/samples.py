@@ -107,18 +107,32 @@ class Samples:
                     future.cancel()
 
 
+def chosen_layers(
+    path: Path, captured: tuple[int, ...], wanted: Iterable[int] | None
+) -> tuple[int, ...]:
+    """The auxiliary layers to hand out of those captured, ascending; None wants all.
+
+    Raises:
+        DraftheadError: none, or one that was not captured.
+    """
+    if wanted is None:
+        return tuple(captured)
+    chosen = tuple(sorted(set(wanted)))
+    unknown = [layer for layer in chosen if layer not in captured]
+    if unknown or not chosen:
+        raise DraftheadError(
+            f"head.aux_layers: {unknown or 'empty'}: {path} holds the layers "
+            f"{list(captured)}; set capture.aux_layers to capture others"
+        )
+    return chosen
+
+
 def _selected(
     path: Path, meta: StoreMeta, wanted: Iterable[int] | None
 ) -> tuple[tuple[int, ...], list[int] | None]:
     """The auxiliary layers to hand out, ascending, and their places in a shard with that of the
     last layer; None for the places if all are wanted."""
+    chosen = chosen_layers(path, meta.aux_layers, wanted)
     if wanted is None:
-        return tuple(meta.aux_layers), None
-    chosen = tuple(sorted(set(wanted)))
-    unknown = [layer for layer in chosen if layer not in meta.aux_layers]
-    if unknown or not chosen:
-        raise DraftheadError(
-            f"head.aux_layers: {unknown or 'empty'}: {path} holds the layers "
-            f"{list(meta.aux_layers)}; set capture.aux_layers to capture others"
-        )
+        return chosen, None
     return chosen, [*(meta.layers.index(layer) for layer in chosen), len(meta.layers) - 1]

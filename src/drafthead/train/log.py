@@ -3,6 +3,7 @@
 import importlib
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -44,9 +45,9 @@ class Log:
         quiet: bool = False,
     ):
         self.quiet, self.name, self.console = quiet, name, console
-        self.trackers: list[Any] = []
         if quiet:
             return
+        self.trackers = import_trackers(trackers)
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
@@ -55,21 +56,13 @@ class Log:
 
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         run_id = _run_id(folder / "tracker_id") if trackers else ""
-        for tracker in trackers:
-            try:
-                module = importlib.import_module(tracker)
-            except ImportError:
-                raise DraftheadError(
-                    f"recipe: train.track names {tracker}, which is not installed: "
-                    f"pip install {tracker}"
-                ) from None
+        for tracker, module in zip(trackers, self.trackers):
             # A run that goes on after a kill stays one run; another run of the recipe is another.
             # wandb knows runs by id, trackio by name.
             own = (
                 {"name": name, "id": run_id} if tracker == "wandb" else {"name": f"{name}-{run_id}"}
             )
             module.init(project="drafthead", resume="allow", **own)
-            self.trackers.append(module)
         self.bar = Progress(
             TextColumn("train"),
             BarColumn(),
@@ -117,6 +110,23 @@ class Log:
             if self.length is not None:
                 figures += f" · accepted {self.length:.2f}"
             self.bar.update(self.task, completed=step, figures=figures)
+
+
+def import_trackers(names: Sequence[str]) -> list[Any]:
+    """The modules of these trackers.
+
+    Raises:
+        DraftheadError: one is not installed.
+    """
+    modules = []
+    for name in names:
+        try:
+            modules.append(importlib.import_module(name))
+        except ImportError:
+            raise DraftheadError(
+                f"recipe: train.track names {name}, which is not installed: pip install {name}"
+            ) from None
+    return modules
 
 
 def _run_id(path: Path) -> str:

@@ -18,8 +18,9 @@ from drafthead.head.model import Eagle3Head
 from drafthead.recipe import TrainSection
 from drafthead.states import Samples
 from drafthead.states.format import decode
-from drafthead.train import checkpoint, fp8
+from drafthead.train import checkpoint
 from drafthead.train.batches import Batch, draft_ids, prefetch
+from drafthead.train.checks import check
 from drafthead.train.evaluate import Acceptance, evaluate
 from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
@@ -88,11 +89,7 @@ class _Fit:
         rows_per_step = (
             self.found.rows_per_step if self.found else settings.rows_per_step or world.size
         )
-        if rows_per_step < world.size:
-            raise DraftheadError(
-                f"{world.size} processes for steps of {rows_per_step} rows: set "
-                f"train.rows_per_step to {world.size} or more, or start fewer processes"
-            )
+        check(settings, task.head, rows_per_step, world)
         self.plan = Plan.make(
             task.reader, settings.epochs, settings.row_tokens, rows_per_step, settings.seed
         )
@@ -106,10 +103,9 @@ class _Fit:
             settings.loss, self.steps, settings.ttt_decay, settings.regression_weight
         )
         eight_bit = settings.matmul == "fp8"
-        if eight_bit:
-            fp8.require(device, self.head)
         self.step = TrainStep(self.head, teacher, objective, device.type == "cuda", eight_bit)
-        self.sharded = self._shard() if settings.shard and world.size > 1 else None
+        sharding = settings.shard and world.size > 1
+        self.sharded = ShardedStep(self.step, world) if sharding else None
         self.graphs, self.backward = Graphs(torch.device("cpu")), self.step.backward
         self.rate = matmul_rate(device, self.dtype)
         replaying = worth_replaying(self.head, settings.row_tokens, self.rate)
@@ -132,7 +128,11 @@ class _Fit:
         every = settings.eval_every or -(-self.plan.steps // 10)
         self.eval_steps = {*range(every, self.plan.steps, every), self.plan.steps}
         inputs = fingerprint(
-            [settings.model_dump(mode="json"), self.plan.fingerprint, task.reader.meta.fingerprint]
+            [
+                settings.model_dump(mode="json", exclude={"track"}),
+                self.plan.fingerprint,
+                task.reader.meta.fingerprint,
+            ]
         )
         self.progress = self.found or checkpoint.Progress(inputs, rows_per_step)
         if self.found:
@@ -142,19 +142,6 @@ class _Fit:
                     "another name, or pass --overwrite to train anew"
                 )
             checkpoint.load(folder / "checkpoint", self.found, self._take)
-
-    def _shard(self) -> ShardedStep:
-        rows, size = self.plan.rows_per_step, self.world.size
-        if rows % size:
-            raise DraftheadError(
-                f"train.shard: steps of {rows} rows over {size} processes; set train.rows_per_step "
-                f"to a multiple of {size}, so that all gather and scatter together"
-            )
-        if self.task.settings.optimizer == "muon":
-            raise DraftheadError(
-                "train.shard: muon steps whole matrices, a process has a part of each; use adamw"
-            )
-        return ShardedStep(self.step, self.world)
 
     def _take(self, state: dict[str, Tensor], steps: int) -> None:
         self.optimizer.load_state_dict(self.sharded.part(state) if self.sharded else state, steps)
@@ -236,8 +223,6 @@ class _Fit:
             for p in self.optimizer.parameters.values():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             self.world.sum([*self.optimizer.gradients(), count])
-        if not self.optimizer.gradients():
-            return torch.zeros((), device=device)
         lr = learning_rate(self.task.settings, self.progress.step, self.plan.steps)
         return self.optimizer.step(lr, count)
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from drafthead.errors import DraftheadError
+
 
 @dataclass(frozen=True)
 class World:
@@ -18,14 +20,37 @@ class World:
     device: torch.device
 
     @classmethod
+    def of_environment(cls) -> "World":
+        """What torchrun says of this process; alone if nothing. The others are not waited for.
+
+        Raises:
+            DraftheadError: more processes on this machine than GPUs.
+        """
+        local, rank, size = (
+            int(os.environ.get(name, default))
+            for name, default in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1"))
+        )
+        if not torch.cuda.is_available():
+            return cls(rank, size, torch.device("cpu"))
+        if local >= torch.cuda.device_count():
+            raise DraftheadError(
+                f"process {local} of this machine has no GPU: {torch.cuda.device_count()} to be "
+                "seen; start as many processes (torchrun --nproc-per-node)"
+            )
+        return cls(rank, size, torch.device("cuda", local))
+
+    @classmethod
     def join(cls) -> "World":
-        """Join the processes that torchrun started, with NCCL on GPUs and Gloo on CPUs."""
-        gpu = torch.cuda.is_available()
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local) if gpu else torch.device("cpu")
+        """Join the processes that torchrun started, with NCCL on GPUs and Gloo on CPUs, and wait
+        until all have.
+
+        Raises:
+            DraftheadError: as `of_environment`.
+        """
+        world = cls.of_environment()
+        gpu, size = world.device.type == "cuda", world.size
         if gpu:
-            torch.cuda.set_device(device)
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+            torch.cuda.set_device(world.device)
         if size > 1 and not dist.is_initialized():
             # Workers that torchrun starts again meet in the store of those that died, and would
             # take a dead one's address for the new one's: each start gets names of its own.
@@ -39,7 +64,9 @@ class World:
                 # Evaluation and checkpoints let the others wait: longer than NCCL's ten minutes.
                 timeout=timedelta(hours=1),
             )
-        return cls(int(os.environ.get("RANK", "0")), size, device)
+            # NCCL's join does not wait; the first process joins with the folder in order.
+            world.barrier()
+        return world
 
     @property
     def first(self) -> bool:

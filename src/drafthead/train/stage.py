@@ -14,8 +14,9 @@ from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
-from drafthead.states import Samples
+from drafthead.states.samples import chosen_layers
 from drafthead.targets import Target, recipe_target
+from drafthead.train.checks import check
 from drafthead.train.loop import Task, fit
 from drafthead.train.losses import Teacher
 from drafthead.train.parallel import World
@@ -50,16 +51,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
             f"{reader.path}: states of width {reader.meta.hidden_size}, the target {target.path} "
             f"has {target.hidden_size}: they are of another target; capture again"
         )
-    embedding = None
-    if recipe.train.start_from:
-        head, embedding = _given_head(Path(recipe.train.start_from), reader.aux_layers, target)
-    else:
-        head = _new_head(recipe, run, reader, target)
-    if recipe.train.loss == "ce+smoothl1" and head.config.hidden_size != target.hidden_size:
-        raise DraftheadError(
-            f"recipe: train.loss ce+smoothl1 compares the states of head and target, which are "
-            f"{head.config.hidden_size} and {target.hidden_size} wide; use `kl`"
-        )
+    head, embedding = _first_head(recipe, run, reader.aux_layers, target)
     weight, eps = target.final_norm()
     teacher = Teacher(weight, eps, target.lm_head()[head.target_ids()])
     return Task(
@@ -75,25 +67,45 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
     )
 
 
-def _new_head(recipe: Recipe, run: RunDir, reader: Samples, target: Target) -> Eagle3Head:
-    path = run.vocab / "vocab.safetensors"
-    if not path.exists():
-        raise DraftheadError(f"{path}: no draft vocabulary; run `drafthead vocab` first")
-    d2t = load_file(path)["d2t"]
-    return new_head(recipe.head, target, reader.aux_layers, d2t, recipe.train.seed)
-
-
-def check_start(recipe: Recipe) -> None:
-    """Whether the head to go on from, if any, fits the run: looked at before what was trained is
-    thrown away.
+def check_start(recipe: Recipe, run: RunDir) -> None:
+    """What training would find only once what was trained before is thrown away.
 
     Raises:
-        DraftheadError: it cannot be read, or is of another target or other layers.
+        DraftheadError: there is no head to start from, or this machine cannot train it so.
     """
+    target = recipe_target(recipe)
+    captured = target.check_aux_layers(recipe.capture.aux_layers)
+    layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
+    head, _ = _first_head(recipe, run, layers, target)
+    world = World.of_environment()
+    check(recipe.train, head, recipe.train.rows_per_step or world.size, world)
+
+
+def _first_head(
+    recipe: Recipe, run: RunDir, aux_layers: tuple[int, ...], target: Target
+) -> tuple[Eagle3Head, Tensor | None]:
+    """The head that training starts from, and its own embedding if it has one."""
+    embedding = None
     if recipe.train.start_from:
-        target = recipe_target(recipe)
-        layers = recipe.head.aux_layers or recipe.capture.aux_layers
-        _given_head(Path(recipe.train.start_from), target.check_aux_layers(layers), target)
+        start = Path(recipe.train.start_from)
+        if start.resolve().is_relative_to(run.root.resolve()):
+            raise DraftheadError(
+                f"{start}: is what this run makes and will replace; copy the head elsewhere and go "
+                "on from the copy"
+            )
+        head, embedding = _given_head(start, aux_layers, target)
+    else:
+        path = run.vocab / "vocab.safetensors"
+        if not path.exists():
+            raise DraftheadError(f"{path}: no draft vocabulary; run `drafthead vocab` first")
+        d2t = load_file(path)["d2t"]
+        head = new_head(recipe.head, target, aux_layers, d2t, recipe.train.seed)
+    if recipe.train.loss == "ce+smoothl1" and head.config.hidden_size != target.hidden_size:
+        raise DraftheadError(
+            f"recipe: train.loss ce+smoothl1 compares the states of head and target, which are "
+            f"{head.config.hidden_size} and {target.hidden_size} wide; use `kl`"
+        )
+    return head, embedding
 
 
 def _given_head(

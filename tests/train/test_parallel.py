@@ -1,0 +1,32 @@
+"""How a process finds the others that train with it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from drafthead.errors import DraftheadError
+from drafthead.train.parallel import World
+
+
+def test_joining_ends_when_all_have_joined(monkeypatch):
+    """The first process sweeps the folder before it joins; no other may look there earlier."""
+    calls = []
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: calls.append("joined"))
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("waited"))
+    world = World.join()
+    assert (world.rank, world.size, world.device.type) == (1, 2, "cpu")
+    assert calls == ["joined", "waited"]
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert World.of_environment().device == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(DraftheadError, match=r"process 2 .* has no GPU: 2 to be seen"):
+        World.of_environment()
