@@ -41,17 +41,7 @@ from pathlib import Path
 
 import speculators_side
 import torch
-from train_step_sides import (
-    SHAPES,
-    Ours,
-    OursFp8,
-    OursLaunched,
-    OursMuon,
-    Shape,
-    SpecForge,
-    Speculators,
-    documents,
-)
+from train_step_sides import SHAPES, SIDES, Ours, Shape, documents
 
 from drafthead.fsio import write_json
 from drafthead.train.operations import matmul_rate, operations
@@ -94,7 +84,7 @@ def case(shape: Shape, ttt: int, device, options) -> dict:
     rest: dict[str, int] = {}
     result: dict = {"ttt_steps": ttt}
     at_rest = allocated(device)  # what an earlier case has left behind
-    for maker in (Ours, OursMuon, OursLaunched, OursFp8, Speculators, SpecForge):
+    for maker in SIDES:
         if maker.name not in options.sides:
             continue
         before, start = allocated(device), time.perf_counter()
@@ -196,6 +186,9 @@ def main() -> None:
     options = parser.parse_args()
     shape = SHAPES["tiny" if options.tiny else options.shape]
     options.sides = options.sides.split(",")
+    names = [side.name for side in SIDES]
+    if not {Ours.name} <= set(options.sides) <= set(names):
+        parser.error(f"--sides: {names[0]}, which the rest is compared with, and any of {names}")
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.tiny:

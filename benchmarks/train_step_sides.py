@@ -203,3 +203,6 @@ class SpecForge:
         mask = self.batches[number]["loss_mask"]
         loss = self.side.step(self.batches[number]) * mask.numel()
         return (loss - self.entropies[number]) / mask.sum()
+
+
+SIDES = (Ours, OursMuon, OursLaunched, OursFp8, Speculators, SpecForge)
