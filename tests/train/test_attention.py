@@ -1,8 +1,11 @@
 """Attention of training-time test against one dense mask, forward and gradients."""
 
+import sys
+
 import pytest
 import torch
 
+from drafthead.train import attention as attention_module
 from drafthead.train.attention import Documents, attention, plain_attention
 
 
@@ -32,6 +35,27 @@ def test_attention_is_the_dense_one(diagonals, dtype, tolerance):
     for a, b in zip(ours, theirs):
         assert b.abs().max() > 0.01
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_a_head_of_any_width_has_rules_where_there_are_kernels(monkeypatch):
+    """Kernels only of powers of two: there is no Triton here to ask them, so they must not be."""
+    monkeypatch.setattr(attention_module, "_has_kernels", lambda q: True)
+    monkeypatch.setitem(sys.modules, "drafthead.train.kernels", None)
+    rules = attention_module._merge_rules(torch.empty(2, 4, 96))
+    assert rules == (attention_module.merge, attention_module.merge_backward)
+    with pytest.raises(ImportError):
+        attention_module._merge_rules(torch.empty(2, 4, 64))
+
+
+def test_merging_rounds_bf16_once():
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g).bfloat16()
+    out, q, k, v = randn(50, 6, 96), randn(50, 6, 96), randn(3, 50, 2, 96), randn(3, 50, 2, 96)
+    lse = torch.randn(6, 50, generator=g)
+    merged, total = attention_module.merge(out, lse, q, k, v)
+    exact = attention_module.merge(*(t.double() for t in (out, lse, q, k, v)))
+    torch.testing.assert_close(total.double(), exact[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged.double(), exact[0], rtol=2**-8, atol=1e-6)
 
 
 def test_gradcheck():

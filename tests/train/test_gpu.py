@@ -31,13 +31,15 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("diagonals", [0, 1, 6])
-@pytest.mark.parametrize(("heads", "groups"), [(32, 8), (9, 3), (4, 4)])
-def test_flash_attention_with_diagonals(diagonals, heads, groups):
+@pytest.mark.parametrize(
+    ("heads", "groups", "d"), [(32, 8, 64), (9, 3, 64), (4, 4, 64), (8, 8, 96)]
+)
+def test_flash_attention_with_diagonals(diagonals, heads, groups, d):
     torch.manual_seed(0)
     documents = Documents.of([300, 17, 64], [411, 17, 200], "cuda")
     n, keys = 381, 628
-    shapes = [(n, heads, 64), (keys, groups, 64), (keys, groups, 64)]
-    shapes += [(diagonals, n, groups, 64)] * 2
+    shapes = [(n, heads, d), (keys, groups, d), (keys, groups, d)]
+    shapes += [(diagonals, n, groups, d)] * 2
     tensors = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     used = 5 if diagonals else 3

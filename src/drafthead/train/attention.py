@@ -153,8 +153,8 @@ def merge(
     """Add diagonals to a finished softmax. out [n, h, d], lse [h, n], q [n, h, d], diagonal_k and
     diagonal_v [t, n, g, d] -> the output [n, h, d] and log-sum-exp [h, n] over all keys."""
     groups, scale = diagonal_k.shape[2], q.shape[-1] ** -0.5
-    by_group = lambda x: x.unflatten(1, (groups, -1))
-    scores = (by_group(q) * diagonal_k[:, :, :, None]).sum(-1, dtype=lse.dtype) * scale
+    by_group = lambda x: x.unflatten(1, (groups, -1)).to(lse.dtype)
+    scores = (by_group(q) * diagonal_k[:, :, :, None]).sum(-1) * scale
     first = by_group(lse.t())
     total = torch.cat([first[None], scores]).logsumexp(0)
     merged = by_group(out) * (first - total).exp()[..., None]
@@ -211,8 +211,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _merge_rules(q: Tensor):
-    """`merge` and `merge_backward`, as Triton kernels on a GPU."""
-    if _has_kernels(q):
+    """`merge` and `merge_backward`, as Triton kernels on a GPU. These take heads whose width is a
+    power of two, as Triton's tensors are; Phi-3's are 96 wide."""
+    if _has_kernels(q) and q.shape[-1].bit_count() == 1:
         from drafthead.train import kernels
 
         return kernels.merge, kernels.merge_backward
