@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     Lfm2MoeConfig,
@@ -141,3 +143,54 @@ def tiny_lfm2(folder: Path, seed: int = 0, layers: int = 6) -> Path:
     )
     torch.manual_seed(seed)
     return _save(Lfm2ForCausalLM(config), folder, seed)
+
+
+OTHER_LOGITS = {
+    "gemma": {},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+    "gemma4_text": {
+        "final_logit_softcapping": 2.0,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 32,
+    },
+    "granite": {"logits_scaling": 6.0, "embedding_multiplier": 3.0},
+    "granitemoe": {"logits_scaling": 6.0, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3},
+    "minicpm3": {
+        "dim_model_base": 16,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+}
+"""Architectures that make logits of the last hidden state in ways of their own."""
+
+
+def tiny_other(folder: Path, kind: str, seed: int = 0) -> Path:
+    """One of ``OTHER_LOGITS`` of hidden size 64, fp32, its norms' weights at random too."""
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=4,
+        pad_token_id=0,
+        dtype="float32",
+        **OTHER_LOGITS[kind],
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    return _save(model, folder, seed)

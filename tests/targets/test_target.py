@@ -106,12 +106,23 @@ def test_broken_config_and_missing_shard(copy):
         load_target(copy)
 
 
-def test_scaled_logits_are_refused(copy):
+@pytest.mark.parametrize(
+    "field", ["logits_scaling", "lm_head_multiplier", "dim_model_base", "output_multiplier"]
+)
+def test_logits_of_an_unknown_kind_are_refused(copy, field):
     config = json.loads((copy / "config.json").read_text())
-    config["logits_scaling"] = 8.0
+    config[field] = 8.0
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DraftheadError, match="logits_scaling"):
+    with pytest.raises(DraftheadError, match=f"`{field}` is set: llama changes its logits"):
         load_target(copy)
+
+
+def test_a_final_norm_with_a_bias_is_refused(copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.bias"] = torch.zeros(64)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DraftheadError, match=r"has a bias \(model.norm.bias\)"):
+        load_target(copy).final_norm()
 
 
 def test_unknown_architecture_is_refused(copy):

@@ -127,6 +127,9 @@ def test_learns_a_rule_and_leaves_a_head_that_vllm_reads(store, tmp_path, loss):
     best = max(line["accepted_length"] for line in lines if "accepted_length" in line)
     at_best = [line["step"] for line in lines if line.get("accepted_length") == best]
     assert summary["best_step"] == at_best[0]
+    assert (
+        summary["accepted_length"] == loaded.read.provenance["trained"]["accepted_length"] == best
+    )
     shares = [line["waiting"] for line in lines if "waiting" in line]
     assert 0.9 * min(shares) < summary["waiting"] < 1.1 * max(shares)
     assert any((tmp_path / "tensorboard").iterdir())
@@ -371,7 +374,9 @@ def test_altered_records_of_training_are_named(tmp_path):
 def test_the_line_on_a_terminal(store, tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     fit(make_task(store), tmp_path, ALONE, console)
-    line = r"loss \d+\.\d+ · [\d,]+ tokens/s · MFU \d+% · waiting for data \d+% · accepted \d"
+    line = (
+        r"loss \d+\.\d+ · [\d,]+ tokens/s · MFU \d+% · waiting for data \d+% · accepted length \d"
+    )
     assert re.search(line, console.file.getvalue())
 
 

@@ -9,6 +9,7 @@ from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StoreMeta
 from drafthead.states.format import gathered
 from drafthead.targets import Target
+from drafthead.targets.logits import PLAIN, LogitRule
 
 MIN_AGREEMENT = 0.9
 """Below this share of greedy tokens that the states explain, they are not the served ones. Rounding
@@ -26,18 +27,24 @@ _VALUES_BLOCK = 32
 
 
 def teacher_argmax(
-    last: torch.Tensor, norm: torch.Tensor, eps: float, lm_head: torch.Tensor
+    last: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    lm_head: torch.Tensor,
+    rule: LogitRule = PLAIN,
 ) -> torch.Tensor:
-    """The target's most likely next token at each position, ``lm_head(final_norm(last))``.
+    """The target's most likely next token at each position, ``lm_head(final_norm(last))``. What
+    ``rule`` does after that changes no order, and is left out.
 
     In fp32, on the device of ``last``, so many positions and a block of the vocabulary at a time
     that it takes less than 200 MB at a width of 2048.
 
     Args:
         last: [n, Ht], the stream before the final norm.
-        norm: [Ht], weight of the final RMS norm.
+        norm: [Ht], weight of the final norm.
         eps: of that norm.
         lm_head: [V, Ht].
+        rule: says what kind of norm it is.
 
     Returns:
         int64 [n].
@@ -47,7 +54,7 @@ def teacher_argmax(
     token = torch.zeros(len(last), dtype=torch.int64, device=last.device)
     for first in range(0, len(last), _POSITIONS_BLOCK):
         at = slice(first, first + _POSITIONS_BLOCK)
-        hidden = torch.nn.functional.rms_norm(last[at].float(), norm.shape, norm, eps)
+        hidden = rule.norm(last[at].float(), norm, eps)
         for start in range(0, len(lm_head), _VOCAB_BLOCK):
             rows = lm_head[start : start + _VOCAB_BLOCK].to(last.device).float()
             value, index = (hidden @ rows.T).max(-1)
@@ -69,7 +76,7 @@ class Checker:
     def __init__(self, target: Target, greedy: bool, strict: bool = True):
         self.greedy, self.strict = greedy, strict
         self._norm, self._eps = target.final_norm()
-        self._lm_head = target.lm_head()
+        self._lm_head, self._rule = target.lm_head(), target.logits
 
     def watch(
         self, samples: Iterable[Sample], count: int, meta: StoreMeta, checks: dict[str, Any]
@@ -109,7 +116,7 @@ class Checker:
             DraftheadError: too few are.
         """
         last, served = (torch.cat(parts) for parts in zip(*picked))
-        predicted = teacher_argmax(last, self._norm, self._eps, self._lm_head)
+        predicted = teacher_argmax(last, self._norm, self._eps, self._lm_head, self._rule)
         agree = int((predicted == served).sum())
         if checks is not None:
             checks.update(greedy_checked=len(predicted), greedy_agree=agree)

@@ -42,7 +42,7 @@ def compare(pairs: Iterable[tuple[Sample, Sample]], target: Target) -> dict[str,
 
     def settle() -> None:
         states, served = torch.cat(rows, dim=1).to(device), torch.cat(tokens)
-        a, b = (teacher_argmax(side, norm, eps, lm_head).cpu() for side in states)
+        a, b = (teacher_argmax(side, norm, eps, lm_head, target.logits).cpu() for side in states)
         counts = [len(served), (a != b).sum(), (a == served).sum(), (b == served).sum()]
         found.add_(torch.tensor([int(count) for count in counts]))
         rows.clear()

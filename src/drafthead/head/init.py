@@ -26,7 +26,7 @@ def new_head(
     d2t int64 [Vd]: the draft vocabulary. Raises `DraftheadError` where recipe and target do not
     fit together.
     """
-    return init_from_target(
+    head = init_from_target(
         head_config(section, target, aux_layer_ids, len(d2t)),
         d2t,
         target.lm_head(),
@@ -34,6 +34,9 @@ def new_head(
         layer=target_layer(target) if section.layer_from_target else None,
         seed=seed,
     )
+    with torch.no_grad():  # nothing scales the head's logits, as the target's may be
+        head.lm_head.weight *= target.logits.scale
+    return head
 
 
 @torch.no_grad()

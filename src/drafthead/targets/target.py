@@ -11,6 +11,7 @@ import torch
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint, sha256_file
 from drafthead.recipe import Recipe
+from drafthead.targets.logits import LogitRule, logit_rule
 from drafthead.targets.safetensors_folder import SafetensorsFolder
 
 # Where the three tensors that a head needs live, by the suffix of their names. LFM2 calls its
@@ -18,14 +19,6 @@ from drafthead.targets.safetensors_folder import SafetensorsFolder
 _EMBEDDING = ("model.embed_tokens.weight", "embed_tokens.weight")
 _LM_HEAD = ("lm_head.weight",)
 _FINAL_NORM = ("model.norm.weight", "model.embedding_norm.weight")
-
-# Fields by which an architecture changes its logits after the LM head. A teacher that left them
-# out would be wrong without a word, so a target that sets one is refused.
-_LOGIT_FIELDS = {
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -72,12 +65,22 @@ class Target:
         theta = parameters.get("rope_theta", getattr(self.config, "rope_theta", None))
         return float(theta if theta is not None else 10000.0)
 
+    @functools.cached_property
+    def logits(self) -> LogitRule:
+        """What becomes of the last hidden state besides the LM head's product.
+
+        Raises:
+            DraftheadError: something that drafthead's teacher does not do.
+        """
+        return logit_rule(self.config, f"{self.path}/config.json")
+
     @property
     def rms_norm_eps(self) -> float:
-        for field in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"):
+        fields = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+        for field in ("layer_norm_eps",) if self.logits.centered else fields:
             if (eps := getattr(self.config, field, None)) is not None:
                 return float(eps)
-        raise DraftheadError(f"{self.path}/config.json: no `rms_norm_eps` or `norm_eps`")
+        raise DraftheadError(f"{self.path}/config.json: no epsilon of a final norm without bias")
 
     @property
     def num_attention_heads(self) -> int:
@@ -161,7 +164,8 @@ class Target:
         return tuple(sorted(layers))
 
     def embedding(self) -> torch.Tensor:
-        """The input embedding [vocab_size, hidden_size]."""
+        """The input embedding [vocab_size, hidden_size], as stored: vLLM's head looks tokens up in
+        these rows, without the factor that some targets (Gemma, Granite) multiply them by."""
         return self._weight(_EMBEDDING, "embedding")
 
     def lm_head(self) -> torch.Tensor:
@@ -169,8 +173,19 @@ class Target:
         return self.embedding() if self.tied_embeddings else self._weight(_LM_HEAD, "LM head")
 
     def final_norm(self) -> tuple[torch.Tensor, float]:
-        """Weight [hidden_size] and eps of the RMS norm before the LM head."""
-        return self._weight(_FINAL_NORM, "final norm"), self.rms_norm_eps
+        """Weight [hidden_size] and eps of the norm before the LM head, which is `logits.norm`.
+
+        Raises:
+            DraftheadError: there is none, or it has a bias.
+        """
+        weight = self._weight(_FINAL_NORM, "final norm")
+        name = self._name(_FINAL_NORM, "final norm")
+        if (bias := name.removesuffix("weight") + "bias") in self.tensors:
+            raise DraftheadError(
+                f"{self.path}: its final norm has a bias ({bias}), which drafthead's teacher does "
+                "not do yet"
+            )
+        return weight.float() + 1 if self.logits.stored_less_one else weight, self.rms_norm_eps
 
     def _find(self, suffixes: tuple[str, ...]) -> str | None:
         for suffix in suffixes:
@@ -257,8 +272,8 @@ def load_target(
         trust_remote_code: let transformers run code that comes with the checkpoint.
 
     Raises:
-        DraftheadError: missing, unreadable, truncated, or an architecture whose teacher
-            cannot be computed from norm and LM head alone.
+        DraftheadError: missing, unreadable, truncated, or an architecture whose logits drafthead
+            cannot compute from the last hidden state.
     """
     from transformers import AutoConfig
 
@@ -271,19 +286,11 @@ def load_target(
     except Exception as error:
         raise DraftheadError(f"{path}/config.json: cannot be read: {error}") from error
     config = outer.get_text_config()
-    for field, neutral in _LOGIT_FIELDS.items():
-        if getattr(config, field, None) not in neutral:
-            raise DraftheadError(
-                f"{path}/config.json: `{field}` is set: this architecture changes its logits after "
-                "the LM head, which drafthead's teacher does not do yet"
-            )
-    if config.model_type.startswith("gemma"):
-        raise DraftheadError(f"{path}: {config.model_type}'s final norm is not handled yet")
     quantization = raw.get("quantization_config")
     modelopt = path / "hf_quant_config.json"
     if quantization is None and modelopt.exists():
         quantization = json.loads(modelopt.read_text())
-    return Target(
+    target = Target(
         path=path,
         config=config,
         tensors=SafetensorsFolder(path),
@@ -291,6 +298,8 @@ def load_target(
         architectures=tuple(raw.get("architectures") or ()),
         trust_remote_code=trust_remote_code,
     )
+    target.logits  # noqa: B018 - raises now, not when something is computed
+    return target
 
 
 def recipe_target(recipe: Recipe) -> Target:

@@ -108,7 +108,7 @@ class Log:
             figures = f"loss {flat['loss']:.3f} · {flat['tokens_per_s']:,.0f} tokens/s"
             figures += f" · MFU {flat['mfu']:.0%} · waiting for data {flat['waiting']:.0%}"
             if self.length is not None:
-                figures += f" · accepted {self.length:.2f}"
+                figures += f" · accepted length {self.length:.2f}"
             self.bar.update(self.task, completed=step, figures=figures)
 
 

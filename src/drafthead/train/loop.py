@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,8 +96,12 @@ class _Fit:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.head = task.head.to(device, self.dtype)
         self.embedding = task.embedding.to(self.dtype)
-        weight, eps, rows = task.teacher.norm_weight, task.teacher.eps, task.teacher.head
-        teacher = Teacher(weight.to(device, self.dtype), eps, rows.to(device, self.dtype))
+        weight, rows = task.teacher.norm_weight, task.teacher.head
+        teacher = replace(
+            task.teacher,
+            norm_weight=weight.to(device, self.dtype),
+            head=rows.to(device, self.dtype),
+        )
         self.steps = settings.ttt_steps or task.k
         objective = Objective(
             settings.loss, self.steps, settings.ttt_decay, settings.regression_weight

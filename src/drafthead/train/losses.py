@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drafthead.targets.logits import PLAIN, LogitRule
 from drafthead.train import fp8
 from drafthead.train.rows import LossKind, row_gradients, row_loss
 
@@ -21,19 +22,19 @@ from drafthead.train.rows import LossKind, row_gradients, row_loss
 class Teacher:
     """The target's own next-token distribution, recomputed from its last hidden states.
 
-    norm_weight [Ht] and eps: the target's final RMSNorm. head [Vd, Ht]: the rows of its LM head
-    that belong to the draft vocabulary, in the draft vocabulary's order.
+    norm_weight [Ht] and eps: the target's final norm. head [Vd, Ht]: the rows of its LM head that
+    belong to the draft vocabulary, in the draft vocabulary's order. rule: what kind of norm it is,
+    and what follows the product.
     """
 
     norm_weight: Tensor
     eps: float
     head: Tensor
+    rule: LogitRule = PLAIN
 
     def normed(self, last: Tensor) -> Tensor:
         """Last hidden states before the final norm [M, Ht] -> what the LM head reads [M, Ht]."""
-        return F.rms_norm(
-            last.to(self.norm_weight.dtype), last.shape[-1:], self.norm_weight, self.eps
-        )
+        return self.rule.norm(last.to(self.norm_weight.dtype), self.norm_weight, self.eps)
 
     def logits(self, last: Tensor) -> Tensor:
         """Last hidden states [M, Ht] -> logits over the draft vocabulary [M, Vd], fp32 or better.
@@ -41,7 +42,7 @@ class Teacher:
         The products are bf16 on a GPU, but their sums leave it in fp32: rounding the logits
         themselves to bf16 would move probabilities by several per cent.
         """
-        return matmul_fp32(self.normed(last), self.head)
+        return self.rule.finish(matmul_fp32(self.normed(last), self.head))
 
 
 def matmul_fp32(x: Tensor, weight: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
         )
     head, embedding = _first_head(recipe, run, reader.aux_layers, target)
     weight, eps = target.final_norm()
-    teacher = Teacher(weight, eps, target.lm_head()[head.target_ids()])
+    teacher = Teacher(weight, eps, target.lm_head()[head.target_ids()], target.logits)
     return Task(
         head=head,
         embedding=target.embedding() if embedding is None else embedding,
