@@ -1,5 +1,6 @@
 """The training loop: rows in, a head out, at any moment ready to be killed."""
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -259,6 +260,8 @@ class _Fit:
     def _evaluate(self, log: Log) -> None:
         """Held-out accepted length as served, its share on each process; keeps the best head."""
         head = self.sharded.whole_head() if self.sharded else self.head
+        if self.dtype != torch.bfloat16:  # as it is saved, so that all figures are of one head
+            head = copy.deepcopy(head).bfloat16().to(self.dtype)
         total = self.acceptance(head, [self.task.k])[0]
         progress = self.progress
         better = total.accepted_length > progress.best_length
