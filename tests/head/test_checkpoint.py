@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -343,9 +343,7 @@ def test_truncation_anywhere_is_seen(tmp_path, whole):
     assert not check_survives(tmp_path / "h", config, weights + b"\0")["ok"]
 
 
-FUZZ = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=60)
 
 
 @FUZZ

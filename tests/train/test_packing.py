@@ -29,7 +29,7 @@ def documents(draw):
     return samples
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(documents(), st.integers(1, 4), st.integers(6, 40))
 def test_every_row_is_what_its_definition_says(samples, steps, tokens):
     batch = plain_row(samples, steps, TO_DRAFT, tokens, EMBEDDING)
@@ -69,7 +69,7 @@ def test_every_row_is_what_its_definition_says(samples, steps, tokens):
         assert (batch.student_of[t] >= 0).sum() == batch.has_row[t].sum()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     documents(),
     st.integers(1, 5),
