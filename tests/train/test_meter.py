@@ -23,8 +23,9 @@ def test_waiting_is_its_share_of_the_time_since_the_last_look(monkeypatch):
     assert counted.read()[0]["waiting"] == pytest.approx(0.15)
     step(0.0, 4.0)
     assert counted.read()[0]["waiting"] == 0
+    step(3.0, 0.0)
     now[0] += 50.0  # an evaluation
-    counted.restart()
-    step(3.0, 1.0)
+    counted.leave_out(50.0)
+    step(0.0, 1.0)
     assert counted.read()[0]["waiting"] == pytest.approx(0.75)
     assert counted.waited == pytest.approx(4.5)

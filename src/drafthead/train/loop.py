@@ -195,7 +195,6 @@ class _Fit:
                     progress.waited = waited_before + meter.waited
                     if evaluating:
                         self._evaluate(log)
-                        meter.restart()
                     due = now - saved > max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE)
                     if evaluating or self._agreed(due):
                         begun = time.monotonic()
@@ -203,6 +202,7 @@ class _Fit:
                         saved = time.monotonic()
                         cost = saved - begun
                         aside += saved - now
+                        meter.leave_out(saved - now)
             finally:
                 batches.close()
         return self._finish(plan)

@@ -31,11 +31,11 @@ class Meter:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.norm = torch.zeros((), device=world.device)
         self.updates = 0
-        self.restart()
-
-    def restart(self) -> None:
-        """Start the clock again, after something that is not training."""
         self.since = time.monotonic()
+
+    def leave_out(self, seconds: float) -> None:
+        """Seconds since the last look that were not training."""
+        self.since += seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -93,7 +93,7 @@ class Meter:
         self.host.zero_()
         self.norm.zero_()
         self.updates = 0
-        self.restart()
+        self.since = time.monotonic()
         return figures, bad if bad >= 0 else None
 
     def _stood_still(self) -> float:
