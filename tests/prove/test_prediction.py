@@ -84,3 +84,6 @@ def test_a_smaller_vocabulary_is_tried_out(tmp_path):
     # Six steps: the first repeats the prompt's end, the last reaches past the answer.
     assert found[150][2] == pytest.approx([5 / 6, 5 / 6, 4 / 6])
     assert found[150] == found[300] == found[512] == curves
+    given = recipe.train.model_copy(update={"start_from": "a/head/of/another/run"})
+    rehearsal.recipe = recipe.model_copy(update={"train": given})
+    assert by_vocabulary(rehearsal, curves) is None, "its vocabulary is not the one counted here"

@@ -80,6 +80,15 @@ def test_a_head_without_training_here_has_a_report_too(tmp_path):
     assert "Served as predicted" not in html
 
 
+def test_a_head_that_brought_its_vocabulary_is_not_told_this_runs(tmp_path):
+    recipe, run = made_run.make(tmp_path, ks=(3,))
+    assert all("raft vocabulary" in text for text in written(recipe, run)[:2])
+    given = recipe.train.model_copy(update={"start_from": "a/head/of/another/run"})
+    html, card, _ = written(recipe.model_copy(update={"train": given}), run)
+    assert "Share of the tokens that the target wrote" not in html
+    assert "outside the draft vocabulary" not in card
+
+
 def test_answers_of_one_token_have_a_report_too(tmp_path):
     recipe, run = made_run.make(tmp_path, ks=(3,))
     bench = read_json(run.bench_json, "")

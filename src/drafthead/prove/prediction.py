@@ -139,6 +139,8 @@ def by_vocabulary(
     run = rehearsal.run
     if curves is None or not (run.vocab / "coverage.json").exists():
         return None
+    if rehearsal.recipe.train.start_from:  # such a head brings its vocabulary
+        return None
     about = read_json(run.vocab / "coverage.json", "the draft vocabulary's coverage", Coverage)
     counts = load_file(run.vocab / "vocab.safetensors")["counts"].numpy()
     own, found = about["size"], {}

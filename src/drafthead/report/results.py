@@ -41,6 +41,7 @@ class Results:
     training: dict | None
     """Training's own summary, its held-out evaluation with it."""
     coverage: dict | None
+    """Of the head's draft vocabulary; None if that was not chosen in this run."""
     metrics: list[dict]
     """Training's log, a record a step logged."""
     stages: dict[str, dict]
@@ -93,6 +94,7 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
         stage = path.name.split(".")[0]
         done = read_json(path, f"the record of stage {stage}", ENDED.get(stage, Ended), RECORD_MEND)
         summaries[stage] = done["summary"]
+    coverage = run.vocab / "coverage.json"
     return Results(
         recipe=recipe,
         run=run,
@@ -102,7 +104,9 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
         bench=read_json(run.bench_json, "the figures of `drafthead bench`", Bench, BENCH_AGAIN),
         proof=read_proof(run),
         training=optional(run.train / "best.json", "the held-out evaluation", Training),
-        coverage=optional(run.vocab / "coverage.json", "the draft vocabulary's coverage", Coverage),
+        coverage=None
+        if recipe.train.start_from
+        else optional(coverage, "the draft vocabulary's coverage", Coverage),
         metrics=read_metrics(run.train / "metrics.jsonl"),
         stages=summaries,
         head_config=read_json(run.head / "config.json", "the head's configuration", WrittenHead),
