@@ -134,6 +134,16 @@ def test_from_and_to(job):
         job.execute(recipe, first="trian")
 
 
+def test_training_wants_the_vocabulary_that_the_recipe_names(job):
+    job.execute(job.recipe(), last="vocab")
+    smaller = job.recipe(vocab={"size": 128})
+    with pytest.raises(DraftheadError, match=r"train needs vocab, .*--from vocab"):
+        job.execute(smaller, first="train", last="train")
+    assert job.ran == []
+    job.execute(smaller, first="vocab", last="train")
+    assert job.ran == ["vocab", "train"]
+
+
 def test_a_failed_claim_still_writes_the_report_and_is_told(job):
     recipe = job.recipe()
     job.fail = "verify"

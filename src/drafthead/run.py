@@ -35,6 +35,8 @@ class Stage:
     """The recipe's sections that the stage reads."""
     after: str | None
     """The stage whose output it reads; stale input makes it stale too."""
+    beside: str | None = None
+    """Another one, whose settings are among its own."""
     costly: bool = False
     """Hours of work: never thrown away without `--overwrite`."""
     check: str | None = None
@@ -68,6 +70,7 @@ STAGES = (
         "drafthead.train.stage:train",
         ("vocab", "head", "train"),
         "capture",
+        beside="vocab",
         costly=True,
         check="drafthead.train.stage:check_start",
     ),
@@ -235,13 +238,13 @@ def execute(
                 summaries[stage.name] = done
                 continue
             anything_ran = True
-            before = stage.after
-            if before and before not in wanted and run.finished(before, inputs[before]) is None:
-                unfinished = next(s for s in NAMES if run.finished(s, inputs[s]) is None)
-                raise DraftheadError(
-                    f"{run.root}: stage {stage.name} needs {before}, which has not ended with this "
-                    f"recipe; run `drafthead run RECIPE --from {unfinished}`"
-                )
+            for before in (stage.after, stage.beside):
+                if before and before not in wanted and run.finished(before, inputs[before]) is None:
+                    unfinished = next(s for s in NAMES if run.finished(s, inputs[s]) is None)
+                    raise DraftheadError(
+                        f"{run.root}: stage {stage.name} needs {before}, which has not ended with "
+                        f"this recipe; run `drafthead run RECIPE --from {unfinished}`"
+                    )
             try:
                 summaries[stage.name] = _run_stage(
                     stage, recipe, run, inputs[stage.name], overwrite, console
