@@ -117,12 +117,15 @@ def test_logits_of_an_unknown_kind_are_refused(copy, field):
         load_target(copy)
 
 
-def test_a_final_norm_with_a_bias_is_refused(copy):
+@pytest.mark.parametrize(
+    ("name", "read"), [("model.norm.bias", "final_norm"), ("lm_head.bias", "lm_head")]
+)
+def test_a_bias_on_the_way_to_logits_is_refused(copy, name, read):
     tensors = load_file(copy / "model.safetensors")
-    tensors["model.norm.bias"] = torch.zeros(64)
+    tensors[name] = torch.zeros(64)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DraftheadError, match=r"has a bias \(model.norm.bias\)"):
-        load_target(copy).final_norm()
+    with pytest.raises(DraftheadError, match=rf"has a bias \({name}\)"):
+        getattr(load_target(copy), read)()
 
 
 def test_unknown_architecture_is_refused(copy):

@@ -169,7 +169,12 @@ class Target:
         return self._weight(_EMBEDDING, "embedding")
 
     def lm_head(self) -> torch.Tensor:
-        """The LM head's rows [vocab_size, hidden_size]; the embedding when they are tied."""
+        """The LM head's rows [vocab_size, hidden_size]; the embedding when they are tied.
+
+        Raises:
+            DraftheadError: it has a bias, too.
+        """
+        self._refuse_bias(_LM_HEAD, "LM head")
         return self.embedding() if self.tied_embeddings else self._weight(_LM_HEAD, "LM head")
 
     def final_norm(self) -> tuple[torch.Tensor, float]:
@@ -178,13 +183,8 @@ class Target:
         Raises:
             DraftheadError: there is none, or it has a bias.
         """
+        self._refuse_bias(_FINAL_NORM, "final norm")
         weight = self._weight(_FINAL_NORM, "final norm")
-        name = self._name(_FINAL_NORM, "final norm")
-        if (bias := name.removesuffix("weight") + "bias") in self.tensors:
-            raise DraftheadError(
-                f"{self.path}: its final norm has a bias ({bias}), which drafthead's teacher does "
-                "not do yet"
-            )
         return weight.float() + 1 if self.logits.stored_less_one else weight, self.rms_norm_eps
 
     def _find(self, suffixes: tuple[str, ...]) -> str | None:
@@ -205,6 +205,14 @@ class Target:
                 "drafthead does not know this architecture"
             )
         return name
+
+    def _refuse_bias(self, suffixes: tuple[str, ...], what: str) -> None:
+        bias = (self._find(suffixes) or "").removesuffix("weight") + "bias"
+        if bias in self.tensors:
+            raise DraftheadError(
+                f"{self.path}: its {what} has a bias ({bias}), which drafthead's teacher does not "
+                "add yet"
+            )
 
     def _weight(self, suffixes: tuple[str, ...], what: str) -> torch.Tensor:
         """A weight in floating point, expanded if the checkpoint quantizes it."""
