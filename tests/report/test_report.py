@@ -80,13 +80,14 @@ def test_a_head_without_training_here_has_a_report_too(tmp_path):
     assert "Served as predicted" not in html
 
 
-def test_a_head_that_brought_its_vocabulary_is_not_told_this_runs(tmp_path):
+@pytest.mark.parametrize("start", [None, "a/head/of/another/run"])
+def test_a_head_that_brought_its_vocabulary_is_not_told_this_runs(tmp_path, start):
     recipe, run = made_run.make(tmp_path, ks=(3,))
-    assert all("raft vocabulary" in text for text in written(recipe, run)[:2])
-    given = recipe.train.model_copy(update={"start_from": "a/head/of/another/run"})
-    html, card, _ = written(recipe.model_copy(update={"train": given}), run)
-    assert "Share of the tokens that the target wrote" not in html
-    assert "outside the draft vocabulary" not in card
+    given = recipe.train.model_copy(update={"start_from": start})
+    html, _, _ = written(recipe.model_copy(update={"train": given}), run)
+    card = (run.head / "README.md").read_text()
+    told = "Share of the tokens that the target wrote" in html
+    assert told == ("outside the draft vocabulary" in card) == (start is None)
 
 
 def test_answers_of_one_token_have_a_report_too(tmp_path):
