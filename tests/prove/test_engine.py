@@ -1,12 +1,11 @@
 """No engine outlives whoever started it."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import psutil
+
+from tests.processes import ended, wait_for
 
 _PARENT = """
 import sys, time
@@ -24,11 +23,29 @@ def test_killed_parent_leaves_no_engine(tmp_path):
     )
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
-    deadline = time.monotonic() + 60
-    while "engine_worker" not in " ".join(child.cmdline()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert child.is_running()
-    os.kill(parent.pid, signal.SIGKILL)
+    wait_for(lambda: "engine_worker" in " ".join(child.cmdline()))
+    parent.kill()
     parent.wait()
-    psutil.wait_procs([child], timeout=60)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    wait_for(lambda: ended([child]))
+
+
+_SERVED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from drafthead.prove.server import running_server
+plan = SimpleNamespace(command=["sh", "-c", "sleep 600; true"], environment={})
+with running_server(plan, log=Path(sys.argv[1]), name="server"):
+    pass
+"""
+
+
+def test_killed_parent_leaves_no_server(tmp_path):
+    command = [sys.executable, "-c", _SERVED, str(tmp_path / "log")]
+    parent = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    served = lambda: [p for p in psutil.Process(parent.pid).children() if p.name() == "sh"]
+    wait_for(lambda: served() and served()[0].children())
+    processes = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: ended(processes))

@@ -94,7 +94,7 @@ class Child:
         """Wait for the child and end what it left, be it that it was killed; its exit code."""
         with contextlib.suppress(ChildProcessError):  # another thread was here before
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-            _kill_group(self.process.pid)  # no other group's number as long as it is not reaped
+            kill_group(self.process.pid)  # no other group's number as long as it is not reaped
         return self.process.wait()
 
 
@@ -109,14 +109,15 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _kill_group(group: int) -> None:
+def kill_group(group: int) -> None:
     """SIGKILL for all processes of a group but this one and Python's resource tracker, which ends
     by itself when all others have, and removes the shared memory that they left."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError, psutil.Error):
-            own = process.pid != os.getpid() and os.getpgid(process.pid) == group
-            if own and not any("resource_tracker" in part for part in process.cmdline()):
-                process.kill()
+    for _ in range(2):  # one may be started while the others are killed, but none after that
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                own = process.pid != os.getpid() and os.getpgid(process.pid) == group
+                if own and not any("resource_tracker" in part for part in process.cmdline()):
+                    process.kill()
 
 
 def child_main(
@@ -134,7 +135,7 @@ def child_main(
             for line in sys.stdin:
                 receive(json.loads(line))
         finally:  # the last line may be the half of one
-            _kill_group(os.getpgrp())
+            kill_group(os.getpgrp())
             os.kill(os.getpid(), signal.SIGKILL)
 
     out = os.fdopen(os.dup(1), "w", buffering=1)

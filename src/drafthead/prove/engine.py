@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
 from drafthead.fsio import log_tail
 
@@ -245,8 +246,7 @@ class EngineProcess:
             return
         self._connection.close()
         os.close(self._life)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process.pid)
         process.wait()
 
     def __enter__(self) -> "EngineProcess":

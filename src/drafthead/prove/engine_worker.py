@@ -16,12 +16,14 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from drafthead.capture.child import kill_group
 from drafthead.serve import llm_class
 
 
 def _die_with_parent(life_fd: int) -> None:
     os.read(life_fd, 1)
-    os.killpg(0, signal.SIGKILL)
+    kill_group(os.getpgrp())
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def counters(llm: Any) -> dict:

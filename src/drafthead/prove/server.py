@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import httpx
 
+from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import Completion, Generation, SpecCounters
 from drafthead.serve import Plan
@@ -29,6 +31,12 @@ _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<va
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 START_TIMEOUT_S = 900.0
 """A first start on a GPU compiles and captures graphs: 165 s were seen for a small target."""
+_WATCH = """
+import sys
+from drafthead.capture.child import kill_group
+sys.stdin.read()  # until who started the server ends, however that ends
+kill_group(int(sys.argv[1]))
+"""
 
 
 def parse_metrics(text: str) -> list[tuple[str, dict[str, str], float]]:
@@ -244,7 +252,8 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def running_server(plan: Plan, *, log: Path, name: str) -> Iterator[Client]:
-    """Start ``vllm serve`` for a plan and yield a client once it is healthy; end it afterwards.
+    """Start ``vllm serve`` for a plan and yield a client once it is healthy; end it afterwards, or
+    when this process is killed.
 
     Raises:
         DraftheadError: it ended, or was not healthy within 15 minutes.
@@ -260,6 +269,11 @@ def running_server(plan: Plan, *, log: Path, name: str) -> Iterator[Client]:
             stderr=output,
             start_new_session=True,
         )
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", _WATCH, str(process.pid)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     try:
         client = Client(f"http://127.0.0.1:{port}", name, process.pid)
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -274,10 +288,11 @@ def running_server(plan: Plan, *, log: Path, name: str) -> Iterator[Client]:
             time.sleep(0.5)
         yield client
     finally:
+        watcher.kill()
+        watcher.communicate()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process.pid)
         process.wait()
