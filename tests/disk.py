@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-import psutil
+from tests.processes import writers
 
 
 def fill(monkeypatch, name):
@@ -20,5 +20,15 @@ def fill(monkeypatch, name):
 
 def fill_for_children(path: Path):
     """The next time that a child of this process writes the shard ``path``, the disk is full."""
-    for child in psutil.Process().children():
-        path.with_name(f".{path.name}.{child.pid}.tmp").symlink_to("/dev/full")
+    for writer in writers():
+        _temporary(path, writer.pid).symlink_to("/dev/full")
+
+
+def stop(path: Path, pid: int):
+    """Whoever writes ``path`` in the process ``pid`` waits for ever."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(_temporary(path, pid))
+
+
+def _temporary(path: Path, pid: int) -> Path:
+    return path.with_name(f".{path.name}.{pid}.tmp")

@@ -1,6 +1,7 @@
 """Processes of other processes, for tests."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -27,3 +28,19 @@ def ended(processes: Iterable[psutil.Process]) -> bool:
         return False
 
     return not any(map(runs, processes))
+
+
+def below(parent: int, module: str) -> list[psutil.Process]:
+    """The processes that the process ``parent`` and those below it have started with a module."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(parent).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if module in process.cmdline():
+                    found.append(process)
+    return found
+
+
+def writers(parent: int | None = None) -> list[psutil.Process]:
+    """The processes that write states for this process, or for another's engine."""
+    return below(parent or os.getpid(), "drafthead.capture.writer_process")

@@ -158,14 +158,16 @@ def test_what_killed_workers_left_is_swept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_wrong_address_is_told_before_ray_tries_it_for_a_minute(tmp_path, scheme):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = "{}{}:{}".format(scheme, *server.getsockname())
-        check_address(address)
+        check_address("{}{}:{}".format(scheme, *server.getsockname()))
     recipe = parse_recipe(recipe_for("target", tmp_path, 4, 2), "test")
-    recipe = on_cluster(recipe, address, None, None)
-    with pytest.raises(
-        DraftheadError, match=f"cluster.address: {address}: nothing answers"
-    ) as told:
-        _connected(recipe).__enter__()
+    with socket.socket() as mute:  # nobody else can listen there meanwhile
+        mute.bind(("127.0.0.1", 0))
+        address = "{}{}:{}".format(scheme, *mute.getsockname())
+        recipe = on_cluster(recipe, address, None, None)
+        with pytest.raises(
+            DraftheadError, match=f"cluster.address: {address}: nothing answers"
+        ) as told:
+            _connected(recipe).__enter__()
     assert "`auto` finds" in str(told.value)
     for name in (None, "auto", "local"):
         check_address(name)

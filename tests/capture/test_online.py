@@ -17,6 +17,7 @@ from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import Sample, StateReader, StateWriter
+from tests.processes import PATIENCE
 from tests.vllm.runs import recipe_for
 
 
@@ -146,7 +147,7 @@ def test_threads_that_ask_for_anything_at_any_time_all_get_it(made):
         return same(reader[asked[step]], store[asked[step]])
 
     with ThreadPoolExecutor(6) as pool:
-        assert all(pool.map(get, range(len(asked)), timeout=60))
+        assert all(pool.map(get, range(len(asked)), timeout=PATIENCE))
 
 
 def test_an_engines_fault_reaches_who_waits(made):
@@ -171,10 +172,13 @@ def test_pages_are_shared_with_another_process():
     pages = SharedPages.create(5)
     tensors = [torch.arange(PAGE // 4 + 7, dtype=torch.float32), torch.arange(9).bool()]
     size = sum(t.nbytes for t in tensors)
-    if os.fork() == 0:
-        SharedPages.open(pages.path).put([4, 1], tensors)
-        os._exit(0)
-    os.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            SharedPages.open(pages.path).put([4, 1], tensors)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)  # this one: others of other tests may end now
     raw = pages.take([4, 1], size)
     assert torch.equal(raw[: tensors[0].nbytes].view(torch.float32), tensors[0])
     assert torch.equal(raw[tensors[0].nbytes :].view(torch.bool), tensors[1])

@@ -9,4 +9,4 @@ def test_the_gpu_worker_leaves_cuda_events_alone():
         "import drafthead.capture.worker\n"
         "assert torch.cuda.Event is event, torch.cuda.Event"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import asdict
 
 import numpy as np
@@ -21,18 +20,12 @@ from drafthead.states import StateReader, StoreMeta, memory
 from drafthead.states.check import check_store
 from drafthead.states.index import shard_name, unit_path
 from tests import disk
+from tests.processes import PATIENCE, ended, wait_for
 
 L, H, CAPACITY = 3, 64, 32
 META = StoreMeta((1, 3), 4, H, "fp32", 4, {})
 OPTIONS = {"shard_bytes": 1 << 20, "greedy": False, "strict": True}
 SHAPE = (CAPACITY, L, H, "fp32")
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 class Engine:
@@ -174,7 +167,7 @@ def test_a_process_that_stands_still_holds_the_engine_up_and_loses_nothing(engin
     running.start()
     wait_for(lambda: engine.process.waits)
     child.resume()
-    running.join(60)
+    running.join(PATIENCE)
     engine.save(1, 1)
     assert engine.process.flush() is None
     assert torch.equal(StateReader(tmp_path, partial=True)[0].states, states_of(1, 40))
@@ -182,9 +175,8 @@ def test_a_process_that_stands_still_holds_the_engine_up_and_loses_nothing(engin
 
 def block_shards(engine, store):
     """Who writes the shards of the first two units waits for ever; a third is not begun then."""
-    pid = engine.process._process.pid
     for unit in (0, 1):
-        os.mkfifo(store / f".{shard_name(unit, 0)}.{pid}.tmp")
+        disk.stop(store / shard_name(unit, 0), engine.process._process.pid)
 
 
 def test_a_disk_that_stands_still_holds_the_engine_up_and_its_death_frees_it(llama, tmp_path):
@@ -198,7 +190,7 @@ def test_a_disk_that_stands_still_holds_the_engine_up_and_its_death_frees_it(lla
     wait_for(lambda: engine.process.waits)
     assert running.is_alive()
     os.kill(engine.process._process.pid, signal.SIGKILL)
-    running.join(60)
+    running.join(PATIENCE)
     assert not running.is_alive()
     for said in (engine.save(3, 3), engine.process.flush()):
         assert "died (exit code -9, killed: out of memory?)" in said
@@ -223,7 +215,7 @@ def test_it_dies_with_an_engine_that_is_killed_whatever_it_waits_for(llama, tmp_
     assert child.is_running()
     parent.kill()
     parent.wait()
-    assert psutil.wait_procs([child], timeout=30)[1] == []
+    wait_for(lambda: ended([child]))
     assert {fault.unit for fault in check_store(tmp_path)} == {0}  # only missing ones
     assert torch.equal(StateReader(tmp_path, partial=True)[0].states, states_of(0, 40))
 

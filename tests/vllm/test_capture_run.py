@@ -1,11 +1,8 @@
 """The stages generate and capture of a run: killed, repaired, refused, in one pass and in two."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -27,6 +24,7 @@ from drafthead.states.check import check_store, repair
 from drafthead.states.index import shard_name
 from drafthead.states.writer import open_store
 from tests import disk
+from tests.processes import below, ended, wait_for, writers
 from tests.vllm.runs import WORDS, recipe_for
 
 
@@ -42,18 +40,6 @@ def run_dir_files(root):
 def command(recipe_file, runs):
     arguments = ["run", str(recipe_file), "--runs", str(runs), "--to", "capture", "--json"]
     return [sys.executable, "-m", "drafthead", *arguments]
-
-
-def start(recipe_file, runs, log):
-    return subprocess.Popen(command(recipe_file, runs), stdout=log, stderr=log)
-
-
-def wait_for(condition, process, log):
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bytes(llama, tmp_path):
@@ -73,15 +59,20 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(llama, tmp_path):
     root = tmp_path / "killed" / "t"
     log = tmp_path / "log"
     with log.open("ab") as output:
-        process = start(recipe_file, tmp_path / "killed", output)
-        wait_for((root / "answers" / "part-000001.parquet").exists, process, log)
+        process = subprocess.Popen(
+            command(recipe_file, tmp_path / "killed"), stdout=output, stderr=output
+        )
+        alive = lambda: process.poll() is None
+        engines = lambda: below(process.pid, "drafthead.capture.stages")
+        wait_for(lambda: engines() or not alive())
+        disk.stop(root / "answers" / "part-000003.parquet", engines()[0].pid)
+        wait_for(lambda: (root / "answers" / "part-000001.parquet").exists() or not alive())
+        assert alive(), log.read_text()
         children = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
-    assert children
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive, "the engine outlived the run that was killed"
-    assert not (root / "answers" / "part-000004.parquet").exists()
+    assert len(children) > 1
+    wait_for(lambda: ended(children))  # no engine outlives the run that was killed
     for half in ("answers/.part-000001.parquet.1.tmp", "states/.unit-000001-00.safetensors.1.tmp"):
         (root / half).write_bytes(b"half")  # as a kill amid a write leaves it
     again = subprocess.run(
@@ -244,9 +235,10 @@ def test_tensor_parallel_engine_gives_the_states_of_one(ran, llama, tmp_path, mo
     recipe_file.write_text(yaml.safe_dump(recipe))
     # vLLM wants a NUMA node for each worker, or to be told which core each may have.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    with (tmp_path / "log").open("w") as log:
-        process = start(recipe_file, tmp_path / "two", log)
-        assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    done = subprocess.run(
+        command(recipe_file, tmp_path / "two"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     two = StateReader(tmp_path / "two" / "t" / "states")
     assert len(one) == len(two) == 18
     for index in range(18):
@@ -259,8 +251,8 @@ def test_the_writing_processs_death_ends_the_stage(ran):
     plan, run, engine, _ = ran
     for number in (1, 2):
         (run.answers / f"part-{number:06d}.parquet").unlink()
-    for child in psutil.Process().children():
-        child.kill()
+    for writer in writers():
+        writer.kill()
     with pytest.raises(DraftheadError, match="the process that writes the states died"):
         generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
     assert [fault.unit for fault in check_store(run.states)] == [1]

@@ -1,23 +1,23 @@
 """Generation and capture on a local Ray cluster, one of whose workers is killed."""
 
-import contextlib
 import os
-import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from drafthead.capture import stages
-from drafthead.capture.cluster import on_cluster
+from drafthead.capture.cluster import _here, on_cluster
 from drafthead.capture.plan import make_plan
 from drafthead.capture.work import work
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
+from tests.processes import PATIENCE, below, ended, wait_for
 from tests.vllm.runs import recipe_for
 
 QUIET = Console(quiet=True)
@@ -42,26 +42,27 @@ def files(run):
     }
 
 
-def workers():
-    """Ray's workers that have an engine, each with its children."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = process.children() if "ray::Hand" in " ".join(process.cmdline()) else []
-            if any("drafthead.capture.cluster" in child.cmdline() for child in children):
-                found.append((process, children))
-    return found
+def starting():
+    """A worker of Ray's whose engine is starting, with a unit in its hands, and the engine."""
+    for engine in below(os.getpid(), "drafthead.capture.cluster"):
+        worker = engine.parent()
+        logs = Path(tempfile.gettempdir()).glob(f"drafthead-worker-{worker.pid}-*/logs/*.log")
+        if any(log.stat().st_size for log in logs):
+            return worker, engine
+    return None
 
 
 def kill_a_worker_that_works(location, killed):
-    """SIGKILLs a worker while its engine runs, once the first unit has arrived."""
-    while not (found := workers()):  # looked for early: what is left to do then takes a second
+    """Stops a worker's engine and SIGKILLs the worker once another has done a unit."""
+    while not (found := starting()):
         time.sleep(0.05)
+    worker, engine = found
+    engine.suspend()  # else all might be done before the worker is killed
     while not list(Path(location).glob("answers/part-*")):
         time.sleep(0.01)
-    process, children = found[0]
-    os.kill(process.pid, signal.SIGKILL)
-    killed += [child.pid for child in children]
+    worker.kill()
+    engine.resume()
+    killed.append(engine)
 
 
 def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_path):
@@ -76,11 +77,28 @@ def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_pat
     killer = threading.Thread(target=kill_a_worker_that_works, args=(location, killed), daemon=True)
     killer.start()
     summary = stages.generate(recipe, many, console=QUIET)
-    killer.join(timeout=10)
+    killer.join(PATIENCE)
     assert summary["conversations"] == UNITS * 4
     assert killed
-    assert not any(psutil.pid_exists(pid) for pid in killed)  # the engine died with its worker
+    wait_for(lambda: ended(killed))  # the engine dies with its worker
     captured = stages.capture(recipe, many, console=QUIET)
     assert captured["greedy_agreement"] == 1.0
     assert files(one).keys() == files(many).keys()
     assert [name for name, body in files(one).items() if files(many)[name] != body] == []
+
+
+def test_the_board_is_not_lost_with_a_workers_machine():
+    class Where:
+        def node(self):
+            return ray.get_runtime_context().get_node_id()
+
+    machines = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        machines.add_node(num_cpus=1)
+        ray.init(machines.address, log_to_driver=False, logging_level="error")
+        kind = ray.remote(**_here(ray))(Where)
+        nodes = ray.get([kind.remote().node.remote() for _ in range(3)])
+        assert set(nodes) == {machines.head_node.node_id}
+    finally:
+        ray.shutdown()
+        machines.shutdown()

@@ -202,7 +202,7 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
         "run": str(run.root.resolve()),
     }
     with _connected(recipe) as ray:
-        board = ray.remote(num_cpus=0)(Board).remote(todo)
+        board = ray.remote(**_here(ray))(Board).remote(todo)
         need = {"num_gpus": recipe.engine.tensor_parallel_size} if _gpus(ray) else {"num_cpus": 1}
         hand = ray.remote(max_restarts=0, **need)(Hand)
         wanted = min(len(todo), cluster.workers or _room(ray, need))
@@ -323,6 +323,15 @@ def check_address(address: str | None) -> None:
             f"cluster.address: {address}: nothing answers there ({error}); is the head running "
             f"(`ray start --head --port {port}`), and may this machine reach it? {mend}"
         ) from None
+
+
+def _here(ray: Any) -> dict[str, Any]:
+    """What makes an actor live on the driver's machine. Ray puts one that needs no resources
+    anywhere, and the board must not be lost with a worker."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _gpus(ray: Any) -> int:
