@@ -176,6 +176,31 @@ def test_a_wrong_address_is_told_before_ray_tries_it_for_a_minute(tmp_path, sche
             check_address(scheme + wrong)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("no keys"), PermissionError("no keys"), ConnectionRefusedError(111, "no keys")],
+)
+def test_what_a_location_says_is_told_with_its_name(tmp_path, monkeypatch, error):
+    """Each kind of it has errors of its own; what S3 denies has no number."""
+
+    def refused(*_, **__):
+        raise error
+
+    there = Location("memory://bucket/run")
+    (tmp_path / "a").touch()
+    for name in ("ls", "exists", "put_file", "get_file"):
+        monkeypatch.setattr(type(there._fs), name, refused)
+    for ask in (
+        lambda: there.names("states"),
+        lambda: there.exists("states/a"),
+        lambda: there.put(tmp_path / "a", "states/a"),
+        lambda: there.get("states/a", tmp_path / "b"),
+    ):
+        with pytest.raises(DraftheadError, match=r"memory://bucket/run/states.*: .*no keys"):
+            ask()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_locations_that_cannot_be():
     with pytest.raises(DraftheadError, match="nowhere://x: cannot be used as a location"):
         Location("nowhere://x")

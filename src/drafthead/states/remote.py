@@ -4,10 +4,12 @@ A file appears there whole or not at all: object stores put whole objects; where
 it is under another name until it is whole. A unit's index goes last, as in a local store.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,26 +44,29 @@ class Location:
         )
 
     def exists(self, name: str) -> bool:
-        return bool(self._fs.exists(self._at(name)))
+        with self._said(name):
+            return bool(self._fs.exists(self._at(name)))
 
     def names(self, folder: str) -> set[str]:
         """The files in a folder, without its name; none if there is no such folder."""
         self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self._at(folder), detail=False)
-        except FileNotFoundError:
-            return set()
+        with self._said(folder):
+            try:
+                found = self._fs.ls(self._at(folder), detail=False)
+            except FileNotFoundError:
+                return set()
         return {PurePosixPath(path).name for path in found}
 
     def sweep(self, folder: str) -> None:
         """Delete what killed workers left half copied in a folder. Only while none writes there."""
         for name in filter(_HALF.fullmatch, self.names(folder)):
-            self._fs.rm_file(self._at(f"{folder}/{name}"))
+            with self._said(f"{folder}/{name}"):
+                self._fs.rm_file(self._at(f"{folder}/{name}"))
 
     def put(self, local: Path, name: str) -> None:
         """Copy a file there, replacing what is."""
         final = self._at(name)
-        with disk_errors(final):
+        with self._said(name), disk_errors(final):
             if self._whole:
                 self._fs.put_file(str(local), final)
                 return
@@ -73,11 +78,23 @@ class Location:
 
     def get(self, name: str, local: Path) -> None:
         """Copy a file here, whole or not at all."""
-        with atomic_file(local) as temporary:
+        with self._said(name), atomic_file(local) as temporary:
             try:
                 self._fs.get_file(self._at(name), str(temporary))
             except FileNotFoundError:
                 raise DraftheadError(f"{self.url}/{name}: not there") from None
+
+    @contextlib.contextmanager
+    def _said(self, name: str) -> Iterator[None]:
+        """Turn a location's errors, which are of any kind, into one that names the file."""
+        try:
+            yield
+        except DraftheadError:
+            raise
+        except Exception as error:
+            raise DraftheadError(
+                f"{self.url}/{name}: {error}; may this machine read and write there?"
+            ) from error
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
