@@ -100,6 +100,8 @@ class RunDir:
                 )
         self.forget(stage)  # first: nothing that is killed from here on counts as done
         if before != inputs:
+            if self.states in self._outputs(stage):
+                self.forget("capture")
             for output in self._outputs(stage):
                 clear(output)
         write_json(path, inputs)
