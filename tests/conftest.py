@@ -43,6 +43,13 @@ def lfm2(tmp_path_factory):
     return tiny.tiny_lfm2(tmp_path_factory.mktemp("lfm2"))
 
 
+@pytest.fixture(scope="session")
+def granite(tmp_path_factory):
+    """Folder of a tiny random Granite: it scales embeddings and logits, and vLLM 0.32 has heads for
+    it."""
+    return tiny.tiny_other(tmp_path_factory.mktemp("granite"), "granite")
+
+
 @pytest.fixture
 def drafthead(monkeypatch, capsys):
     """Run a command in this process, to its exit code, stdout and stderr."""

@@ -13,7 +13,6 @@ from drafthead.recipe import parse_recipe
 from drafthead.states import StateReader, StoreMeta
 from drafthead.states.writer import open_store
 from drafthead.targets import load_target
-from tests.tiny import tiny_other
 
 AUX = (1, 3)
 
@@ -71,12 +70,6 @@ def check_all(reader, twin, target):
         )
         assert predicted.tolist() == sample.ids[sample.prompt_len :].tolist()
         assert sample.loss_mask.tolist() == [i >= sample.prompt_len for i in range(len(sample.ids))]
-
-
-@pytest.fixture
-def granite(tmp_path):
-    """Its embeddings, residuals and logits are scaled; of its like the one that vLLM 0.32 reads."""
-    return tiny_other(tmp_path / "granite", "granite")
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2_moe", "granite"])

@@ -9,7 +9,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import HeadConfig
@@ -25,11 +25,11 @@ K = 3
 AUX = (1, 3, 5)
 
 
-def engine(llama, **more):
+def engine(folder, **more):
     from vllm import LLM
 
     return LLM(
-        model=str(llama),
+        model=str(folder),
         dtype="float32",
         enforce_eager=True,
         kv_cache_memory_bytes=64 << 20,
@@ -50,9 +50,9 @@ def counters(llm) -> dict:
 
 
 @torch.no_grad()
-def answers(llama, prompts, lengths):
+def answers(folder, prompts, lengths):
     """Greedy answers by transformers and the states that go with them."""
-    model = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     held = []
     for prompt, length in zip(prompts, lengths):
         ids = model.generate(
@@ -98,14 +98,16 @@ def chain_loss(head, embedding, one, to_draft):
     return loss
 
 
-def test_the_engine_counts_what_was_predicted(llama, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_the_engine_counts_what_was_predicted(kind, request, tmp_path):
     from vllm import SamplingParams
 
-    target = load_target(llama)
+    folder = request.getfixturevalue(kind)
+    target = load_target(folder)
     generator = np.random.default_rng(0)
     prompts = [generator.integers(5, 500, n).tolist() for n in (9, 2, 14, 5, 7, 3, 20, 6)]
     lengths = [40, 33, 24, 40, 1, 2, 12, 30]
-    held = answers(llama, prompts, lengths)
+    held = answers(folder, prompts, lengths)
     written = count_tokens([one.ids[one.prompt_len :].numpy() for one in held], target.vocab_size)
     # A vocabulary that leaves out some of what is written: certain misses must be counted too.
     chosen = choose(written, int((written > 0).sum() * 0.9), [])
@@ -124,7 +126,7 @@ def test_the_engine_counts_what_was_predicted(llama, tmp_path):
     head = init_from_target(config, offsets(chosen), target.lm_head(), target.final_norm()[0])
     embedding = target.embedding()
     overfit(head, embedding, held, steps=90)
-    made = Provenance(target=str(llama), target_fingerprint=target.fingerprint)
+    made = Provenance(target=str(folder), target_fingerprint=target.fingerprint)
     save_head(head, tmp_path / "head", made)
     served = load_head(tmp_path / "head").head.float()
     predicted = evaluate(served, embedding, held, [K])[0]
@@ -134,7 +136,7 @@ def test_the_engine_counts_what_was_predicted(llama, tmp_path):
         "model": str(tmp_path / "head"),
         "num_speculative_tokens": K,
     }
-    llm = engine(llama, speculative_config=speculative)
+    llm = engine(folder, speculative_config=speculative)
     try:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         sampling = [SamplingParams(temperature=0.0, max_tokens=n) for n in lengths]
