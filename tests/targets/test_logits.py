@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from drafthead.capture.checks import teacher_argmax
 from drafthead.errors import DraftheadError
-from drafthead.head.init import new_head
+from drafthead.head.init import new_head, target_layer
 from drafthead.recipe import HeadSection
 from drafthead.targets import load_target
 from drafthead.targets.logits import PLAIN, logit_rule
@@ -64,6 +64,11 @@ def test_a_new_head_starts_at_the_targets_temperature(folder):
     rows = target.lm_head()[:100] * target.logits.scale
     torch.testing.assert_close(head.lm_head.weight.data, rows)
     torch.testing.assert_close(head.norm.weight.data, target.final_norm()[0])
+
+
+def test_layers_with_factors_of_their_own_are_no_start(folder):
+    with pytest.raises(DraftheadError, match=r"leave head\.layer_from_target out"):
+        target_layer(load_target(folder))
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "8", True, None])

@@ -8,6 +8,7 @@ from drafthead.head.config import HeadConfig, head_config
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import HeadSection
 from drafthead.targets import Target
+from drafthead.targets.logits import PLAIN
 
 STD = 0.02  # Llama's initializer_range
 LLAMA_LAYER = {
@@ -94,8 +95,14 @@ def target_layer(target: Target) -> dict[str, Tensor]:
     """The target's last attention layer, for `init_from_target`: names without prefix, float32.
 
     Only layers laid out as Llama's can be taken (no norms on queries and keys, one MLP, not
-    quantized); raises `DraftheadError` for others, saying what is different.
+    quantized); raises `DraftheadError` for others, saying what is different. Gemma's and Granite's
+    have Llama's names, but factors of their own.
     """
+    if target.logits != PLAIN:
+        raise DraftheadError(
+            f"{target.path}: {target.config.model_type}'s layers compute otherwise than Llama's; "
+            "leave head.layer_from_target out"
+        )
     attending = [i for i, kind in enumerate(target.layer_types) if kind == "full_attention"]
     if not attending:
         raise DraftheadError(f"{target.path}: no full-attention layer to start the head from")
