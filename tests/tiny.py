@@ -154,7 +154,7 @@ OTHER_LOGITS = {
         "hidden_size_per_layer_input": 0,
         "global_head_dim": 32,
     },
-    "granite": {"logits_scaling": 6.0, "embedding_multiplier": 3.0},
+    "granite": {"logits_scaling": 6.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
     "granitemoe": {"logits_scaling": 6.0, "num_local_experts": 4, "num_experts_per_tok": 2},
     "cohere": {"logit_scale": 0.3},
     "cohere2": {"logit_scale": 0.3},
