@@ -59,6 +59,8 @@ def test_misspelt_section_and_source_key(tmp_path):
         (GOOD | {"prompts": {"sources": [{}]}}, "exactly one of"),
         ({"name": "r"}, "`target` is missing"),
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
+        (GOOD | {"train": {"seed": -1}}, "train.seed.*greater than or equal to 0"),
+        (GOOD | {"generate": {"seed": 1 << 32}}, "generate.seed.*less than"),
         (GOOD | {"train": {"betas": [0.9, 1.0]}}, "train.betas.1.*less than 1"),
     ],
 )

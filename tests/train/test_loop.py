@@ -96,7 +96,7 @@ world.leave()
         command = [*start, str(script)]
     else:
         command = [*start, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     if die_at is None or restarts:
         assert done.returncode == 0, done.stderr[-3000:]
     return done.returncode

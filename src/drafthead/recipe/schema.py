@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Loss = Literal["kl", "ce+smoothl1", "acceptance"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what NumPy takes, and vLLM hands on to it
 
 
 class Section(BaseModel):
@@ -60,7 +61,7 @@ class PromptsSection(Section):
     heldout: Annotated[int, Field(gt=0)] = 64
     """Conversations kept out of training, for evaluation, verify and bench. 64 gives the
     acceptance a standard error of about one point with answers of 100 tokens."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split. The split is by conversation, by a hash of its text: adding prompts
     later never moves an old one from training to the held-out side."""
 
@@ -75,7 +76,7 @@ class GenerateSection(Section):
     when prompts are few."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of sampling; only matters when `temperature` > 0."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling, a request's own seed follows from it and the conversation."""
     chunk: Annotated[int, Field(gt=0)] = 256
     """Conversations in one unit of work: a unit is finished or redone whole, so that a killed
@@ -227,7 +228,7 @@ class TrainSection(Section):
     """Stop after so many evaluations without a better accepted length; null never stops."""
     track: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
     """Trackers to report to beside JSON lines and TensorBoard, if installed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation and of the order of the data."""
 
     @property
