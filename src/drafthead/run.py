@@ -139,7 +139,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
 
     dumped = recipe.model_dump(mode="json")
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
-    del dumped["train"]["track"]  # who looks on does not change what is trained
+    dumped["train"]["track"] = []  # who looks on does not change what is trained
     inputs: dict[str, dict] = {}
     for stage in STAGES:
         own = {section: dumped[section] for section in stage.sections}

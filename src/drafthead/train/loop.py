@@ -134,7 +134,7 @@ class _Fit:
         self.eval_steps = {*range(every, self.plan.steps, every), self.plan.steps}
         inputs = fingerprint(
             [
-                settings.model_dump(mode="json", exclude={"track"}),
+                settings.model_copy(update={"track": []}).model_dump(mode="json"),
                 self.plan.fingerprint,
                 task.reader.meta.fingerprint,
             ]
