@@ -117,6 +117,26 @@ def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path, monkeypatch):
     assert {p.name for p in copy.iterdir()} == {p.name for p in store.iterdir()}
 
 
+def test_killed_while_a_unit_is_published_again_it_counts_as_missing(tmp_path, monkeypatch):
+    """Its shards may be another engine's by then: the old index does not fit them."""
+    store, there = tmp_path / "store", Location(f"file://{tmp_path}/there")
+    with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:
+        writer.submit(0, [make_sample(0)])
+    meta = StoreMeta.load(store)
+    publish_unit(store, meta, 0, there, "states")
+    real = Location.put
+
+    def put(self, local, name):
+        if name.endswith(".json"):
+            raise KeyboardInterrupt
+        real(self, local, name)
+
+    monkeypatch.setattr(Location, "put", put)
+    with pytest.raises(KeyboardInterrupt):
+        publish_unit(store, meta, 0, there, "states")
+    assert there.names("states") == {"unit-000000-00.safetensors"}
+
+
 def test_a_unit_whose_index_was_altered_there_is_not_brought(tmp_path):
     store = tmp_path / "store"
     with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:

@@ -60,8 +60,11 @@ class Location:
     def sweep(self, folder: str) -> None:
         """Delete what killed workers left half copied in a folder. Only while none writes there."""
         for name in filter(_HALF.fullmatch, self.names(folder)):
-            with self._said(f"{folder}/{name}"):
-                self._fs.rm_file(self._at(f"{folder}/{name}"))
+            self.remove(f"{folder}/{name}")
+
+    def remove(self, name: str) -> None:
+        with self._said(name):
+            self._fs.rm(self._at(name))
 
     def put(self, local: Path, name: str) -> None:
         """Copy a file there, replacing what is."""
@@ -101,11 +104,15 @@ class Location:
 
 
 def publish_unit(store: Path, meta: StoreMeta, number: int, to: Location, folder: str) -> None:
-    """Copy a finished unit of a local store to ``folder`` there: shards, then its index."""
+    """Copy a finished unit of a local store to ``folder`` there: shards, then its index, in the
+    place of one from before, which does not count while they are replaced."""
+    path = unit_path(store, number)
+    index = f"{folder}/{path.name}"
+    if to.exists(index):
+        to.remove(index)
     for shard in load_unit(store, meta, number).shards:
         to.put(store / shard.file, f"{folder}/{shard.file}")
-    index = unit_path(store, number)
-    to.put(index, f"{folder}/{index.name}")
+    to.put(path, index)
 
 
 def fetch_store(location: Location, folder: str, store: Path) -> dict[str, Any]:
