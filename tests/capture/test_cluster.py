@@ -137,18 +137,20 @@ def test_killed_while_a_unit_is_published_again_it_counts_as_missing(tmp_path, m
     assert there.names("states") == {"unit-000000-00.safetensors"}
 
 
-def test_a_unit_whose_index_was_altered_there_is_not_brought(tmp_path):
-    store = tmp_path / "store"
+@pytest.mark.parametrize("name", ["unit-000000.json", "unit-000000-00.safetensors"])
+def test_a_unit_that_is_not_whole_there_is_not_brought(tmp_path, name):
+    store, copy = tmp_path / "store", tmp_path / "copy"
     with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:
         writer.submit(0, [make_sample(0)])
     there = Location(f"file://{tmp_path}/there")
-    for name in ("meta.json", "unit-000000.json", "unit-000000-00.safetensors"):
-        there.put(store / name, f"states/{name}")
-    index = tmp_path / "there" / "states" / "unit-000000.json"
-    index.write_text(index.read_text().replace('"c0"', '"c9"'))
-    with pytest.raises(DraftheadError, match="altered"):
-        fetch_store(there, "states", tmp_path / "copy")
-    assert not (tmp_path / "copy" / "unit-000000.json").exists()
+    there.put(store / "meta.json", "states/meta.json")
+    publish_unit(store, StoreMeta.load(store), 0, there, "states")
+    altered = tmp_path / "there" / "states" / name
+    altered.write_bytes(altered.read_bytes().replace(b"c0", b"c9") + b" ")
+    mend = r"there/states/unit-000000\.json: the unit is broken there.*delete that file"
+    with pytest.raises(DraftheadError, match=mend):
+        fetch_store(there, "states", copy)
+    assert not (copy / "unit-000000.json").exists()
 
 
 def test_a_worker_brings_the_answers_of_a_unit_that_it_is_to_prefill(tmp_path):

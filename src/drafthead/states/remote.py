@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import atomic_file, disk_errors
+from drafthead.fsio import atomic_file, disk_errors, sha256_file
 from drafthead.states.format import StoreMeta
 from drafthead.states.index import load_unit, unit_numbers, unit_path
 
@@ -122,7 +122,7 @@ def fetch_store(location: Location, folder: str, store: Path) -> dict[str, Any]:
         Counts of units brought and of bytes.
 
     Raises:
-        DraftheadError: no store there, or a unit's index is not what it was written as.
+        DraftheadError: no store there, or a unit is not what it was written as.
     """
     location.get(f"{folder}/meta.json", store / "meta.json")
     meta = StoreMeta.load(store)
@@ -134,10 +134,27 @@ def fetch_store(location: Location, folder: str, store: Path) -> dict[str, Any]:
         for number in missing:
             index = unit_path(store, number)
             location.get(f"{folder}/{index.name}", aside / index.name)
-            for shard in load_unit(aside, meta, number).shards:
+            with _broken_there(f"{location.url}/{folder}/{index.name}"):
+                shards = load_unit(aside, meta, number).shards
+            for shard in shards:
                 location.get(f"{folder}/{shard.file}", store / shard.file)
+                with _broken_there(f"{location.url}/{folder}/{index.name}"):
+                    if sha256_file(store / shard.file) != shard.sha256:
+                        raise DraftheadError(f"{shard.file}: its checksum is not the index's")
                 size += shard.bytes
             os.replace(aside / index.name, index)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {"units": len(missing), "bytes": size}
+
+
+@contextlib.contextmanager
+def _broken_there(index: str) -> Iterator[None]:
+    """What is wrong with a unit of a location is mended there: from there it would come again."""
+    try:
+        yield
+    except DraftheadError as error:
+        raise DraftheadError(
+            f"{index}: the unit is broken there ({error}); delete that file, and the same command "
+            "makes the unit again"
+        ) from None
