@@ -204,8 +204,19 @@ def test_libraries_that_are_there_and_broken(monkeypatch, machine, code, found, 
     assert doctor.check_imports(nothing) == []
 
 
+@pytest.mark.parametrize(
+    ("printed", "states"),
+    [("drafthead", ["ok"]), ("vllm", ["ok"]), ("nobody", ["fault"]), ("", [])],
+)
+def test_who_hands_out_hidden_states(recipe, monkeypatch, printed, states):
+    """tests/vllm/test_any_target.py has what the process really prints."""
+    monkeypatch.setattr(doctor, "_HOOK", f"print('noise\\nhook {printed}')")
+    assert [finding.state for finding in doctor.check_hook(recipe)] == states
+
+
 def test_head_of_another_target_is_a_fault(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "check_imports", lambda _: [])
+    for check in ("check_imports", "check_hook"):
+        monkeypatch.setattr(doctor, check, lambda _: [])
     runs = tmp_path / "runs"
     run = RunDir(runs / "r")
     crafted.head(run.head, tmp_path / "target")

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,16 @@ _IMPORTS = """
 import torch
 print("torch", "cuda" * torch.cuda.is_available(), flush=True)
 import vllm.entrypoints.llm
+"""
+# Who brings EAGLE-3's auxiliary hidden states: the package of the class that would be served.
+_HOOK = """
+import sys
+from vllm import ModelRegistry
+from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+model = ModelRegistry.models[sys.argv[1]].load_model_cls()
+print("hook", model.__module__.split(".")[0] if supports_eagle3(model) else "nobody")
 """
 _MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]??[/yellow]", "fault": "[red]no[/red]"}
 
@@ -310,6 +321,32 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     return found
 
 
+def check_hook(recipe: Recipe) -> list[Finding]:
+    """Whether vLLM can hand out the target's hidden states, which capture and every head need.
+
+    In a process of its own, which loads the plugin. Nothing is said where that cannot tell: of an
+    architecture that vLLM does not list, vLLM says itself what it makes of it.
+    """
+    from drafthead.targets import recipe_target
+
+    try:
+        (architecture,) = recipe_target(recipe).architectures
+        done = subprocess.run(
+            [sys.executable, "-c", _HOOK, architecture], capture_output=True, text=True, timeout=300
+        )
+    except (DraftheadError, ValueError, subprocess.TimeoutExpired):
+        return []
+    found = re.search(r"^hook (\w+)$", done.stdout, re.MULTILINE)
+    if found is None:
+        return []
+    bringer = {"vllm": "vLLM itself", "drafthead": "drafthead's plugin"}.get(found[1])
+    if bringer:
+        return [Finding("hidden states", "ok", f"{architecture}'s are handed out by {bringer}")]
+    words = f"neither vLLM's {architecture} nor drafthead's plugin hands them out: no EAGLE-3"
+    mend = "engine.extra: {model_impl: transformers}, if vLLM can serve the target that way"
+    return [Finding("hidden states", "fault", words, mend)]
+
+
 def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
     """The run's head against the recipe's target, if it is exported."""
     from drafthead.head.inspect import inspect_head
@@ -353,7 +390,8 @@ def diagnose(
         recipe = url = None
     if recipe is not None:
         run = RunDir(runs / recipe.name)
-        findings += check_recipe(recipe, run, machine) + check_head(run, recipe)
+        findings += check_recipe(recipe, run, machine)
+        findings += check_hook(recipe) + check_head(run, recipe)
     if url is not None:
         from drafthead.prove.live import diagnose_server
 

@@ -7,6 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Lfm2Config, Lfm2ForCausalLM, Lfm2MoeConfig, Lfm2MoeForCausalLM
 
+_LFM2_NORM = "model.embedding_norm.weight"
+_EPS = ("norm_eps", "rms_norm_eps", "layer_norm_eps")
+
 
 def write_target(
     folder: Path,
@@ -76,11 +79,11 @@ def write_head(
     norms: tuple[str, ...] = (),
     seed: int = 7,
 ) -> Path:
-    """Write a head for the LFM2 ``target`` that drafts from three quarters of its vocabulary.
+    """Write a head for ``target`` that drafts from three quarters of its vocabulary.
 
     Args:
         folder: where to; made if missing.
-        target: folder of a dense-embedding LFM2 or LFM2-MoE with tied embeddings.
+        target: folder of a target whose LM head is its embedding.
         aux_layers: ids in vLLM's convention; the last must be the number of layers if ``repeats``.
         repeats: draft the token that the target itself would choose at the state it was given,
             again and again. Real acceptance wherever the target repeats itself. Else random.
@@ -125,7 +128,9 @@ def write_head(
         head["fc.weight"][:, -hidden:] = torch.eye(hidden)
         head["layers.0.self_attn.o_proj.weight"].zero_()
         head["layers.0.mlp.down_proj.weight"].zero_()
-        head["norm.weight"] = weights["model.embedding_norm.weight"].float()
+        norm = "model.norm.weight" if "model.norm.weight" in weights else _LFM2_NORM
+        # Gemma's norms keep their weight less one.
+        head["norm.weight"] = weights[norm].float() + config["model_type"].startswith("gemma")
         head["lm_head.weight"] = weights["model.embed_tokens.weight"][drafted].float()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in head.items()}, folder / "model.safetensors")
@@ -139,7 +144,7 @@ def write_head(
         "num_key_value_heads": kv,
         "head_dim": size,
         "hidden_act": "silu",
-        "rms_norm_eps": config["norm_eps"],
+        "rms_norm_eps": next(config[name] for name in _EPS if name in config),
         "rope_theta": 10000.0,
         "max_position_embeddings": config["max_position_embeddings"],
         "attention_bias": False,

@@ -50,8 +50,8 @@ class Capture:
         model = runner.get_model()
         if not supports_eagle3(model):
             raise RuntimeError(
-                f"{type(model).__name__} cannot hand out its hidden states in this vLLM (no "
-                "SupportsEagle3); drafthead's plugin adds it for LFM2 and LFM2-MoE"
+                f"{type(model).__name__} cannot hand out its hidden states: no SupportsEagle3 in "
+                "this vLLM, nor in drafthead's plugin; `drafthead doctor` says more"
             )
         model.set_aux_hidden_state_layers(layers)
         runner.use_aux_hidden_state_outputs = True

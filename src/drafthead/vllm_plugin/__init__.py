@@ -1,4 +1,4 @@
-"""What stock vLLM lacks for EAGLE-3 on hybrid (short-conv) targets.
+"""What stock vLLM lacks for EAGLE-3: on hybrid (short-conv) targets most, on some others the hook.
 
 vLLM calls :func:`register` in every process it starts, through the entry-point group
 ``vllm.general_plugins``. Each mend is a module here with an ``apply()`` that first looks whether
@@ -15,7 +15,9 @@ SUPPORTED_VLLM = "0.32."
 
 # Applied at once: they concern the scheduler and the KV cache planner, which run in processes
 # that may never import the model. They act on hybrid models, on NVFP4 checkpoints, and on the CPU.
+# The first registers classes, which vLLM imports if it serves such a model.
 MENDS = (
+    "any_target",
     "placeholder_drafts",
     "draft_kv_group",
     "cpu_kernel_registry",

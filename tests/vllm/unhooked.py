@@ -1,0 +1,63 @@
+"""Random targets of architectures for which vLLM has no EAGLE-3 hook, in fp32."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+}
+_WINDOWS = {
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_MIXED = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
+_GRANITE = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+# Architecture: what its configuration needs beside the sizes.
+SETTINGS: dict[str, dict] = {
+    "Exaone4ForCausalLM": _WINDOWS,
+    "ExaoneMoeForCausalLM": _MIXED | _WINDOWS | {"num_experts": 4},
+    "GemmaForCausalLM": {},
+    # transformers' fast attention leaves the soft cap out.
+    "Gemma2ForCausalLM": _WINDOWS | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": None},
+    "Gemma3ForCausalLM": _WINDOWS | {"query_pre_attn_scalar": 32},
+    "Glm4ForCausalLM": {},
+    "GraniteMoeForCausalLM": _GRANITE,
+    "GraniteMoeSharedForCausalLM": _GRANITE | {"shared_intermediate_size": 64},
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2MoeForCausalLM": _MIXED | {"num_experts": 4, "shared_expert_intermediate_size": 64},
+}
+
+
+def write(architecture: str, folder: Path, *, embedding_scale: float = 4.0, seed: int = 0) -> Path:
+    """Write one, without a tokenizer, that repeats itself in runs; see ``models.write_target``."""
+    torch.manual_seed(seed)
+    name = architecture.removesuffix("ForCausalLM").replace("Gemma3", "Gemma3Text")
+    config = getattr(transformers, f"{name}Config")(**_SIZES | SETTINGS[architecture])
+    model = getattr(transformers, architecture)(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            scale = embedding_scale if "embed_tokens" in parameter_name else 1.0
+            torch.nn.init.normal_(parameter, std=0.15 * scale, generator=generator)
+    model.save_pretrained(folder)
+    return folder
