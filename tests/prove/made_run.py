@@ -17,7 +17,7 @@ from drafthead.prove.costmodel import (
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.pairing import Block, Point, summarize
 from drafthead.prove.prompts import Prompt
-from drafthead.prove.proof import write_proof
+from drafthead.prove.proof import hash_folder, write_proof
 from drafthead.prove.sampled import TwoSample
 from drafthead.prove.steady import requests
 from drafthead.recipe import parse_recipe
@@ -85,6 +85,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         },
         "method": "made",
         "grid": cells,
+        "head": {"sha256": hash_folder(run.head)},
         "cost_model": fits,
         "cost_model_error": errors,
         "recommended_num_speculative_tokens": recommended_k(fits, 1),

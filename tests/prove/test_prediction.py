@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from drafthead.data.answers import Answer, write_part
+from drafthead.fsio import write_json
 from drafthead.prove.bench import grid
 from drafthead.prove.prediction import (
     Rehearsal,
     by_vocabulary,
+    expected_acceptance,
     predicted_curves,
     predicted_over_served,
 )
@@ -39,6 +41,7 @@ def test_no_prediction_over_other_text(tmp_path):
         _recipe(generate={"max_new_tokens": 64, "temperature": 0.7}),
         _recipe(generate={"max_new_tokens": 63}),
         _recipe(bench={"max_new_tokens": 64, "temperature": [0.5]}),
+        _recipe(bench={"max_new_tokens": 64, "sources": [{"path": "code.jsonl"}]}),
     ):
         assert predicted_over_served(Rehearsal(recipe, run, None, grid(recipe)[0])) is None
 
@@ -46,6 +49,25 @@ def test_no_prediction_over_other_text(tmp_path):
 def test_no_prediction_without_states(tmp_path):
     recipe = _recipe()
     assert predicted_over_served(Rehearsal(recipe, RunDir(tmp_path), None, grid(recipe)[0])) is None
+
+
+@pytest.mark.parametrize(
+    ("bench", "expected", "curves"),
+    [
+        ({}, [0.5, 0.2, 0.1], [[0.6], [0.5, 0.2], [0.5, 0.2, 0.1]]),
+        ({"temperature": [0.7, 0.0]}, None, [[0.6], [0.5, 0.2], [0.5, 0.2, 0.1]]),
+        ({"sources": [{"path": "code.jsonl"}]}, None, None),
+    ],
+)
+def test_what_training_evaluated_is_no_prediction_of_other_text(tmp_path, bench, expected, curves):
+    run = RunDir(tmp_path)
+    rates = {1: [0.6], 2: [0.5, 0.2], 3: [0.5, 0.2, 0.1]}
+    heldout = [{"k": k, "acceptance_by_position": found} for k, found in rates.items()]
+    write_json(run.train / "best.json", {"heldout": heldout})
+    recipe = _recipe(bench=bench)
+    rehearsal = Rehearsal(recipe, run, None, grid(recipe)[0])
+    assert expected_acceptance(rehearsal) == expected
+    assert predicted_curves(rehearsal, 7) == curves
 
 
 def test_a_smaller_vocabulary_is_tried_out(tmp_path):

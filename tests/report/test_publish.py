@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import read_json, sha256_file
+from drafthead.fsio import read_json, sha256_file, write_json
 from drafthead.report.card import find_licence, write_card
 from drafthead.report.page import report
 from drafthead.report.publish import publish
@@ -37,7 +37,7 @@ def card_of(run):
 
 
 def test_card_header_and_figures(made):
-    _, run = made
+    recipe, run = made
     header, body = card_of(run)
     assert header["base_model"] == "some/target"
     assert header["license"] == "apache-2.0"
@@ -52,6 +52,7 @@ def test_card_header_and_figures(made):
         assert f"{100 * rate:.1f} %" in body
     assert "63 of 64 answers identical" in body
     assert str(run.root) not in body  # no path of this machine
+    assert recipe.target.path not in body
     assert "vllm serve some/target" in body
     assert "NCCL_P2P_DISABLE=1 NCCL_CUMEM_ENABLE=0 vllm serve" in body
     assert "--disable-custom-all-reduce" in body
@@ -120,6 +121,20 @@ def test_what_is_not_proved_is_not_published(tmp_path):
     (run.root / "proof.json").write_text(json.dumps(proof | {"lossless": True}))
     with pytest.raises(DraftheadError, match="altered after it was signed off"):
         publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+
+
+def test_figures_of_another_head_are_not_published(made):
+    recipe, run = made
+    bench = read_json(run.bench_json, "")
+    write_json(run.bench_json, bench | {"head": {"sha256": {"model.safetensors": "0" * 64}}})
+    with pytest.raises(
+        DraftheadError, match=r"bench\.json: of another head .*bench RECIPE --again"
+    ):
+        publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    del bench["head"]  # as in records of earlier versions
+    write_json(run.bench_json, bench | {"speedup": 7.77})
+    publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    assert "7.77×" in run.report_html.read_text()  # what was written before told of other figures
 
 
 def command(made, server, *arguments):

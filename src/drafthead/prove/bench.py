@@ -17,9 +17,8 @@ from drafthead.prove.pairing import METHOD, Point
 from drafthead.prove.prediction import (
     Rehearsal,
     by_vocabulary,
-    predicted_acceptance,
+    expected_acceptance,
     predicted_curves,
-    predicted_over_served,
 )
 from drafthead.prove.prompts import timed_prompts
 from drafthead.prove.proof import command_line, hash_folder, now
@@ -134,7 +133,7 @@ def _on_each_number_of_gpus(recipe: Recipe) -> list[Recipe]:
 
 
 def _vocabularies(
-    recipe: Recipe, rehearsal: Rehearsal, curves: list[list[float]] | None
+    recipe: Recipe, rehearsal: Rehearsal, curves: list[list[float]] | None, gpus: int
 ) -> Vocabularies | None:
     """What other draft vocabularies would cost here and accept; None for a head from elsewhere."""
     others = by_vocabulary(rehearsal, curves)
@@ -143,8 +142,9 @@ def _vocabularies(
     config = read_json(rehearsal.run.head / "config.json", "the head's configuration", WrittenHead)
     rows, device = config["draft_vocab_size"], this_machine().vllm_device
     dtype = torch.float32 if recipe.engine.dtype == "float32" else torch.bfloat16
-    row_s = {
-        n: row_seconds(config["hidden_size"], rows, n, device=device, dtype=dtype)
+    row_s = {  # vLLM spreads the head's rows over the target's GPUs
+        n: row_seconds(config["hidden_size"], -(-rows // gpus), n, device=device, dtype=dtype)
+        / gpus
         for n in recipe.bench.concurrency
     }
     return Vocabularies(rows, row_s, others)
@@ -208,9 +208,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     points = grid(recipe)
     target = recipe_target(recipe)
     rehearsal = Rehearsal(recipe, run, target, points[0])
-    expected = predicted_over_served(rehearsal) or predicted_acceptance(
-        run, points[0].num_speculative_tokens
-    )
+    expected = expected_acceptance(rehearsal)
     head = existing_head(run.head)
     cells = [
         cell
@@ -221,7 +219,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     greedy = [c for c in cells if not c["temperature"] and c["tensor_parallel_size"] == gpus]
     most = max(_POSITIONS, *(p.num_speculative_tokens for p in points))
     curves = predicted_curves(rehearsal, most)
-    fits = analyse(greedy, curves, _vocabularies(recipe, rehearsal, curves))
+    fits = analyse(greedy, curves, _vocabularies(recipe, rehearsal, curves, gpus))
     fits, errors = with_intervals(greedy, fits, curves)
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
@@ -232,6 +230,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         else None,
         "method": METHOD,
         "grid": cells,
+        "head": {"sha256": hash_folder(run.head)},
         "cost_model": fits,
         "cost_model_error": errors,
         "recommended_num_speculative_tokens": recommended_k(fits, points[0].concurrency),

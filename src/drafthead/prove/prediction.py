@@ -68,9 +68,14 @@ class Rehearsal:
     def possible(self) -> bool:
         """Whether the answers at hand are those that will be served, and their states are there."""
         other_text = self.recipe.generate.temperature > 0 or self.point.temperature > 0
-        other_text |= self.recipe.bench.sources is not None
+        other_text |= self.other_prompts
         longer = self.recipe.generate.max_new_tokens < self.point.max_new_tokens
         return not other_text and not longer and (self.run.states / "meta.json").exists()
+
+    @property
+    def other_prompts(self) -> bool:
+        """Whether the bench asks prompts of its own: nothing held out tells of those."""
+        return self.recipe.bench.sources is not None
 
     def head(self) -> Eagle3Head:
         return load_head(existing_head(self.run.head), self.target).head.float()
@@ -102,9 +107,11 @@ class Rehearsal:
 def predicted_curves(rehearsal: Rehearsal, most: int) -> list[list[float]] | None:
     """Acceptance by position with 1, 2, … drafts a step, for the cost model: over what the bench
     serves where that can be told, up to ``most`` drafts; else as far as training evaluated. None
-    without either."""
+    without either, and for prompts of the bench's own."""
     if rehearsal.possible:
         return rehearsal.acceptance(rehearsal.head(), range(1, most + 1))
+    if rehearsal.other_prompts:
+        return None
     longest = predicted_acceptance(rehearsal.run)
     if longest is None:
         return None
@@ -118,6 +125,17 @@ def predicted_over_served(rehearsal: Rehearsal) -> list[float] | None:
     if not rehearsal.possible:
         return None
     return rehearsal.acceptance(rehearsal.head(), [rehearsal.point.num_speculative_tokens])[0]
+
+
+def expected_acceptance(rehearsal: Rehearsal) -> list[float] | None:
+    """Acceptance by position to put beside the served one: over exactly what is served, else what
+    training evaluated. None of sampled answers, and of prompts of the bench's own: what is so far
+    from the prediction would be taken for a head that is served wrongly."""
+    if rehearsal.possible:
+        return predicted_over_served(rehearsal)
+    if rehearsal.other_prompts or rehearsal.point.temperature:
+        return None
+    return predicted_acceptance(rehearsal.run, rehearsal.point.num_speculative_tokens)
 
 
 def by_vocabulary(

@@ -91,6 +91,8 @@ class Pair(TypedDict):
     drafted_first_token_s: Amount
     drafts: Count
     accepted_by_position: list[Count]
+    base_steps: NotRequired[str | None]
+    drafted_steps: NotRequired[str | None]
 
 
 class Cell(Point):
@@ -162,9 +164,14 @@ class Contest(TypedDict):
     beside: NotRequired[dict[str, Beside]]
 
 
+class ProvedHead(TypedDict):
+    sha256: dict[str, str]
+
+
 class Bench(Headline, Contest):
     """``bench.json``."""
 
+    head: NotRequired[ProvedHead]
     max_new_tokens: Natural
     pairs_timed: Count
     acceptance_by_position: Curve
@@ -229,10 +236,6 @@ class Verified(Outcome):
     runs: list[Run]
     sampled: NotRequired[Sampled | None]
     command: str
-
-
-class ProvedHead(TypedDict):
-    sha256: dict[str, str]
 
 
 class ProvedOutcome(TypedDict):

@@ -224,7 +224,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "reasons": (several or one).explain(),
         "needs_plugin": not stock,
         "vllm": r.bench["machine"]["versions"].get("vllm", "0.32"),
-        "facts": facts(r),
+        "facts": [("target", base), *facts(r)[1:]],  # not the folder of this machine
         "limitations": limitations(r),
         "licence_words": licence.words,
     }

@@ -6,10 +6,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import sha256_file
+from drafthead.fsio import sha256_file, write_bytes
 from drafthead.prove.proof import proof_path
 from drafthead.recipe import Recipe
 from drafthead.report.card import hub_id, write_card
+from drafthead.report.page import render
 from drafthead.report.results import read_results
 from drafthead.rundir import RunDir
 
@@ -28,7 +29,7 @@ def files_to_publish(run: RunDir) -> dict[str, Path]:
 def publish(
     recipe: Recipe, runs: Path, *, repo: str | None, dry_run: bool, console: Console
 ) -> dict:
-    """Upload a run's head to the hub in one commit, its card written anew.
+    """Upload a run's head to the hub in one commit, its card and report written anew.
 
     Args:
         recipe: the run's recipe.
@@ -41,8 +42,8 @@ def publish(
         ``repo``, ``files`` (path, bytes, sha256), and the ``url`` of the commit if there is one.
 
     Raises:
-        DraftheadError: verify, bench or report has not been run on this head, no repository is
-            named, or the hub refuses.
+        DraftheadError: verify or bench has not been run on this head, no repository is named, or
+            the hub refuses.
         ClaimFailed: the head is not lossless.
     """
     run = RunDir(runs / recipe.name)
@@ -59,8 +60,7 @@ def publish(
     results = read_results(recipe.model_copy(update={"publish": section}), run)
     if not results.proof["lossless"]:
         raise ClaimFailed(f"{proof_path(run)}: not lossless; such a head is not published")
-    if not run.report_html.exists():
-        raise DraftheadError(f"{run.report_html}: not there; run `drafthead report` first")
+    write_bytes(run.report_html, render(results, "report.html.j2").encode())
     write_card(results)
     if hub_id(results) is None:
         console.print(

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json
 from drafthead.prove.proof import read_proof
 from drafthead.prove.records import (
@@ -82,8 +83,8 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
     """Read a run that has been verified and benched.
 
     Raises:
-        DraftheadError: verify or bench has not been run, the proof is of another head, or a file
-            is not what this version writes.
+        DraftheadError: verify or bench has not been run, or on another head, or a file is not what
+            this version writes.
     """
 
     def optional(path: Path, what: str, shape: Any) -> Any:
@@ -95,14 +96,18 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
         done = read_json(path, f"the record of stage {stage}", ENDED.get(stage, Ended), RECORD_MEND)
         summaries[stage] = done["summary"]
     coverage = run.vocab / "coverage.json"
+    bench = read_json(run.bench_json, "the figures of `drafthead bench`", Bench, BENCH_AGAIN)
+    proof = read_proof(run)
+    if "head" in bench and bench["head"]["sha256"] != proof["head"]["sha256"]:
+        raise DraftheadError(f"{run.bench_json}: of another head than lies there; {BENCH_AGAIN}")
     return Results(
         recipe=recipe,
         run=run,
         verify=read_json(
             run.verify_json, "the outcome of `drafthead verify`", Verified, VERIFY_AGAIN
         ),
-        bench=read_json(run.bench_json, "the figures of `drafthead bench`", Bench, BENCH_AGAIN),
-        proof=read_proof(run),
+        bench=bench,
+        proof=proof,
         training=optional(run.train / "best.json", "the held-out evaluation", Training),
         coverage=None
         if recipe.train.start_from
