@@ -3,6 +3,7 @@
     python benchmarks/grid.py --out OUT --prompts chat=chat.jsonl --prompts code=code.jsonl \
         --case smollm2-nvfp4=TARGET,HEAD --case smollm2=TARGET,HEAD --lfm2
     python benchmarks/grid.py --out /tmp/g --tiny            # rehearsal on a CPU
+    python benchmarks/grid.py --refit benchmarks/results/grid.json
 
 Each --case is a target's folder and an EAGLE-3 head's; --lfm2 adds LFM2.5-8B-A1B's shapes with
 dummy weights (see lfm2_shapes.py), a random head and acceptance that is synthetic and so named:
@@ -11,8 +12,9 @@ cost model's word on vocabularies against.
 
 All engines of all cases start side by side; only then are they timed, one at work at a time, the
 target alone and every k in turn on the same prompts. The loads are gone through again and again, a
-few pairs of each, until --seconds are over: each point has about as many pairs as the time allows.
-OUT/grid.json is written after every load.
+few pairs of each, until --seconds are over: each point has about as many pairs as time allows.
+OUT/grid.json is written after every load. --refit fits the cost model to such a record anew, or
+to a run's bench.json, by the rules of today, and prints its errors.
 
 On a GPU machine where each process takes a minute to start, a case a call (four engines) is about
 two minutes of starting and one of timing; --in-process halves the processes, but then the host's
@@ -43,7 +45,16 @@ from drafthead.machine import this_machine
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import Curves, analyse, model
 from drafthead.prove.grid import line, running, start
-from drafthead.prove.pairing import METHOD, Block, Engine, Point, run_pairs, summarize
+from drafthead.prove.pairing import (
+    METHOD,
+    Block,
+    Engine,
+    Point,
+    judged_anew,
+    run_pairs,
+    summarize,
+    typical_steps,
+)
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import parse_recipe
 from drafthead.serve import Plan, Setting, engine_plan
@@ -95,6 +106,7 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
                 "max_num_seqs": max(options.concurrency),
                 "kv_cache_memory_bytes": (768 << 20) if cuda else (128 << 20),
                 "gpu_memory_utilization": 0.05,
+                "extra": graph_size(options),
             },
         },
         "grid.py",
@@ -107,6 +119,11 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
         base, *rest = (in_process(plan) for plan in (base, *drafted.values()))
         drafted = dict(zip(drafted, rest, strict=True))
     return Case(name, base, drafted, prompts, about)
+
+
+def graph_size(options: argparse.Namespace) -> dict[str, int]:
+    """vLLM's argument for ``--capture``."""
+    return {"max_cudagraph_capture_size": options.capture} if options.capture else {}
 
 
 def in_process(plan: Plan) -> Plan:
@@ -128,6 +145,7 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
         "max_num_seqs": max(options.concurrency),
         "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
         **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
+        **graph_size(options),
     }
     env = IN_PROCESS if options.in_process or tiny else {}
 
@@ -239,12 +257,32 @@ def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -
             CONSOLE.print(f"{case.name}: {line(cell)}")
 
 
-def judge(case: Case, own: dict) -> None:
+def judge(cells: Sequence[dict], curves: Curves | None) -> dict:
     """The cost model on a case's greedy cells, its error and that of noise alone."""
-    greedy = [cell for cell in own["cells"] if not cell["temperature"]]
-    own["cost_model"], own["cost_model_error"] = with_intervals(
-        greedy, analyse(greedy, case.curves), case.curves
-    )
+    greedy = [cell for cell in cells if not cell["temperature"]]
+    fits, errors = with_intervals(greedy, analyse(greedy, curves), curves)
+    return {"cost_model": fits, "cost_model_error": errors}
+
+
+def refit(record: dict) -> dict[str, dict]:
+    """What :func:`judge` says today of every case of a record that kept its pairs, with the
+    acceptance as it was served; of a run's bench.json as one case."""
+    cases = record.get("cases") or {"bench": {"cells": record["grid"]}}
+    found = {}
+    for name, case in cases.items():
+        gpus = {cell.get("tensor_parallel_size") for cell in case["cells"][:1]}
+        cells = [
+            cell | {"pairs": pairs, "step_s": typical_steps(pairs)}
+            for cell in case["cells"]
+            if cell.get("tensor_parallel_size") in gpus
+            and (pairs := [judged_anew(pair) for pair in cell.get("pairs", [])])
+            and "drafted_undisturbed_step_s" in pairs[0]
+        ]
+        synthetic = case.get("acceptance") == "synthetic"
+        curves = [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)] if synthetic else None
+        if cells:
+            found[name] = judge(cells, curves)
+    return found
 
 
 def check_vocabulary(record: dict, options: argparse.Namespace) -> list[dict]:
@@ -288,7 +326,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--refit", type=Path, metavar="RECORD", help="time nothing")
     parser.add_argument("--case", action="append", default=[], help="NAME=TARGET,HEAD")
     parser.add_argument("--lfm2", action="store_true", help="also LFM2.5-8B-A1B's shapes")
     parser.add_argument("--prompts", action="append", default=[], help="NAME=FILE")
@@ -302,10 +341,17 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=280, help="of timing, starts not counted")
     parser.add_argument("--in-process", action="store_true", help="no process for the engine")
+    parser.add_argument("--capture", type=int, help="tokens of the largest CUDA graph")
     add_turn(parser)
     parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if options.refit:
+        for name, judged in refit(json.loads(options.refit.read_text())).items():
+            CONSOLE.print({name: judged["cost_model_error"]})
+        return
+    if options.out is None:
+        parser.error("--out or --refit is needed")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.tiny:
         tiny_cases(options)
@@ -338,7 +384,8 @@ def main() -> None:
         record["vocabulary"] = check_vocabulary(record, options)
     write_json(options.out / "grid.json", record)
     for case in cases:
-        judge(case, record["cases"][case.name])
+        own = record["cases"][case.name]
+        own |= judge(own["cells"], case.curves)
         CONSOLE.print({case.name: record["cases"][case.name]["cost_model_error"]})
     write_json(options.out / "grid.json", record)
     CONSOLE.print({"vocabulary": record["vocabulary"]})

@@ -1,6 +1,7 @@
 """The grid's bookkeeping, with engines that only say what they were asked."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ from rich.console import Console
 
 from drafthead.data.answers import Answer, write_part
 from drafthead.fsio import read_json
-from drafthead.prove.bench import _on_each_number_of_gpus, bench
+from drafthead.prove.bench import _on_each_number_of_gpus, _vocabularies, bench
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.grid import shared, time_grid
-from drafthead.prove.pairing import Point, run_pairs, typical_steps
+from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import Plan, Setting, engine_plan
@@ -62,6 +63,16 @@ def test_every_engine_gets_each_block_in_turn():
         assert sum(limits) == 5 * len(first[n].sources)  # a whole answer to each prompt
         assert first[n].counters.drafts == sum(limits) - len(limits)
     assert len({how["seed"] for _, _, how in timed}) == len(first)
+
+
+def test_a_source_of_one_pair_has_no_interval_hence_no_figures():
+    base, drafted = (Engine(name, 0.1, []) for name in ("base", "drafted"))
+    point = Point(1, 1, 0.0, 5)
+    prompts = [([i], f"source {i}") for i in range(8)] + [([9], "source 0")]
+    (blocks,) = run_pairs(base, [drafted], prompts, point, repeats=1, warmup=0)
+    found = summarize(point, blocks)
+    assert found["pairs_timed"] == 9
+    assert set(found["by_source"]) == {"source 0"}
 
 
 def step_pair(base_s, drafted_s, undisturbed_s=None):
@@ -157,6 +168,22 @@ def test_an_ended_bench_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     ]
     assert sorted(found) == [(c, k) for c in (1, 2, 4) for k in (1, 3)]
     assert not list(run.root.glob(".stages/cells-*"))
+
+
+def test_a_row_of_the_draft_vocabulary_is_one_gpus_of_several(tmp_path, llama, monkeypatch):
+    data = {"name": "r", "target": {"path": str(llama)}}
+    recipe = parse_recipe(data | {"prompts": {"sources": [{"path": "p.jsonl"}]}}, "test")
+    run = RunDir(tmp_path)
+    crafted.head(run.head, crafted.target(tmp_path / "target"))
+    monkeypatch.setattr("drafthead.prove.bench.by_vocabulary", lambda *_: {64: [[0.5]]})
+    asked = []
+    monkeypatch.setattr(
+        "drafthead.prove.bench.row_seconds", lambda _h, rows, _n, **_: asked.append(rows) or 1e-9
+    )
+    rehearsal = SimpleNamespace(run=run)
+    found = [_vocabularies(recipe, rehearsal, [[0.5]], gpus).row_s[1] for gpus in (1, 2)]
+    assert found == [1e-9, 5e-10]
+    assert asked == [crafted.DRAFT_VOCAB, crafted.DRAFT_VOCAB // 2]
 
 
 def test_each_number_of_gpus_has_plans_of_its_own(llama):

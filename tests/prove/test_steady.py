@@ -1,6 +1,7 @@
 """The part of a list of requests that counts, against engines whose times are known."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafthead.prove.engine import Completion, Generation, SpecCounters
-from drafthead.prove.pairing import Block, figures
-from drafthead.prove.steady import requests, whole, window
+from drafthead.prove.pairing import Block, figures, judged_anew, pair
+from drafthead.prove.steady import (
+    MOST_STEPS,
+    Step,
+    packed,
+    requests,
+    undisturbed_step_s,
+    unpacked,
+    whole,
+    window,
+)
 from tests.prove.closed_loop import serve
 
 
@@ -93,6 +103,11 @@ def test_places_that_fall_free_at_once_with_one_request_left():
     assert (seen.waiting_s, seen.decoding_s) == (1.0, 2.0)
 
 
+def calm(seen):
+    """Seconds of each step that each request met, with nobody waiting."""
+    return [s.seconds for s in seen.steps for _ in range(s.requests) if not s.waiting]
+
+
 def test_steps_that_read_no_other_prompt_are_known_by_themselves():
     """Two places; the answer of the second ends at 3, and its next request's prompt is read in
     the step of the first that ends at 4.5, half a second longer than its others."""
@@ -100,10 +115,14 @@ def test_steps_that_read_no_other_prompt_are_known_by_themselves():
     second = Completion([0] * 3, "length", 0, [(t, 1) for t in (1, 2, 3)])
     third = Completion([0] * 3, "length", 3, [(t, 1) for t in (4.5, 5.5, 6.5)])
     seen = window(Generation([first, second, third], 6.5), 2)
-    assert seen.undisturbed_s == [1.0] * 8
-    assert seen.decoding_s == pytest.approx(sum(seen.undisturbed_s) + 1.5)
+    assert calm(seen) == [1.0] * 8
+    assert undisturbed_step_s(seen.steps) == 1
+    assert seen.decoding_s == pytest.approx(sum(calm(seen)) + 1.5)
+    (other,) = [step for step in seen.steps if step.waiting]
+    assert other == Step(1.5, requests=1, tokens=1, first=1, waiting=1)
     alone = window(Generation([first], 6.5), 1)
-    assert alone.undisturbed_s == [1, 1, 1.5, 1, 1]  # no other request, no prompt of one
+    assert calm(alone) == [1, 1, 1.5, 1, 1]  # no other request, no prompt of one
+    assert undisturbed_step_s([other]) is None
 
 
 def test_a_prompt_whose_step_begins_before_the_last_output_is_read_disturbs_both():
@@ -113,8 +132,36 @@ def test_a_prompt_whose_step_begins_before_the_last_output_is_read_disturbs_both
     second = Completion([0] * 3, "length", 0, [(t, 1) for t in (1, 2, 3)])
     third = Completion([0] * 3, "length", 3, [(t, 1) for t in (6, 7, 8)])
     seen = window(Generation([first, second, third], 8.0), 2)
-    assert seen.undisturbed_s == [1.0] * 8
-    assert seen.decoding_s == pytest.approx(sum(seen.undisturbed_s) + 3)
+    assert calm(seen) == [1.0] * 8
+    assert seen.decoding_s == pytest.approx(sum(calm(seen)) + 3)
+
+
+@given(st.lists(st.builds(Step, st.floats(0, 100), *[st.integers(0, 300)] * 4), max_size=20))
+def test_steps_come_back_from_a_record(steps):
+    again = unpacked(packed(steps))
+    assert [step.seconds for step in again] == pytest.approx(
+        [step.seconds for step in steps], abs=5.1e-7
+    )
+    assert [replace(step, seconds=0) for step in again] == [replace(s, seconds=0) for s in steps]
+    assert packed([Step(1.0, 1, 1, 0, 0)] * (MOST_STEPS + 1)) is None
+
+
+def test_a_recorded_pair_is_judged_as_it_was():
+    indices, limits = requests(range(8), 4, 48)
+    plain, fast = timed(limits, 4), timed(limits, 4, np.full(len(indices), 1.75))
+    drafts = sum(len(c.outputs) - 1 for c in fast.completions)
+    made = pair(Block(["s"], 4, limits, plain, fast, SpecCounters(drafts, 0, 0, [0])))
+    again = judged_anew(made)
+    assert again.keys() == made.keys()
+    for name in ("base", "drafted"):
+        field = f"{name}_undisturbed_step_s"
+        assert again[field] == pytest.approx(made[field], rel=1e-5)
+        steps = unpacked(made[f"{name}_steps"])
+        assert sum(step.requests * step.seconds for step in steps) < 4 * made[f"{name}_s"]
+    old = {name: value for name, value in made.items() if not name.endswith("_steps")}
+    assert judged_anew(old) == old
+    one = pair(Block(["s"], 1, [48], timed([48], 1), timed([48], 1), SpecCounters(47, 0, 0, [0])))
+    assert one["base_steps"] is None
 
 
 def test_the_whole_answers_are_those_of_the_second_round():

@@ -15,7 +15,15 @@ import numpy as np
 from drafthead.prove.engine import Completion, EngineProcess, Generation, SpecCounters
 from drafthead.prove.server import Client
 from drafthead.prove.stats import conditional, speedup
-from drafthead.prove.steady import Window, requests, whole, window
+from drafthead.prove.steady import (
+    Window,
+    packed,
+    requests,
+    undisturbed_step_s,
+    unpacked,
+    whole,
+    window,
+)
 
 MIN_PAIRS = 8
 """Fewer pairs give no interval worth printing: a small set is gone through again."""
@@ -24,8 +32,8 @@ METHOD = (
     "measured; the same prompts on both engines, alternating which goes first, warm-up left out; "
     "one request at a time: all generated tokens over all seconds; several: each that ends is "
     "replaced at once, and tokens and seconds count while all places are taken; prefill included "
-    "and never from a prefix cache; ratio over pairs with a 95 % percentile bootstrap interval; "
-    "seconds of a step from the mean of steps a second over pairs; "
+    "and never from a prefix cache; ratio over pairs with a 95 % bootstrap interval (expanded "
+    "percentile); seconds of a step from the mean of steps a second over pairs; "
     "acceptance from the engine's own counters"
 )
 
@@ -194,7 +202,10 @@ def summarize(point: Point, blocks: Sequence[Block]) -> dict:
         **figures(blocks),
         "answers": len(answers),
         "same_tokens": sum(a.ids == b.ids for a, b in answers),
-        "by_source": {source: figures(own) for source, own in sorted(by_source.items())},
+        # A single pair has no interval.
+        "by_source": {
+            source: figures(own) for source, own in sorted(by_source.items()) if len(own) > 1
+        },
         "pairs": [pair(block) for block in blocks],
     }
 
@@ -216,7 +227,7 @@ def step_seconds(seen: Window, steps_a_token: float) -> float | None:
 def pair(block: Block) -> dict:
     """What a block gave while all places were taken, JSON-able: all that the figures of a point
     come from. Drafts and their acceptance are those of the whole block."""
-    counters, found = block.counters, dict[str, float | None]()
+    counters, found = block.counters, dict[str, float | str | None]()
     later = block.drafted.tokens - len(block.drafted.completions)
     drafts_a_token = counters.drafts / later if later else 0.0
     for name, generation, steps in (
@@ -229,9 +240,9 @@ def pair(block: Block) -> dict:
             f"{name}_s": seen.seconds,
             f"{name}_answers": seen.answers,
             f"{name}_step_s": step_seconds(seen, steps),
-            f"{name}_undisturbed_step_s": (
-                float(np.mean(seen.undisturbed_s)) if seen.undisturbed_s else None
-            ),
+            f"{name}_undisturbed_step_s": undisturbed_step_s(seen.steps),
+            # One at a time no request waits while another is answered.
+            f"{name}_steps": packed(seen.steps) if block.concurrency > 1 else None,
             f"{name}_first_token_s": seen.waiting_s / seen.answers,
         }
     return {
@@ -240,6 +251,18 @@ def pair(block: Block) -> dict:
         "drafts": counters.drafts,
         "accepted_by_position": counters.accepted_per_position,
     }
+
+
+def judged_anew(pair: dict) -> dict:
+    """A recorded pair with its undisturbed steps told apart by the rule of today; as it is, if its
+    steps were not kept."""
+    kept = {name: pair.get(f"{name}_steps") for name in ("base", "drafted")}
+    anew = {
+        f"{name}_undisturbed_step_s": undisturbed_step_s(unpacked(text))
+        for name, text in kept.items()
+        if text is not None
+    }
+    return {**pair, **anew}
 
 
 def typical_steps(pairs: Sequence[dict]) -> dict[str, float | None]:

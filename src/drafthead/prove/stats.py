@@ -1,9 +1,11 @@
 """Throughputs and shares held against each other, with what chance does: small, in numpy."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
+from statistics import NormalDist
 
 import numpy as np
 
@@ -37,10 +39,11 @@ def speedup(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Speedup:
-    """Ratio of drafted to base throughput over pairs, with a percentile bootstrap interval.
+    """Ratio of drafted to base throughput over pairs, with a bootstrap interval.
 
     Throughput is all tokens over all seconds. Pairs are resampled whole (both sides together), so
-    that what a prompt does to both cancels out.
+    that what a prompt does to both cancels out. The interval is the expanded percentile one
+    (:func:`tail`).
 
     Args:
         base_tokens: tokens of each pair [n], written by the target alone.
@@ -58,9 +61,26 @@ def speedup(
     # Counts of each pair in a resample [resamples, n]; sums are then one matrix product.
     counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
     bt, bs, dt, ds = columns @ counts.T
-    low, high = np.percentile(dt / ds / (bt / bs), [2.5, 97.5])
+    low, high = np.quantile(dt / ds / (bt / bs), [tail(n), 1 - tail(n)])
     bt, bs, dt, ds = columns.sum(axis=1)
     return Speedup(bt / bs, dt / ds, dt / ds / (bt / bs), (float(low), float(high)), n)
+
+
+def tail(n: int) -> float:
+    """Share of a bootstrap's resamples to leave out on each side of a 95 % interval from ``n``
+    observations, as far as so few can tell: 2.5 % of very many, less of few. What is resampled
+    varies too little, by the square root of (n - 1) / n, and the normal distribution has shorter
+    tails than Student's t (Hesterberg, What Teachers Should Know About the Bootstrap, 2015). Of 8
+    pairs the plain percentiles cover the truth in 87 % of cases, these in 93 %.
+    """
+    if n < 2:
+        return 0.0
+    normal, nu = NormalDist(), n - 1
+    z = normal.inv_cdf(0.975)
+    # Quantile of Student's t (Abramowitz and Stegun, 26.7.5).
+    t = z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * nu**3)
+    return normal.cdf(-t * math.sqrt(n / nu))
 
 
 def conditional(unconditional: Sequence[float]) -> list[float]:

@@ -9,6 +9,7 @@ its work, to the moment in which a place falls free and no request is left to ta
 
 import itertools
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,21 @@ def requests(
 
 
 @dataclass(frozen=True)
+class Step:
+    """From one output to the next, as requests meet it that are past their first token."""
+
+    seconds: float
+    requests: int
+    """That met it: over HTTP each meets steps of its own."""
+    tokens: int
+    """That it brought them."""
+    first: int
+    """First tokens of other requests that came at its end."""
+    waiting: int
+    """Requests that waited for their first token at some time in it."""
+
+
+@dataclass(frozen=True)
 class Window:
     """What came while all places were taken."""
 
@@ -56,11 +72,8 @@ class Window:
     decoding_s: float
     """That they spent after. With ``waiting_s`` it makes ``seconds`` times the requests at once,
     but for the moments between an answer and the next request."""
-    undisturbed_s: list[float]
-    """Of each step, as a request meets it, that had nothing to do with another request's prompt:
-    from one output to the next in a time in which no request waited for its first token. Where a
-    step is started before the last one's output is read, as an asynchronous engine does, a prompt
-    delays the output before the one that brings its first token."""
+    steps: list[Step]
+    """In the order in which they ended."""
 
     @property
     def later_tokens(self) -> int:
@@ -81,13 +94,16 @@ def window(generation: Generation, concurrency: int) -> Window:
 
     begun = sorted(c.begin_at for c in completions)
     answered = sorted(c.first_token_at for c in completions)
+    first = Counter(answered)
+    # By end and begin of a step, its tokens for each request that met it.
+    met: dict[tuple[float, float], list[int]] = {}
+    for c in completions:
+        for (since, _), (until, n) in itertools.pairwise(c.outputs):
+            if begin <= since and until <= end:
+                met.setdefault((until, since), []).append(n)
 
     def within(since: float, until: float) -> float:
         return max(0.0, min(until, end) - max(since, begin))
-
-    def undisturbed(since: float, until: float) -> bool:
-        waiting = bisect_left(begun, until) - bisect_right(answered, since)
-        return begin <= since and until <= end and not waiting
 
     return Window(
         end - begin,
@@ -96,12 +112,45 @@ def window(generation: Generation, concurrency: int) -> Window:
         sum(within(c.begin_at, c.first_token_at) for c in completions),
         sum(within(c.first_token_at, c.end_at) for c in completions),
         [
-            until - since
-            for c in completions
-            for (since, _), (until, _) in itertools.pairwise(c.outputs)
-            if undisturbed(since, until)
+            Step(
+                until - since,
+                len(tokens),
+                sum(tokens),
+                first[until],
+                bisect_left(begun, until) - bisect_right(answered, since),
+            )
+            for (until, since), tokens in sorted(met.items())
         ],
     )
+
+
+def undisturbed_step_s(steps: Sequence[Step]) -> float | None:
+    """Mean seconds of a step, as a request meets it, that had nothing to do with another request's
+    prompt: in whose time no request waited for its first token. Where a step is started before the
+    last one's output is read, as an asynchronous engine does, a prompt delays the output before
+    the one that brings its first token. None if there is no such step."""
+    calm = [step for step in steps if not step.waiting]
+    met = sum(step.requests for step in calm)
+    return sum(step.seconds * step.requests for step in calm) / met if met else None
+
+
+MOST_STEPS = 1024
+"""Kept in a record of a pair's one side: 16 kB."""
+
+
+def packed(steps: Sequence[Step]) -> str | None:
+    """Steps for a record, with which another rule of what disturbs one can be tried: the five
+    fields of each, seconds as whole microseconds. None for more than a record should hold."""
+    if len(steps) > MOST_STEPS:
+        return None
+    rows = ((round(1e6 * s.seconds), s.requests, s.tokens, s.first, s.waiting) for s in steps)
+    return " ".join(",".join(map(str, row)) for row in rows)
+
+
+def unpacked(text: str) -> list[Step]:
+    """What :func:`packed` wrote."""
+    rows = (map(int, row.split(",")) for row in text.split())
+    return [Step(microseconds / 1e6, *others) for microseconds, *others in rows]
 
 
 def whole(generation: Generation, limits: Sequence[int], concurrency: int) -> list[Completion]:
