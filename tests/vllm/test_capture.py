@@ -13,6 +13,7 @@ from drafthead.recipe import parse_recipe
 from drafthead.states import StateReader, StoreMeta
 from drafthead.states.writer import open_store
 from drafthead.targets import load_target
+from tests import tiny
 
 AUX = (1, 3)
 
@@ -72,7 +73,13 @@ def check_all(reader, twin, target):
         assert sample.loss_mask.tolist() == [i >= sample.prompt_len for i in range(len(sample.ids))]
 
 
-@pytest.mark.parametrize("kind", ["llama", "lfm2_moe", "granite"])
+@pytest.fixture
+def gemma(tmp_path):
+    """Its logits are capped, and the plugin hands out its states."""
+    return tiny.tiny_other(tmp_path / "gemma", "gemma3_text")
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2_moe", "granite", "gemma"])
 def test_one_pass_gives_answers_and_the_states_that_wrote_them(kind, request, tmp_path):
     folder = request.getfixturevalue(kind)
     store = tmp_path / "states"

@@ -20,6 +20,7 @@ _SIZES = {
     "tie_word_embeddings": True,
     "dtype": "float32",
 }
+_UNTIED = {"tie_word_embeddings": False}  # vLLM's class does not know tied ones
 _WINDOWS = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -34,6 +35,7 @@ _GRANITE = {
 }
 # Architecture: what its configuration needs beside the sizes.
 SETTINGS: dict[str, dict] = {
+    "CohereForCausalLM": {"logit_scale": 0.5},
     "Exaone4ForCausalLM": _WINDOWS,
     "ExaoneMoeForCausalLM": _MIXED | _WINDOWS | {"num_experts": 4},
     "GemmaForCausalLM": {},
@@ -41,9 +43,13 @@ SETTINGS: dict[str, dict] = {
     "Gemma2ForCausalLM": _WINDOWS | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": None},
     "Gemma3ForCausalLM": _WINDOWS | {"query_pre_attn_scalar": 32},
     "Glm4ForCausalLM": {},
+    "Glm4MoeForCausalLM": _MIXED
+    | _UNTIED
+    | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "GraniteMoeForCausalLM": _GRANITE,
     "GraniteMoeSharedForCausalLM": _GRANITE | {"shared_intermediate_size": 64},
     "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "OlmoeForCausalLM": _UNTIED | {"num_experts": 4, "num_experts_per_tok": 2},
     "Qwen2MoeForCausalLM": _MIXED | {"num_experts": 4, "shared_expert_intermediate_size": 64},
 }
 
@@ -59,5 +65,7 @@ def write(architecture: str, folder: Path, *, embedding_scale: float = 4.0, seed
         if parameter.ndim > 1:
             scale = embedding_scale if "embed_tokens" in parameter_name else 1.0
             torch.nn.init.normal_(parameter, std=0.15 * scale, generator=generator)
+    if not config.tie_word_embeddings:  # the same for all that
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
     model.save_pretrained(folder)
     return folder

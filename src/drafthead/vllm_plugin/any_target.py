@@ -33,11 +33,14 @@ _IN_TWO_PARTS = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "Glm4ForCausalLM": "glm4",
+    "Glm4MoeForCausalLM": "glm4_moe",
     "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
 }
 # A layer returns the whole stream; what some return beside it nobody adds.
 _WHOLE = {
+    "CohereForCausalLM": "commandr",
     "Exaone4ForCausalLM": "exaone4",
     "GraniteMoeForCausalLM": "granitemoe",
     "GraniteMoeSharedForCausalLM": "granitemoeshared",
