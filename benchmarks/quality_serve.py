@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from quality_heads import Job, make_recipe, run_of
 from turns import turn
 
@@ -38,6 +39,7 @@ def serve(
     prompts = [(p.ids, p.source) for p in heldout_prompts(run_of(options), options.timed)]
     every = [p.ids for p in heldout_prompts(run_of(options), None)]
     tokens = 16 if options.tiny else options.answer
+    cuda = torch.cuda.is_available()
     with contextlib.ExitStack() as stack:
         engines: dict[tuple, EngineProcess] = {}
         for target, head, k in [*((t, None, 0) for t in targets), *wanted]:
@@ -50,12 +52,12 @@ def serve(
             env = plan.environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
             engine = EngineProcess(plan.args, env=env, log=log, name=name)
             stack.callback(engine.close)
-            # On a GPU all load side by side; two cores take one after the other.
-            engines[target, head, k] = engine.wait_ready() if options.tiny else engine.start()
+            # On a GPU all load side by side; on a CPU one after the other.
+            engines[target, head, k] = engine.start() if cuda else engine.wait_ready()
         broken = {}
         for key, engine in engines.items():
             try:
-                if not options.tiny:
+                if cuda:
                     engine.wait_ready()
             except DraftheadError as error:
                 broken[key] = str(error)
