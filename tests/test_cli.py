@@ -191,7 +191,7 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
         (nothing, ("states", "check", "target"), "a run's is runs/NAME/states"),
         (nothing, ("bench", "r.yaml", "--head", "nope"), "nope: no such folder; a head is"),
         (nothing, ("bench", "r.yaml", "--set", "code=no.jsonl"), "no.jsonl: no such file; a path"),
-        (nothing, ("publish", "r.yaml", "--repo", "a/b"), "verify.json: not found"),
+        (nothing, ("publish", "r.yaml", "--repo", "a/b"), "bench.json: not found"),
         (nothing, ("quantize", "target", "target", "--prompts", "p.jsonl"), "would be replaced"),
         (nothing, ("quantize", "target", "out", "--prompts", "nope.jsonl"), "no such file"),
         (nothing, ("init", "target", "--out", "r.yaml"), "r.yaml: exists already"),
