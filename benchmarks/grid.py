@@ -386,7 +386,7 @@ def main() -> None:
     for case in cases:
         own = record["cases"][case.name]
         own |= judge(own["cells"], case.curves)
-        CONSOLE.print({case.name: record["cases"][case.name]["cost_model_error"]})
+        CONSOLE.print({case.name: own["cost_model_error"]})
     write_json(options.out / "grid.json", record)
     CONSOLE.print({"vocabulary": record["vocabulary"]})
 

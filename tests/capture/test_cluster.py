@@ -104,13 +104,19 @@ def test_what_is_half_there_is_swept(tmp_path, scheme, monkeypatch):
     assert there.names("states") == {"a"}
 
 
-def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path, monkeypatch):
-    store, copy = tmp_path / "store", tmp_path / "copy"
+def published(folder):
+    """A store of one unit, and a location that has the unit too."""
+    store, there = folder / "store", Location(f"file://{folder}/there")
     with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:
         writer.submit(0, [make_sample(0)])
-    there = Location(f"file://{tmp_path}/there")
-    there.put(store / "meta.json", "states/meta.json")
     publish_unit(store, StoreMeta.load(store), 0, there, "states")
+    return store, there
+
+
+def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path, monkeypatch):
+    store, there = published(tmp_path)
+    there.put(store / "meta.json", "states/meta.json")
+    copy = tmp_path / "copy"
     (copy / ".incoming").mkdir(parents=True)
     (copy / ".incoming" / ".unit-000000.json.1.tmp").write_bytes(b"half")
     fetch_store(there, "states", copy)
@@ -119,11 +125,7 @@ def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path, monkeypatch):
 
 def test_killed_while_a_unit_is_published_again_it_counts_as_missing(tmp_path, monkeypatch):
     """Its shards may be another engine's by then: the old index does not fit them."""
-    store, there = tmp_path / "store", Location(f"file://{tmp_path}/there")
-    with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:
-        writer.submit(0, [make_sample(0)])
-    meta = StoreMeta.load(store)
-    publish_unit(store, meta, 0, there, "states")
+    store, there = published(tmp_path)
     real = Location.put
 
     def put(self, local, name):
@@ -133,18 +135,15 @@ def test_killed_while_a_unit_is_published_again_it_counts_as_missing(tmp_path, m
 
     monkeypatch.setattr(Location, "put", put)
     with pytest.raises(KeyboardInterrupt):
-        publish_unit(store, meta, 0, there, "states")
+        publish_unit(store, StoreMeta.load(store), 0, there, "states")
     assert there.names("states") == {"unit-000000-00.safetensors"}
 
 
 @pytest.mark.parametrize("name", ["unit-000000.json", "unit-000000-00.safetensors"])
 def test_a_unit_that_is_not_whole_there_is_not_brought(tmp_path, name):
-    store, copy = tmp_path / "store", tmp_path / "copy"
-    with StateWriter(store, StoreMeta((1, 2), 4, 16, "fp32", 1, {})) as writer:
-        writer.submit(0, [make_sample(0)])
-    there = Location(f"file://{tmp_path}/there")
+    store, there = published(tmp_path)
     there.put(store / "meta.json", "states/meta.json")
-    publish_unit(store, StoreMeta.load(store), 0, there, "states")
+    copy = tmp_path / "copy"
     altered = tmp_path / "there" / "states" / name
     altered.write_bytes(altered.read_bytes().replace(b"c0", b"c9") + b" ")
     mend = r"there/states/unit-000000\.json: the unit is broken there.*delete that file"

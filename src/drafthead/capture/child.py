@@ -120,6 +120,12 @@ def kill_group(group: int) -> None:
                     process.kill()
 
 
+def die_with_group() -> None:
+    """SIGKILL for this process, after all others of its group (:func:`kill_group`)."""
+    kill_group(os.getpgrp())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def child_main(
     work: Callable[[dict, Callable[[dict], None]], None],
     receive: Callable[[Any], None] = lambda _: None,
@@ -135,8 +141,7 @@ def child_main(
             for line in sys.stdin:
                 receive(json.loads(line))
         finally:  # the last line may be the half of one
-            kill_group(os.getpgrp())
-            os.kill(os.getpid(), signal.SIGKILL)
+            die_with_group()
 
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM prints to stdout; that goes to the log

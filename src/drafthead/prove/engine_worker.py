@@ -9,21 +9,19 @@ returns and this process kills its whole group, vLLM's own children with it.
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from drafthead.capture.child import kill_group
+from drafthead.capture.child import die_with_group
 from drafthead.serve import llm_class
 
 
 def _die_with_parent(life_fd: int) -> None:
     os.read(life_fd, 1)
-    kill_group(os.getpgrp())
-    os.kill(os.getpid(), signal.SIGKILL)
+    die_with_group()
 
 
 def counters(llm: Any) -> dict:
