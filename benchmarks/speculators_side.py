@@ -115,6 +115,10 @@ class Row(dict):
         pinned = self.map(Tensor.pin_memory) if device.type == "cuda" else self
         return pinned.map(lambda x: x.to(device, non_blocking=True))
 
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.values())
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Row":
         return Row({name: change(tensor) for name, tensor in self.items()})
 

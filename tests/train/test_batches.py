@@ -1,5 +1,7 @@
 """Rows: nothing lost, nothing padded; batches in order, made ahead."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,36 @@ def test_prefetch_gives_every_batch_in_order_and_hands_on_errors():
 
     with pytest.raises(ValueError, match="number two"):
         list(prefetch(broken, range(8), device))
+
+
+@pytest.mark.parametrize(("size", "ahead"), [(1 << 20, 16), (16 << 20, 8), (128 << 20, 3)])
+def test_small_rows_are_made_further_ahead(size, ahead, monkeypatch):
+    monkeypatch.setattr(Batch, "bytes", size)
+    monkeypatch.setattr("drafthead.train.batches.ThreadPoolExecutor", _AtOnce)
+    made = []
+    stream = prefetch(lambda n: made.append(n) or batch(6), range(99), torch.device("cpu"))
+    for _ in range(5):
+        next(stream)
+    assert made == list(range(5 + ahead))
+    stream.close()
+
+
+class _AtOnce:
+    """Does what it is given when it is given it."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, call, *args):
+        future = Future()
+        future.set_result(call(*args))
+        return future
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def test_prefetch_ends_when_its_consumer_does():

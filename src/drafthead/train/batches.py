@@ -18,6 +18,7 @@ from torch import Tensor
 from drafthead.train.attention import Documents
 
 OPEN_ROWS = 16  # rows that packing fills at once: more fill better and mix less
+MOST_AHEAD, AHEAD_BYTES = 16, 128 << 20  # rows that are made ahead of their use, if small
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Batch:
     def tokens(self) -> int:
         """N: the positions that are packed."""
         return len(self.positions)
+
+    @property
+    def bytes(self) -> int:
+        """What its tensors take."""
+        return sum(x.nbytes for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with every tensor changed."""
@@ -106,19 +112,25 @@ def prefetch(
     device: torch.device,
     depth: int = 3,
 ) -> Generator[Batch | None, None, None]:
-    """`make(number)`, which is on the device, for each number in order, up to `depth` ahead.
+    """`make(number)`, which is on the device, for each number in order, made ahead of their use.
 
-    Threads make them: on a GPU several, since a row of 8192 states is 130 MB to be read and packed,
-    and what they start there runs on a stream of its own beside the computation.
+    `depth` are ahead, of small ones more: a dozen steps of 5 ms outlast a row whose states the disk
+    was slow to give, three do not. Threads make them: on a GPU several, since
+    a row of 8192 states is 130 MB to be read and packed, and what they start there runs on a stream
+    of its own beside the computation.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    ahead = depth
 
     def load(number: int) -> tuple[Batch | None, torch.cuda.Event | None]:
         with torch.cuda.stream(stream):
             return make(number), stream and stream.record_event()
 
     def ready(future: Future) -> Batch | None:
+        nonlocal ahead
         batch, copied = future.result()
+        if batch is not None:
+            ahead = max(depth, min(MOST_AHEAD, AHEAD_BYTES // batch.bytes))
         if batch is not None and copied is not None:
             current = torch.cuda.current_stream(device)
             current.wait_event(copied)
@@ -131,7 +143,7 @@ def prefetch(
         try:
             for number in numbers:
                 waiting.append(pool.submit(load, number))
-                if len(waiting) > depth:
+                while len(waiting) > ahead:
                     yield ready(waiting.popleft())
             while waiting:
                 yield ready(waiting.popleft())
