@@ -276,7 +276,7 @@ def refit(record: dict) -> dict[str, dict]:
             for cell in case["cells"]
             if cell.get("tensor_parallel_size") in gpus
             and (pairs := [judged_anew(pair) for pair in cell.get("pairs", [])])
-            and "drafted_undisturbed_step_s" in pairs[0]
+            and "base_answers" in pairs[0]
         ]
         synthetic = case.get("acceptance") == "synthetic"
         curves = [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)] if synthetic else None

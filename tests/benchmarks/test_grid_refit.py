@@ -24,8 +24,9 @@ def test_another_rule_is_applied_to_what_was_kept(monkeypatch):
     cells = [made_run.cell(k, 16) for k in (1, 3, 5)]
     (before,) = grid.refit({"grid": cells})["bench"]["cost_model"]
     monkeypatch.setattr(
-        "drafthead.prove.pairing.undisturbed_step_s",
-        lambda steps: min(step.seconds for step in steps) / 2,
+        "drafthead.prove.pairing.waiting",
+        lambda steps: {"requests": 1.0, "square": 1.0, "product": 1e-4},
     )
     (after,) = grid.refit({"grid": cells})["bench"]["cost_model"]
-    assert after["per_prompt_s"] > before["per_prompt_s"]
+    assert after["per_waiting_s"] == pytest.approx(1e-4)
+    assert before["per_waiting_s"] != pytest.approx(1e-4)

@@ -30,7 +30,7 @@ def grid(noise, bend=0.0, pairs=16, seed=0):
                     "drafted_tokens": 41,
                     "drafted_s": 40 / length * d,
                     "drafted_step_s": d,
-                    "drafted_undisturbed_step_s": None,
+                    "drafted_waiting": None,
                     "drafted_first_token_s": 0.0,
                     "drafts": 100,
                     "accepted_by_position": accepted,

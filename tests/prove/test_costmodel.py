@@ -21,10 +21,11 @@ CURVES = [CURVE[:k] for k in range(1, 8)]
 LENGTHS = lengths(CURVES)
 
 
-def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5, prompt=0.0):
-    """Answers of 41 tokens, the first of them after 10 (with the head 12) units of time."""
-    undisturbed = fixed + slope * k
-    step = undisturbed + prompt * (concurrency - 1) * LENGTHS[k - 1] / 40
+def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5, waiting=0.0):
+    """Answers of 41 tokens, the first of them after 10 (with the head 12) units of time; half a
+    request waits in a step for each token that it yields."""
+    requests = LENGTHS[k - 1] / 2
+    step = fixed + slope * k + waiting * requests
     accepted = [round(1000 * p) for p in CURVE[:k]]
     pair = {
         "drafts": 1000,
@@ -33,6 +34,7 @@ def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5, prompt=0.0):
         "base_answers": 1,
         "base_first_token_s": 10.0,
         "drafted_first_token_s": 12.0,
+        "drafted_waiting": {"requests": requests, "square": 8.0, "product": 8.0 * waiting},
     }
     return {
         "num_speculative_tokens": k,
@@ -41,7 +43,6 @@ def cell(k, concurrency=1, plain=3.0, fixed=3.4, slope=0.5, prompt=0.0):
         "step_s": {
             "base": plain,
             "drafted": step,
-            "undisturbed": undisturbed if prompt else None,
             "plain_steps": step / plain,
         },
         "speedup": (10 + 40 * plain) / (12 + 40 / LENGTHS[k - 1] * step),
@@ -95,21 +96,31 @@ def test_error_is_out_of_sample():
     assert last["relative_error"] == pytest.approx((6.0 + 3.5) / (3.4 + 3.5) - 1)
 
 
-def test_prompts_read_in_a_step_are_no_cost_of_drafts():
-    """The fewer steps an answer takes, the more prompts of others are read in one of them: not in
-    proportion to k, but to the tokens a step yields."""
-    cells = [cell(k, 16, prompt=2.0) for k in (1, 3, 5, 7)]
+def test_requests_that_wait_are_no_cost_of_drafts():
+    """The fewer steps an answer takes, the more requests wait in one of them: not in proportion to
+    k, but to the tokens a step yields."""
+    cells = [cell(k, 16, waiting=2.0) for k in (1, 3, 5, 7)]
     (found,) = analyse(cells, None)
-    assert found["per_prompt_s"] == pytest.approx(2.0)
+    assert found["per_waiting_s"] == pytest.approx(2.0)
     assert (found["fixed_s"], found["per_draft_token_s"]) == pytest.approx((3.4, 0.5))
     assert found["median_relative_error"] == pytest.approx(0, abs=1e-9)
     assert median_error([found], "answer_relative_error") == pytest.approx(0, abs=1e-9)
     for one in cells:
-        one["step_s"]["undisturbed"] = None
+        one["pairs"][0]["drafted_waiting"] = None
     (blind,) = analyse(cells, None)
     signs = [point["relative_error"] > 0 for point in blind["points"]]
     assert signs == [False, True, True, False]  # a line through what is bent
     assert blind["median_relative_error"] > 0.01
+
+
+@pytest.mark.parametrize("product", [-80.0, 8000.0])
+def test_a_cost_of_waiting_that_noise_made_is_none(product):
+    cells = [cell(k, 16) for k in (1, 3, 5)]
+    for one in cells:
+        one["pairs"][0]["drafted_waiting"]["product"] = product
+    (found,) = analyse(cells, None)
+    assert found["per_waiting_s"] == 0
+    assert (found["fixed_s"], found["per_draft_token_s"]) == pytest.approx((3.4, 0.5))
 
 
 def test_predicted_curves_take_the_place_of_the_served_one():

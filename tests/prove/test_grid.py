@@ -75,22 +75,16 @@ def test_a_source_of_one_pair_has_no_interval_hence_no_figures():
     assert set(found["by_source"]) == {"source 0"}
 
 
-def step_pair(base_s, drafted_s, undisturbed_s=None):
-    return {
-        "base_step_s": base_s,
-        "drafted_step_s": drafted_s,
-        "drafted_undisturbed_step_s": undisturbed_s,
-    }
+def step_pair(base_s, drafted_s):
+    return {"base_step_s": base_s, "drafted_step_s": drafted_s}
 
 
 def test_a_disturbed_minute_counts_little():
-    both = [step_pair(0.004 * slow, 0.005 * slow, 0.0045) for slow in (1, 1, 2, 1, 3)]
+    both = [step_pair(0.004 * slow, 0.005 * slow) for slow in (1, 1, 2, 1, 3)]
     steps = typical_steps(both)
     assert steps["plain_steps"] == pytest.approx(1.25)
-    assert steps["undisturbed"] == pytest.approx(0.0045)
     one = [step_pair(0.004, 0.005)] * 9 + [step_pair(0.004, 0.05)]  # one side met it
     assert typical_steps(one)["drafted"] == pytest.approx(0.005 * 10 / 9.1)
-    assert typical_steps(one)["undisturbed"] is None
     idle = step_pair(None, 0.005)  # answers of one token have no step
     assert typical_steps([*both, idle]) == steps
     assert typical_steps([idle])["plain_steps"] is None

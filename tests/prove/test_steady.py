@@ -15,8 +15,8 @@ from drafthead.prove.steady import (
     Step,
     packed,
     requests,
-    undisturbed_step_s,
     unpacked,
+    waiting,
     whole,
     window,
 )
@@ -116,13 +116,16 @@ def test_steps_that_read_no_other_prompt_are_known_by_themselves():
     third = Completion([0] * 3, "length", 3, [(t, 1) for t in (4.5, 5.5, 6.5)])
     seen = window(Generation([first, second, third], 6.5), 2)
     assert calm(seen) == [1.0] * 8
-    assert undisturbed_step_s(seen.steps) == 1
+    found = waiting(seen.steps)
+    assert found["product"] / found["square"] == pytest.approx(0.5)  # longer where one waits
+    assert found["requests"] == pytest.approx(1 / 9)
     assert seen.decoding_s == pytest.approx(sum(calm(seen)) + 1.5)
     (other,) = [step for step in seen.steps if step.waiting]
     assert other == Step(1.5, requests=1, tokens=1, first=1, waiting=1)
     alone = window(Generation([first], 6.5), 1)
     assert calm(alone) == [1, 1, 1.5, 1, 1]  # no other request, no prompt of one
-    assert undisturbed_step_s([other]) is None
+    assert waiting([other]) == {"requests": 1, "square": 0, "product": 0}
+    assert waiting([]) is None
 
 
 def test_a_prompt_whose_step_begins_before_the_last_output_is_read_disturbs_both():
@@ -154,12 +157,14 @@ def test_a_recorded_pair_is_judged_as_it_was():
     again = judged_anew(made)
     assert again.keys() == made.keys()
     for name in ("base", "drafted"):
-        field = f"{name}_undisturbed_step_s"
-        assert again[field] == pytest.approx(made[field], rel=1e-5)
+        field = f"{name}_waiting"
+        assert again[field] == pytest.approx(made[field], rel=1e-5, abs=1e-5)
         steps = unpacked(made[f"{name}_steps"])
         assert sum(step.requests * step.seconds for step in steps) < 4 * made[f"{name}_s"]
     old = {name: value for name, value in made.items() if not name.endswith("_steps")}
     assert judged_anew(old) == old
+    older = {name: value for name, value in old.items() if not name.endswith("_waiting")}
+    assert judged_anew(older) == {**older, "base_waiting": None, "drafted_waiting": None}
     one = pair(Block(["s"], 1, [48], timed([48], 1), timed([48], 1), SpecCounters(47, 0, 0, [0])))
     assert one["base_steps"] is None
 

@@ -13,10 +13,12 @@ is easily drafted takes fewer steps the larger k is. So each k has a curve of it
 ``curves[k - 1]``, and a length.
 
 At several requests at once a step may also read the prompt of a request that just came, and the
-others wait for it. Each answer of theirs takes n / length(k) steps, and in that time all other
-places get a new request once or so: the shorter the answers take in steps, the more prompts fall
-on one. So a step takes ``fixed + k * slope + prompt * (concurrency - 1) * length(k) / n``, and
-``prompt`` is known from those steps in which none was read.
+others wait for it. The fewer steps answers take, the more such requests there are in one: their
+number is in proportion to ``length(k)``. So a step takes ``fixed + k * slope + waiting * length(k)
+* requests``, with ``requests`` for each token that a step yields. What one of them adds,
+``waiting``, is how much longer those steps of a timed pair take in which more wait (least squares
+about each pair's own means). That is less for a second and third than for the first where what
+costs is that a step reads a prompt at all, and as much where the prompts' tokens cost.
 
 Step times depend on the requests at once, so each concurrency has a fit of its own (slopes shared
 between them would be surer, but are wrong where memory-bound steps turn compute-bound or more
@@ -55,20 +57,16 @@ class StepCost:
     """With the head, what each further draft token costs: drafting it and checking it."""
     row: float = 0.0
     """What a row of the draft vocabulary adds to the slope."""
-    prompt: float = 0.0
-    """With the head, what reading another request's prompt adds to a step."""
-    later_tokens: float = 1.0
-    """Tokens of an answer after its first."""
-
-    def prompts_read(self, length: float) -> float:
-        """Prompts of other requests that are read in a step which yields ``length`` tokens."""
-        return (self.concurrency - 1) * length / self.later_tokens
+    waiting: float = 0.0
+    """With the head, what each request that waits for its first token adds to a step."""
+    requests: float = 0.0
+    """Such requests in a step, for each token that it yields."""
 
     def step(self, k: int, length: float, more_rows: int = 0) -> float:
         """Seconds of a step that drafts ``k`` tokens and yields ``length``, with so many more
         rows than measured."""
         decoding = self.fixed + k * (self.slope + more_rows * self.row)
-        return decoding + self.prompt * self.prompts_read(length)
+        return decoding + self.waiting * self.requests * length
 
     def speedup(self, k: int, length: float, more_rows: int = 0) -> float:
         """Decoding speed with ``k`` drafts over without.
@@ -150,22 +148,20 @@ def model(cells: Sequence[dict]) -> StepCost:
         cells: measured points of different k at that concurrency, as
             :func:`drafthead.prove.pairing.summarize` gives them.
     """
-    pairs = [pair for cell in cells for pair in cell["pairs"]]
-    later = sum(p["base_tokens"] for p in pairs) / sum(p["base_answers"] for p in pairs) - 1
     plain = float(np.median([cell["step_s"]["base"] for cell in cells]))
     concurrency = cells[0]["concurrency"]
-    cost = StepCost(concurrency, plain, fixed=plain, slope=0.0, later_tokens=later)
-    steps, read, waited = {}, {}, {}
-    for cell in cells:
-        k, found = cell["num_speculative_tokens"], cell["step_s"]
-        steps[k] = found["plain_steps"] * plain
-        read[k] = cost.prompts_read(cell["accepted_length"])
-        if found["undisturbed"]:
-            waited[k] = (1 - found["undisturbed"] / found["drafted"]) * steps[k]
-    prompts = sum(read[k] for k in waited)
-    prompt = max(0.0, sum(waited.values()) / prompts) if prompts and len(steps) > 1 else 0.0
-    line = fit(concurrency, plain, {k: s - prompt * read[k] for k, s in steps.items()})
-    return replace(cost, fixed=line.fixed, slope=line.slope, prompt=prompt)
+    steps = {c["num_speculative_tokens"]: c["step_s"]["plain_steps"] * plain for c in cells}
+    lengths = {c["num_speculative_tokens"]: c["accepted_length"] for c in cells}
+    known = [(c, p["drafted_waiting"]) for c in cells for p in c["pairs"] if p["drafted_waiting"]]
+    square = sum(found["square"] for _, found in known)
+    if not square or len(steps) == 1:
+        return fit(concurrency, plain, steps)
+    waiting = max(0.0, sum(found["product"] for _, found in known) / square)
+    requests = float(np.mean([found["requests"] / c["accepted_length"] for c, found in known]))
+    calm = {k: seconds - waiting * requests * lengths[k] for k, seconds in steps.items()}
+    if min(calm.values()) <= 0:  # noise: waiting is no more than the step
+        return fit(concurrency, plain, steps)
+    return replace(fit(concurrency, plain, calm), waiting=waiting, requests=requests)
 
 
 def answer_speedup(cells: Sequence[dict], cost: StepCost, k: int, length: float) -> float:
@@ -182,7 +178,7 @@ def answer_speedup(cells: Sequence[dict], cost: StepCost, k: int, length: float)
         float(np.median([p[f"{which}_first_token_s"] for p in pairs]))
         for which in ("base", "drafted")
     )
-    later = cost.later_tokens
+    later = sum(p["base_tokens"] for p in pairs) / sum(p["base_answers"] for p in pairs) - 1
     return (base + later * cost.plain) / (drafted + later / length * cost.step(k, length))
 
 
@@ -276,7 +272,7 @@ def analyse(
                 "plain_step_s": cost.plain,
                 "fixed_s": cost.fixed,
                 "per_draft_token_s": cost.slope,
-                "per_prompt_s": cost.prompt,
+                "per_waiting_s": cost.waiting,
                 "accepted_length_by_k": tokens,
                 "points": points,
                 "median_relative_error": median_error([{"points": points}]),

@@ -9,6 +9,7 @@ places were taken (:mod:`drafthead.prove.steady`).
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,8 @@ from drafthead.prove.steady import (
     Window,
     packed,
     requests,
-    undisturbed_step_s,
     unpacked,
+    waiting,
     whole,
     window,
 )
@@ -227,7 +228,7 @@ def step_seconds(seen: Window, steps_a_token: float) -> float | None:
 def pair(block: Block) -> dict:
     """What a block gave while all places were taken, JSON-able: all that the figures of a point
     come from. Drafts and their acceptance are those of the whole block."""
-    counters, found = block.counters, dict[str, float | str | None]()
+    counters, found = block.counters, dict[str, Any]()
     later = block.drafted.tokens - len(block.drafted.completions)
     drafts_a_token = counters.drafts / later if later else 0.0
     for name, generation, steps in (
@@ -240,7 +241,7 @@ def pair(block: Block) -> dict:
             f"{name}_s": seen.seconds,
             f"{name}_answers": seen.answers,
             f"{name}_step_s": step_seconds(seen, steps),
-            f"{name}_undisturbed_step_s": undisturbed_step_s(seen.steps),
+            f"{name}_waiting": waiting(seen.steps),
             # One at a time no request waits while another is answered.
             f"{name}_steps": packed(seen.steps) if block.concurrency > 1 else None,
             f"{name}_first_token_s": seen.waiting_s / seen.answers,
@@ -254,37 +255,28 @@ def pair(block: Block) -> dict:
 
 
 def judged_anew(pair: dict) -> dict:
-    """A recorded pair with its undisturbed steps told apart by the rule of today; as it is, if its
-    steps were not kept."""
-    kept = {name: pair.get(f"{name}_steps") for name in ("base", "drafted")}
-    anew = {
-        f"{name}_undisturbed_step_s": undisturbed_step_s(unpacked(text))
-        for name, text in kept.items()
-        if text is not None
-    }
+    """A recorded pair with its steps read by the rule of today; nothing is known of them if they
+    were not kept."""
+    anew = {}
+    for name in ("base", "drafted"):
+        kept, field = pair.get(f"{name}_steps"), f"{name}_waiting"
+        anew[field] = pair.get(field) if kept is None else waiting(unpacked(kept))
     return {**pair, **anew}
 
 
 def typical_steps(pairs: Sequence[dict]) -> dict[str, float | None]:
-    """Seconds of a decoding step of both engines, of one with the head that reads no other
-    request's prompt, and how many plain steps one with the head takes.
+    """Seconds of a decoding step of both engines, and how many plain steps one with the head takes.
 
     Each is what steps a second, averaged over pairs, make of a second: a neighbour's minute on the
     machine counts little, and every pair counts. Of some 9 pairs on an H100 a ratio of these has a
     standard error of 7 %, a median of the pairs' own ratios one of 10 %.
     """
-    found = {
-        "base": "base_step_s",
-        "drafted": "drafted_step_s",
-        "undisturbed": "drafted_undisturbed_step_s",
-    }
-    both = [p for p in pairs if p["base_step_s"] and p["drafted_step_s"]]
-    steps = {}
-    for name, field in found.items():
-        rates = [1 / p[field] for p in both if p[field]]
-        steps[name] = float(1 / np.mean(rates)) if rates else None
-    base, drafted = steps["base"], steps["drafted"]
-    return {**steps, "plain_steps": drafted / base if base and drafted else None}
+    both = [(p["base_step_s"], p["drafted_step_s"]) for p in pairs]
+    rates = [(1 / base, 1 / drafted) for base, drafted in both if base and drafted]
+    if not rates:
+        return {"base": None, "drafted": None, "plain_steps": None}
+    base, drafted = (float(seconds) for seconds in 1 / np.mean(rates, axis=0))
+    return {"base": base, "drafted": drafted, "plain_steps": drafted / base}
 
 
 def latencies(completions: Sequence[Completion]) -> dict:

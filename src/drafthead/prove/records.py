@@ -62,7 +62,6 @@ class Steps(TypedDict):
 
     base: Amount | None
     drafted: Amount | None
-    undisturbed: Amount | None
     plain_steps: Amount | None
 
 
@@ -76,6 +75,14 @@ class Point(Headline):
 Grid = Annotated[list[Point], Field(min_length=1)]
 
 
+class Waiting(TypedDict):
+    """How steps' seconds go with the requests that wait in them."""
+
+    requests: Amount
+    square: Amount
+    product: Number
+
+
 class Pair(TypedDict):
     """Of blocks, with the head and without."""
 
@@ -87,7 +94,7 @@ class Pair(TypedDict):
     drafted_tokens: Count
     drafted_s: Amount
     drafted_step_s: Amount | None
-    drafted_undisturbed_step_s: Amount | None
+    drafted_waiting: Waiting | None
     drafted_first_token_s: Amount
     drafts: Count
     accepted_by_position: list[Count]

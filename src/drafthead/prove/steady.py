@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from drafthead.prove.engine import Completion, Generation
 
 
@@ -124,14 +126,29 @@ def window(generation: Generation, concurrency: int) -> Window:
     )
 
 
-def undisturbed_step_s(steps: Sequence[Step]) -> float | None:
-    """Mean seconds of a step, as a request meets it, that had nothing to do with another request's
-    prompt: in whose time no request waited for its first token. Where a step is started before the
-    last one's output is read, as an asynchronous engine does, a prompt delays the output before
-    the one that brings its first token. None if there is no such step."""
-    calm = [step for step in steps if not step.waiting]
-    met = sum(step.requests for step in calm)
-    return sum(step.seconds * step.requests for step in calm) / met if met else None
+def waiting(steps: Sequence[Step]) -> dict[str, float] | None:
+    """What tells how much longer a step takes for each request that waits in it for its first
+    token, JSON-able; each step counts as often as a request met it. None without a step.
+
+    A prompt is read in one step, but an asynchronous engine starts that one before it hands out
+    the last one's output, and so delays this: steps are known by who waits, not by whose first
+    token comes.
+
+    Returns:
+        ``requests``, the mean number that wait in a step; ``square``, the sum of squared deviations
+        from it; ``product``, that of their products with the deviations of the seconds.
+    """
+    if not steps:
+        return None
+    met = [step.requests for step in steps]
+    count = np.array([step.waiting for step in steps], dtype=float)
+    seconds = np.array([step.seconds for step in steps])
+    off = count - np.average(count, weights=met)
+    return {
+        "requests": float(np.average(count, weights=met)),
+        "square": float((met * off**2).sum()),
+        "product": float((met * off * seconds).sum()),
+    }
 
 
 MOST_STEPS = 1024
