@@ -166,6 +166,8 @@ OTHER_LOGITS = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
     },
+    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_text": {},
 }
 """Architectures that make logits of the last hidden state in ways of their own."""
 

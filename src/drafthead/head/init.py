@@ -106,8 +106,8 @@ def target_layer(target: Target) -> dict[str, Tensor]:
     attending = [i for i, kind in enumerate(target.layer_types) if kind == "full_attention"]
     if not attending:
         raise DraftheadError(f"{target.path}: no full-attention layer to start the head from")
-    mark = f"layers.{attending[-1]}."
-    names = {n.partition(mark)[2]: n for n in target.tensors.where if mark in n}
+    start = f"{target.decoder}layers.{attending[-1]}."
+    names = {n.removeprefix(start): n for n in target.tensors.where if n.startswith(start)}
     odd = sorted(set(names) ^ LLAMA_LAYER)
     if odd:
         differs = ", ".join(odd[:4])

@@ -16,6 +16,10 @@ _GRANITE = ("granite", "granitemoe", "granitemoeshared", "granitemoehybrid")
 _COHERE = ("cohere", "cohere2", "cohere2_moe")
 _GEMMA = ("gemma", "gemma2", "gemma3_text", "gemma4_text")
 _MINICPM = ("minicpm", "minicpm3")
+_QWEN_NEXT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+# Their norms hold the weight less one as well, some only by a setting. No teacher was held against
+# them.
+_UNTRIED = ("minimax_m3_vl_text", "muse_glimmer_text", "qwen4_exp_text", "step3p5")
 
 # Fields by which a configuration changes logits or what the LM head reads, and what they hold where
 # they change nothing.
@@ -90,7 +94,9 @@ def logit_rule(config: Any, where: str) -> LogitRule:
             stored_less_one=kind != "gemma4_text",
             soft_cap=number("final_logit_softcapping") if capped else None,
         )
-    elif "gemma" in kind:
+    elif kind in _QWEN_NEXT:
+        rule = LogitRule(stored_less_one=True)
+    elif "gemma" in kind or kind in _UNTRIED:
         raise DraftheadError(f"{where}: {kind}'s final norm is not handled yet")
     for field, neutral in _FIELDS.items():
         if field not in known and getattr(config, field, None) not in neutral:

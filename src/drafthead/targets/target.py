@@ -14,11 +14,12 @@ from drafthead.recipe import Recipe
 from drafthead.targets.logits import LogitRule, logit_rule
 from drafthead.targets.safetensors_folder import SafetensorsFolder
 
-# Where the three tensors that a head needs live, by the suffix of their names. LFM2 calls its
-# final norm `embedding_norm`. Prefixes differ (`model.`, `language_model.model.`).
-_EMBEDDING = ("model.embed_tokens.weight", "embed_tokens.weight")
-_LM_HEAD = ("lm_head.weight",)
-_FINAL_NORM = ("model.norm.weight", "model.embedding_norm.weight")
+# Names of a decoder's embedding and of its final norm, which LFM2 calls `embedding_norm`.
+_EMBEDDING = "embed_tokens.weight"
+_FINAL_NORM = ("norm.weight", "embedding_norm.weight")
+_LM_HEAD = "lm_head.weight"
+# What decoders' names begin with: alone, and in a multimodal checkpoint (two ways).
+_USUAL_DECODERS = ("model.", "model.language_model.", "language_model.model.")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Target:
     """The checkpoint's own `quantization_config` (ModelOpt's `hf_quant_config.json` counts)."""
     architectures: tuple[str, ...]
     trust_remote_code: bool = False
+    multimodal: bool = False
+    """Whether the text model is a part of the checkpoint, beside towers for images or sound."""
 
     @property
     def num_layers(self) -> int:
@@ -99,12 +102,12 @@ class Target:
     @property
     def tied_embeddings(self) -> bool:
         """Whether the LM head is the embedding: no LM head of its own in the checkpoint."""
-        return self._find(_LM_HEAD) is None
+        return self._lm_head is None
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that the unquantized weights are stored in."""
-        return self.tensors.tensor(self._name(_FINAL_NORM, "final norm")).dtype
+        return self.tensors.tensor(self._final_norm).dtype
 
     @functools.cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -166,7 +169,7 @@ class Target:
     def embedding(self) -> torch.Tensor:
         """The input embedding [vocab_size, hidden_size], as stored: vLLM's head looks tokens up in
         these rows, without the factor that some targets (Gemma, Granite) multiply them by."""
-        return self._weight(_EMBEDDING, "embedding")
+        return self._weight(self.decoder + _EMBEDDING, "embedding")
 
     def lm_head(self) -> torch.Tensor:
         """The LM head's rows [vocab_size, hidden_size]; the embedding when they are tied.
@@ -174,8 +177,10 @@ class Target:
         Raises:
             DraftheadError: it has a bias, too.
         """
-        self._refuse_bias(_LM_HEAD, "LM head")
-        return self.embedding() if self.tied_embeddings else self._weight(_LM_HEAD, "LM head")
+        if self._lm_head is None:
+            return self.embedding()
+        self._refuse_bias(self._lm_head, "LM head")
+        return self._weight(self._lm_head, "LM head")
 
     def final_norm(self) -> tuple[torch.Tensor, float]:
         """Weight [hidden_size] and eps of the norm before the LM head, which is `logits.norm`.
@@ -183,40 +188,55 @@ class Target:
         Raises:
             DraftheadError: there is none, or it has a bias.
         """
-        self._refuse_bias(_FINAL_NORM, "final norm")
-        weight = self._weight(_FINAL_NORM, "final norm")
+        self._refuse_bias(self._final_norm, "final norm")
+        weight = self._weight(self._final_norm, "final norm")
         return weight.float() + 1 if self.logits.stored_less_one else weight, self.rms_norm_eps
 
-    def _find(self, suffixes: tuple[str, ...]) -> str | None:
-        for suffix in suffixes:
-            if suffix in self.tensors:
-                return suffix
-        for suffix in suffixes:
-            names = [name for name in self.tensors.where if name.endswith("." + suffix)]
-            if len(names) == 1:
-                return names[0]
-        return None
+    @functools.cached_property
+    def decoder(self) -> str:
+        """What the names of the text model's tensors begin with: where an embedding and a final
+        norm lie side by side.
 
-    def _name(self, suffixes: tuple[str, ...], what: str) -> str:
-        name = self._find(suffixes)
-        if name is None:
+        Raises:
+            DraftheadError: nowhere, or at several unusual places.
+        """
+        starts = [n.removesuffix(_EMBEDDING) for n in self.tensors.where if n.endswith(_EMBEDDING)]
+        found = [s for s in starts if any(s + norm in self.tensors for norm in _FINAL_NORM)]
+        found = [s for s in _USUAL_DECODERS if s in found] or found
+        if not found:
             raise DraftheadError(
-                f"{self.path}: no {what} found (looked for {', '.join(suffixes)}); "
-                "drafthead does not know this architecture"
+                f"{self.path}: no final norm found beside an embedding (looked for "
+                f"{' or '.join(_FINAL_NORM)} beside {_EMBEDDING}); drafthead does not know this "
+                "architecture"
             )
-        return name
+        if len(found) > 1 and found[0] not in _USUAL_DECODERS:
+            raise DraftheadError(
+                f"{self.path}: {', '.join(sorted(found))}: which of these is the model that "
+                "answers? drafthead does not know this architecture"
+            )
+        return found[0]
 
-    def _refuse_bias(self, suffixes: tuple[str, ...], what: str) -> None:
-        bias = (self._find(suffixes) or "").removesuffix("weight") + "bias"
+    @property
+    def _final_norm(self) -> str:
+        return next(self.decoder + n for n in _FINAL_NORM if self.decoder + n in self.tensors)
+
+    @property
+    def _lm_head(self) -> str | None:
+        """Beside the decoder or further out, not in another part of the checkpoint."""
+        parts = self.decoder.split(".")[:-1]
+        outward = (".".join([*parts[:i], _LM_HEAD]) for i in range(len(parts), -1, -1))
+        return next((name for name in outward if name in self.tensors), None)
+
+    def _refuse_bias(self, name: str, what: str) -> None:
+        bias = name.removesuffix("weight") + "bias"
         if bias in self.tensors:
             raise DraftheadError(
                 f"{self.path}: its {what} has a bias ({bias}), which drafthead's teacher does not "
                 "add yet"
             )
 
-    def _weight(self, suffixes: tuple[str, ...], what: str) -> torch.Tensor:
+    def _weight(self, name: str, what: str) -> torch.Tensor:
         """A weight in floating point, expanded if the checkpoint quantizes it."""
-        name = self._name(suffixes, what)
         weight = self.tensors.tensor(name)
         scale = name + "_scale"
         if weight.dtype in (torch.bfloat16, torch.float32, torch.float16):
@@ -291,9 +311,9 @@ def load_target(
     try:
         raw = json.loads((path / "config.json").read_text())
         outer = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = outer.get_text_config()
     except Exception as error:
         raise DraftheadError(f"{path}/config.json: cannot be read: {error}") from error
-    config = outer.get_text_config()
     quantization = raw.get("quantization_config")
     modelopt = path / "hf_quant_config.json"
     if quantization is None and modelopt.exists():
@@ -305,6 +325,7 @@ def load_target(
         quantization=quantization,
         architectures=tuple(raw.get("architectures") or ()),
         trust_remote_code=trust_remote_code,
+        multimodal=config is not outer,
     )
     target.logits  # noqa: B018 - raises now, not when something is computed
     return target
