@@ -16,7 +16,7 @@ SEED = 7
 
 def main() -> None:
     out = Path(sys.argv[1])
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 600
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 1500
     out.parent.mkdir(parents=True, exist_ok=True)
     records = [{"prompt": prompt} for prompt in dict.fromkeys(prompts(count, seed=SEED))]
     out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
