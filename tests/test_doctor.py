@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from drafthead import doctor
+from drafthead import doctor, hook
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import TargetSection, VocabSection, parse_recipe
 from drafthead.rundir import RunDir
@@ -84,12 +84,19 @@ def test_vllm_that_every_engine_compiles_anew(monkeypatch, tmp_path):
 
 
 def test_a_cuda_torchvision_beside_the_cpu_build(monkeypatch):
-    monkeypatch.setattr(
-        doctor.importlib.util, "find_spec", lambda name: name == "torchvision" or None
-    )
+    versions = {"torchvision": "0.28.0", "torchaudio": "2.13.0+cpu"}
+
+    def version(name):
+        if name not in versions:
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     finding = found(CPU)["vLLM for CPU"]
     assert (finding.state, finding.mend) == ("fault", "pip uninstall -y torchvision")
     assert "vLLM for CPU" not in found(CUDA)
+    versions["torchvision"] += "+cpu"
+    assert "vLLM for CPU" not in found(CPU)
 
 
 @pytest.fixture
@@ -210,8 +217,17 @@ def test_libraries_that_are_there_and_broken(monkeypatch, machine, code, found, 
 )
 def test_who_hands_out_hidden_states(recipe, monkeypatch, printed, states):
     """tests/vllm/test_any_target.py has what the process really prints."""
-    monkeypatch.setattr(doctor, "_HOOK", f"print('noise\\nhook {printed}')")
-    assert [finding.state for finding in doctor.check_hook(recipe)] == states
+    monkeypatch.setattr(hook, "_HOOK", f"print('noise\\nhook {printed}')")
+    assert [finding.state for finding in hook.check_hook(recipe)] == states
+
+
+def test_a_class_that_lacks_a_package_is_a_fault(recipe, monkeypatch):
+    monkeypatch.setattr(hook, "_HOOK", "import no_torchvision")
+    (finding,) = hook.check_hook(recipe)
+    assert finding.state == "fault"
+    assert "cannot be imported: ModuleNotFoundError: No module named 'no_" in finding.found
+    monkeypatch.setattr(hook, "_HOOK", "{}['Unlisted']")
+    assert hook.check_hook(recipe) == []
 
 
 def test_head_of_another_target_is_a_fault(recipe, tmp_path, monkeypatch):

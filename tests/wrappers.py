@@ -56,6 +56,16 @@ SETTINGS: dict[str, dict] = {
         },
         "image_token_id": 5,
     },
+    "qwen3_5": {
+        "text_config": {
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+        },
+        "vision_config": _QWEN_TOWER | {"num_position_embeddings": 16},
+        "image_token_id": 5,
+    },
     "gemma3": {
         "text_config": {
             "sliding_window": 16,

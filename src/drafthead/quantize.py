@@ -80,7 +80,8 @@ def quantize(
         W4A4, the answer tokens they were measured over, `bytes` before and after.
 
     Raises:
-        DraftheadError: ModelOpt missing, target quantized already, or nothing to calibrate on.
+        DraftheadError: ModelOpt missing, target quantized already or multimodal, or nothing to
+            calibrate on.
     """
     if importlib.util.find_spec("modelopt") is None:
         raise DraftheadError(
@@ -90,6 +91,11 @@ def quantize(
     target = load_target(target_path)
     if target.quantization is not None:
         raise DraftheadError(f"{target.path}: quantized already; quantize the dense checkpoint")
+    if target.multimodal:
+        raise DraftheadError(
+            f"{target.path}: a multimodal checkpoint; drafthead quantizes text models that stand "
+            "alone. Take a quantized checkpoint of its maker, or quantize it with ModelOpt itself"
+        )
     if not calibration or not heldout:
         raise DraftheadError("quantize: needs prompts to calibrate on and some held out")
     made_of = fingerprint(

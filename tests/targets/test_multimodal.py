@@ -7,8 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
+from drafthead.capture import engine
+from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
 from drafthead.head.init import LLAMA_LAYER, target_layer
+from drafthead.quantize import quantize
+from drafthead.recipe import parse_recipe
+from drafthead.states import StoreMeta
 from drafthead.targets import load_target
 from drafthead.train.losses import Teacher
 from tests import wrappers
@@ -83,3 +88,27 @@ def test_a_text_model_that_cannot_be_told_is_refused(mistral):
     (mistral / "config.json").write_text(json.dumps(config))
     with pytest.raises(DraftheadError, match=r"config\.json: cannot be read"):
         load_target(mistral)
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_capture_runs_text_alone_unless_told(asked, mistral, monkeypatch):
+    def start(**args):
+        raise RuntimeError(args["language_model_only"])
+
+    monkeypatch.setattr(engine, "llm_class", lambda: start)
+    target = load_target(mistral)
+    data = {
+        "name": "t",
+        "target": {"path": str(mistral)},
+        "prompts": {"sources": [{"path": "unused.jsonl"}]},
+        "engine": {"extra": {} if asked is None else {"language_model_only": asked}},
+    }
+    meta = StoreMeta((1, 3), target.num_layers, target.hidden_size, "fp32", 1, {})
+    with pytest.raises(DraftheadError, match=f"does not start: {asked is None}"):
+        engine.CaptureEngine(parse_recipe(data, "test"), target, meta, None)
+
+
+def test_quantize_refuses_it(mistral, tmp_path):
+    chats = [Chat(None, ("Hello",), "test")]
+    with pytest.raises(DraftheadError, match="a multimodal checkpoint; drafthead quantizes"):
+        quantize(mistral, tmp_path / "out", chats, chats)

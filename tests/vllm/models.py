@@ -67,7 +67,12 @@ def write_target(
 
 
 def _target(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    """Configuration and tensors of its text model, named as one that stands alone names them."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    start = next(name for name in weights if name.endswith("embed_tokens.weight"))[:-19]
+    text = {"model." + n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
+    return config.get("text_config", config), text
 
 
 def write_head(
@@ -130,7 +135,9 @@ def write_head(
         head["layers.0.mlp.down_proj.weight"].zero_()
         norm = "model.norm.weight" if "model.norm.weight" in weights else _LFM2_NORM
         # Gemma's norms keep their weight less one.
-        head["norm.weight"] = weights[norm].float() + config["model_type"].startswith("gemma")
+        head["norm.weight"] = weights[norm].float() + config["model_type"].startswith(
+            ("gemma", "qwen3_5")
+        )
         head["lm_head.weight"] = weights["model.embed_tokens.weight"][drafted].float()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in head.items()}, folder / "model.safetensors")

@@ -75,6 +75,9 @@ class CaptureEngine:
         os.environ.update(plan.environment)
         self.recipe = recipe
         args: dict[str, Any] = plan.args | {"seed": recipe.generate.seed}
+        if target.multimodal:
+            # Prompts are token ids here: towers would take memory and do nothing.
+            args.setdefault("language_model_only", True)
         if sink is not None:
             gpu = this_machine().vllm_device == "cuda"
             worker = "worker.CaptureWorker" if gpu else "cpu_worker.CaptureCPUWorker"

@@ -19,10 +19,13 @@ class TransformersTwin:
     """
 
     def __init__(self, path: Path | str, dtype: torch.dtype, device: str = "cpu"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        decoder = self.model.model
+        config = AutoConfig.from_pretrained(path)
+        alone = config.get_text_config() is config
+        kind = AutoModelForCausalLM if alone else AutoModelForMultimodalLM
+        self.model = kind.from_pretrained(path, dtype=dtype).to(device).eval()
+        decoder = self.model.get_decoder()
         self._layers = decoder.layers
         for name in ("norm", "embedding_norm"):  # LFM2 calls its final norm embedding_norm
             if hasattr(decoder, name):

@@ -45,7 +45,9 @@ _WHOLE = {
     "GraniteMoeForCausalLM": "granitemoe",
     "GraniteMoeSharedForCausalLM": "granitemoeshared",
 }
-MODULES = _IN_TWO_PARTS | _WHOLE
+# Multimodal, around one of the above: its forward hands on what the text model's returns.
+_AROUND = {"Gemma3ForConditionalGeneration": "gemma3_mm"}
+MODULES = _IN_TWO_PARTS | _WHOLE | _AROUND
 
 
 class _StandIn:
@@ -127,11 +129,12 @@ def with_hook(name: str) -> type[nn.Module]:
     if supports_eagle3(stock):
         step_aside("any_target")
         return stock
-    decoder_name = name.replace("ForCausalLM", "Model")
-    decoder = getattr(module, decoder_name)
-    if not issubclass(decoder, EagleModelMixin):  # Glm4Model is a LlamaModel, which has it
-        # The constructor of the base looks it up by name.
-        setattr(module, decoder_name, noting(decoder, name in _WHOLE))
+    if name not in _AROUND:
+        decoder_name = name.replace("ForCausalLM", "Model")
+        decoder = getattr(module, decoder_name)
+        if not issubclass(decoder, EagleModelMixin):  # Glm4Model is a LlamaModel, which has it
+            # The constructor of the base looks it up by name.
+            setattr(module, decoder_name, noting(decoder, name in _WHOLE))
 
     class Target(stock, SupportsEagle3):  # type: ignore[misc, valid-type]
         def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
@@ -160,5 +163,6 @@ def apply() -> None:
 
     for architecture, stock in list(ModelRegistry.models.items()):
         name, where = getattr(stock, "class_name", ""), getattr(stock, "module_name", "")
-        if architecture.endswith("ForCausalLM") and where == _VLLM + MODULES.get(name, "?"):
+        generates = architecture.endswith(("ForCausalLM", "ForConditionalGeneration"))
+        if generates and where == _VLLM + MODULES.get(name, "?"):
             ModelRegistry.register_model(architecture, f"{__name__}:{name}")
