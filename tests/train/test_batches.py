@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafthead.train.batches import OPEN_ROWS, Batch, draft_ids, pack, prefetch
+from drafthead.train.batches import OPEN_ROWS, Batch, draft_ids, made_ahead, pack, prefetch
 from drafthead.train.packing import pack_row
 from tests.train.samples import sample
 
@@ -41,10 +41,9 @@ def batch(length: int, name: str = "a") -> Batch:
     return row.batch("cpu")
 
 
-def test_prefetch_gives_every_batch_in_order_and_hands_on_errors():
+def test_rows_made_ahead_come_in_order_and_hand_on_errors():
     batches = [batch(6 + i, str(i)) for i in range(8)]
-    device = torch.device("cpu")
-    found = list(prefetch(lambda n: batches[n], range(8), device, depth=2))
+    found = list(made_ahead(lambda n: batches[n], range(8), None, depth=2))
     assert [b.names for b in found] == [b.names for b in batches]
 
     def broken(number):
@@ -53,7 +52,7 @@ def test_prefetch_gives_every_batch_in_order_and_hands_on_errors():
         return batches[number]
 
     with pytest.raises(ValueError, match="number two"):
-        list(prefetch(broken, range(8), device))
+        list(made_ahead(broken, range(8), None))
 
 
 @pytest.mark.parametrize(("size", "ahead"), [(1 << 20, 16), (16 << 20, 8), (128 << 20, 3)])
@@ -61,7 +60,7 @@ def test_small_rows_are_made_further_ahead(size, ahead, monkeypatch):
     monkeypatch.setattr(Batch, "bytes", size)
     monkeypatch.setattr("drafthead.train.batches.ThreadPoolExecutor", _AtOnce)
     made = []
-    stream = prefetch(lambda n: made.append(n) or batch(6), range(99), torch.device("cpu"))
+    stream = made_ahead(lambda n: made.append(n) or batch(6), range(99), None)
     for _ in range(5):
         next(stream)
     assert made == list(range(5 + ahead))
@@ -86,7 +85,15 @@ class _AtOnce:
         pass
 
 
-def test_prefetch_ends_when_its_consumer_does():
-    stream = prefetch(lambda n: batch(6), range(10**9), torch.device("cpu"))
+def test_making_ahead_ends_when_its_consumer_does():
+    stream = made_ahead(lambda n: batch(6), range(10**9), None)
     next(stream)
     stream.close()  # joins the thread, or hangs here
+
+
+def test_on_a_cpu_no_row_is_made_before_its_turn():
+    made = []
+    stream = prefetch(lambda n: made.append(n) or batch(6), range(9), torch.device("cpu"))
+    next(stream)
+    assert made == [0]
+    assert len(list(stream)) == 8
