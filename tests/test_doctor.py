@@ -9,6 +9,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from drafthead import doctor, hook
@@ -113,6 +114,19 @@ def recipe(tmp_path):
         },
         "test",
     )
+
+
+def test_a_copy_in_mistrals_own_format_is_named(recipe, tmp_path):
+    def warned(recipe):
+        findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
+        return [f.mend for f in findings if f.what == "format"]
+
+    assert warned(recipe) == []
+    (tmp_path / "target" / "consolidated.safetensors").touch()
+    (mend,) = warned(recipe)
+    extra = yaml.safe_load(mend.replace("engine.extra", "extra"))["extra"]
+    told = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"extra": extra})})
+    assert warned(told) == []
 
 
 def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypatch):

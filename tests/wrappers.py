@@ -66,6 +66,33 @@ SETTINGS: dict[str, dict] = {
         "vision_config": _QWEN_TOWER | {"num_position_embeddings": 16},
         "image_token_id": 5,
     },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **_TOWER},
+        "image_token_index": 5,
+    },
+    "llama4": {
+        "text_config": {
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": 512,
+        },
+        "vision_config": _TOWER | {"vision_output_dim": 64, "projector_input_dim": 64},
+        "image_token_index": 5,
+    },
+    "gemma4": {
+        "text_config": {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 16,
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": 32,
+            "final_logit_softcapping": 2.0,
+        },
+        "vision_config": _TOWER | {"num_key_value_heads": 1, "head_dim": 32},
+        "audio_config": None,
+        "image_token_id": 5,
+    },
     "gemma3": {
         "text_config": {
             "sliding_window": 16,

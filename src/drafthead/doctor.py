@@ -284,6 +284,16 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     except DraftheadError as error:
         mend = "correct the recipe, or the file that the message names"
         return [Finding("recipe", "fault", str(error), mend)]
+    if (
+        any(target.path.glob("consolidated*.safetensors"))
+        and "load_format" not in recipe.engine.extra
+    ):
+        words = (
+            "vLLM takes the copy in Mistral's own format, with a chat template of its own; "
+            "drafthead reads and trains on the other"
+        )
+        mend = "engine.extra: {config_format: hf, load_format: hf, tokenizer_mode: hf}"
+        found.append(Finding("format", "warning", words, mend))
     sample = _sample(plan)
     found += [*_room(plan, sample), *_trained_steps(recipe)]
     try:

@@ -60,6 +60,8 @@ class SafetensorsFolder:
         """
         index = folder / "model.safetensors.index.json"
         files = sorted(folder.glob("*.safetensors"))
+        # Mistral's repositories hold the same weights again, in a format of its own.
+        files = [f for f in files if not f.name.startswith("consolidated")]
         if index.exists():
             try:
                 wanted = set(json.loads(index.read_text())["weight_map"].values())
