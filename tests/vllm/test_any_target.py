@@ -53,16 +53,21 @@ def check_answers(llm, twin):
         assert logits.argmax(-1).tolist() == got
 
 
+def inspected(architecture, monkeypatch):
+    """The class that vLLM would serve, looked at in this process."""
+    load_general_plugins()
+    # At a class that is registered by name, as it is now, vLLM looks in a process of its own.
+    made = _RegisteredModel.from_model_cls(ModelRegistry.models[architecture].load_model_cls())
+    monkeypatch.setitem(ModelRegistry.models, architecture, made)
+    return made.model_cls
+
+
 @pytest.mark.parametrize(
     ("architecture", "k"),
     [(name, 1 + 2 * (i % 2)) for i, name in enumerate(unhooked.SETTINGS)],
 )
 def test_states_and_answers(architecture, k, tmp_path, monkeypatch):
-    load_general_plugins()
-    # At a class that is registered by name, as it is now, vLLM looks in a process of its own.
-    made = _RegisteredModel.from_model_cls(ModelRegistry.models[architecture].load_model_cls())
-    assert made.model_cls is getattr(any_target, architecture)
-    monkeypatch.setitem(ModelRegistry.models, architecture, made)
+    assert inspected(architecture, monkeypatch) is getattr(any_target, architecture)
     target = unhooked.write(architecture, tmp_path / "target")
     head = write_head(tmp_path / "head", target, aux_layers=AUX, repeats=True)
     twin = TransformersTwin(target, torch.float32)

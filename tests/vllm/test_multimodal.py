@@ -22,7 +22,7 @@ from tests import wrappers
 from tests.vllm.engines import counter, eagle3, engine
 from tests.vllm.models import write_head
 from tests.vllm.runs import recipe_for
-from tests.vllm.test_any_target import AUX, check_answers, check_states
+from tests.vllm.test_any_target import AUX, check_answers, check_states, inspected
 
 STANDINS = Path(__file__).parents[1] / "standins"
 # As who serves text alone says it. Else vLLM wants a processor of images, which no tiny has.
@@ -52,12 +52,13 @@ def test_states_and_answers(kind, k, bringer, tmp_path, monkeypatch, capsys):
     target = wrappers.write(kind, tmp_path / "target", embedding_scale=4.0)
     head = write_head(tmp_path / "head", target, aux_layers=AUX, repeats=True)
     twin = TransformersTwin(target, torch.float32)
+    (architecture,) = load_target(target).architectures
+    inspected(architecture, monkeypatch)
     with engine(target, eagle3(head, k), **TEXT_ONLY) as llm:
         check_states(llm, twin)
         check_answers(llm, twin)
         accepted = counter(llm, "spec_decode_num_accepted_tokens")
         assert 10 < accepted < counter(llm, "spec_decode_num_draft_tokens")
-    (architecture,) = load_target(target).architectures
     monkeypatch.setattr(sys, "argv", ["-c", architecture])
     exec(hook._HOOK, {})  # doctor's process, in this one
     assert f"hook {bringer}\n" in capsys.readouterr().out
