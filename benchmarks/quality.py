@@ -249,6 +249,8 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget an earlier OUT")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if "drafthead" not in options.sides.split(","):
+        parser.error("--sides: drafthead, which the others are held against, is missing")
     if options.fresh:
         shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True, exist_ok=True)
