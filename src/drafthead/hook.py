@@ -45,8 +45,7 @@ def check_hook(recipe: Recipe) -> list[Finding]:
                 "hidden states",
                 "fault",
                 f"vLLM's {architecture} cannot be imported: {last}",
-                "install what is missing; torchvision's CPU build has an index of its own: pip "
-                "install torchvision --index-url https://download.pytorch.org/whl/cpu",
+                "install what is missing; torchvision's CPU build is in an index of PyTorch's own",
             )
         ]
     bringer = {"vllm": "vLLM itself", "drafthead": "drafthead's plugin"}.get(found[1])

@@ -281,6 +281,8 @@ def _local_folder(path_or_id: str, revision: str | None) -> Path:
                     "*.jinja",
                     "LICENSE*",
                 ],
+                # The same weights again, in Mistral's own format.
+                ignore_patterns=["consolidated*"],
             )
         )
     except Exception as error:
