@@ -44,7 +44,7 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import Curves, analyse, model
-from drafthead.prove.grid import line, running, start
+from drafthead.prove.grid import GRAPH, line, running, start, target_alone
 from drafthead.prove.pairing import (
     METHOD,
     Block,
@@ -114,7 +114,7 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
     drafted = {k: engine_plan(recipe, head=head, num_speculative_tokens=k) for k in options.k}
     prompts = read_prompts(Path(target), options.prompts, options.count)
     about = {"target": target, "head": head, "acceptance": "served"}
-    base = engine_plan(recipe, head=None)
+    base = target_alone(recipe)
     if options.in_process:
         base, *rest = (in_process(plan) for plan in (base, *drafted.values()))
         drafted = dict(zip(drafted, rest, strict=True))
@@ -123,7 +123,7 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
 
 def graph_size(options: argparse.Namespace) -> dict[str, int]:
     """vLLM's argument for ``--capture``."""
-    return {"max_cudagraph_capture_size": options.capture} if options.capture else {}
+    return {GRAPH.name: options.capture} if options.capture else {}
 
 
 def in_process(plan: Plan) -> Plan:
@@ -161,10 +161,11 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
     about = {"target": "LFM2.5-8B-A1B's shapes, dummy weights, NVFP4", "acceptance": "synthetic"}
     # vLLM's CPU build has no synthetic acceptance.
     curves = None if tiny else [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)]
+    alone = plan() if tiny or options.capture else plan(**{GRAPH.name: GRAPH.value})
     heads = {"lfm2": ("head", whole, options.k), "lfm2-vocab": ("head-small", whole // 4, [3])}
     for name, (head, size, ks) in heads.items():
         drafted = {k: drafting(head, k) for k in ks}
-        yield Case(name, plan(), drafted, prompts, {**about, "draft_vocab_size": size}, curves)
+        yield Case(name, alone, drafted, prompts, {**about, "draft_vocab_size": size}, curves)
 
 
 def tiny_cases(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import drafthead
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import Gpu, Machine
+from drafthead.prove.grid import GRAPH, target_alone
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan, serve_plan, served_k
@@ -153,3 +154,17 @@ def test_the_bench_recommends_k_and_the_recipe_overrules_it(recipe, tmp_path):
     write_json(run.bench_json, recommended)
     assert served_k(silent, run) == 5
     assert served_k(explicit, run) == 2
+
+
+def test_speeds_are_held_against_a_target_with_graphs_as_large_as_vllms_own(recipe, monkeypatch):
+    """vLLM would give the target alone smaller ones than the target with a head."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    name, chosen = "max_cudagraph_capture_size", recipe(engine={"extra": {GRAPH.name: 64}})
+    assert name == GRAPH.name in EngineArgs.__dataclass_fields__
+    for machine, found, own in ((CPU, None, 64), (gpus(1), 512, 64)):
+        for module in ("serve", "prove.grid"):
+            monkeypatch.setattr(f"drafthead.{module}.this_machine", lambda: machine)  # noqa: B023
+        assert target_alone(recipe()).args.get(name) == found
+        assert target_alone(chosen).args[name] == own
+    assert name not in engine_plan(recipe(), head="h", machine=gpus(1)).args
