@@ -11,7 +11,7 @@ SOURCE = Path(drafthead.__file__).parent
 ORDER = (
     *("errors", "machine", "finding", "fsio", "recipe", "rundir", "targets", "data", "states"),
     *("head", "serve", "vocab", "init", "quantize", "capture", "train", "prove"),
-    *("report", "run", "doctor"),
+    *("report", "run", "hook", "doctor"),
     *("cli_options", "cli_prove", "cli", "__main__"),
 )
 """The rooms and files of the package in the way of the data. `vllm_plugin` stands aside: it runs
