@@ -5,21 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-from tests.tiny import VOCAB, tiny_tokenizer
+from tests.tiny import SIZES, tiny_tokenizer
 
-_TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 4,
-    "pad_token_id": 0,
-}
+_TEXT = SIZES | {"eos_token_id": 4}
 _TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,

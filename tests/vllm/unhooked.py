@@ -5,21 +5,9 @@ from pathlib import Path
 import torch
 import transformers
 
-_SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
-    "dtype": "float32",
-}
+from tests.tiny import SIZES
+
+_SIZES = SIZES | {"eos_token_id": 2, "tie_word_embeddings": True, "dtype": "float32"}
 _UNTIED = {"tie_word_embeddings": False}  # vLLM's class does not know tied ones
 _WINDOWS = {
     "sliding_window": 16,
