@@ -161,7 +161,7 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
     about = {"target": "LFM2.5-8B-A1B's shapes, dummy weights, NVFP4", "acceptance": "synthetic"}
     # vLLM's CPU build has no synthetic acceptance.
     curves = None if tiny else [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)]
-    alone = plan() if tiny or options.capture else plan(**{GRAPH.name: GRAPH.value})
+    alone = plan() if tiny else plan(**{GRAPH.name: options.capture or GRAPH.value})
     heads = {"lfm2": ("head", whole, options.k), "lfm2-vocab": ("head-small", whole // 4, [3])}
     for name, (head, size, ks) in heads.items():
         drafted = {k: drafting(head, k) for k in ks}

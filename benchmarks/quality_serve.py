@@ -46,8 +46,9 @@ def serve(
         for target, head, k in [*((t, None, 0) for t in targets), *wanted]:
             recipe = make_recipe(options, Job("serve"), target)
             folder = None if head is None else heads[head]
-            plan = target_alone(recipe)
-            if folder is not None:
+            if folder is None:
+                plan = target_alone(recipe)
+            else:
                 plan = engine_plan(recipe, head=folder, num_speculative_tokens=k)
             name = f"{Path(target).name}-{Path(head or 'alone').name}-k{k}"
             log = options.out / "logs" / f"{name}.log"

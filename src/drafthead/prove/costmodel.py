@@ -151,14 +151,14 @@ def model(cells: Sequence[dict]) -> StepCost:
     plain = float(np.median([cell["step_s"]["base"] for cell in cells]))
     concurrency = cells[0]["concurrency"]
     steps = {c["num_speculative_tokens"]: c["step_s"]["plain_steps"] * plain for c in cells}
-    lengths = {c["num_speculative_tokens"]: c["accepted_length"] for c in cells}
+    tokens = {c["num_speculative_tokens"]: c["accepted_length"] for c in cells}
     known = [(c, p["drafted_waiting"]) for c in cells for p in c["pairs"] if p["drafted_waiting"]]
     square = sum(found["square"] for _, found in known)
     if not square or len(steps) == 1:
         return fit(concurrency, plain, steps)
     waiting = max(0.0, sum(found["product"] for _, found in known) / square)
     requests = float(np.mean([found["requests"] / c["accepted_length"] for c, found in known]))
-    calm = {k: seconds - waiting * requests * lengths[k] for k, seconds in steps.items()}
+    calm = {k: seconds - waiting * requests * tokens[k] for k, seconds in steps.items()}
     if min(calm.values()) <= 0:  # noise: waiting is no more than the step
         return fit(concurrency, plain, steps)
     return replace(fit(concurrency, plain, calm), waiting=waiting, requests=requests)

@@ -141,9 +141,10 @@ def made_ahead(
     def ready(future: Future) -> Batch | None:
         nonlocal ahead
         batch, copied = future.result()
-        if batch is not None:
-            ahead = max(depth, min(MOST_AHEAD, AHEAD_BYTES // batch.bytes))
-        if batch is not None and stream is not None:
+        if batch is None:
+            return None
+        ahead = max(depth, min(MOST_AHEAD, AHEAD_BYTES // batch.bytes))
+        if stream is not None:
             current = torch.cuda.current_stream(stream.device)
             current.wait_event(copied)
             batch.map(functools.partial(_used_on, current))
