@@ -44,7 +44,7 @@ from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import Curves, analyse, model
-from drafthead.prove.grid import GRAPH, line, running, start, target_alone
+from drafthead.prove.grid import line, running, start
 from drafthead.prove.pairing import (
     METHOD,
     Block,
@@ -106,7 +106,6 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
                 "max_num_seqs": max(options.concurrency),
                 "kv_cache_memory_bytes": (768 << 20) if cuda else (128 << 20),
                 "gpu_memory_utilization": 0.05,
-                "extra": graph_size(options),
             },
         },
         "grid.py",
@@ -114,16 +113,11 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
     drafted = {k: engine_plan(recipe, head=head, num_speculative_tokens=k) for k in options.k}
     prompts = read_prompts(Path(target), options.prompts, options.count)
     about = {"target": target, "head": head, "acceptance": "served"}
-    base = target_alone(recipe)
+    base = engine_plan(recipe, head=None)
     if options.in_process:
         base, *rest = (in_process(plan) for plan in (base, *drafted.values()))
         drafted = dict(zip(drafted, rest, strict=True))
     return Case(name, base, drafted, prompts, about)
-
-
-def graph_size(options: argparse.Namespace) -> dict[str, int]:
-    """vLLM's argument for ``--capture``."""
-    return {GRAPH.name: options.capture} if options.capture else {}
 
 
 def in_process(plan: Plan) -> Plan:
@@ -145,7 +139,8 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
         "max_num_seqs": max(options.concurrency),
         "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
         **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
-        **graph_size(options),
+        # As `engine_plan` does it, so that the target alone has graphs as large as with a head.
+        **({} if tiny else {"max_cudagraph_capture_size": 512}),
     }
     env = IN_PROCESS if options.in_process or tiny else {}
 
@@ -161,11 +156,10 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
     about = {"target": "LFM2.5-8B-A1B's shapes, dummy weights, NVFP4", "acceptance": "synthetic"}
     # vLLM's CPU build has no synthetic acceptance.
     curves = None if tiny else [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)]
-    alone = plan() if tiny else plan(**{GRAPH.name: options.capture or GRAPH.value})
     heads = {"lfm2": ("head", whole, options.k), "lfm2-vocab": ("head-small", whole // 4, [3])}
     for name, (head, size, ks) in heads.items():
         drafted = {k: drafting(head, k) for k in ks}
-        yield Case(name, alone, drafted, prompts, {**about, "draft_vocab_size": size}, curves)
+        yield Case(name, plan(), drafted, prompts, {**about, "draft_vocab_size": size}, curves)
 
 
 def tiny_cases(options: argparse.Namespace) -> None:
@@ -342,7 +336,6 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=280, help="of timing, starts not counted")
     parser.add_argument("--in-process", action="store_true", help="no process for the engine")
-    parser.add_argument("--capture", type=int, help="tokens of the largest CUDA graph")
     add_turn(parser)
     parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--tiny", action="store_true")

@@ -15,7 +15,6 @@ from turns import turn
 
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.grid import target_alone
 from drafthead.prove.pairing import Point, run_pairs, summarize
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.serve import engine_plan
@@ -46,10 +45,7 @@ def serve(
         for target, head, k in [*((t, None, 0) for t in targets), *wanted]:
             recipe = make_recipe(options, Job("serve"), target)
             folder = None if head is None else heads[head]
-            if folder is None:
-                plan = target_alone(recipe)
-            else:
-                plan = engine_plan(recipe, head=folder, num_speculative_tokens=k)
+            plan = engine_plan(recipe, head=folder, num_speculative_tokens=k or None)
             name = f"{Path(target).name}-{Path(head or 'alone').name}-k{k}"
             log = options.out / "logs" / f"{name}.log"
             # One process an engine, not two: starting them is most of this stage's time.

@@ -10,7 +10,6 @@ import drafthead
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import Gpu, Machine
-from drafthead.prove.grid import GRAPH, target_alone
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan, serve_plan, served_k
@@ -156,15 +155,29 @@ def test_the_bench_recommends_k_and_the_recipe_overrules_it(recipe, tmp_path):
     assert served_k(explicit, run) == 2
 
 
-def test_speeds_are_held_against_a_target_with_graphs_as_large_as_vllms_own(recipe, monkeypatch):
-    """vLLM would give the target alone smaller ones than the target with a head."""
+@pytest.mark.parametrize(
+    ("k", "engine", "extra", "found"),
+    [
+        (None, {}, [], 512),  # the target alone, as with a head
+        (2, {}, [], 512),
+        (3, {}, [], None),  # what vLLM does by itself
+        (1, {"max_num_seqs": 256}, [], None),
+        (1, {"extra": {"max_num_seqs": None}}, [], None),
+        (1, {"extra": {"max_cudagraph_capture_size": 64}}, [], 64),
+        (1, {"extra": {"cudagraph_capture_sizes": [1, 2]}}, [], None),
+        (1, {}, ["--cudagraph-capture-sizes=8"], None),
+        (1, {}, ["-cc.cudagraph_mode=FULL"], None),
+    ],
+)
+def test_graphs_are_as_large_with_a_head_as_without(recipe, k, engine, extra, found):
+    """vLLM would make those of few sequences smaller for the target alone; of what is asked for
+    twice it refuses to start."""
     from vllm.engine.arg_utils import EngineArgs
 
-    name, chosen = "max_cudagraph_capture_size", recipe(engine={"extra": {GRAPH.name: 64}})
-    assert name == GRAPH.name in EngineArgs.__dataclass_fields__
-    for machine, found, own in ((CPU, None, 64), (gpus(1), 512, 64)):
-        for module in ("serve", "prove.grid"):
-            monkeypatch.setattr(f"drafthead.{module}.this_machine", lambda: machine)  # noqa: B023
-        assert target_alone(recipe()).args.get(name) == found
-        assert target_alone(chosen).args[name] == own
-    assert name not in engine_plan(recipe(), head="h", machine=gpus(1)).args
+    machine, name = gpus(1), "max_cudagraph_capture_size"
+    assert name in EngineArgs.__dataclass_fields__
+    made = recipe(engine=engine)
+    plan = engine_plan(made, head=k and "h", num_speculative_tokens=k, machine=machine, extra=extra)
+    assert plan.args.get(name) == found
+    if found == 512:
+        assert name not in engine_plan(made, head=None, machine=CPU).args

