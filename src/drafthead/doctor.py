@@ -17,7 +17,7 @@ from drafthead.errors import DraftheadError
 from drafthead.finding import Finding
 from drafthead.hook import check_hook
 from drafthead.machine import Machine, this_machine
-from drafthead.recipe import Recipe
+from drafthead.recipe import ENOUGH_STEPS, Recipe
 from drafthead.rundir import RunDir
 
 # What needs PyTorch is imported where it is used: doctor must work where PyTorch does not.
@@ -241,9 +241,10 @@ def _room(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> list[Finding]:
 
 
 def _trained_steps(recipe: Recipe) -> list[Finding]:
-    """Whether the head is trained for as many drafts as the recipe serves."""
+    """Whether the head is trained for as many drafts as the recipe serves, or as help."""
     k = max(recipe.serve.candidates)
-    if k <= recipe.ttt_steps:
+    enough = recipe.head.norm_output and recipe.ttt_steps >= ENOUGH_STEPS
+    if enough or k <= recipe.ttt_steps:
         return []
     words = f"up to {k} drafts a step, and a head trained for {recipe.ttt_steps}: the rest are poor"
     mend = "raise train.ttt_steps (8 at most), or lower serve.num_speculative_tokens"

@@ -30,8 +30,11 @@ def check_states(llm, twin):
     def recording(input_ids, positions, *others, **named):
         hidden, aux = forward(input_ids, positions, *others, **named)
         # M-RoPE has three rows of them, which are the same for text.
-        for row, position in enumerate(positions.view(-1, positions.shape[-1])[0].tolist()):
-            seen[position] = torch.stack([state[row] for state in aux])
+        rows = positions.view(-1, positions.shape[-1])[0].tolist()
+        for row, position in enumerate(rows):
+            if position != rows[0] + row:  # on a GPU a batch is padded
+                break
+            seen[position] = torch.stack([state[row] for state in aux]).cpu()
         return hidden, aux
 
     model.forward = recording
@@ -41,7 +44,9 @@ def check_states(llm, twin):
         got = torch.stack([seen[position] for position in range(len(sequence))])
         expected = twin.states(sequence, AUX)
         scale = expected.abs().amax(dim=(0, 2))[None, :, None]
-        assert ((got - expected).abs() / scale).max() < 1e-5
+        # A GPU's products are in TF32.
+        limit = 1e-3 if torch.cuda.is_available() else 1e-5
+        assert ((got - expected).abs() / scale).max() < limit
     model.forward = forward
 
 

@@ -2,6 +2,7 @@
 
 from drafthead.recipe.read import load_recipe, parse_recipe, with_options
 from drafthead.recipe.schema import (
+    ENOUGH_STEPS,
     HeadSection,
     Loss,
     PromptsSection,
@@ -13,6 +14,7 @@ from drafthead.recipe.schema import (
 )
 
 __all__ = [
+    "ENOUGH_STEPS",
     "HeadSection",
     "Loss",
     "PromptsSection",

@@ -168,6 +168,10 @@ class HeadSection(Section):
     for targets laid out as Llama."""
 
 
+ENOUGH_STEPS = 3
+"""Of training-time test, for a head with `norm_output`: one trained for 5 drafts five no better."""
+
+
 class TrainSection(Section):
     """Training of the head."""
 
@@ -178,10 +182,10 @@ class TrainSection(Section):
     starts from the target's own weights."""
     ttt_steps: Annotated[int, Field(ge=1, le=8)] | None = None
     """Steps of training-time test: the head learns from its own states as it will at draft
-    position 1..n. null: as many as may be drafted a step, at most 8. Positions beyond are
-    drafted worse, and without `head.norm_output` are as good as lost: such a head, trained for 3,
-    got 30 % right at positions 1 to 3 and 5 % at the fourth. 1 is the published head's recipe (fit
-    for k=1 only)."""
+    position 1..n. null: as many as may be drafted a step, at most 3 with `head.norm_output`, where
+    more made no head better (docs/heads.md) and cost time, and at most 8 without it, where
+    positions beyond are as good as lost: such a head, trained for 3, got 30 % right at positions 1
+    to 3 and 5 % at the fourth. 1 is the published head's recipe (fit for k=1 only)."""
     ttt_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Weight of step t is decay**t: later drafts count only if earlier ones were accepted."""
     loss: Loss = "kl"
@@ -375,5 +379,6 @@ class Recipe(Section):
 
     @property
     def ttt_steps(self) -> int:
-        """Steps of training-time test: the recipe's, or as many as may be drafted."""
-        return self.train.ttt_steps or min(8, max(self.serve.candidates))
+        """Steps of training-time test: the recipe's, or as many as are drafted and of use."""
+        most = ENOUGH_STEPS if self.head.norm_output else 8
+        return self.train.ttt_steps or min(most, max(self.serve.candidates))
