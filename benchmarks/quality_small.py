@@ -35,10 +35,9 @@ DEMO = {"row_tokens": 256, "ttt_steps": 3}
 def jobs(hidden: int, vocab: int) -> list[Job]:
     """The heads by name, for a target of that width: what quality.py compares, and a few more."""
     ours = [Job("drafthead"), *RATES, rated("adamw", "2e-3")]
-    # ttt-3 is the first of them here.
-    ours += [part for level in LEVELS.values() for part in level if part.name != "ttt-3"]
+    ours += [part for level in LEVELS.values() for part in level]
     ours += [Job("rows-512", train={"row_tokens": 512})]
-    ours += [Job("ttt-5", train={"ttt_steps": 5}), Job("fp8", train={"matmul": "fp8"})]
+    ours += [Job("fp8", train={"matmul": "fp8"})]
     ours += [Job(f"mlp-{n}x", head={"intermediate_size": n * hidden}) for n in (2, 8)]
     ours += [Job("two-layers", head={"num_hidden_layers": 2})]
     ours += [replace(rated("adamw", "1e-3"), name="adamw-1e-3-no-norms", head=BARE)]

@@ -34,9 +34,9 @@ LEVELS: dict[str, list[Job]] = {
         Job("lm-head-frozen", train={"lm_head_rate": 0.0}),
     ],
     "betas": [Job("beta2-0.999", train={"betas": [0.9, 0.999]})],
-    # The rest has 5, as many as are drafted.
+    # The rest has 3.
     "steps": [
-        Job("ttt-3", train={"ttt_steps": 3}),
+        Job("ttt-5", train={"ttt_steps": 5}),
         Job("ttt-7", train={"ttt_steps": 7}),
         Job("ttt-1", train={"ttt_steps": 1}),
     ],
@@ -128,7 +128,7 @@ RATES = [
     rated("muon", "4e-3"),
     Job("rows-1024", train={"row_tokens": 1024}),
 ]
-FIRST = "nothing ttt-3 ttt-7 ttt-1 ce+smoothl1 acceptance adamw-5e-4 adamw-1e-3 two-layers mlp-2x"
+FIRST = "nothing ttt-5 ttt-7 ttt-1 ce+smoothl1 acceptance adamw-5e-4 adamw-1e-3 two-layers mlp-2x"
 
 
 def three(found: dict[str, dict]) -> list[Job]:
