@@ -11,7 +11,7 @@ from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import read_json, sha256_file, write_json
-from drafthead.report.card import find_licence, write_card
+from drafthead.report.card import find_licence, usage, write_card
 from drafthead.report.page import report
 from drafthead.report.publish import publish
 from drafthead.report.results import read_results
@@ -58,6 +58,20 @@ def test_card_header_and_figures(made):
     assert "--disable-custom-all-reduce" in body
     assert '"method":"eagle3","model":"me/head"' in body
     assert "enforce_eager" not in body
+
+
+def test_the_card_gives_no_advice_that_is_of_one_machine(made):
+    recipe, run = made
+    one = {"recommended_num_speculative_tokens": 1, "num_speculative_tokens": 1}
+    write_json(run.bench_json, read_json(run.bench_json, "") | one)
+    plans = usage(
+        read_results(recipe, run), "me/head", "some/target", load_target(recipe.target.path)
+    )
+    for plan in plans:
+        assert plan is not None
+        flags = {s.name for s in plan.settings}
+        assert "speculative_config" in flags
+        assert not flags & {"max_num_seqs", "max_cudagraph_capture_size", "gpu_memory_utilization"}
 
 
 def test_card_follows_the_figures(made):

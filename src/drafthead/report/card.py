@@ -114,7 +114,7 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
             }
         )
         made = engine_plan(recipe, head=repo, target=target, machine=gpu_machine(count, False))
-        general = ("max_num_seqs", "gpu_memory_utilization")
+        general = ("max_num_seqs", "max_cudagraph_capture_size", "gpu_memory_utilization")
         return replace(made, settings=[s for s in made.settings if s.name not in general])
 
     count = next((n for n in _SEVERAL if target.num_attention_heads % n == 0), None)
