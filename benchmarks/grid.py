@@ -62,6 +62,7 @@ from drafthead.targets import load_target
 
 CONSOLE = Console(stderr=True, width=140)
 LONGEST_PROMPT = 256
+GRAPHS = "max_cudagraph_capture_size"
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "")}
 
 
@@ -106,6 +107,7 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
                 "max_num_seqs": max(options.concurrency),
                 "kv_cache_memory_bytes": (768 << 20) if cuda else (128 << 20),
                 "gpu_memory_utilization": 0.05,
+                "extra": {GRAPHS: options.graphs} if options.graphs else {},
             },
         },
         "grid.py",
@@ -140,7 +142,7 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
         "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
         **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
         # As `engine_plan` does it, so that the target alone has graphs as large as with a head.
-        **({} if tiny else {"max_cudagraph_capture_size": 512}),
+        **({} if tiny else {GRAPHS: options.graphs or 512}),
     }
     env = IN_PROCESS if options.in_process or tiny else {}
 
@@ -335,6 +337,7 @@ def main() -> None:
         "--pairs", type=int, default=4, help="of a load before the next one is timed"
     )
     parser.add_argument("--seconds", type=float, default=280, help="of timing, starts not counted")
+    parser.add_argument("--graphs", type=int, help="tokens of the largest CUDA graph, on all sides")
     parser.add_argument("--in-process", action="store_true", help="no process for the engine")
     add_turn(parser)
     parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
