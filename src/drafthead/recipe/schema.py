@@ -200,7 +200,8 @@ class TrainSection(Section):
     products cost time; `adamw` is for speed alone, and for `shard`."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate, of all weights (Muon's steps are scaled to the size of AdamW's). null is
-    2e-3 with `muon`, 5e-4 with `adamw`: a normed head trained by AdamW alone takes no more."""
+    2e-3 with `muon`, 1e-3 with `adamw`: of a normed head trained by AdamW alone half and twice that
+    made a worse one (docs/heads.md)."""
     lm_head_rate: Annotated[float, Field(ge=0)] = 1.0
     """The LM head's learning rate as a share of the others': it starts from the target's own, and
     with 0 it stays that."""
@@ -238,7 +239,7 @@ class TrainSection(Section):
     @property
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or what it is by default."""
-        return self.learning_rate or {"muon": 2e-3, "adamw": 5e-4}[self.optimizer]
+        return self.learning_rate or {"muon": 2e-3, "adamw": 1e-3}[self.optimizer]
 
 
 class EngineSection(Section):
