@@ -286,10 +286,11 @@ def states_check(
     if as_json:
         emit(found, as_json)
     if found["whole"]:
-        console.print(f"{store}: all {found['units']} units are whole")
+        console.print(f"{escape(str(store))}: all {found['units']} units are whole", soft_wrap=True)
         return
     console.print(
-        f"{len(found['faults'])} of {found['units']} units are broken; next: `{found['mend']}`",
+        f"{len(found['faults'])} of {found['units']} units are broken; "
+        f"next: `{escape(found['mend'])}`",
         soft_wrap=True,
     )
     raise typer.Exit(0 if repair else ClaimFailed.exit_code)

@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shlex
 import shutil
 import struct
 from dataclasses import replace
@@ -281,6 +282,32 @@ def test_check_names_what_is_broken_and_repair_throws_just_that_out(whole, tmp_p
     assert same(content(path), content(whole))
     assert check_store(path) == []
     repair(path, [])
+
+
+@pytest.mark.parametrize("store", [".", "inner/.."])
+def test_a_run_is_told_of_a_repair_from_inside_its_store(whole, tmp_path, monkeypatch, store):
+    path = tmp_path / "states"
+    shutil.copytree(whole, path)
+    (path / "inner").mkdir()
+    (path / "unit-000001.json").unlink()
+    done = tmp_path / ".stages" / "capture.done.json"
+    done.parent.mkdir()
+    done.write_text("{}")
+    monkeypatch.chdir(path)
+    with RunLock(tmp_path), pytest.raises(DraftheadError, match="another drafthead run"):
+        check_command(store, fix=True)
+    assert check_command(store, fix=False)["mend"] == f"drafthead states check {store} --repair"
+    check_command(store, fix=True)
+    assert not done.exists()
+
+
+def test_the_command_to_type_next_can_be_typed(whole, tmp_path):
+    path = tmp_path / "my runs [old]" / "states"
+    shutil.copytree(whole, path)
+    assert f"{path}: all 3 units" in CliRunner().invoke(app, ["states", "check", str(path)]).stderr
+    next(path.glob("unit-000001-*.safetensors")).unlink()
+    said = CliRunner().invoke(app, ["states", "check", str(path)]).stderr
+    assert shlex.split(said.split("`")[-2])[3:] == [str(path), "--repair"]
 
 
 def test_states_that_are_not_finite_are_found(tmp_path):

@@ -1,6 +1,8 @@
 """Verifies a whole store and names what is broken; what is thrown out is captured again."""
 
 import contextlib
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,19 @@ def repair(path: Path | str, faults: list[Fault]) -> None:
         for shard in path.glob(f"unit-{fault.unit:06d}-*.safetensors"):
             shard.unlink()
     if faults:
-        RunDir(path.parent).forget("capture")
+        _run(path).forget("capture")
+
+
+def _run(store: Path) -> RunDir:
+    """The run that a store lies in. By its name, not by where a link leads; `.` has one, too."""
+    return RunDir(Path(os.path.abspath(store)).parent)
 
 
 def _mend(path: Path, faults: list[Fault]) -> str | None:
     """The command to type next; None for a whole store."""
     there = any(unit_path(path, fault.unit).exists() for fault in faults)
-    if there or (faults and RunDir(path.parent).record("capture", "done").exists()):
-        return f"drafthead states check {path} --repair"
+    if there or (faults and _run(path).record("capture", "done").exists()):
+        return f"drafthead states check {shlex.quote(str(path))} --repair"
     return "drafthead capture RECIPE" if faults else None
 
 
@@ -91,7 +98,7 @@ def check_command(path: Path | str, *, fix: bool) -> dict[str, Any]:
     Raises:
         DraftheadError: as ``check_store``; with ``fix``, a run is at work in the store's folder.
     """
-    lock = RunLock(Path(path).parent)
+    lock = RunLock(_run(Path(path)).root)
     with lock if fix and lock.path.exists() else contextlib.nullcontext():
         faults = check_store(path)
         if fix:
