@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
-from drafthead.quantize import RECORD, chats_of, quantize
+from drafthead.quantize import RECORD, _beside_weights, chats_of, quantize
 from drafthead.targets import load_target, nvfp4
 
 CHATS = [Chat(None, (f"What is {a} times {b}?",), "test") for a in range(4) for b in range(3)]
@@ -106,6 +106,15 @@ def test_answers_do_not_depend_on_their_batch(kind, request, monkeypatch):
         (alone, _), *_ = module._answered(model, template, [chat], 12)
         assert torch.equal(ids, alone)
         assert len(ids) > start
+
+
+def test_no_second_copy_of_the_weights_comes_along(tmp_path):
+    others = {"config.json", "tokenizer.model", "merges.txt", "LICENSE", "modeling_bin.py"}
+    weights = {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "model.gguf"}
+    weights |= {"pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"}
+    for name in others | weights:
+        (tmp_path / name).touch()
+    assert {file.name for file in _beside_weights(tmp_path)} == others
 
 
 def test_a_finished_checkpoint_is_left_alone(moe, lfm2_moe):

@@ -31,6 +31,7 @@ from drafthead.targets import Target, load_target, nvfp4
 EXCLUDE = ("lm_head", "embed_tokens", "conv", "gate", "router")
 """Modules left in floating point, by a component of their name."""
 RECORD = "drafthead_quantize.json"
+_WEIGHTS = {"safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx"}  # in a file's name
 TEMPERATURE = 0.7
 """Of the answers: varied, and still what the target says when it is served."""
 BATCH = 16
@@ -170,9 +171,8 @@ def _quantize(
                 quantizer.enable()  # their scales are exported
         with atomic_dir(out) as fresh:
             export_hf_checkpoint(model, export_dir=fresh)
-            for file in target.path.iterdir():
-                keep = file.is_file() and ".safetensors" not in file.name
-                if keep and not (fresh / file.name).exists():
+            for file in _beside_weights(target.path):
+                if not (fresh / file.name).exists():
                     shutil.copy(file, fresh / file.name)
             record = {
                 "target": target.path.name,  # the folder may be published: no path of this machine
@@ -193,6 +193,15 @@ def _quantize(
             }
             write_json(fresh / RECORD, record)
     return record
+
+
+def _beside_weights(folder: Path) -> list[Path]:
+    """A checkpoint's files but for its weights, in whatever formats they lie there."""
+    return [
+        file
+        for file in folder.iterdir()
+        if file.is_file() and not _WEIGHTS & set(file.name.lower().split("."))
+    ]
 
 
 @torch.no_grad()
