@@ -50,6 +50,12 @@ def mistral(tmp_path):
     return wrappers.write("mistral3", tmp_path / "target", tied=False)
 
 
+def test_the_tokenizer_is_the_one_with_the_chat_template(mistral):
+    """Mistral's repositories hold it twice; transformers prefers the copy without a template."""
+    (mistral / "tekken.json").write_text("{}")
+    assert load_target(mistral).tokenizer().chat_template
+
+
 def test_a_towers_tensors_of_the_same_names_are_not_taken(mistral):
     def add(tensors):
         for name in ("embed_tokens", "norm"):

@@ -134,8 +134,10 @@ class Target:
         from transformers import AutoTokenizer
 
         try:
+            # Not the copy in Mistral's own format (tekken.json), which transformers would prefer:
+            # it has no chat template and no offsets.
             return AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code
+                self.path, trust_remote_code=self.trust_remote_code, mistral_format=False
             )
         except Exception as error:
             raise DraftheadError(
