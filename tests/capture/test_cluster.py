@@ -8,19 +8,24 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from drafthead.capture.cluster import (
     ATTEMPTS,
     Board,
     Hand,
     _connected,
+    _describe,
     _scratch,
     check_address,
     on_cluster,
+    spread,
 )
-from drafthead.data.answers import read_left_out, write_part
+from drafthead.capture.plan import make_plan
+from drafthead.data.answers import part_path, read_left_out, write_part
 from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
+from drafthead.rundir import RunDir
 from drafthead.states import StateReader, StateWriter, StoreMeta
 from drafthead.states.remote import Location, fetch_store, publish_unit
 from tests.states.test_store import META, make_sample
@@ -102,6 +107,28 @@ def test_what_is_half_there_is_swept(tmp_path, scheme, monkeypatch):
     there.sweep("states")
     there.sweep("answers")  # not there
     assert there.names("states") == {"a"}
+
+
+@pytest.mark.parametrize("mode", ["generate", "prefill", "online"])
+def test_a_location_with_the_answers_of_another_run_is_refused(llama, tmp_path, mode):
+    """However whole they are: `--overwrite` clears this run's folder, not the location."""
+
+    def plan(**generate):
+        recipe = recipe_for(llama, tmp_path, 8, 4, capture={"mode": mode}, generate=generate)
+        there = f"file://{tmp_path}/there"
+        return make_plan(on_cluster(parse_recipe(recipe, "test"), "local", None, there))
+
+    first, there = plan(), Location(f"file://{tmp_path}/there")
+    _describe(first, there)
+    for unit in range(len(first.units)):
+        write_part(tmp_path, unit, [], {})
+        there.put(part_path(tmp_path, unit), f"answers/{part_path(tmp_path, unit).name}")
+    run, quiet = RunDir(tmp_path / "run"), Console(quiet=True)
+    spread("generate", first, run, quiet)  # all is there
+    with pytest.raises(
+        DraftheadError, match=r"there: holds .*another run: generate differ.*locati"
+    ):
+        spread("generate", plan(temperature=0.7), run, quiet)
 
 
 def published(folder):

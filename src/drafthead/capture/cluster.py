@@ -35,7 +35,7 @@ from drafthead.rundir import RunDir
 from drafthead.states import StoreMeta
 from drafthead.states.index import unit_path
 from drafthead.states.remote import Location, publish_unit
-from drafthead.states.writer import open_store
+from drafthead.states.writer import check_same, open_store
 
 ATTEMPTS = 3
 """Workers that a unit may cost before it is held to be what kills them."""
@@ -184,11 +184,12 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     if location:
         location.sweep("answers")
         location.sweep("states")
+        _describe(plan, location)
     todo = _missing(stage, plan, run, location)
     if not todo:
         return
     if stage == "capture" or recipe.capture.mode == "generate":
-        _describe(plan, run, location)
+        open_store(run.states, plan.meta)
     if stage == "capture" and location:
         there = location.names("answers")
         for part in (part_path(run.answers, number) for number in todo):
@@ -260,17 +261,17 @@ def _missing(stage: str, plan: WorkPlan, run: RunDir, location: Location | None)
     return [n for n in range(len(plan.units)) if path_of(local, n).name not in there]
 
 
-def _describe(plan: WorkPlan, run: RunDir, location: Location | None) -> None:
-    """``meta.json`` of the store, here and at the location, which must not be of something else."""
-    open_store(run.states, plan.meta)
-    if location is None:
-        return
-    if location.exists("states/meta.json"):
-        with tempfile.TemporaryDirectory() as folder:
-            location.get("states/meta.json", Path(folder) / "meta.json")
-            open_store(Path(folder), plan.meta)
-    else:
-        location.put(run.states / "meta.json", "states/meta.json")
+def _describe(plan: WorkPlan, location: Location) -> None:
+    """``meta.json`` at the location, which must not hold answers or states of something else."""
+    name = "states/meta.json"
+    with tempfile.TemporaryDirectory() as folder:
+        if location.exists(name):
+            location.get(name, Path(folder) / "meta.json")
+            found = StoreMeta.load(Path(folder))
+            check_same(found, plan.meta, location.url, "give this run another location")
+        else:
+            plan.meta.save(Path(folder))
+            location.put(Path(folder) / "meta.json", name)
 
 
 @contextlib.contextmanager

@@ -89,13 +89,21 @@ def open_store(path: Path, meta: StoreMeta) -> None:
     if not (path / "meta.json").exists():
         meta.save(path)
         return
-    found = StoreMeta.load(path)
+    check_same(StoreMeta.load(path), meta, path, "give this run another name")
+
+
+def check_same(found: StoreMeta, meta: StoreMeta, where: Path | str, mend: str) -> None:
+    """What lies at ``where`` is of the same inputs.
+
+    Raises:
+        DraftheadError: it is not.
+    """
     if found != meta:
         old, new = (vars(m) | m.inputs for m in (found, meta))
         keys = [k for k in sorted(old | new) if k != "inputs" and old.get(k) != new.get(k)]
         raise DraftheadError(
-            f"{path}: holds states of another run: {', '.join(keys)} differ(s) from the recipe; "
-            "give this run another name, or delete that folder"
+            f"{where}: holds states of another run: {', '.join(keys)} differ(s) from the recipe; "
+            f"{mend}, or delete that folder"
         )
 
 
