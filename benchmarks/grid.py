@@ -57,7 +57,7 @@ from drafthead.prove.pairing import (
 )
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import parse_recipe
-from drafthead.serve import Plan, Setting, engine_plan
+from drafthead.serve import Plan, Setting, engine_plan, largest_graph
 from drafthead.targets import load_target
 
 CONSOLE = Console(stderr=True, width=140)
@@ -141,17 +141,17 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
         "max_num_seqs": max(options.concurrency),
         "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
         **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
-        # As `engine_plan` does it, so that the target alone has graphs as large as with a head.
-        **({} if tiny else {GRAPHS: options.graphs or 512}),
     }
     env = IN_PROCESS if options.in_process or tiny else {}
 
-    def plan(**more: object) -> Plan:
-        return Plan([Setting(n, v, "") for n, v in {**common, **more}.items()], env)
+    def plan(k: int = 0, **more: object) -> Plan:
+        graphs = options.graphs or largest_graph(max(options.concurrency), k)
+        chosen = {**common, **more} | ({GRAPHS: graphs} if graphs and not tiny else {})
+        return Plan([Setting(n, v, "") for n, v in chosen.items()], env)
 
     def drafting(head: str, k: int) -> Plan:
         speculative = lfm2_shapes.speculation(work / head, k, tiny)
-        return plan(speculative_config=speculative | {"use_local_argmax_reduction": True})
+        return plan(k, speculative_config=speculative | {"use_local_argmax_reduction": True})
 
     rng = np.random.default_rng(0)
     prompts = [(rng.integers(8, 500, 64).tolist(), "random") for _ in range(options.count)]

