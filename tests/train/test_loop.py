@@ -1,5 +1,6 @@
 """The loop: it learns, it goes on after a kill as if nothing had been, alone or with others."""
 
+import copy
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head
 from drafthead.recipe import TrainSection
-from drafthead.train import checkpoint
+from drafthead.train import checkpoint, loop
 from drafthead.train.batches import draft_ids
 from drafthead.train.log import Log, read_metrics
 from drafthead.train.loop import fit, learning_rate
@@ -278,6 +280,28 @@ def test_stops_early(store, tmp_path):
     assert fit(task, tmp_path, ALONE, quiet())["steps"] == 3, "a stopped run stays stopped"
 
 
+def test_a_run_that_goes_on_for_another_k_keeps_the_best_head_for_that(
+    store, tmp_path, monkeypatch
+):
+    task, step = make_task(store, ttt_steps=3, epochs=12, learning_rate=2e-2), loop._Fit._step
+
+    def stop(fit, *arguments):
+        if fit.progress.step == fit.plan.steps // 2:
+            raise KeyboardInterrupt
+        return step(fit, *arguments)
+
+    monkeypatch.setattr(loop._Fit, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(replace(task, head=copy.deepcopy(task.head), k=5), tmp_path, ALONE, quiet())
+    monkeypatch.undo()
+    found = fit(replace(task, k=1), tmp_path, ALONE, quiet())
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "acceptance" in line]
+    at_one = [line["accepted_length"] for line in lines if len(line["acceptance"]) == 1]
+    at_five = [line["accepted_length"] for line in lines if len(line["acceptance"]) == 5]
+    assert max(at_five) > max(at_one), "or nothing is shown here"
+    assert found["accepted_length"] >= max(at_one)
+
+
 def test_other_settings_do_not_go_on(store, tmp_path):
     fit(make_task(store, epochs=1), tmp_path, ALONE, quiet())
     with pytest.raises(DraftheadError, match="other settings"):
@@ -287,6 +311,14 @@ def test_other_settings_do_not_go_on(store, tmp_path):
 def test_too_little_data_for_a_step(store, tmp_path):
     with pytest.raises(DraftheadError, match=r"a step takes 500.*rows_per_step"):
         fit(make_task(store, rows_per_step=500), tmp_path, ALONE, quiet())
+
+
+def test_nothing_held_out_is_said_before_anything_is_trained(store, tmp_path):
+    task = make_task(store)
+    task.reader.split[:] = "train"
+    with pytest.raises(DraftheadError, match=r"no held-out answer of two tokens.*prompts.heldout"):
+        fit(task, tmp_path / "train", ALONE, quiet())
+    assert not (tmp_path / "train").exists()
 
 
 def test_more_processes_than_rows(store, tmp_path):

@@ -33,6 +33,8 @@ class Progress:
     """Evaluations since then."""
     stopped: bool = False
     """Whether training ended early."""
+    k: int = 0
+    """Drafts a step that `best_length` was measured with."""
 
 
 def save(folder: Path, progress: Progress, state: dict[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from drafthead.errors import DraftheadError
 from drafthead.head.drafting import ChainAttention, draft_chain, prefix_attention
 from drafthead.head.model import Eagle3Head
-from drafthead.states import Sample
+from drafthead.states import Sample, Samples
 
 
 class Acceptance:
@@ -107,6 +107,21 @@ def walk(chains: np.ndarray, answer: np.ndarray, drafted: np.ndarray) -> Accepta
             j += 1
         current += j + 1
     return counts
+
+
+def heldout(reader: Samples) -> list[int]:
+    """The held-out samples that have a draft to be accepted: answers of two tokens or more.
+
+    Raises:
+        DraftheadError: there are none, and so no telling which head is the best.
+    """
+    found = [i for i in reader.indices("heldout") if reader.tokens[i] - reader.prompt[i] > 1]
+    if not found:
+        raise DraftheadError(
+            f"{reader.path}: no held-out answer of two tokens or more; raise prompts.heldout and "
+            "capture again"
+        )
+    return found
 
 
 def evaluate(

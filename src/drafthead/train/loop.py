@@ -22,7 +22,7 @@ from drafthead.states.format import decode
 from drafthead.train import checkpoint
 from drafthead.train.batches import Batch, draft_ids, prefetch
 from drafthead.train.checks import check
-from drafthead.train.evaluate import Acceptance, evaluate
+from drafthead.train.evaluate import Acceptance, evaluate, heldout
 from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
 from drafthead.train.log import Log
@@ -91,6 +91,7 @@ class _Fit:
             self.found.rows_per_step if self.found else settings.rows_per_step or world.size
         )
         check(settings, task.head, rows_per_step, world)
+        self.heldout = heldout(task.reader)
         self.plan = Plan.make(
             task.reader, settings.epochs, settings.row_tokens, rows_per_step, settings.seed
         )
@@ -139,14 +140,18 @@ class _Fit:
                 task.reader.meta.fingerprint,
             ]
         )
-        self.progress = self.found or checkpoint.Progress(inputs, rows_per_step)
+        self.progress = self.found or checkpoint.Progress(inputs, rows_per_step, k=task.k)
         if self.found:
             if self.found.inputs != inputs:
                 raise DraftheadError(
                     f"{folder}/checkpoint: made with other settings or states; give this run "
-                    "another name, or pass --overwrite to train anew"
+                    f"another name, or delete {folder} to train anew"
                 )
             checkpoint.load(folder / "checkpoint", self.found, self._take)
+            if self.found.best_step >= 0 and self.found.k != task.k:
+                at_k = self.acceptance(self._best(), [task.k])[0]
+                self.progress.best_length = at_k.accepted_length
+            self.progress.k = task.k
 
     def _take(self, state: dict[str, Tensor], steps: int) -> None:
         self.optimizer.load_state_dict(self.sharded.part(state) if self.sharded else state, steps)
@@ -290,13 +295,7 @@ class _Fit:
     def acceptance(self, head: Eagle3Head, ks: list[int]) -> list[Acceptance]:
         """Counts over all held-out answers at each k, summed over processes."""
         reader, world = self.task.reader, self.world
-        indices = [i for i in reader.indices("heldout") if reader.tokens[i] - reader.prompt[i] > 1]
-        if not indices:
-            raise DraftheadError(
-                f"{reader.path}: no held-out answer of two tokens or more; set prompts.heldout and "
-                "capture again"
-            )
-        own = indices[world.rank :: world.size]
+        own = self.heldout[world.rank :: world.size]
         reader.expect(own)
         samples = (reader[int(i)] for i in own)
         totals = [Acceptance(k) for k in ks]
@@ -354,10 +353,14 @@ class _Fit:
         if self.world.first:
             checkpoint.save(self.folder / "checkpoint", self.progress, state)
 
+    def _best(self) -> Eagle3Head:
+        """The best head so far, from its file."""
+        return load_head(self.folder / "best").head.to(self.world.device, self.dtype)
+
     def _finish(self, plan: Plan) -> dict:
         """Evaluate the best head once more, from its file and at every k up to 5."""
         self.world.barrier()  # until the first process has written it
-        best = load_head(self.folder / "best").head.to(self.world.device, self.dtype)
+        best = self._best()
         ks = sorted({*range(1, 6), self.task.k})
         totals = self.acceptance(best, ks)
         at_k = totals[ks.index(self.task.k)]
