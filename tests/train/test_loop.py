@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from drafthead.train.log import Log, read_metrics
 from drafthead.train.loop import fit, learning_rate
 from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
+from drafthead.train.plan import beyond
 from drafthead.train.step import Objective, TrainStep
 from tests.train.toy import make_task, write_store
 
@@ -319,6 +321,24 @@ def test_nothing_held_out_is_said_before_anything_is_trained(store, tmp_path):
     with pytest.raises(DraftheadError, match=r"no held-out answer of two tokens.*prompts.heldout"):
         fit(task, tmp_path / "train", ALONE, quiet())
     assert not (tmp_path / "train").exists()
+
+
+def test_answers_that_rows_cut_off_are_told_of(store, tmp_path):
+    reader = make_task(store).reader
+    train = [reader[i] for i in reader.indices("train")]
+    for tokens in (4, 12, 64):
+        drafts = draft_ids(torch.arange(61), 61)
+        rows = [pack_row([s], 3, drafts, tokens, torch.zeros(61, 32)) for s in train]
+        trained = sum(row.places["labels"].shape[0] for row in rows if row)
+        whole = sum(int(s.loss_mask.sum()) for s in train)
+        assert beyond(reader, tokens) == pytest.approx(1 - trained / whole)
+    console = quiet()
+    fit(make_task(store, epochs=0.2, row_tokens=12), tmp_path / "some", ALONE, console)
+    assert "are cut off by rows of 12 tokens; raise train.row_tokens" in console.file.getvalue()
+    task = make_task(store, row_tokens=4)
+    task.reader.prompt[:] = np.maximum(task.reader.prompt, 6)
+    with pytest.raises(DraftheadError, match=r"every training answer .* raise train\.row_tokens"):
+        fit(task, tmp_path / "none", ALONE, quiet())
 
 
 def test_more_processes_than_rows(store, tmp_path):

@@ -32,7 +32,7 @@ from drafthead.train.operations import matmul_rate
 from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
-from drafthead.train.plan import Plan
+from drafthead.train.plan import Plan, beyond
 from drafthead.train.sharded import ShardedStep
 from drafthead.train.step import Objective, TrainStep
 
@@ -186,6 +186,13 @@ class _Fit:
         started = saved = time.monotonic()
         before, cost, aside = progress.seconds, 0.0, 0.0
         waited_before = progress.waited
+        lost = beyond(self.task.reader, self.task.settings.row_tokens)
+        if world.first and lost >= 0.001:
+            self.console.print(
+                f"[yellow]{lost:.1%} of the training answers' tokens are cut off by rows of "
+                f"{self.task.settings.row_tokens:,} tokens; raise train.row_tokens to train on "
+                "them[/yellow]"
+            )
         with log:
             try:
                 while progress.step < plan.steps and not progress.stopped:

@@ -2,10 +2,21 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
 from drafthead.states import Samples
 from drafthead.train.batches import pack
+
+
+def beyond(reader: Samples, tokens: int) -> float:
+    """Share of the training answers' tokens that rows of `tokens` positions cut off: what comes so
+    late in its conversation is not trained on."""
+    train = reader.indices("train")
+    ends, begins = reader.tokens[train], reader.prompt[train]
+    lost = np.maximum(ends - np.maximum(begins, tokens + 2), 0).sum()
+    return float(lost / max(1, (ends - begins).sum()))
 
 
 @dataclass(frozen=True)
@@ -23,8 +34,13 @@ class Plan:
         """Shuffle and pack each epoch by itself; a fraction of an epoch is its first rows.
 
         Raises:
-            DraftheadError: not one full step.
+            DraftheadError: not one full step, or one without a token to be trained on.
         """
+        if beyond(reader, tokens) == 1.0:
+            raise DraftheadError(
+                f"{reader.path}: every training answer comes after the first {tokens:,} tokens of "
+                "its conversation, where rows cut it off; raise train.row_tokens"
+            )
         rows: list[list[int]] = []
         left, epoch = epochs, 0
         while left > 0:
