@@ -1,5 +1,6 @@
 """From a trained head to what is served and published."""
 
+import io
 import json
 
 import pytest
@@ -61,17 +62,20 @@ def test_both_formats_hold_the_trained_head(tmp_path, llama):
 
 
 def test_only_what_is_asked_for(tmp_path, llama):
-    run = RunDir(tmp_path / "run")
+    run, console = RunDir(tmp_path / "run [old]"), Console(file=io.StringIO(), width=1000)
     trained(llama, run)
-    export(recipe(llama), run, console=Console(quiet=True))
+    export(recipe(llama), run, console=console)
+    assert f"{run.head}: " in console.file.getvalue()
     assert sorted(p.name for p in run.root.iterdir()) == ["head", "train"]
     assert sorted(p.name for p in run.head.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_nothing_trained_and_another_target(tmp_path, llama):
     run = RunDir(tmp_path / "run")
+    run.finish("train", {}, {})
     with pytest.raises(DraftheadError, match="drafthead train"):
         export(recipe(llama), run, console=Console(quiet=True))
+    assert run.finished("train", {}) is None, "or that command would find nothing to do"
     trained(llama, run, vocab_size=100)
     with pytest.raises(DraftheadError, match="another target"):
         export(recipe(llama), run, console=Console(quiet=True))

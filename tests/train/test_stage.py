@@ -159,6 +159,27 @@ def test_states_of_another_width_are_refused(prepared, tmp_path):
         make_task(recipe, run, target)
 
 
+def test_what_was_deleted_is_made_again_by_the_command_that_is_named(prepared, tmp_path):
+    recipe, made = prepared
+    run = RunDir(tmp_path)
+    shutil.copytree(made.root, run.root, dirs_exist_ok=True)
+    for stage in ("capture", "vocab"):
+        run.finish(stage, {}, {})
+    (run.vocab / "vocab.safetensors").write_bytes(b"half a file")
+    with pytest.raises(DraftheadError, match=r"vocab\.safetensors: .*`drafthead vocab RECIPE`"):
+        check_start(recipe, run)
+    assert run.finished("vocab", {}) is None
+    assert run.finished("capture", {}) == {}
+    shutil.rmtree(run.states)
+    with pytest.raises(DraftheadError, match=r"no such state store; `drafthead capture RECIPE`"):
+        check_start(recipe, run)
+    assert run.finished("capture", {}) is None
+    run.finish("capture", {}, {})
+    with pytest.raises(DraftheadError, match=r"no such state store; `drafthead capture RECIPE`"):
+        train(recipe, run, console=CONSOLE)
+    assert run.finished("capture", {}) is None
+
+
 def test_no_vocabulary_yet(prepared, tmp_path):
     recipe, _ = prepared
     target = load_target(recipe.target.path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
@@ -25,6 +26,7 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     target = recipe_target(recipe)
     best = run.train / "best"
     if not best.is_dir():
+        run.forget("train")  # deleted since: or the command named here would find nothing to do
         raise DraftheadError(f"{best}: no trained head there; run `drafthead train` first")
     k = recipe.serve.k
     found = convert(best, run.head, "vllm", target, k)
@@ -33,7 +35,7 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         convert(best, run.head_speculators, "speculators", target, k)
         paths["speculators"] = str(run.head_speculators)
     console.print(
-        f"{run.head}: {found['parameters'] / 1e6:.1f} M parameters, "
+        f"{escape(str(run.head))}: {found['parameters'] / 1e6:.1f} M parameters, "
         f"{found['cost']['bytes_per_draft_step'] / 1e6:.1f} MB read for each drafted token"
     )
     return {

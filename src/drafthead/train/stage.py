@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
+from drafthead.states import StateReader
 from drafthead.states.samples import chosen_layers
 from drafthead.targets import Target, recipe_target
 from drafthead.train.checks import check
@@ -45,6 +47,7 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
 
 def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
     """What a recipe asks to be trained, on the states and the vocabulary of its run."""
+    _check_states(recipe, run)
     reader = open_states(recipe, run)
     if reader.meta.hidden_size != target.hidden_size:
         raise DraftheadError(
@@ -71,14 +74,28 @@ def check_start(recipe: Recipe, run: RunDir) -> None:
     """What training would find only once what was trained before is thrown away.
 
     Raises:
-        DraftheadError: there is no head to start from, or this machine cannot train it so.
+        DraftheadError: there are no states or no head to start from, or this machine cannot train
+            it so.
     """
+    _check_states(recipe, run)
     target = recipe_target(recipe)
     captured = target.check_aux_layers(recipe.capture.aux_layers)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     head, _ = _first_head(recipe, run, layers, target)
     world = World.of_environment()
     check(recipe.train, head, recipe.train.rows_per_step or world.size, world)
+
+
+def _check_states(recipe: Recipe, run: RunDir) -> None:
+    """Look for what was captured. If it is gone, deleted for its disk, capture is no longer done:
+    else the command that the error names would find nothing to do."""
+    if recipe.capture.mode == "online":
+        return
+    try:
+        StateReader(run.states).close()
+    except DraftheadError:
+        run.forget("capture")
+        raise
 
 
 def _first_head(
@@ -96,9 +113,13 @@ def _first_head(
         head, embedding = _given_head(start, aux_layers, target)
     else:
         path = run.vocab / "vocab.safetensors"
-        if not path.exists():
-            raise DraftheadError(f"{path}: no draft vocabulary; run `drafthead vocab` first")
-        d2t = load_file(path)["d2t"]
+        try:
+            d2t = load_file(path)["d2t"]
+        except (OSError, SafetensorError, KeyError) as error:
+            run.forget("vocab")
+            raise DraftheadError(
+                f"{path}: no draft vocabulary ({error}); `drafthead vocab RECIPE` makes one"
+            ) from None
         head = new_head(recipe.head, target, aux_layers, d2t, recipe.train.seed)
     if recipe.train.loss == "ce+smoothl1" and head.config.hidden_size != target.hidden_size:
         raise DraftheadError(
