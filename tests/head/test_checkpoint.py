@@ -206,6 +206,8 @@ BROKEN_CONFIG = {
     "many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     "qwen": ({"model_type": "qwen3"}, "Llama-like"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
+    "rope": ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope's factor is '2'"),
+    "no rope": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope's factor is 0"),
     "sliding": ({"layer_types": ["sliding_attention"]}, "full attention"),
     "flag": ({"fc_norm": "yes"}, "true or false"),
 }
@@ -361,6 +363,12 @@ def test_changed_header_bytes_never_crash(tmp_path, whole, data):
     for _ in range(data.draw(st.integers(1, 4))):
         changed[data.draw(st.integers(0, 8 + size - 1))] = data.draw(st.integers(0, 255))
     check_survives(tmp_path / "h", config, bytes(changed))
+
+
+@pytest.mark.parametrize("layers", [5, True, {"0": "sliding_attention"}])
+def test_layer_types_that_are_no_list(tmp_path, whole, layers):
+    config = json.dumps(json.loads(whole[0]) | {"layer_types": layers})
+    check_survives(tmp_path / "h", config.encode(), whole[1])
 
 
 JSON = st.recursive(

@@ -9,6 +9,12 @@ from drafthead.targets.target import Target
 
 LARGEST = 1 << 24  # no width or vocabulary comes near; keeps a hostile config from taking memory
 ROPE_SCALINGS = ("llama3", "linear")
+ROPE_NUMBERS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,12 @@ class HeadConfig:
                 raise DraftheadError(
                     f"head: rope_type {kind!r:.80}; known are default, {', '.join(ROPE_SCALINGS)}"
                 )
+            for name in ROPE_NUMBERS:
+                value = self.rope_scaling.get(name, 1.0)
+                if type(value) not in (int, float) or not 0 < value < 1e15:
+                    raise DraftheadError(
+                        f"head: rope's {name} is {value!r:.80}, must be a positive number"
+                    )
 
     @property
     def num_aux_hidden_states(self) -> int:
