@@ -282,6 +282,14 @@ def test_output_that_cannot_be_thrown_away_is_not_gone_on_with(job, monkeypatch)
     assert job.ran == []
 
 
+def test_another_k_is_written_into_the_format_that_names_it(job):
+    for speculators, stages in ((False, ["verify"]), (True, ["export", "verify"])):
+        settings = {"export": {"speculators": speculators}}
+        job.execute(job.recipe(**settings, serve={"num_speculative_tokens": 3}), last="verify")
+        job.execute(job.recipe(**settings, serve={"num_speculative_tokens": 5}), last="verify")
+        assert job.ran == stages
+
+
 def test_a_format_that_is_no_longer_asked_for_is_not_left_of_an_older_head(job):
     job.execute(job.recipe(export={"speculators": True}))
     (job.root / "head-speculators").mkdir()

@@ -145,6 +145,8 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         own = {section: dumped[section] for section in stage.sections}
         if stage.name == "bench":
             own["prompt_files"] = hashes(recipe.bench.sources or [])
+        if stage.name == "export" and recipe.export.speculators:
+            own["k"] = recipe.serve.k  # which that format names
         if stage.name == "train" and (start := recipe.train.start_from):
             files = [Path(start) / "config.json", *sorted(Path(start).glob("*.safetensors"))]
             own["start_files"] = {f.name: sha256_file(f) for f in files if f.is_file()}
