@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from drafthead import machine
@@ -13,6 +14,10 @@ SLICE = "MIG-5a1b"
 
 
 class Refused(Exception):
+    pass
+
+
+class NotSupported(Refused):
     pass
 
 
@@ -27,6 +32,7 @@ def nvml(monkeypatch):
     sizes = dict(zip([*UUIDS, SLICE], (10, 11, 12, 3), strict=True))
     stub = SimpleNamespace(
         NVMLError=Refused,
+        NVMLError_NotSupported=NotSupported,
         NVML_P2P_CAPS_INDEX_NVLINK=0,
         NVML_P2P_STATUS_OK=0,
         nvmlInit=lambda: None,
@@ -65,3 +71,15 @@ def test_what_cuda_would_see(visible, memory, monkeypatch):
     gpus, _, driver = machine._gpus()
     assert gpus == tuple(Gpu("a card", size) for size in memory)
     assert driver == "570.1"
+
+
+def test_a_gpu_that_shares_the_machines_memory(monkeypatch):
+    """DGX Spark: NVML tells its name and not its memory."""
+
+    def not_told(handle):
+        raise NotSupported
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(sys.modules["pynvml"], "nvmlDeviceGetMemoryInfo", not_told)
+    gpus, _, _ = machine._gpus()
+    assert gpus == (Gpu("a card", psutil.virtual_memory().total),) * len(UUIDS)

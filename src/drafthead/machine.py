@@ -82,6 +82,16 @@ def _joined(a: object, b: object) -> bool:
     return status == pynvml.NVML_P2P_STATUS_OK
 
 
+def _memory(handle: object) -> int:
+    """Bytes of a GPU. NVML does not tell of one that shares the machine's memory (DGX Spark)."""
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError_NotSupported:
+        return psutil.virtual_memory().total
+
+
 def _let_through(visible: str, handles: list) -> list:
     """NVML handles that ``CUDA_VISIBLE_DEVICES`` names, as CUDA reads it: by index, by the first
     letters of an UUID or by a MIG device's, up to the first name of nothing."""
@@ -119,10 +129,7 @@ def _gpus() -> tuple[tuple[Gpu, ...], bool, str | None]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None:
             handles = _let_through(visible, handles)
-        gpus = tuple(
-            Gpu(pynvml.nvmlDeviceGetName(h), int(pynvml.nvmlDeviceGetMemoryInfo(h).total))
-            for h in handles
-        )
+        gpus = tuple(Gpu(pynvml.nvmlDeviceGetName(h), _memory(h)) for h in handles)
         pairs = [(a, b) for i, a in enumerate(handles) for b in handles[i + 1 :]]
         return gpus, all(_joined(a, b) for a, b in pairs), pynvml.nvmlSystemGetDriverVersion()
     finally:
