@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafthead.prove.engine import Completion, Generation, SpecCounters
-from drafthead.prove.pairing import Block, figures, judged_anew, pair
+from drafthead.prove.pairing import Block, blocks_of, figures, judged_anew, pair
 from drafthead.prove.steady import (
     MOST_STEPS,
     Step,
@@ -167,6 +167,18 @@ def test_a_recorded_pair_is_judged_as_it_was():
     assert judged_anew(older) == {**older, "base_waiting": None, "drafted_waiting": None}
     one = pair(Block(["s"], 1, [48], timed([48], 1), timed([48], 1), SpecCounters(47, 0, 0, [0])))
     assert one["base_steps"] is None
+
+
+@pytest.mark.parametrize("ends", [1, 2, 3])
+def test_answers_that_end_at_once_have_figures(ends):
+    """Where every answer is a word, all places end together, and only a second round tells."""
+    for block in blocks_of(["s"] * 17, 4, repeats=1):
+        _, limits = requests(block, 4, 128)
+        short = timed([min(limit, ends) for limit in limits], 4)
+        drafts = len(limits) * (ends - 1)
+        made = pair(Block(["s"], 4, limits, short, short, SpecCounters(drafts, 0, 0, [0])))
+        assert made["base_answers"] > 0
+        assert made["base_first_token_s"] == pytest.approx(0.2)
 
 
 def test_the_whole_answers_are_those_of_the_second_round():

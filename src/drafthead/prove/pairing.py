@@ -84,7 +84,7 @@ def blocks_of(
     for indices in by_source.values():
         work = indices * max(repeats, -(-pairs * size // len(indices)))
         blocks = [work[i : i + size] for i in range(0, len(work), size)]
-        if len(blocks) > pairs and len(blocks[-1]) < size / 2:
+        if len(blocks[-1]) < size:
             rest = blocks.pop()
             blocks[-1] += rest
         columns.append(blocks)
