@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -11,6 +12,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe
+from drafthead.report.card import hub_id
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan, serve_plan, served_k
 from drafthead.targets import load_target
@@ -182,3 +184,14 @@ def test_graphs_have_room_for_prompts_beside_all_drafts(recipe, k, engine, extra
     assert plan.args.get(name) == found
     if not engine:
         assert name not in engine_plan(made, head=k and "h", machine=CPU).args
+
+
+def test_a_folder_at_home_is_given_to_vllm_by_its_whole_name(recipe, llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "target").symlink_to(llama)
+    made = recipe(target={"path": "~/target"})
+    args = engine_plan(made, head="~/head", machine=CPU).args
+    assert args["model"] == str(tmp_path / "target")
+    assert args["speculative_config"]["model"] == str(tmp_path / "head")
+    card = SimpleNamespace(recipe=made)
+    assert hub_id(card) is None

@@ -235,7 +235,9 @@ def engine_plan(
     machine = machine or this_machine()
     target = target or recipe_target(recipe)
     k = num_speculative_tokens or recipe.serve.k
-    settings = [Setting("model", recipe.target.path, "the target, as the recipe names it")]
+    # vLLM would take a folder that begins with `~` for a hub id.
+    path = os.path.expanduser(recipe.target.path)
+    settings = [Setting("model", path, "the target, as the recipe names it")]
     env: dict[str, tuple[str, str]] = {}
 
     def add(name: str, value: Any, why: str, server_only: bool = False) -> None:
@@ -253,11 +255,12 @@ def engine_plan(
         "from the path only"
     )
     if head is not None:
-        if (folder := Path(head).expanduser()).is_dir():
-            refuse_unfit(folder, target)
+        head = os.path.expanduser(head)
+        if Path(head).is_dir():
+            refuse_unfit(Path(head), target)
         speculative_config = {
             "method": "eagle3",
-            "model": str(head),
+            "model": head,
             "num_speculative_tokens": k,
             # vLLM's own, for every class of EAGLE-3 heads that it has.
             "use_local_argmax_reduction": True,
