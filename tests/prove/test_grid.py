@@ -9,7 +9,7 @@ from rich.console import Console
 
 from drafthead.data.answers import Answer, write_part
 from drafthead.fsio import read_json
-from drafthead.prove.bench import _on_each_number_of_gpus, _vocabularies, bench
+from drafthead.prove.bench import _on_each_number_of_gpus, _vocabularies, bench, contest
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.grid import shared, time_grid
 from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
@@ -162,6 +162,15 @@ def test_an_ended_bench_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     ]
     assert sorted(found) == [(c, k) for c in (1, 2, 4) for k in (1, 3)]
     assert not list(run.root.glob(".stages/cells-*"))
+
+
+def test_a_report_made_before_other_drafters_were_measured_is_made_anew(tmp_path, monkeypatch):
+    recipe, run = made_run.make(tmp_path)
+    run.finish("report", {}, {})
+    monkeypatch.setattr("drafthead.prove.bench._measure", lambda *_: [made_run.cell(3, 1, 0.5)])
+    found = contest(recipe, run, heads=[], ngram=True, console=Console(quiet=True))
+    assert found["ngram"]["verdict"] == "slower"
+    assert run.finished("report", {}) is None
 
 
 def test_a_row_of_the_draft_vocabulary_is_one_gpus_of_several(tmp_path, llama, monkeypatch):
