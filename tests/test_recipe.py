@@ -57,6 +57,8 @@ def test_misspelt_section_and_source_key(tmp_path):
         (GOOD | {"name": "../up"}, "`name`"),
         (GOOD | {"prompts": {"sources": []}}, "prompts.sources"),
         (GOOD | {"prompts": {"sources": [{}]}}, "exactly one of"),
+        (GOOD | {"bench": {"sources": []}}, "bench.sources"),
+        (GOOD | {"bench": {"tensor_parallel_size": []}}, "bench.tensor_parallel_size"),
         ({"name": "r"}, "`target` is missing"),
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
         (GOOD | {"train": {"seed": -1}}, "train.seed.*greater than or equal to 0"),

@@ -321,7 +321,7 @@ class BenchSection(Section):
 
     prompts: Annotated[int, Field(gt=0)] = 24
     """Prompts timed, each with and without the head."""
-    sources: list[Source] | None = None
+    sources: Annotated[list[Source], Field(min_length=1)] | None = None
     """Prompt sets of your own to time (chat, code, maths, …), each with figures of its own; null
     takes the held-out prompts, by the sources that they came from."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
@@ -338,7 +338,9 @@ class BenchSection(Section):
     first is the headline's."""
     temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
     """Sampling temperatures of the grid; the first is the headline's."""
-    tensor_parallel_size: list[Annotated[int, Field(ge=1)]] | None = None
+    tensor_parallel_size: (
+        Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None
+    ) = None
     """Numbers of GPUs to spread the target over, each measured; null is the one that is served."""
     over: Literal["engine", "http"] = "engine"
     """`engine`: vLLM's engine itself. `http`: two servers asked by streaming, so that what the
