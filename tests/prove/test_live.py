@@ -1,12 +1,16 @@
 """A live server's figures, and what they are taken to mean."""
 
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from drafthead.errors import DraftheadError
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.live import LiveFacts, _alone, conclude
-from drafthead.prove.server import histogram_mean, parse_metrics, spec_counters
+from drafthead.prove.server import Client, histogram_mean, parse_metrics, spec_counters
 
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of drafts.
@@ -30,6 +34,40 @@ def test_metrics_page():
     assert histogram_mean(samples, "vllm:inter_token_latency_seconds") == pytest.approx(0.05)
     assert histogram_mean(samples, "vllm:nothing") is None
     assert spec_counters([]) == SpecCounters()
+
+
+@contextmanager
+def serving(page):
+    """A server that answers everything with ``page``; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_what_is_no_vllm_server_is_said():
+    """Not that it drafts nothing, and no traceback."""
+    with serving(PAGE) as url:
+        assert Client(url).counters().drafts == 42
+    with (
+        serving("<style>\nmargin: 0;\n</style>") as url,
+        pytest.raises(DraftheadError, match=f"{url}/metrics: no figures of vLLM"),
+    ):
+        Client(url).counters()
+    with pytest.raises(DraftheadError, match="Invalid port"):
+        Client("http://localhost:port").counters()
 
 
 def counts(first, drafts=1000):

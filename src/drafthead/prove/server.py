@@ -116,15 +116,25 @@ class Client:
         try:
             response = httpx.get(self.url + path, timeout=30, trust_env=False)
             response.raise_for_status()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DraftheadError(
                 f"{self.url}{path}: {error or type(error).__name__}; is a vLLM server there?"
             ) from None
         return response
 
     def metrics(self) -> list[tuple[str, dict[str, str], float]]:
-        """The server's metrics."""
-        return parse_metrics(self.get("/metrics").text)
+        """The server's metrics.
+
+        Raises:
+            DraftheadError: it does not answer, or with none of vLLM's.
+        """
+        page = self.get("/metrics").text
+        if not re.search("^vllm:", page, re.MULTILINE):
+            raise DraftheadError(
+                f"{self.url}/metrics: no figures of vLLM's there; is it a vLLM server, and without "
+                "--disable-log-stats?"
+            )
+        return parse_metrics(page)
 
     def counters(self) -> SpecCounters:
         """Speculation counters since the server's start, once they stand still: an answer's
