@@ -140,6 +140,15 @@ def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypa
         (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
         assert disk.state == state
         assert "40 conversations" in disk.found
+    # The states may lie on another disk.
+    (tmp_path / "large").mkdir()
+    run.root.mkdir(parents=True)
+    run.states.symlink_to(tmp_path / "large")
+    disks = {run.states: usage(0, 0, high), run.root: usage(0, 0, 0)}
+    monkeypatch.setattr(doctor.shutil, "disk_usage", disks.__getitem__)
+    (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
+    assert disk.state == "ok"
+    run.states.unlink()
     # What is on the disk already need not fit again.
     run.states.mkdir(parents=True)
     (run.states / "unit").write_bytes(bytes(high))

@@ -313,7 +313,8 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     if not os.access(folder, os.W_OK):
         mend = "choose a folder that you may write with --runs"
         found.append(Finding("disk", "fault", f"{folder} cannot be written to", mend))
-    free = shutil.disk_usage(folder).free
+    # States may be a link to another disk.
+    free = shutil.disk_usage(run.states if run.states.exists() else folder).free
     words = (
         f"states take at most {need / 1e9:.1f} GB ({conversations:,} conversations, "
         f"{tokens:,} tokens at most, {plan.meta.bytes_per_token:,} bytes a token"
