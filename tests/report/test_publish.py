@@ -104,6 +104,11 @@ def test_licence_of_the_target_is_bundled_and_named(made):
     write_card(read_results(recipe, run))
     assert (run.head / "LICENSE").read_text() == "LFM Open License v1.0\n"
     assert "bundled as LICENSE" in card_of(run)[1]
+    (target.path / "LICENSE").unlink()
+    (target.path / "LICENSES").mkdir()  # one file a licence: none of them is the target's for sure
+    latin = "---\nlicense: mit\n---\nCaf\u00e9\n".encode("latin-1")
+    (target.path / "README.md").write_bytes(latin)
+    assert find_licence(target, None).header == {"license": "mit"}
     # The proof is of the head as served: card and licence do not undo it.
     read_results(recipe, run)
 
@@ -195,6 +200,10 @@ def test_a_hub_that_refuses_is_a_clear_error(made):
         assert "the hub refuses" in done.stderr
         assert "Traceback" not in done.stderr
         assert server.files == {}
+    done = command(made, server)  # which has ended: nobody answers there
+    assert done.returncode == 2
+    assert "me/head: the hub refuses" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("repo", ["head", "me/some head", "a/b/c", "me/--x"])

@@ -69,7 +69,9 @@ def front_matter(readme: Path) -> dict[str, Any]:
     """The YAML header of a model card; empty without one."""
     if not readme.exists():
         return {}
-    match = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
+    match = re.match(
+        r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
+    )
     try:
         header = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
@@ -79,8 +81,8 @@ def front_matter(readme: Path) -> dict[str, Any]:
 
 def find_licence(target: Target, stated: str | None) -> Licence:
     """The target's licence: what the recipe states, else its card, else its licence file."""
-    files = sorted(p for p in target.path.iterdir() if p.name.upper().startswith("LICENSE"))
-    file = files[0] if files else None
+    names = (p for p in target.path.iterdir() if p.name.upper().startswith("LICENSE"))
+    file = next((p for p in sorted(names) if p.is_file()), None)
     header = front_matter(target.path / "README.md")
     name = stated or header.get("license_name") or header.get("license")
     if name in (None, "other") and file is not None:
@@ -172,7 +174,7 @@ def limitations(r: Results) -> list[str]:
 def hub_id(r: Results) -> str | None:
     """Hub id of the target; None if the recipe names only a folder."""
     path = r.recipe.target.path
-    return r.recipe.publish.base_model or (None if Path(path).exists() else path)
+    return r.recipe.publish.base_model or (None if Path(path).expanduser().exists() else path)
 
 
 def header(r: Results, base: str | None, target: Target, licence: Licence) -> str:

@@ -82,7 +82,7 @@ def publish(
 def _upload(repo: str, files: dict[str, Path], private: bool) -> str:
     """Make the repository if it is not there and commit the files; the commit's address."""
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -94,6 +94,6 @@ def _upload(repo: str, files: dict[str, Path], private: bool) -> str:
         )
     except LocalTokenNotFoundError:
         raise DraftheadError("no hub token here; run `hf auth login` or set HF_TOKEN") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise DraftheadError(f"{repo}: the hub refuses: {error}") from error
+    except Exception as error:  # a hub that is not reached: an error of the HTTP library's own
+        raise DraftheadError(f"{repo}: the hub refuses or is not reached: {error}") from error
     return commit.commit_url
