@@ -1,17 +1,50 @@
 """Who serves a head is told whether what is served was proved."""
 
 import json
+import os
 
 import pytest
+from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
-from drafthead.prove.proof import doubt, proof_path, seal
+from drafthead.prove.proof import command_line, doubt, proof_path, seal
+from drafthead.prove.verify import Outcome, Plans, verify
+from drafthead.serve import Plan, Setting
 from tests.prove import made_run
 
 
 def altered(run, **changes):
     record = read_json(proof_path(run), "") | changes
     write_json(proof_path(run), record | {"seal": seal(record)})
+
+
+def test_a_command_with_a_path_that_is_not_utf8_can_be_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["drafthead", "verify", os.fsdecode(b"caf\xe9 1.yaml")])
+    write_json(tmp_path / "record.json", {"command": command_line()})
+    assert read_json(tmp_path / "record.json", "")["command"] == "drafthead verify 'caf? 1.yaml'"
+
+
+def test_a_verify_ended_before_it_signs_off_leaves_no_proof_of_another_outcome(
+    tmp_path, monkeypatch
+):
+    """Hashing a large target takes minutes, in which the new outcome is on disk already."""
+    recipe, run = made_run.make(tmp_path)
+    runs = read_json(run.verify_json, "")["runs"]
+
+    def ended(*_):
+        assert read_json(run.verify_json, "")["lossless"] is False
+        raise KeyboardInterrupt
+
+    name = "drafthead.prove.verify"
+    monkeypatch.setattr(f"{name}.many_prompts", lambda *_: [])
+    plan = Plan([Setting("model", "m", "")], {})
+    monkeypatch.setattr(f"{name}.verify_plans", lambda *_: Plans({1: plan}, plan, plan))
+    failed = Outcome([one | {"lossless": False} for one in runs], None)
+    monkeypatch.setattr(f"{name}.prove_lossless", lambda *_: failed)
+    monkeypatch.setattr(f"{name}.write_proof", ended)
+    with pytest.raises(KeyboardInterrupt):
+        verify(recipe, run, console=Console(quiet=True))
+    assert "was not proved" in doubt(run, 1)
 
 
 def test_a_k_that_was_not_proved_is_doubted(tmp_path):

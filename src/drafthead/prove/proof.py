@@ -26,8 +26,9 @@ _NOT_PROVED = ("README.md", "LICENSE")
 
 
 def command_line() -> str:
-    """The command that is running, as one would type it."""
-    return shlex.join(["drafthead", *sys.argv[1:]])
+    """The command that is running, as one would type it; `?` for what is not UTF-8 in a path, which
+    no record could be written with."""
+    return shlex.join(["drafthead", *sys.argv[1:]]).encode(errors="replace").decode()
 
 
 def now() -> str:

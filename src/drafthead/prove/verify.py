@@ -16,7 +16,7 @@ from drafthead.prove.grid import shared, start
 from drafthead.prove.lossless import ALPHA, Examiner, once_more, part
 from drafthead.prove.noise import NOT_LOSSLESS, Control, noise_words
 from drafthead.prove.prompts import Prompt, many_prompts
-from drafthead.prove.proof import command_line, write_proof
+from drafthead.prove.proof import command_line, proof_path, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
@@ -279,6 +279,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "command": command_line(),
         "machine": this_machine().as_dict(),
     }
+    proof_path(run).unlink(missing_ok=True)  # of another outcome; hashing a target takes minutes
     write_json(run.verify_json, result)
     served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in plans.drafted.items()}
     write_proof(run, recipe.target.path, target, result, served, prompts)
