@@ -14,7 +14,7 @@ from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe
 from drafthead.report.card import hub_id
 from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan, serve_plan, served_k
+from drafthead.serve import engine_plan, existing_head, serve_plan, served_k
 from drafthead.targets import load_target
 
 GIB = 1 << 30
@@ -195,3 +195,6 @@ def test_a_folder_at_home_is_given_to_vllm_by_its_whole_name(recipe, llama, tmp_
     assert args["speculative_config"]["model"] == str(tmp_path / "head")
     card = SimpleNamespace(recipe=made)
     assert hub_id(card) is None
+    for look in (load_target, existing_head):
+        with pytest.raises(DraftheadError, match=r"no such folder|no head there"):
+            look("~nobody-of-this-name/model")

@@ -351,7 +351,7 @@ def existing_head(head: Path | str) -> Path | str:
     local = isinstance(head, Path) or str(head).startswith((".", "/", "~")) or Path(head).exists()
     if not local and str(head).count("/") != 1:
         raise DraftheadError(f"{head}: no such folder; a head is a folder or a hub id, OWNER/NAME")
-    if local and not (Path(head).expanduser() / "config.json").is_file():
+    if local and not (Path(os.path.expanduser(head)) / "config.json").is_file():
         raise DraftheadError(
             f"{head}: no head there (no config.json); `drafthead run RECIPE` makes one"
         )

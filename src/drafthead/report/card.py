@@ -1,5 +1,6 @@
 """The model card: the head's page, every figure of it read from what the run measured."""
 
+import os
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -174,7 +175,8 @@ def limitations(r: Results) -> list[str]:
 def hub_id(r: Results) -> str | None:
     """Hub id of the target; None if the recipe names only a folder."""
     path = r.recipe.target.path
-    return r.recipe.publish.base_model or (None if Path(path).expanduser().exists() else path)
+    folder = os.path.exists(os.path.expanduser(path))
+    return r.recipe.publish.base_model or (None if folder else path)
 
 
 def header(r: Results, base: str | None, target: Target, licence: Licence) -> str:
