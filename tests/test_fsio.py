@@ -208,3 +208,19 @@ def test_what_the_disk_refuses_safetensors_is_said_as_all_else_is(tmp_path):
     broken.write_bytes(b"x")
     with pytest.raises(SafetensorError), fsio.disk_errors(path):
         load_file(broken)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_goes_on_leading_to_it(tmp_path, there):
+    disk, link = tmp_path / "disk", tmp_path / "head"
+    disk.mkdir()
+    if there:
+        (disk / "head").mkdir()
+    link.symlink_to(disk / "head")
+    for text in ("first", "second"):
+        with fsio.atomic_dir(link) as temporary:
+            (temporary / "file").write_text(text)
+        assert (disk / "head" / "file").read_text() == text
+    assert link.is_symlink()
+    assert [p.name for p in disk.iterdir()] == ["head"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "head"]

@@ -221,9 +221,11 @@ def atomic_dir(final: Path | str) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``final`` when the block ends without an error, its
     files brought to disk.
 
-    An older ``final`` is replaced; leftovers of killed processes are swept away first.
+    An older ``final`` is replaced, or what it leads to if it is a link; leftovers of killed
+    processes are swept away first.
     """
     final = Path(final)
+    final = final.resolve() if final.is_symlink() else final
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     with disk_errors(final):
         for left in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
