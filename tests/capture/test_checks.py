@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drafthead.capture import checks
-from drafthead.capture.checks import Checker, check_values, teacher_argmax
+from drafthead.capture.checks import Checker, check_agreement, check_values, teacher_argmax
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StoreMeta
 from drafthead.states.format import encode
@@ -68,6 +68,16 @@ def test_rows_of_other_positions_are_found_out(target):
     # sampled answers are not expected to be the teacher's
     sampled = Checker(target, False)
     assert run(sampled, shifted)[1]["greedy_checked"] == 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "fewest"), [(0, 0), (1, 0), (3, 1), (5, 2), (40, 30), (512, 440)]
+)
+def test_a_near_tie_among_few_tokens_is_no_fault(positions, fewest):
+    check_agreement(fewest, positions)
+    if fewest:
+        with pytest.raises(DraftheadError, match=f"only {fewest - 1} of {positions} tokens"):
+            check_agreement(fewest - 1, positions)
 
 
 @pytest.mark.parametrize("block", [32, 2])
