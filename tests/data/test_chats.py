@@ -86,15 +86,19 @@ def test_what_cannot_be_asked_is_counted(tmp_path):
         {"messages": [{"role": "tool", "content": "x"}]},
         {"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]},
         {"messages": [{"role": "user", "content": "  "}]},
+        {"prompt": ""},
+        {"messages": None, "prompt": None},
         {"messages": [{"role": "system", "content": "x"}]},
+        {"prompt": "cut in the middle of an emoji \ud83d"},
         *prompts(3),
     ]
     chats = load_chats(section(jsonl(tmp_path / "a.jsonl", records)))
     assert chats.left_out == {
         "tools, images or other roles": 1,
         "starts with the assistant": 1,
-        "empty message": 1,
+        "empty message": 3,
         "no user message": 1,
+        "half a character": 1,
     }
     assert len(load_chats(section(tmp_path / "a.jsonl", limit=2)).train) == 1
 

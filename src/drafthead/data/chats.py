@@ -155,11 +155,14 @@ def to_chat(record: Any, where: str, source: str) -> Chat | str:
             f"{where}: a record is an object, found {type(record).__name__}; write each on a line "
             'of its own: {"prompt": …}'
         )
-    for name in ("messages", "conversations", "prompt"):
+    names = ("messages", "conversations", "prompt")
+    for name in names:
         if record.get(name):
             found = record[name]
             break
     else:
+        if any(name in record for name in names):
+            return "empty message"
         raise DraftheadError(
             f"{where}: no `messages`, `conversations` or `prompt` (found: "
             f"{', '.join(map(str, record)) or 'nothing'})"
@@ -176,6 +179,8 @@ def to_chat(record: Any, where: str, source: str) -> Chat | str:
         text = _text(message.get("content", message.get("value")))
         if role is None or text is None:
             return "tools, images or other roles"
+        if role != "assistant" and not _is_unicode(text):
+            return "half a character"
         if role == "system" and number == 0:
             system = text
         elif role == "user":
@@ -196,6 +201,16 @@ def _text(content: Any) -> str | None:
     ):
         return "".join(str(part.get("text", "")) for part in content)
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no tokenizer would refuse it: JSON may escape half of a character, as whoever cuts
+    texts in JavaScript or Java leaves it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_chats(prompts: PromptsSection) -> Chats:
