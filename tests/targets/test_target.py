@@ -128,6 +128,19 @@ def test_a_bias_on_the_way_to_logits_is_refused(copy, name, read):
         getattr(load_target(copy), read)()
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_comes_from_the_hub_only_if_it_may_run(copy, monkeypatch, trusted):
+    wanted = []
+
+    def download(repo, *, allow_patterns, **_):
+        wanted.extend(allow_patterns)
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    load_target("owner/name", trust_remote_code=trusted)
+    assert ("*.py" in wanted) == trusted
+
+
 def test_unknown_architecture_is_refused(copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.other_norm.weight"] = tensors.pop("model.norm.weight")

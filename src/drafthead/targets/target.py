@@ -259,7 +259,7 @@ class Target:
         )
 
 
-def _local_folder(path_or_id: str, revision: str | None) -> Path:
+def _local_folder(path_or_id: str, revision: str | None, trust_remote_code: bool) -> Path:
     folder = Path(os.path.expanduser(path_or_id))
     if folder.is_dir():
         return folder
@@ -283,6 +283,7 @@ def _local_folder(path_or_id: str, revision: str | None) -> Path:
                     "*.txt",
                     "*.jinja",
                     "LICENSE*",
+                    *(["*.py"] if trust_remote_code else []),
                 ],
                 # The same weights again, in Mistral's own format.
                 ignore_patterns=["consolidated*"],
@@ -310,7 +311,7 @@ def load_target(
     """
     from transformers import AutoConfig
 
-    path = _local_folder(str(path_or_id), revision)
+    path = _local_folder(str(path_or_id), revision, trust_remote_code)
     if not (path / "config.json").is_file():
         raise DraftheadError(f"{path}: no config.json there; a target is a transformers checkpoint")
     try:
