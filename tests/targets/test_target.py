@@ -141,6 +141,14 @@ def test_code_comes_from_the_hub_only_if_it_may_run(copy, monkeypatch, trusted):
     assert ("*.py" in wanted) == trusted
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize("name", ["generation_config.json", "hf_quant_config.json"])
+def test_what_was_fetched_in_part_is_named(copy, name, text):
+    (copy / name).write_text(text)
+    with pytest.raises(DraftheadError, match=rf"{name}.*"):
+        assert load_target(copy).eos_token_ids
+
+
 def test_unknown_architecture_is_refused(copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.other_norm.weight"] = tensors.pop("model.norm.weight")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import fingerprint, sha256_file
+from drafthead.fsio import fingerprint, read_json, sha256_file
 from drafthead.recipe import Recipe
 from drafthead.targets.logits import LogitRule, logit_rule
 from drafthead.targets.safetensors_folder import SafetensorsFolder
@@ -19,6 +19,7 @@ from drafthead.targets.safetensors_folder import SafetensorsFolder
 _EMBEDDING = "embed_tokens.weight"
 _FINAL_NORM = ("norm.weight", "embedding_norm.weight")
 _LM_HEAD = "lm_head.weight"
+FETCH = "fetch it again"
 # What decoders' names begin with: alone, and in a multimodal checkpoint (two ways).
 _USUAL_DECODERS = ("model.", "model.language_model.", "language_model.model.")
 
@@ -116,7 +117,9 @@ class Target:
         found = getattr(self.config, "eos_token_id", None)
         generation = self.path / "generation_config.json"
         if generation.exists():
-            found = json.loads(generation.read_text()).get("eos_token_id", found)
+            found = read_json(generation, "how a target generates", dict[str, Any], FETCH).get(
+                "eos_token_id", found
+            )
         ids = found if isinstance(found, list) else [found]
         return tuple(int(i) for i in ids if i is not None)
 
@@ -323,7 +326,7 @@ def load_target(
     quantization = raw.get("quantization_config")
     modelopt = path / "hf_quant_config.json"
     if quantization is None and modelopt.exists():
-        quantization = json.loads(modelopt.read_text())
+        quantization = read_json(modelopt, "ModelOpt's quantization", dict[str, Any], FETCH)
     target = Target(
         path=path,
         config=config,
