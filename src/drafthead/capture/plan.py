@@ -50,7 +50,9 @@ def make_plan(recipe: Recipe) -> WorkPlan:
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     chats = load_chats(recipe.prompts)
     work = chats.all()
-    template.render(work[0][0].opening, prompt=True)  # a broken template shows here
+    # A broken template shows here, and one that takes no system message (Gemma's).
+    for chat in {chat.system is None: chat for chat, _ in work}.values():
+        template.render(chat.opening, prompt=True)
     size = recipe.generate.chunk
     units = [work[i : i + size] for i in range(0, len(work), size)]
     inputs = _inputs(recipe, target, template, fingerprint([(c.id, split) for c, split in work]))

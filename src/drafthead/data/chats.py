@@ -47,7 +47,7 @@ class Chat:
     @property
     def opening(self) -> list[dict[str, str]]:
         """The messages before the target's first answer."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": self.turns[0]}]
 
 
