@@ -89,6 +89,13 @@ def test_who_ran_out_of_memory_goes_on_with_less(job):
     assert job.ran == ["verify", "bench", "report"]
 
 
+def test_states_online_may_be_computed_elsewhere_from_then_on(job):
+    job.execute(job.recipe(capture={"mode": "online"}))
+    moved = {"mode": "online", "online_devices": [1], "online_bytes": 1 << 30}
+    job.execute(job.recipe(capture=moved))
+    assert job.ran == []
+
+
 def test_costly_output_is_kept_unless_told(job):
     job.execute(job.recipe())
     changed = job.recipe(generate={"max_new_tokens": 7})

@@ -15,7 +15,7 @@ from rich.markup import escape
 from drafthead.data.chats import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep
-from drafthead.recipe import Recipe, Source
+from drafthead.recipe import CaptureSection, Recipe, Source
 from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
 from drafthead.vocab import check_size
@@ -140,6 +140,8 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
     dumped = recipe.model_dump(mode="json")
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
     dumped["train"]["track"] = []  # who looks on does not change what is trained
+    # … nor do the GPU that computes states online and the memory that they pass through.
+    dumped["capture"] |= CaptureSection().model_dump(include={"online_bytes", "online_devices"})
     inputs: dict[str, dict] = {}
     for stage in STAGES:
         own = {section: dumped[section] for section in stage.sections}

@@ -3,6 +3,7 @@
 from drafthead.recipe.read import load_recipe, parse_recipe, with_options
 from drafthead.recipe.schema import (
     ENOUGH_STEPS,
+    CaptureSection,
     HeadSection,
     Loss,
     PromptsSection,
@@ -15,6 +16,7 @@ from drafthead.recipe.schema import (
 
 __all__ = [
     "ENOUGH_STEPS",
+    "CaptureSection",
     "HeadSection",
     "Loss",
     "PromptsSection",
