@@ -113,6 +113,12 @@ def test_mask_covers_each_answer_and_its_end_token_and_nothing_else(text, first,
     assert not mask[-1]
 
 
+def test_markers_are_found_however_they_trim():
+    for mark in ("{%generation%}", "{% generation -%}", MARKS[0], "{%- generation %}"):
+        assert template(LFM25.replace(MARKS[0], mark)).marks_generation
+    assert not template(LFM25_UNMARKED).marks_generation
+
+
 def test_derived_mask_equals_the_markers():
     for messages in (HISTORY, HISTORY[:3], HISTORY[2:]):
         a, b = (written(template(text), messages) for text in (LFM25, LFM25_UNMARKED))

@@ -1,5 +1,6 @@
 """The target's chat template: prompts as token ids, and which tokens the target wrote."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class Template:
             )
         templates = tokenizer.chat_template
         text = templates if isinstance(templates, str) else " ".join(templates.values())
-        self.marks_generation = "generation %}" in text.replace("-%}", " %}")
+        self.marks_generation = re.search(r"{%-?\s*generation\s*-?%}", text) is not None
 
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         """The conversation as text; with ``prompt``, ready for the target to answer.
@@ -61,10 +62,12 @@ class Template:
         ids = encoded["input_ids"]
         mask = np.zeros(len(ids), bool)
         if any(message["role"] == "assistant" for message in messages):
+            begins = np.array(encoded["offset_mapping"])[:, 0]
             if self.marks_generation:
                 mask = self._marked(messages, ids)
+                for i in np.flatnonzero(np.diff(begins) == 0):
+                    mask[i + 1] |= mask[i]  # of several tokens of a character only the first is
             else:
-                begins = np.array(encoded["offset_mapping"])[:, 0]
                 for start, stop in self._found(messages, text):
                     mask |= (begins >= start) & (begins < stop)
             self._with_end_tokens(ids, mask)
