@@ -6,7 +6,7 @@ import torch
 
 from drafthead import cli
 from drafthead.capture.checks import teacher_argmax
-from drafthead.capture.compare import compare, compare_stores
+from drafthead.capture.compare import _spread, compare, compare_stores
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
@@ -40,6 +40,12 @@ def test_what_differs_is_counted_where_it_differs(llama):
     assert found["distance"][0] == {"median": 0, "p99": 0}
     assert found["distance"][1]["p99"] == pytest.approx(0.5)
     assert found["distance"][2]["median"] == 0
+
+
+def test_distances_of_any_number_of_positions_have_quantiles():
+    """PyTorch's refuse more than 16 million."""
+    distances = torch.arange(2.0**24 + 1)[:, None]
+    assert _spread(distances) == [{"median": 2**23, "p99": pytest.approx(0.99 * 2**24)}]
 
 
 def test_other_tokens_are_refused(llama):
