@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
@@ -148,6 +148,32 @@ def test_answer_text_keeps_thinking_and_drops_the_end_token():
     found = template(LFM25)
     ids = found.tokenizer("<think>\nx\n</think>\n\nHello<|im_end|>", add_special_tokens=False)
     assert found.answer_text(ids["input_ids"]) == "<think>\nx\n</think>\n\nHello"
+
+
+def test_a_tokenizer_without_offsets_takes_single_turns():
+    """One written in Python, as some models bring along."""
+
+    class Slow(PreTrainedTokenizer):
+        vocab_size = 256
+
+        def get_vocab(self):
+            return {chr(i): i for i in range(256)}
+
+        def _tokenize(self, text):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return ord(token) % 256
+
+        def _convert_id_to_token(self, index):
+            return chr(index)
+
+    slow = Slow()
+    slow.chat_template = CHATML
+    found = Template(slow, [1], "there")
+    assert len(found.encode(HISTORY[:1])[0]) > 10
+    with pytest.raises(DraftheadError, match=r"there: .*written in Python.*single turn"):
+        found.encode(HISTORY[:3])
 
 
 def test_no_template_and_templates_that_refuse_or_rewrite():

@@ -56,12 +56,21 @@ class Template:
         Returns:
             Its token ids, and bool [n]: True where the target wrote the token, in earlier turns.
             From the template's generation markers where it has them, else found in the text.
+
+        Raises:
+            DraftheadError: the template or the tokenizer does not let them be told.
         """
         text = self.render(messages, prompt=True)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         mask = np.zeros(len(ids), bool)
         if any(message["role"] == "assistant" for message in messages):
+            if "offset_mapping" not in encoded:
+                raise DraftheadError(
+                    f"{self.where}: the target's tokenizer is written in Python and does not say "
+                    "which characters a token stands for, so which of earlier turns' tokens the "
+                    "target wrote cannot be told. Mend: prompts of a single turn"
+                )
             begins = np.array(encoded["offset_mapping"])[:, 0]
             if self.marks_generation:
                 mask = self._marked(messages, ids)
