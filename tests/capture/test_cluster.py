@@ -16,6 +16,7 @@ from drafthead.capture.cluster import (
     Hand,
     _connected,
     _describe,
+    _order,
     _scratch,
     check_address,
     on_cluster,
@@ -190,6 +191,15 @@ def test_a_worker_brings_the_answers_of_a_unit_that_it_is_to_prefill(tmp_path):
         assert str(os.getpid()) in hand.scratch.name
     finally:
         shutil.rmtree(hand.scratch)
+
+
+def test_workers_find_a_target_that_is_named_from_here(llama, tmp_path, monkeypatch):
+    """Theirs is the folder that `ray start` was called in."""
+    monkeypatch.chdir(llama.parent)
+    plan = make_plan(parse_recipe(recipe_for(f"./{llama.name}", tmp_path, 8, 4), "test"))
+    order = _order("generate", plan, RunDir(Path("run")))
+    assert order["recipe"]["target"]["path"] == str(llama)
+    assert order["run"] == str(llama.parent / "run")
 
 
 def test_what_killed_workers_left_is_swept(tmp_path, monkeypatch):

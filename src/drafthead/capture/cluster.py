@@ -196,12 +196,7 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
             if part.name not in there:  # the answers were written without a cluster
                 location.put(part, f"answers/{part.name}")
     chats = {n: [(asdict(chat), split) for chat, split in plan.units[n]] for n in todo}
-    order = {
-        "stage": stage,
-        "recipe": recipe.model_dump(mode="json"),
-        "meta": asdict(plan.meta),
-        "run": str(run.root.resolve()),
-    }
+    order = _order(stage, plan, run)
     with _connected(recipe) as ray:
         board = ray.remote(**_here(ray))(Board).remote(todo)
         need = {"num_gpus": recipe.engine.tensor_parallel_size} if _gpus(ray) else {"num_cpus": 1}
@@ -240,6 +235,15 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
                         raise
                     del workers[reference]
                     ray.kill(actor)
+
+
+def _order(stage: str, plan: WorkPlan, run: RunDir) -> dict[str, Any]:
+    """What workers are told. Folders whole: they work where their machine's Ray was started."""
+    recipe = plan.recipe.model_dump(mode="json")
+    if Path(target := os.path.expanduser(plan.recipe.target.path)).is_dir():
+        recipe["target"]["path"] = os.path.abspath(target)
+    run_folder = str(run.root.resolve())
+    return {"stage": stage, "recipe": recipe, "meta": asdict(plan.meta), "run": run_folder}
 
 
 @contextlib.contextmanager
