@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from drafthead.prove import server
+from drafthead.prove.server import Client, Stream
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -50,3 +51,27 @@ def test_an_idle_connection_is_not_used_when_the_server_may_be_closing_it(monkey
 def test_a_connection_in_use_is_used_again():
     assert asyncio.run(ask_after_idling(server.connections(1), limit=5.0, idle=0.0)) == 1
     assert server.KEPT_S < 5.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_what_the_targets_own_configuration_samples_by_is_left_out(monkeypatch, temperature):
+    """As in process: vLLM's server takes the rest from generation_config.json."""
+    from vllm import SamplingParams
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    bodies = []
+
+    async def stream(self, http, body):
+        bodies.append(body)
+        return Stream(0.0)
+
+    monkeypatch.setattr(Client, "stream", stream)
+    monkeypatch.setattr(Client, "model", lambda self: {"id": "m"})
+    Client("http://nowhere").generate([[1, 2]], max_tokens=3, temperature=temperature, seed=5)
+    of_its_own = {"repetition_penalty": 1.05, "presence_penalty": 1.5, "frequency_penalty": 0.1}
+    of_its_own |= {"temperature": 0.3, "min_p": 0.15, "top_k": 20, "top_p": 0.8}
+    (body,) = bodies
+    asked = CompletionRequest(**body).to_sampling_params(3, of_its_own)
+    plain = SamplingParams(temperature=temperature)
+    for name in of_its_own:
+        assert getattr(asked, name) == getattr(plain, name), name

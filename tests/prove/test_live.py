@@ -10,7 +10,7 @@ import pytest
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.live import LiveFacts, _alone, conclude
-from drafthead.prove.server import Client, histogram_mean, parse_metrics, spec_counters
+from drafthead.prove.server import Client, parse_metrics, spec_counters
 
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of drafts.
@@ -31,8 +31,6 @@ process_start_time_seconds 1.7e+09
 def test_metrics_page():
     samples = parse_metrics(PAGE)
     assert spec_counters(samples) == SpecCounters(42, 126, 40, [29, 1])
-    assert histogram_mean(samples, "vllm:inter_token_latency_seconds") == pytest.approx(0.05)
-    assert histogram_mean(samples, "vllm:nothing") is None
     assert spec_counters([]) == SpecCounters()
 
 

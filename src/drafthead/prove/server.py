@@ -29,6 +29,15 @@ from drafthead.serve import Plan
 
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_PLAIN = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""What a server takes from the target's generation_config.json where a request does not say it:
+the engine itself, and what training predicts, know of no penalty."""
 START_TIMEOUT_S = 900.0
 """A first start on a GPU compiles and captures graphs: 165 s were seen for a small target."""
 _WATCH = """
@@ -67,12 +76,6 @@ def spec_counters(samples: Sequence[tuple[str, dict[str, str], float]]) -> SpecC
         total("num_accepted_tokens"),
         [round(per[at]) for at in sorted(per)],
     )
-
-
-def histogram_mean(samples: Sequence[tuple[str, dict[str, str], float]], name: str) -> float | None:
-    """Mean of a histogram's observations; None without any."""
-    count = sum(v for n, _, v in samples if n == f"{name}_count")
-    return sum(v for n, _, v in samples if n == f"{name}_sum") / count if count else None
 
 
 @dataclass
@@ -184,6 +187,7 @@ class Client:
                 "max_tokens": limits[i],
                 "temperature": temperature,
                 "top_p": top_p,
+                **_PLAIN,
                 "seed": None if seed is None else seed + i,
                 "ignore_eos": ignore_eos,
                 "stream": True,
