@@ -77,13 +77,13 @@ def check_start(recipe: Recipe, run: RunDir) -> None:
         DraftheadError: there are no states or no head to start from, or this machine cannot train
             it so.
     """
-    _check_states(recipe, run)
     target = recipe_target(recipe)
     captured = target.check_aux_layers(recipe.capture.aux_layers)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     head, _ = _first_head(recipe, run, layers, target)
     world = World.of_environment()
     check(recipe.train, head, recipe.train.rows_per_step or world.size, world)
+    _check_states(recipe, run)
 
 
 def _check_states(recipe: Recipe, run: RunDir) -> None:
