@@ -164,6 +164,34 @@ def test_an_ended_bench_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     assert not list(run.root.glob(".stages/cells-*"))
 
 
+def test_other_drafters_that_were_measured_are_not_again_once_a_later_one_is_ended(
+    tmp_path, monkeypatch
+):
+    recipe, run = made_run.make(tmp_path)
+    none, ids = np.zeros(0, np.int32), np.array([1, 7], np.int32)
+    answer = Answer("c", "s", "heldout", ids, np.zeros(2, bool), none, "stop", "")
+    write_part(run.answers, 0, [answer], {})
+    recipe = with_options(recipe, "bench", {"num_speculative_tokens": [3]})
+    other = str(crafted.head(tmp_path / "other", tmp_path / "SmolLM2-135M-Instruct"))
+    asked, ended = [], [True]
+
+    def measure(base, drafted, prompts, points, **how):
+        method = drafted[3].args["speculative_config"]["method"]
+        asked.append(method)
+        if method == "ngram" and ended.pop():
+            raise KeyboardInterrupt
+        yield points[0], made_run.cell(3, 1)
+
+    monkeypatch.setattr("drafthead.prove.bench.measure", measure)
+    how = {"heads": [other], "ngram": True, "console": Console(quiet=True)}
+    with pytest.raises(KeyboardInterrupt):
+        contest(recipe, run, **how)
+    ended.append(False)
+    assert set(contest(recipe, run, **how)) == {other, "ngram"}
+    assert asked == ["eagle3", "ngram", "ngram"]
+    assert not list(run.root.glob(".stages/cells-*"))
+
+
 def test_a_report_made_before_other_drafters_were_measured_is_made_anew(tmp_path, monkeypatch):
     recipe, run = made_run.make(tmp_path)
     run.finish("report", {}, {})

@@ -184,7 +184,7 @@ def contest(
         ]
         beside[name] = {"grid": cells, "command": command_line(), "date": now()}
         write_json(run.bench_json, {**result, "beside": beside})
-        forget(run.root / ".stages")
+    forget(run.root / ".stages")  # not before: ended in the next one, it would do all anew
     run.forget("report")  # a report made before lacks them
     first = {name: beside[name]["grid"][0] for name in drafters}
     return {name: {key: cell[key] for key in _MEASURED} for name, cell in first.items()}
