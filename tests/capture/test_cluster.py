@@ -17,6 +17,7 @@ from drafthead.capture.cluster import (
     _connected,
     _describe,
     _order,
+    _room,
     _scratch,
     check_address,
     on_cluster,
@@ -200,6 +201,18 @@ def test_workers_find_a_target_that_is_named_from_here(llama, tmp_path, monkeypa
     order = _order("generate", plan, RunDir(Path("run")))
     assert order["recipe"]["target"]["path"] == str(llama)
     assert order["run"] == str(llama.parent / "run")
+
+
+def test_workers_are_as_many_as_machines_have_room_for():
+    class Ray:
+        def nodes(self):
+            kinds = ((3, True), (3, True), (0, True), (8, False))
+            return [{"Alive": up, "Resources": {"CPU": 4.0, "GPU": n}} for n, up in kinds]
+
+    assert [_room(Ray(), {"num_gpus": n}) for n in (1, 2, 3)] == [6, 2, 2]
+    assert _room(Ray(), {"num_cpus": 1}) == 12
+    with pytest.raises(DraftheadError, match=r"tensor_parallel_size: 4 GPUs.* over 3"):
+        _room(Ray(), {"num_gpus": 4})  # Ray would wait for ever
 
 
 def test_what_killed_workers_left_is_swept(tmp_path, monkeypatch):

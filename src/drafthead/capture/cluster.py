@@ -196,13 +196,14 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
             if part.name not in there:  # the answers were written without a cluster
                 location.put(part, f"answers/{part.name}")
     chats = {n: [(asdict(chat), split) for chat, split in plan.units[n]] for n in todo}
-    order = _order(stage, plan, run)
     with _connected(recipe) as ray:
         board = ray.remote(**_here(ray))(Board).remote(todo)
-        need = {"num_gpus": recipe.engine.tensor_parallel_size} if _gpus(ray) else {"num_cpus": 1}
+        gpus = ray.cluster_resources().get("GPU")
+        need = {"num_gpus": recipe.engine.tensor_parallel_size} if gpus else {"num_cpus": 1}
         hand = ray.remote(max_restarts=0, **need)(Hand)
-        wanted = min(len(todo), cluster.workers or _room(ray, need))
-        shared, hired = ray.put(chats), 0
+        room = _room(ray, need)
+        wanted = min(len(todo), cluster.workers or room)
+        shared, order, hired = ray.put(chats), _order(stage, plan, run), 0
         workers: dict[Any, tuple[str, Any]] = {}
         with _all_ended(ray, workers), progress_bar(stage, plan, console) as advance:
             advance(sum(map(len, plan.units)) - sum(len(plan.units[n]) for n in todo), 0)
@@ -242,8 +243,8 @@ def _order(stage: str, plan: WorkPlan, run: RunDir) -> dict[str, Any]:
     recipe = plan.recipe.model_dump(mode="json")
     if Path(target := os.path.expanduser(plan.recipe.target.path)).is_dir():
         recipe["target"]["path"] = os.path.abspath(target)
-    run_folder = str(run.root.resolve())
-    return {"stage": stage, "recipe": recipe, "meta": asdict(plan.meta), "run": run_folder}
+    root = str(run.root.resolve())
+    return {"stage": stage, "recipe": recipe, "meta": asdict(plan.meta), "run": root}
 
 
 @contextlib.contextmanager
@@ -339,15 +340,20 @@ def _here(ray: Any) -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def _gpus(ray: Any) -> int:
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
 def _room(ray: Any, need: dict[str, int]) -> int:
-    """Workers that the whole cluster has room for, one at least."""
+    """Workers that the whole cluster has room for, one at least.
+
+    Raises:
+        DraftheadError: no machine has the GPUs of one: Ray would wait for such a machine for ever.
+    """
     ((kind, count),) = need.items()
-    total = ray.cluster_resources().get("GPU" if kind == "num_gpus" else "CPU", 1)
-    return max(1, int(total // count))
+    name = {"num_gpus": "GPU", "num_cpus": "CPU"}[kind]
+    has = [int(node["Resources"].get(name, 0)) for node in ray.nodes() if node["Alive"]]
+    if name == "GPU" and max(has) < count:
+        raise DraftheadError(
+            f"engine.tensor_parallel_size: {count} GPUs; no machine there has over {max(has)}"
+        )
+    return max(1, sum(n // count for n in has))
 
 
 _incoming: queue.SimpleQueue = queue.SimpleQueue()
