@@ -351,7 +351,7 @@ def _room(ray: Any, need: dict[str, int]) -> int:
     has = [int(node["Resources"].get(name, 0)) for node in ray.nodes() if node["Alive"]]
     if name == "GPU" and max(has) < count:
         raise DraftheadError(
-            f"engine.tensor_parallel_size: {count} GPUs; no machine there has over {max(has)}"
+            f"engine.tensor_parallel_size: {count} GPUs; no Ray node has over {max(has)}"
         )
     return max(1, sum(n // count for n in has))
 
