@@ -47,8 +47,11 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
 
 def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
     """What a recipe asks to be trained, on the states and the vocabulary of its run."""
-    _check_states(recipe, run)
-    reader = open_states(recipe, run)
+    try:
+        reader = open_states(recipe, run)
+    except DraftheadError:
+        _check_states(recipe, run)
+        raise
     if reader.meta.hidden_size != target.hidden_size:
         raise DraftheadError(
             f"{reader.path}: states of width {reader.meta.hidden_size}, the target {target.path} "
