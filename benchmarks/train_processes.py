@@ -32,7 +32,6 @@ from drafthead.machine import this_machine
 from drafthead.rundir import RunDir
 
 CONSOLE = Console(stderr=True, width=140)
-STAGES = ".stages"
 
 
 @dataclass
@@ -73,10 +72,12 @@ def prepare(case: Case, options: argparse.Namespace) -> tuple[Path, RunDir]:
         (given.vocab, run.vocab),
     ):
         here.symlink_to(there.resolve())
-    (run.root / STAGES).mkdir()
+    records = run.record("train", "begun").parent
+    records.mkdir()
     for stage in ("generate", "capture", "vocab"):
-        for record in (given.root / STAGES).glob(f"{stage}.*"):
-            shutil.copy(record, run.root / STAGES)
+        for state in ("begun", "done"):
+            if (record := given.record(stage, state)).exists():
+                shutil.copy(record, records)
     path = options.out / case.name / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path, run
