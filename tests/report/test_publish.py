@@ -11,6 +11,7 @@ from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import read_json, sha256_file, write_json
+from drafthead.recipe import with_options
 from drafthead.report.card import find_licence, usage, write_card
 from drafthead.report.page import report
 from drafthead.report.publish import publish
@@ -72,6 +73,39 @@ def test_the_card_gives_no_advice_that_is_of_one_machine(made):
         flags = {s.name for s in plan.settings}
         assert "speculative_config" in flags
         assert not flags & {"max_num_seqs", "max_cudagraph_capture_size", "gpu_memory_utilization"}
+
+
+def test_the_card_says_what_the_target_needs_to_be_served(made):
+    recipe, run = made
+    needed = {
+        "load_format": "hf",
+        "hf_overrides": {"rope_theta": 1e6},
+        "limit_mm_per_prompt": {"image": 0},
+        "enable_prefix_caching": False,
+        "max_logprobs": 40,
+    }
+    here = {
+        "dtype": "float32",
+        "tensor_parallel_size": 8,
+        "max_num_batched_tokens": 64,
+        "cpu_offload_gb": 4,
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2]},
+        "enforce_eager": True,
+        "distributed_executor_backend": "ray",
+        "download_dir": "a folder",
+        "hf_token": "a secret",
+    }
+    given = with_options(recipe, "engine", {"extra": needed | here})
+    plans = usage(
+        read_results(given, run), "me/head", "some/target", load_target(recipe.target.path)
+    )
+    for plan, gpus in zip(plans, (None, 2), strict=True):
+        assert plan is not None
+        assert plan.args | needed == plan.args
+        assert plan.args.get("tensor_parallel_size") == gpus
+        assert not plan.args.keys() & (here.keys() - {"tensor_parallel_size"})
+    write_card(read_results(given, run))
+    assert "--no-enable-prefix-caching" in card_of(run)[1]
 
 
 def test_card_follows_the_figures(made):

@@ -33,6 +33,13 @@ _LICENCES = (
 )
 _SPDX = ("apache-2.0", "mit")
 _SEVERAL = (4, 2)
+# Of `engine.extra` what is of this machine or of its owner: how much at once, in how much memory,
+# on what. All else may be what the target cannot be served without.
+_HERE = re.compile(
+    "parallel|distributed|node|numa|device|memory|offload|_gb$|num_gpu|max_num_|graph|all_reduce"
+    "|^(model|speculative_config|dtype|seed|enforce_eager|compilation_config|cc|download_dir"
+    "|hf_token|master_addr|master_port|disable_log_stats)$"
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,9 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
             update={"num_speculative_tokens": r.recommended_k, "tensor_parallel_size": count}
         )
         # What was fixed for this machine (dtype, cache, sequences) is no advice to another.
-        engine = type(r.recipe.engine)(max_model_len=r.recipe.engine.max_model_len)
+        given = r.recipe.engine
+        extra = {name: value for name, value in given.extra.items() if not _HERE.search(name)}
+        engine = type(given)(max_model_len=given.max_model_len, extra=extra)
         recipe = r.recipe.model_copy(
             update={
                 "serve": serve,
