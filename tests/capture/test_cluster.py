@@ -115,8 +115,9 @@ def test_what_is_half_there_is_swept(tmp_path, scheme, monkeypatch):
 def test_a_location_with_the_answers_of_another_run_is_refused(llama, tmp_path, mode):
     """However whole they are: `--overwrite` clears this run's folder, not the location."""
 
-    def plan(**generate):
-        recipe = recipe_for(llama, tmp_path, 8, 4, capture={"mode": mode}, generate=generate)
+    def plan(generate=None, engine=None):
+        given = {"generate": generate or {}, "engine": engine or {}}
+        recipe = recipe_for(llama, tmp_path, 8, 4, capture={"mode": mode}, **given)
         there = f"file://{tmp_path}/there"
         return make_plan(on_cluster(parse_recipe(recipe, "test"), "local", None, there))
 
@@ -127,10 +128,19 @@ def test_a_location_with_the_answers_of_another_run_is_refused(llama, tmp_path, 
         there.put(part_path(tmp_path, unit), f"answers/{part_path(tmp_path, unit).name}")
     run, quiet = RunDir(tmp_path / "run"), Console(quiet=True)
     spread("generate", first, run, quiet)  # all is there
-    with pytest.raises(
-        DraftheadError, match=r"there: holds .*another run: generate differ.*locati"
+    other = {"extra": {"hf_overrides": {"id2label": {0: "a"}}}}
+    for what, changed in (
+        ("generate", plan(generate={"temperature": 0.7})),
+        ("engine.extra", plan(engine=other)),
     ):
-        spread("generate", plan(temperature=0.7), run, quiet)
+        words = rf"there: holds .*another run: {what} differ.*locati"
+        with pytest.raises(DraftheadError, match=words):
+            spread("generate", changed, run, quiet)
+    for _ in range(2):  # its own is not another's
+        _describe(changed, Location(f"file://{tmp_path}/elsewhere"))
+    assert (
+        "engine.extra" not in first.meta.inputs
+    )  # else stores from before it was there were another's
 
 
 def published(folder):

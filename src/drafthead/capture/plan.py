@@ -78,7 +78,7 @@ def plan_elsewhere(recipe: Recipe, meta: StoreMeta) -> WorkPlan:
     target = recipe_target(recipe)
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     own = _inputs(recipe, target, template, meta.inputs["prompts"])
-    differing = [key for key in own if own[key] != meta.inputs[key]]
+    differing = [key for key in own if own[key] != meta.inputs.get(key)]
     if differing:
         raise DraftheadError(
             f"{platform.node()}: {', '.join(differing)} differ(s) from the machine that started "
@@ -96,6 +96,7 @@ def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) ->
             f"engine.max_model_len: {max_len}, but {target.path} reaches only "
             f"{target.max_position_embeddings} tokens"
         )
+    extra = recipe.engine.model_dump(mode="json")["extra"]
     return {
         "target": target.fingerprint,
         "quantization": (target.quantization or {}).get("quant_method"),
@@ -106,4 +107,6 @@ def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) ->
         "mode": recipe.capture.mode,
         "dtype": recipe.engine.dtype,
         "max_model_len": max_len,
+        # Not where there is none: stores made before this was among their inputs stay good.
+        **({"engine.extra": extra} if extra else {}),
     }
