@@ -138,9 +138,7 @@ def test_a_location_with_the_answers_of_another_run_is_refused(llama, tmp_path, 
             spread("generate", changed, run, quiet)
     for _ in range(2):  # its own is not another's
         _describe(changed, Location(f"file://{tmp_path}/elsewhere"))
-    assert (
-        "engine.extra" not in first.meta.inputs
-    )  # else stores from before it was there were another's
+    assert "engine.extra" not in first.meta.inputs  # else a store from before would be another's
 
 
 def published(folder):

@@ -7,7 +7,7 @@ import pytest
 
 from drafthead.data.answers import Answer, write_part
 from drafthead.errors import DraftheadError
-from drafthead.prove.prompts import heldout_prompts, many_prompts, timed_prompts
+from drafthead.prove.prompts import Prompt, heldout_prompts, many_prompts, timed_prompts
 from drafthead.prove.verify import begun_alike, workloads
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
@@ -83,6 +83,15 @@ def test_prompts_from_cached_blocks(recipe, run):
     for work in found[:2]:
         assert all(len(p) + n <= 64 for p, n in zip(work.prompts, work.max_tokens, strict=True))
     assert [len(w.prompts) for w in found] == [2, 4, 2]
+
+
+def test_mixed_lengths_stay_within_the_model(recipe, run):
+    """An answer that vLLM ends at the model's length is resumed after a tie: with no room left."""
+    given = with_options(recipe, "verify", {"mixed_lengths": True})
+    prompts = [Prompt(list(range(30)), f"c{i}", "s") for i in range(100)]
+    mixed = workloads(given, prompts, 32)[1]
+    assert {2, 5} < set(mixed.max_tokens)
+    assert max(len(p) + n for p, n in zip(mixed.prompts, mixed.max_tokens, strict=True)) == 32
 
 
 def test_options_are_checked_like_the_recipe(recipe):

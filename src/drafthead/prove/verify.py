@@ -42,15 +42,23 @@ class Workload:
     concurrency: int
 
 
-def mixed_lengths(prompts: Sequence[Sequence[int]], seed: int = 0) -> tuple[list, list[int]]:
+def mixed_lengths(
+    prompts: Sequence[Sequence[int]], longest: int, seed: int = 0
+) -> tuple[list, list[int]]:
     """Cut prompts and answers to lengths drawn from short and odd ones, from one token up.
+
+    Args:
+        prompts: token ids of each, fewer than ``longest``.
+        longest: tokens of a prompt with its answer.
+        seed: of the draw.
 
     Returns:
         Prompts and, for each, the limit of its answer.
     """
     rng = np.random.default_rng(seed)
     cut = [list(p[: rng.choice(_PROMPT_LENGTHS)]) for p in prompts]
-    return cut, [int(n) for n in rng.choice(_ANSWER_LENGTHS, len(cut))]
+    drawn = rng.choice(_ANSWER_LENGTHS, len(cut))
+    return cut, [min(int(n), longest - len(p)) for n, p in zip(drawn, cut, strict=True)]
 
 
 def begun_alike(prompts: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
@@ -86,7 +94,7 @@ def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> 
         room = [min(section.max_new_tokens, max_model_len - len(p)) for p in cached]
         found.append(Workload("cached prefixes", cached, room, concurrency))
     if section.mixed_lengths:
-        found.append(Workload("mixed lengths", *mixed_lengths(ids), concurrency))
+        found.append(Workload("mixed lengths", *mixed_lengths(ids, max_model_len), concurrency))
     return found
 
 
