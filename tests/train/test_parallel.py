@@ -30,3 +30,16 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(DraftheadError, match=r"process 2 .* has no GPU: 2 to be seen"):
         World.of_environment()
+
+
+def test_half_of_what_torchrun_says(monkeypatch):
+    """As a shell or a scheduler may leave it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DraftheadError, match=r"^WORLD_SIZE is 2, .*RANK expected.*torchrun.*unset"):
+        World.join()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(DraftheadError, match="MASTER_ADDR expected"):
+        World.join()

@@ -45,7 +45,7 @@ class World:
         until all have.
 
         Raises:
-            DraftheadError: as `of_environment`.
+            DraftheadError: as `of_environment`; or the environment does not say where they meet.
         """
         world = cls.of_environment()
         gpu, size = world.device.type == "cuda", world.size
@@ -54,7 +54,13 @@ class World:
         if size > 1 and not dist.is_initialized():
             # Workers that torchrun starts again meet in the store of those that died, and would
             # take a dead one's address for the new one's: each start gets names of its own.
-            store, rank, size = next(dist.rendezvous("env://"))
+            try:
+                store, rank, size = next(dist.rendezvous("env://"))
+            except ValueError as error:
+                raise DraftheadError(
+                    f"WORLD_SIZE is {size}, which says that so many processes train together, but "
+                    f"{error}; start them with torchrun, or unset WORLD_SIZE to train in this one"
+                ) from None
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
                 "nccl" if gpu else "gloo",
