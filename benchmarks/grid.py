@@ -1,4 +1,5 @@
-"""The whole grid on one machine: k × requests at once × temperature, and the cost model's error.
+"""The whole grid on one machine: k × requests at once × length of answers × temperature, and how
+far the cost model is off.
 
     python benchmarks/grid.py --out OUT --prompts chat=chat.jsonl --prompts code=code.jsonl \
         --case smollm2-nvfp4=TARGET,HEAD --case smollm2=TARGET,HEAD --lfm2
@@ -43,7 +44,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.costerror import with_intervals
-from drafthead.prove.costmodel import Curves, analyse, model
+from drafthead.prove.costmodel import Curves, analyse, load, model
 from drafthead.prove.grid import line, running, start
 from drafthead.prove.pairing import (
     METHOD,
@@ -103,9 +104,9 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
             "prompts": {"sources": [{"path": "unused"}]},
             "engine": {
                 "dtype": options.dtype or ("bfloat16" if cuda else "float32"),
-                "max_model_len": LONGEST_PROMPT + options.tokens,
+                "max_model_len": LONGEST_PROMPT + max(options.tokens),
                 "max_num_seqs": max(options.concurrency),
-                "kv_cache_memory_bytes": (768 << 20) if cuda else (128 << 20),
+                "kv_cache_memory_bytes": (1 << 30) if cuda else (128 << 20),
                 "gpu_memory_utilization": 0.05,
                 "extra": {GRAPHS: options.graphs} if options.graphs else {},
             },
@@ -176,7 +177,7 @@ def tiny_cases(options: argparse.Namespace) -> None:
     file.write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(20)))
     options.case, options.prompts = [f"tiny={target},{head}"], [f"words={file}"]
     options.lfm2, options.k, options.concurrency = True, [1, 2, 3], [1, 2]
-    options.tokens, options.count = 16, 4
+    options.tokens, options.count = [8, 16], 4
 
 
 def portion(
@@ -203,10 +204,10 @@ def time_case(
     blocks: dict[Point, list[Block]] = {}
     begun = time.monotonic()
     for number in itertools.count():
-        for concurrency in options.concurrency:
+        for concurrency, tokens in itertools.product(options.concurrency, options.tokens):
             if time.monotonic() - begun > seconds:
                 return
-            points = [Point(k, concurrency, temperature, options.tokens) for k in case.drafted]
+            points = [Point(k, concurrency, temperature, tokens) for k in case.drafted]
             prompts = portion(case.prompts, concurrency, options.pairs, number)
             warmup = 0 if number else 2
             timed = run_pairs(
@@ -257,7 +258,8 @@ def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -
 def judge(cells: Sequence[dict], curves: Curves | None) -> dict:
     """The cost model on a case's greedy cells, its error and that of noise alone."""
     greedy = [cell for cell in cells if not cell["temperature"]]
-    fits, errors = with_intervals(greedy, analyse(greedy, curves), curves)
+    known = {cell["max_new_tokens"]: curves for cell in greedy if curves}
+    fits, errors = with_intervals(greedy, analyse(greedy, known), known)
     return {"cost_model": fits, "cost_model_error": errors}
 
 
@@ -293,20 +295,19 @@ def check_vocabulary(record: dict, options: argparse.Namespace) -> list[dict]:
     device, dtype = this_machine().vllm_device, torch.float32 if options.tiny else torch.bfloat16
     found = []
     for cell in small["cells"]:
-        tokens, k, length = (
-            cell[name] for name in ("concurrency", "num_speculative_tokens", "accepted_length")
-        )
-        fitted = [c for c in whole["cells"] if c["concurrency"] == tokens]
+        at, k, length = load(cell), cell["num_speculative_tokens"], cell["accepted_length"]
+        fitted = [c for c in whole["cells"] if load(c) == at]
         if not fitted:
             continue
-        row_s = row_seconds(hidden, rows, tokens, device=device, dtype=dtype)
+        row_s = row_seconds(hidden, rows, at[0], device=device, dtype=dtype)
         cost = replace(model(fitted), row=row_s)
         # Both in plain steps: the machine may have drifted between the two cases.
         predicted = cost.step(k, length, fewer) / cost.plain
         measured = cell["step_s"]["plain_steps"]
         found.append(
             {
-                "concurrency": tokens,
+                "concurrency": at[0],
+                "max_new_tokens": at[1],
                 "num_speculative_tokens": k,
                 "per_row_s": row_s,
                 "predicted_plain_steps": predicted,
@@ -332,7 +333,7 @@ def main() -> None:
     parser.add_argument("--k", type=numbers(int), default=[1, 3, 5])
     parser.add_argument("--concurrency", type=numbers(int), default=[1, 4, 16, 64])
     parser.add_argument("--temperature", type=numbers(float), default=[0.0, 0.7])
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer at most")
+    parser.add_argument("--tokens", type=numbers(int), default=[48], help="of each answer at most")
     parser.add_argument(
         "--pairs", type=int, default=4, help="of a load before the next one is timed"
     )

@@ -73,6 +73,7 @@ def judge(
         rows.append(
             {
                 "concurrency": load,
+                "tokens": cell["max_new_tokens"],
                 "k": k,
                 "alone": alone,
                 "head": head,
@@ -81,7 +82,7 @@ def judge(
                 else None,
             }
         )
-    return sorted(rows, key=lambda row: (row["concurrency"], row["k"]))
+    return sorted(rows, key=lambda row: (row["concurrency"], row["tokens"], row["k"]))
 
 
 def main() -> None:

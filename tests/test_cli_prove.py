@@ -52,9 +52,10 @@ def test_options_of_verify(given):
 
 def test_options_of_bench(given):
     words = "--k 1,3 --concurrency 1,16 --temperature 0,0.7 --tensor-parallel 1,2 --over http"
-    recipe, _ = given("bench", *words.split(), "--set", "code=c.jsonl", "--set", "m.jsonl")
+    sets = ("--set", "code=c.jsonl", "--set", "m.jsonl")
+    recipe, _ = given("bench", *words.split(), *sets, "--max-new-tokens", "64,256")
     section = recipe.bench
-    assert section.num_speculative_tokens == [1, 3]
+    assert (section.num_speculative_tokens, section.max_new_tokens) == ([1, 3], [64, 256])
     assert (section.concurrency, section.temperature) == ([1, 16], [0.0, 0.7])
     assert (section.tensor_parallel_size, section.over) == ([1, 2], "http")
     assert [(s.name, s.path) for s in section.sources] == [("code", "c.jsonl"), (None, "m.jsonl")]

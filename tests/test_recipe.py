@@ -29,6 +29,13 @@ def test_minimal_recipe_has_every_default(tmp_path):
     assert recipe.prompts.sources[0].path == "prompts.jsonl"
 
 
+def test_answers_of_one_length_or_of_several(tmp_path):
+    for said, meant in ((64, [64]), ([64, 256], [64, 256])):
+        assert _load(tmp_path, GOOD | {"bench": {"max_new_tokens": said}}).bench.max_new_tokens == (
+            meant
+        )
+
+
 @pytest.mark.parametrize(
     ("section", "wrong", "right"),
     [
@@ -58,6 +65,9 @@ def test_misspelt_section_and_source_key(tmp_path):
         (GOOD | {"prompts": {"sources": []}}, "prompts.sources"),
         (GOOD | {"prompts": {"sources": [{}]}}, "exactly one of"),
         (GOOD | {"bench": {"sources": []}}, "bench.sources"),
+        (GOOD | {"bench": {"max_new_tokens": 0}}, "bench.max_new_tokens.0"),
+        (GOOD | {"bench": {"max_new_tokens": []}}, "bench.max_new_tokens"),
+        (GOOD | {"bench": {"max_new_tokens": "long"}}, "bench.max_new_tokens"),
         (GOOD | {"bench": {"tensor_parallel_size": []}}, "bench.tensor_parallel_size"),
         ({"name": "r"}, "`target` is missing"),
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),

@@ -105,7 +105,9 @@ def bench(
         typer.Option("--set", help="Prompts of your own, NAME=FILE; more than one is fine."),
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts to time.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
+    max_new_tokens: Annotated[
+        str | None, typer.Option(help="Tokens of each answer: 64,256.")
+    ] = None,
     repeats: Annotated[int | None, typer.Option(help="Times each pair is run.")] = None,
     over: Annotated[
         _Over | None, typer.Option(help="Time the engine itself, or servers over HTTP.")
@@ -130,7 +132,7 @@ def bench(
         "tensor_parallel_size": _numbers(tensor_parallel),
         "sources": _sets(sets),
         "prompts": prompts,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": _numbers(max_new_tokens),
         "repeats": repeats,
         "over": over and over.value,
     }

@@ -9,7 +9,7 @@ from tests.prove import made_run
 
 def test_a_record_says_today_what_was_said_of_it():
     cells = [made_run.cell(k, c) for c in (1, 4) for k in (1, 3, 5)]
-    wanted = median_error(analyse(cells, None))
+    wanted = median_error(analyse(cells, {}))
     sampled = [made_run.cell(3, 4, gain=2, temperature=0.7)]
     old = [{name: value for name, value in cell.items() if name != "pairs"} for cell in cells]
     record = {"cases": {"one": {"cells": cells + sampled}, "without pairs": {"cells": old}}}

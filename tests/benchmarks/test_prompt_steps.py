@@ -7,7 +7,12 @@ from drafthead.prove.steady import Step, packed
 
 def cell(steps, k=1, length=2.0):
     pair = {"sources": ["a"], "base_steps": packed(steps), "drafted_steps": packed(steps)}
-    point = {"num_speculative_tokens": k, "concurrency": 4, "temperature": 0.0}
+    point = {
+        "num_speculative_tokens": k,
+        "concurrency": 4,
+        "max_new_tokens": 48,
+        "temperature": 0.0,
+    }
     return {**point, "accepted_length": length, "pairs": [pair]}
 
 

@@ -32,14 +32,14 @@ _GPU = Gpu("NVIDIA H100 80GB HBM3", 80 << 30)
 MACHINE = Machine("Linux", "a processor", 16, 128 << 30, (_GPU,), True, "570.1", _VERSIONS)
 
 
-def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
+def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0, tokens=128):
     """A point of the grid whose drafted engine is as fast as acceptance and cost make it."""
     rng = np.random.default_rng(seed + 10 * k + concurrency)
     plain = 0.003 * (1 + 0.05 * concurrency)
     length = 1 + sum(ACCEPTANCE[:k])
     step = (plain * 1.15 + 0.00035 * k) / gain
     prompts = range(1 if concurrency == 1 else 2 * concurrency)
-    _, limits = requests(prompts, concurrency, 128)
+    _, limits = requests(prompts, concurrency, tokens)
     blocks = []
     for i in range(24):
         noise = rng.lognormal(0, 0.04, 2).tolist()
@@ -50,10 +50,11 @@ def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0):
         counters = SpecCounters(drafts, k * drafts, sum(per), per)
         sources = [("code", "chat")[i % 2]] * len(prompts)
         blocks.append(Block(sources, concurrency, limits, base, fast, counters))
-    return summarize(Point(k, concurrency, temperature, 128), blocks) | {"tensor_parallel_size": 1}
+    point = Point(k, concurrency, temperature, tokens)
+    return summarize(point, blocks) | {"tensor_parallel_size": 1}
 
 
-def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
+def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), tokens=(128,), publish=None):
     """Write the run and return recipe and run."""
     target = crafted.target(folder / "SmolLM2-135M-Instruct")
     recipe = parse_recipe(
@@ -67,14 +68,15 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
     )
     run = RunDir(folder / "runs" / "made")
     crafted.head(run.head, target)
-    cells = [cell(k, c, gain) for k in ks for c in (1, 4, 16)]
+    cells = [cell(k, c, gain, tokens=n) for k in ks for n in tokens for c in (1, 4, 16)]
     curve = [0.72, 0.49, 0.33, 0.21, 0.13, 0.08, 0.05][: max(ks)]
     row_s = {c: 2e-9 * c**0.5 for c in (1, 4, 16)}
     curves = [curve[:k] for k in range(1, len(curve) + 1)]
     smaller = [thinned(one, 0.93) for one in curves]
-    others = Vocabularies(crafted.DRAFT_VOCAB, row_s, {75: smaller, 300: curves, 1200: curves})
-    fits = analyse(cells, curves, others)
-    fits, errors = with_intervals(cells, fits, curves, resamples=10)
+    others = Vocabularies(128, crafted.DRAFT_VOCAB, row_s, {75: smaller, 300: curves, 1200: curves})
+    known = dict.fromkeys(tokens, curves)
+    fits = analyse(cells, known, others)
+    fits, errors = with_intervals(cells, fits, known, resamples=10)
     bench = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": curve[: ks[0]],
@@ -88,7 +90,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), publish=None):
         "head": {"sha256": hash_folder(run.head)},
         "cost_model": fits,
         "cost_model_error": errors,
-        "recommended_num_speculative_tokens": recommended_k(fits, 1),
+        "recommended_num_speculative_tokens": recommended_k(fits, (1, tokens[0])),
         "command": "drafthead bench recipe.yaml",
         "machine": MACHINE.as_dict(),
         "date": "2026-11-24T06:00:00+00:00",

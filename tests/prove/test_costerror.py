@@ -41,6 +41,7 @@ def grid(noise, bend=0.0, pairs=16, seed=0):
                 {
                     "num_speculative_tokens": k,
                     "concurrency": concurrency,
+                    "max_new_tokens": 41,
                     "accepted_length": 1 + sum(accepted) / 100,
                     "step_s": typical_steps(timed),
                     "speedup": length * plain.sum() / step.sum(),
@@ -51,7 +52,7 @@ def grid(noise, bend=0.0, pairs=16, seed=0):
 
 
 def judged(cells):
-    curves = [[(LENGTHS[k] - 1) / k] * k if k in LENGTHS else [0.5] * k for k in range(1, 6)]
+    curves = {41: [[(LENGTHS[k] - 1) / k] * k if k in LENGTHS else [0.5] * k for k in range(1, 6)]}
     return with_intervals(cells, analyse(cells, curves), curves, resamples=60)
 
 

@@ -211,7 +211,7 @@ def test_a_row_of_the_draft_vocabulary_is_one_gpus_of_several(tmp_path, llama, m
     monkeypatch.setattr(
         "drafthead.prove.bench.row_seconds", lambda _h, rows, _n, **_: asked.append(rows) or 1e-9
     )
-    rehearsal = SimpleNamespace(run=run)
+    rehearsal = SimpleNamespace(run=run, point=Point(3, 1, 0.0, 64))
     found = [_vocabularies(recipe, rehearsal, [[0.5]], gpus).row_s[1] for gpus in (1, 2)]
     assert found == [1e-9, 5e-10]
     assert asked == [crafted.DRAFT_VOCAB, crafted.DRAFT_VOCAB // 2]

@@ -44,6 +44,9 @@ def test_no_prediction_over_other_text(tmp_path):
         _recipe(bench={"max_new_tokens": 64, "sources": [{"path": "code.jsonl"}]}),
     ):
         assert predicted_over_served(Rehearsal(recipe, run, None, grid(recipe)[0])) is None
+    rehearsal = Rehearsal(_recipe(), run, None, grid(_recipe())[0])
+    assert rehearsal.of_answers(63).possible
+    assert not rehearsal.of_answers(65).possible
 
 
 def test_no_prediction_without_states(tmp_path):

@@ -184,6 +184,30 @@ def test_steps_of_other_numbers_of_gpus_are_not_mixed(tmp_path):
     assert one == two
 
 
+def test_each_length_of_answers_has_its_rows(tmp_path):
+    recipe, run = made_run.make(tmp_path, tokens=(128, 32))
+    bench = read_json(run.bench_json, "")
+    html, markdown, _ = written(recipe, run)
+    card = (run.head / "README.md").read_text()
+    for cell in bench["grid"]:
+        load = f"{cell['concurrency']} at once, answers of {cell['max_new_tokens']}"
+        name = f"k={cell['num_speculative_tokens']}, {load}"
+        for text in (markdown, card):
+            assert f"{cell['base_tokens_per_s']:.1f}" in table_row(text, name)[0]
+        (row,) = re.findall(rf"<tr><td>{load}</td>.*?</tr>", html, re.DOTALL)
+        assert f"<b>{cell['speedup']:.2f}×</b>" in row
+    assert "| answers of 32, 128 tokens at most |" in card
+    # Figures are of the headline's load: what was measured of other lengths adds nothing.
+    bench["grid"] = [cell for cell in bench["grid"] if cell["max_new_tokens"] == 128]
+    bench["cost_model"] = [fit for fit in bench["cost_model"] if fit["max_new_tokens"] == 128]
+    write_json(run.bench_json, bench)
+    alone = written(recipe, run)[0]
+    drawing = r'<svg[^>]*aria-label="(?:Milliseconds|Decoding|Speed).*?</svg>'
+    both, one = (re.findall(drawing, page, re.DOTALL) for page in (html, alone))
+    assert len(one) == 4
+    assert both == one
+
+
 def test_heads_of_one_name_are_told_apart(tmp_path):
     recipe, run = made_run.make(tmp_path)
     bench = read_json(run.bench_json, "")

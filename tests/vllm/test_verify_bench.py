@@ -44,7 +44,7 @@ def recipe(target):
         "engine": {"dtype": "float32", "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 4},
         "serve": {"num_speculative_tokens": 3},
         "verify": {"max_new_tokens": 24, "mixed_lengths": True, "samples": 40},
-        "bench": {"max_new_tokens": 25, "warmup": 1, "concurrency": [1, 2]},
+        "bench": {"max_new_tokens": [25, 13], "warmup": 1, "concurrency": [1, 2]},
     }
     return parse_recipe(data, "test")
 
@@ -113,7 +113,7 @@ def test_bench_counts_what_is_known_beforehand(recipe, run):
     assert result["predicted_acceptance_by_position"] == [0.5, 0.25, 0.125]
     known = result["cost_model"][0]["accepted_length_by_k"]  # the nearest k is evaluated
     assert known == pytest.approx([1.4, 1.6, 1.875, 1.8, 1.9])
-    single, double = result["grid"]
+    single, double, *shorter = result["grid"]
     assert {s: f["accepted_length"] for s, f in single["by_source"].items()} == {
         "repeats": 4.0,
         "alternates": 2.0,
@@ -124,6 +124,10 @@ def test_bench_counts_what_is_known_beforehand(recipe, run):
     assert double["concurrency"] == 2
     assert double["same_tokens"] == double["answers"] == 5 * double["pairs_timed"]
     assert all(p["base_answers"] and p["drafted_answers"] for p in double["pairs"])
+    assert [(c["concurrency"], c["max_new_tokens"]) for c in shorter] == [(1, 13), (2, 13)]
+    # 12 tokens after the first: half of the drafts of each.
+    assert shorter[0]["accepted_length"] == pytest.approx(1 + 30 / 42)
+    assert shorter[0]["drafts"] == single["drafts"] / 2
     low, high = summary["speedup_ci95"]
     assert low <= summary["speedup"] <= high
     assert (low > 1) == (summary["verdict"] == "faster")
@@ -137,7 +141,9 @@ def test_other_drafters_are_measured_beside(recipe, run, tmp_path):
     other = tmp_path / "other"
     same = load_head(run.head).head
     save_head(same, other, Provenance(), format="speculators", dtype=torch.float32)
-    section = recipe.bench.model_copy(update={"concurrency": [2], "prompts": 3})
+    section = recipe.bench.model_copy(
+        update={"concurrency": [2], "max_new_tokens": [25], "prompts": 3}
+    )
     found = contest_after(run, recipe.model_copy(update={"bench": section}), [str(other)])
     beside = read_json(run.bench_json, "")["beside"]
     assert set(found) == set(beside) == {str(other), "ngram"}

@@ -11,7 +11,7 @@ from drafthead.fsio import read_json, write_json
 from drafthead.machine import this_machine
 from drafthead.prove.cells import Cells, forget
 from drafthead.prove.costerror import with_intervals
-from drafthead.prove.costmodel import Vocabularies, analyse, recommended_k
+from drafthead.prove.costmodel import Vocabularies, analyse, load, recommended_k
 from drafthead.prove.grid import measure
 from drafthead.prove.pairing import METHOD, Point
 from drafthead.prove.prediction import (
@@ -48,9 +48,10 @@ def grid(recipe: Recipe) -> list[Point]:
     """The points to measure, those of one k together; the first is the headline's."""
     ks = recipe.bench.num_speculative_tokens or recipe.serve.candidates
     return [
-        Point(k, concurrency, temperature, recipe.bench.max_new_tokens)
+        Point(k, concurrency, temperature, max_new_tokens)
         for k in ks
         for temperature in recipe.bench.temperature
+        for max_new_tokens in recipe.bench.max_new_tokens
         for concurrency in recipe.bench.concurrency
     ]
 
@@ -91,7 +92,7 @@ def _measure(
         "target": target.fingerprint,
         "head": hash_folder(head) if head.is_dir() else None,
         "prompts": prompts,
-        "how": [section.max_new_tokens, section.repeats, section.warmup, section.over, METHOD],
+        "how": [section.repeats, section.warmup, section.over, METHOD],
         "machine": machine.as_dict(),
     }
     cells = Cells(run.root / ".stages", inputs)
@@ -147,7 +148,7 @@ def _vocabularies(
         / gpus
         for n in recipe.bench.concurrency
     }
-    return Vocabularies(rows, row_s, others)
+    return Vocabularies(rehearsal.point.max_new_tokens, rows, row_s, others)
 
 
 def contest(
@@ -219,8 +220,13 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     gpus = cells[0]["tensor_parallel_size"]
     greedy = [c for c in cells if not c["temperature"] and c["tensor_parallel_size"] == gpus]
     most = max(_POSITIONS, *(p.num_speculative_tokens for p in points))
-    curves = predicted_curves(rehearsal, most)
-    fits = analyse(greedy, curves, _vocabularies(recipe, rehearsal, curves, gpus))
+    curves = {
+        length: known
+        for length in recipe.bench.max_new_tokens
+        if (known := predicted_curves(rehearsal.of_answers(length), most))
+    }
+    others = _vocabularies(recipe, rehearsal, curves.get(points[0].max_new_tokens), gpus)
+    fits = analyse(greedy, curves, others)
     fits, errors = with_intervals(greedy, fits, curves)
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
@@ -234,7 +240,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "head": {"sha256": hash_folder(run.head)},
         "cost_model": fits,
         "cost_model_error": errors,
-        "recommended_num_speculative_tokens": recommended_k(fits, points[0].concurrency),
+        "recommended_num_speculative_tokens": recommended_k(fits, load(cells[0])),
         "command": command_line(),
         "machine": this_machine().as_dict(),
         "date": now(),

@@ -7,11 +7,11 @@ alone does: a model that is exact would show errors of that size. Simulated, its
 larger than this says from 8 or 16 pairs, and 4 % from 32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from drafthead.prove.costmodel import Curves, analyse
+from drafthead.prove.costmodel import Curves, analyse, load
 from drafthead.prove.pairing import typical_steps
 
 ERRORS = {"decoding": "relative_error", "answers": "answer_relative_error"}
@@ -42,14 +42,18 @@ def resampled(cell: dict, draw: np.ndarray) -> dict:
 
 
 def with_intervals(
-    cells: Sequence[dict], fits: list[dict], curves: Curves | None, *, resamples: int = 200
+    cells: Sequence[dict],
+    fits: list[dict],
+    curves: Mapping[int, Curves],
+    *,
+    resamples: int = 200,
 ) -> tuple[list[dict], dict[str, dict]]:
     """Hold a grid's errors against noise.
 
     Args:
         cells: as :func:`drafthead.prove.costmodel.analyse` got them.
         fits: what it made of them.
-        curves: acceptance by k, as it got them.
+        curves: acceptance, as it got them.
         resamples: times that pairs are drawn anew. Points of different k take the same draws: they
             were timed beside the same runs of the target alone.
 
@@ -69,9 +73,7 @@ def with_intervals(
         anew = [
             resampled(
                 cell,
-                np.random.default_rng([seed, cell["concurrency"]]).choice(
-                    own, max(1, len(own) - 1)
-                ),
+                np.random.default_rng([seed, *load(cell)]).choice(own, max(1, len(own) - 1)),
             )
             for cell, own in timed
             if own

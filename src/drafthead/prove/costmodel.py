@@ -20,10 +20,10 @@ number is in proportion to ``length(k)``. So a step takes ``fixed + k * slope + 
 about each pair's own means). That is less for a second and third than for the first where what
 costs is that a step reads a prompt at all, and as much where the prompts' tokens cost.
 
-Step times depend on the requests at once, so each concurrency has a fit of its own (slopes shared
-between them would be surer, but are wrong where memory-bound steps turn compute-bound or more
-experts are touched). The gain is of decoding. A whole answer waits for its first token, ``first``
-seconds, and then for n more:
+Step times depend on the requests at once, and by the prompts that are read on the length of the
+answers, so each load has a fit of its own (slopes shared between loads would be surer, but are
+wrong where memory-bound steps turn compute-bound or more experts are touched). The gain is of
+decoding. A whole answer waits for its first token, ``first`` seconds, and then for n more:
 
     answer(k) = (first + n * plain) / (first_with_head + n / length(k) * step(k))
 
@@ -42,6 +42,8 @@ TRUSTED_ERROR = 0.1
 
 Curves = Sequence[Sequence[float]]
 """Acceptance by position with 1, 2, … drafts a step."""
+Load = tuple[int, int]
+"""Requests at once, and tokens of each answer."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,19 @@ class StepCost:
 class Vocabularies:
     """What other draft vocabularies would cost and accept."""
 
+    max_new_tokens: int
+    """Of the answers that the curves are of."""
     rows: int
     """Size of the one that was measured."""
     row_s: dict[int, float]
     """Seconds that a row adds to a draft, by requests at once."""
     curves: Mapping[int, Curves]
     """By size, the acceptance with 1, 2, … drafts a step."""
+
+
+def load(found: Mapping) -> Load:
+    """That of a measured point, of a fit or of a whole bench, its headline's."""
+    return found["concurrency"], found["max_new_tokens"]
 
 
 def thinned(acceptance: Sequence[float], share: float) -> list[float]:
@@ -208,7 +217,7 @@ def by_vocabulary(cost: StepCost, others: Vocabularies) -> list[dict]:
 
 
 def median_error(fits: Sequence[dict], of: str = "relative_error") -> float | None:
-    """Median over all points of all concurrencies of the relative error, out of sample: of
+    """Median over all points of all loads of the relative error, out of sample: of
     decoding, or (``answer_relative_error``) of whole answers."""
     errors = [abs(p[of]) for fit in fits for p in fit["points"] if p[of] is not None]
     return float(np.median(errors)) if errors else None
@@ -216,31 +225,31 @@ def median_error(fits: Sequence[dict], of: str = "relative_error") -> float | No
 
 def analyse(
     cells: Sequence[dict],
-    curves: Curves | None,
+    curves: Mapping[int, Curves],
     vocabularies: Vocabularies | None = None,
 ) -> list[dict]:
-    """Fit every concurrency of a measured grid and hold the model against it.
+    """Fit every load of a measured grid and hold the model against it.
 
     The error is out of sample: each k is predicted from a fit without it (where at least two
     others remain), with the acceptance curves given, or that of the largest k served.
 
     Args:
         cells: greedy points of one grid, as :func:`drafthead.prove.pairing.summarize` gives them.
-        curves: predicted acceptance, if training has one.
+        curves: predicted acceptance in answers of so many tokens, where it is known.
         vocabularies: other draft vocabularies to judge.
 
     Returns:
-        For each concurrency: the fit, predicted and measured speedup for each k, of decoding and
+        For each load: the fit, predicted and measured speedup for each k, of decoding and
         of whole answers, the relative errors, the k to serve, and that for other draft
         vocabularies.
     """
     found = []
     usable = [c for c in cells if c["step_s"]["plain_steps"]]
-    for concurrency in sorted({c["concurrency"] for c in usable}):
-        own = {c["num_speculative_tokens"]: c for c in usable if c["concurrency"] == concurrency}
-        most = max(own)
-        if curves and len(curves) >= most:
-            tokens = lengths(curves)
+    for at in sorted({load(cell) for cell in usable}):
+        own = {c["num_speculative_tokens"]: c for c in usable if load(c) == at}
+        (concurrency, max_new_tokens), most = at, max(own)
+        if len(known := curves.get(max_new_tokens, [])) >= most:
+            tokens = lengths(known)
         else:
             tokens = lengths_served(own[most]["pairs"], most)
         cost = model(list(own.values()))
@@ -264,11 +273,13 @@ def analyse(
                 }
             )
         gains = choose(cost, tokens)
+        others = vocabularies if vocabularies and vocabularies.max_new_tokens == at[1] else None
         if vocabularies:
             cost = replace(cost, row=vocabularies.row_s[concurrency])
         found.append(
             {
                 "concurrency": concurrency,
+                "max_new_tokens": max_new_tokens,
                 "plain_step_s": cost.plain,
                 "fixed_s": cost.fixed,
                 "per_draft_token_s": cost.slope,
@@ -279,17 +290,17 @@ def analyse(
                 "predicted_speedup": {str(k): gain for k, gain in sorted(gains.items())},
                 "best_num_speculative_tokens": next(iter(gains)),
                 "per_row_s": cost.row or None,
-                "by_vocabulary": by_vocabulary(cost, vocabularies) if vocabularies else [],
+                "by_vocabulary": by_vocabulary(cost, others) if others else [],
             }
         )
     return found
 
 
-def recommended_k(fits: Sequence[dict], concurrency: int) -> int | None:
+def recommended_k(fits: Sequence[dict], at: Load) -> int | None:
     """The k to serve at a load. None unless two k were measured there, for with one alone a
     draft's cost cannot be told from a step's; and none from a fit that proved wrong."""
     for fit in fits:
         trusted = (fit["median_relative_error"] or 0.0) <= TRUSTED_ERROR
-        if fit["concurrency"] == concurrency and len(fit["points"]) > 1 and trusted:
+        if load(fit) == at and len(fit["points"]) > 1 and trusted:
             return fit["best_num_speculative_tokens"]
     return None

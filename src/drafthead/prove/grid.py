@@ -142,8 +142,8 @@ def line(cell: dict) -> str:
     """A point of the grid in a line."""
     low, high = cell["speedup_ci95"]
     return (
-        f"bench: k={cell['num_speculative_tokens']}, {cell['concurrency']} at once, temperature "
-        f"{cell['temperature']:g}: {cell['base_tokens_per_s']:.1f} -> "
-        f"{cell['drafted_tokens_per_s']:.1f} tokens/s, {cell['speedup']:.2f}x "
-        f"[{low:.2f}, {high:.2f}], {cell['verdict']}"
+        f"bench: k={cell['num_speculative_tokens']}, {cell['concurrency']} at once, answers of "
+        f"{cell['max_new_tokens']}, temperature {cell['temperature']:g}: "
+        f"{cell['base_tokens_per_s']:.1f} -> {cell['drafted_tokens_per_s']:.1f} tokens/s, "
+        f"{cell['speedup']:.2f}x [{low:.2f}, {high:.2f}], {cell['verdict']}"
     )

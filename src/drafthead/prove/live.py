@@ -174,7 +174,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     prompts = heldout_prompts(run, PROBES)
     longest = client.model()["max_model_len"]
     ids = [p.ids for p in prompts if len(p.ids) < longest]
-    limits = [min(recipe.bench.max_new_tokens, longest - len(p)) for p in ids]
+    limits = [min(recipe.bench.max_new_tokens[0], longest - len(p)) for p in ids]
     answers = client.generate(ids, max_tokens=limits, prefix_cache=False)
     probe = client.counters().since(traffic)
     plan = make_plan(recipe)

@@ -64,6 +64,11 @@ class Rehearsal:
     def __init__(self, recipe: Recipe, run: RunDir, target: Target, point: Point):
         self.recipe, self.run, self.target, self.point = recipe, run, target, point
 
+    def of_answers(self, max_new_tokens: int) -> "Rehearsal":
+        """The same for answers of another length."""
+        point = replace(self.point, max_new_tokens=max_new_tokens)
+        return Rehearsal(self.recipe, self.run, self.target, point)
+
     @property
     def possible(self) -> bool:
         """Whether the answers at hand are those that will be served, and their states are there."""

@@ -84,18 +84,19 @@ def timed_prompts(recipe: Recipe, run: RunDir, target: Target) -> list[Prompt]:
                 )
         return heldout
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    answer = max(section.max_new_tokens)
     found = []
     for source in section.sources:
         own = []
         for chat in chats_of(source):
             system = [{"role": "system", "content": chat.system}] if chat.system else []
             ids, _ = template.encode([*system, {"role": "user", "content": chat.turns[0]}])
-            if len(ids) + section.max_new_tokens <= longest:
+            if len(ids) + answer <= longest:
                 own.append(Prompt(list(ids), chat.id, chat.source))
         if not own:
             raise DraftheadError(
                 f"bench.sources: {source.path or source.dataset}: no prompt of it leaves room for "
-                f"{section.max_new_tokens} tokens within {longest}"
+                f"{answer} tokens within {longest}"
             )
         found += spread(own, -(-section.prompts // len(section.sources)))
     return found

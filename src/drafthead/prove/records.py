@@ -53,6 +53,7 @@ class Measured(TypedDict):
 class Headline(Measured):
     num_speculative_tokens: Natural
     concurrency: Natural
+    max_new_tokens: Natural
     temperature: Amount
     tensor_parallel_size: Natural
 
@@ -132,6 +133,7 @@ class Fit(TypedDict):
     """The cost model at one load."""
 
     concurrency: Natural
+    max_new_tokens: Natural
     per_row_s: Number | None
     points: list[FittedPoint]
     predicted_speedup: Gains
@@ -179,7 +181,6 @@ class Bench(Headline, Contest):
     """``bench.json``."""
 
     head: NotRequired[ProvedHead]
-    max_new_tokens: Natural
     pairs_timed: Count
     acceptance_by_position: Curve
     predicted_acceptance_by_position: Curve | None

@@ -6,11 +6,16 @@ Unknown or misspelt keys are refused, with the nearest right one.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Loss = Literal["kl", "ce+smoothl1", "acceptance"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what NumPy takes, and vLLM hands on to it
+
+
+def _listed(value: Any) -> Any:
+    """A number alone as a list of it: before it was an axis of the grid, recipes gave one."""
+    return [value] if isinstance(value, int) else value
 
 
 class Section(BaseModel):
@@ -324,8 +329,11 @@ class BenchSection(Section):
     sources: Annotated[list[Source], Field(min_length=1)] | None = None
     """Prompt sets of your own to time (chat, code, maths, …), each with figures of its own; null
     takes the held-out prompts, by the sources that they came from."""
-    max_new_tokens: Annotated[int, Field(gt=0)] = 128
-    """Tokens of each answer; the published page took 256."""
+    max_new_tokens: Annotated[
+        list[Annotated[int, Field(gt=0)]], Field(min_length=1), BeforeValidator(_listed)
+    ] = [128]
+    """Tokens of each answer; each number is a row of the grid, the first is the headline's. Short
+    answers read more prompts for each token, and gain less. The published page took 256."""
     warmup: Annotated[int, Field(ge=0)] = 2
     """Prompts run first on both engines and not counted."""
     repeats: Annotated[int, Field(ge=1)] = 1

@@ -16,6 +16,7 @@ from drafthead.report.table import lossless_words
 from drafthead.report.words import (
     environment,
     facts,
+    load_words,
     notes,
     predicted_cells,
     sampled_words,
@@ -145,9 +146,7 @@ def limitations(r: Results) -> list[str]:
     cells = bench["grid"]
     for cell in cells:
         low, high = cell["speedup_ci95"]
-        where = f"k = {cell['num_speculative_tokens']}, {cell['concurrency']} at once" + (
-            f", temperature {cell['temperature']:g}" if cell["temperature"] else ""
-        )
+        where = f"k = {cell['num_speculative_tokens']}, {load_words(cell, cells)}"
         if high < 1:
             found.append(f"Slower than the target alone at {where}: {cell['speedup']:.2f}×.")
         elif low <= 1:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from drafthead.report import charts
 from drafthead.report.results import Results
-from drafthead.report.words import load_words
+from drafthead.report.words import LOAD, headline_fit, load_words
 
 
 def _figure(title: str, caption: str, svg: str, legend: Sequence = (), foot: str = "") -> dict:
@@ -36,7 +36,7 @@ def interval(r: Results) -> str:
 def _speeds(r: Results) -> dict | None:
     """The headline's load at every k, and its sources: the whole grid is a table."""
     first = r.bench["grid"][0]
-    load = {name: first[name] for name in ("concurrency", "temperature", "tensor_parallel_size")}
+    load = {name: first[name] for name in LOAD}
     cells = [c for c in r.bench["grid"] if load.items() <= c.items()]
     cells.sort(key=lambda cell: cell["num_speculative_tokens"])
     named = [(f"k = {c['num_speculative_tokens']}", c) for c in cells]
@@ -47,29 +47,29 @@ def _speeds(r: Results) -> dict | None:
         return None
     svg = charts.intervals("Speed with the head over speed without", rows)
     caption = (
-        f"{load_words(first).capitalize()}: dots are measured ratios, bars their 95 % intervals. "
-        "Left of 1 the head costs more than it saves."
+        f"{load_words(first, r.bench['grid']).capitalize()}: dots are measured ratios, bars "
+        "their 95 % intervals. Left of 1 the head costs more than it saves."
     )
     return _figure("Speed with the head over without", caption, svg)
 
 
 def _step_time(r: Results) -> dict | None:
     """Where a step's time goes: with each k, beside a plain step."""
-    load, gpus = r.bench["concurrency"], r.bench["tensor_parallel_size"]
+    load = {name: r.bench[name] for name in LOAD} | {"temperature": 0}
     cells = [
         c
         for c in r.bench["grid"]
-        if (c["concurrency"], c["temperature"], c["tensor_parallel_size"]) == (load, 0, gpus)
-    ]
-    cells = [
-        c for c in cells if c["step_s"]["base"] and c["step_s"]["drafted"] and c["accepted_length"]
+        if load.items() <= c.items()
+        and c["step_s"]["base"]
+        and c["step_s"]["drafted"]
+        and c["accepted_length"]
     ]
     if not cells:
         return None
     cells.sort(key=lambda cell: cell["num_speculative_tokens"])
-    fits = [f for f in r.bench["cost_model"] if f["concurrency"] == load]
+    fit = headline_fit(r.bench)
     # A draft reads every row of the head's LM head; what a row costs was timed by itself.
-    row_s = fits[0]["per_row_s"] if fits else None
+    row_s = fit["per_row_s"] if fit else None
     lm_head = 1000 * (row_s or 0.0) * r.head_config["draft_vocab_size"]
     plain = 1000 * cells[0]["step_s"]["base"]
     rows: list[tuple[str, list[tuple[str, str, float]]]] = [
@@ -93,7 +93,8 @@ def _step_time(r: Results) -> dict | None:
     )
     return _figure(
         "Where a step's time goes",
-        f"Milliseconds of one decoding step, {load} at once. A plain step writes one token.",
+        f"Milliseconds of one decoding step, {r.bench['concurrency']} at once. A plain "
+        "step writes one token.",
         charts.stacks("Milliseconds of a decoding step", rows),
         [entry for entry in legend if lm_head or entry[0] != "predicted"],
         f"Tokens a step over what a step takes: {pays} (decoding alone, prefill left out).",
@@ -101,33 +102,27 @@ def _step_time(r: Results) -> dict | None:
 
 
 def _cost_model(r: Results) -> dict | None:
-    for fit in r.bench.get("cost_model") or []:
-        points = fit["points"]
-        if fit["concurrency"] != r.bench["concurrency"] or len(points) < 2:
-            continue
-        ks = [int(k) for k in fit["predicted_speedup"]]
-        line = charts.Series("model", "predicted", ks, list(fit["predicted_speedup"].values()))
-        dots = charts.Series(
-            "measured",
-            "head",
-            [p["num_speculative_tokens"] for p in points],
-            [p["measured"] for p in points],
-            joined=False,
-        )
-        error = fit["median_relative_error"]
-        return _figure(
-            "How many drafts pay",
-            f"Decoding speed with k drafts a step over without, {fit['concurrency']} at once.",
-            charts.lines("Decoding speedup by k", [line, dots], "drafts a step (k)"),
-            [("predicted", "cost model"), ("head", "measured")],
-            f"Best: k = {fit['best_num_speculative_tokens']}."
-            + (
-                f" Median out-of-sample error of the model {error:.1%}."
-                if error is not None
-                else ""
-            ),
-        )
-    return None
+    fit = headline_fit(r.bench)
+    if fit is None or len(points := fit["points"]) < 2:
+        return None
+    ks = [int(k) for k in fit["predicted_speedup"]]
+    line = charts.Series("model", "predicted", ks, list(fit["predicted_speedup"].values()))
+    dots = charts.Series(
+        "measured",
+        "head",
+        [p["num_speculative_tokens"] for p in points],
+        [p["measured"] for p in points],
+        joined=False,
+    )
+    error = fit["median_relative_error"]
+    return _figure(
+        "How many drafts pay",
+        f"Decoding speed with k drafts a step over without, {fit['concurrency']} at once.",
+        charts.lines("Decoding speedup by k", [line, dots], "drafts a step (k)"),
+        [("predicted", "cost model"), ("head", "measured")],
+        f"Best: k = {fit['best_num_speculative_tokens']}."
+        + (f" Median out-of-sample error of the model {error:.1%}." if error is not None else ""),
+    )
 
 
 def _coverage(r: Results) -> dict | None:

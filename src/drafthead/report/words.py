@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 
+from drafthead.prove.costmodel import load
 from drafthead.prove.proof import doubt
 from drafthead.report.results import Results
 
@@ -29,12 +30,16 @@ def environment() -> jinja2.Environment:
     )
 
 
-_LOAD = ("tensor_parallel_size", "temperature", "concurrency")
+LOAD = ("tensor_parallel_size", "temperature", "max_new_tokens", "concurrency")
+"""What makes the load of a point."""
 
 
-def load_words(cell: dict) -> str:
-    """The load of a point: requests at once, temperature if sampled, GPUs if several."""
+def load_words(cell: dict, cells: Sequence[dict]) -> str:
+    """The load of one of a grid's points: requests at once, length of the answers if it is not
+    that of all, temperature if sampled, GPUs if several."""
     found = [f"{cell['concurrency']} at once"]
+    if len({other["max_new_tokens"] for other in cells}) > 1:
+        found.append(f"answers of {cell['max_new_tokens']}")
     if cell["temperature"]:
         found.append(f"T={cell['temperature']:g}")
     if cell["tensor_parallel_size"] > 1:
@@ -63,12 +68,12 @@ def speed_row(name: str, cell: dict) -> dict:
 
 def speed_rows(bench: dict) -> list[dict]:
     """Rows of the speed table: each point of the grid, then the sources of the first."""
-    order = (*_LOAD, "num_speculative_tokens")
+    cells, order = bench["grid"], (*LOAD, "num_speculative_tokens")
     rows = [
-        speed_row(f"k={cell['num_speculative_tokens']}, {load_words(cell)}", cell)
-        for cell in sorted(bench["grid"], key=lambda cell: [cell[name] for name in order])
+        speed_row(f"k={cell['num_speculative_tokens']}, {load_words(cell, cells)}", cell)
+        for cell in sorted(cells, key=lambda cell: [cell[name] for name in order])
     ]
-    by_source = bench["grid"][0]["by_source"]
+    by_source = cells[0]["by_source"]
     if len(by_source) > 1:
         rows += [speed_row(source, cell) for source, cell in by_source.items()]
     return rows
@@ -114,7 +119,7 @@ def grid_table(bench: dict) -> dict | None:
     ks = sorted({cell["num_speculative_tokens"] for cell in bench["grid"]})
     loads: dict[tuple, dict[int, dict]] = {}
     for cell in bench["grid"]:
-        load = tuple(cell[name] for name in _LOAD)
+        load = tuple(cell[name] for name in LOAD)
         loads.setdefault(load, {})[cell["num_speculative_tokens"]] = cell
     if len(ks) * len(loads) < 2:
         return None
@@ -125,17 +130,19 @@ def grid_table(bench: dict) -> dict | None:
             by_k[k] | {"tone": tone(by_k[k]), "best": by_k[k] is best} if k in by_k else None
             for k in ks
         ]
-        rows.append({"name": load_words(best), "cells": cells})
+        rows.append({"name": load_words(best, bench["grid"]), "cells": cells})
     return {"ks": ks, "rows": rows}
+
+
+def headline_fit(bench: dict) -> dict | None:
+    """What the cost model says of the headline's load; None of answers of one token."""
+    return next((fit for fit in bench["cost_model"] if load(fit) == load(bench)), None)
 
 
 def vocabulary_rows(bench: dict) -> list[dict]:
     """What the cost model says of other draft vocabularies at the headline's load."""
-    for fit in bench.get("cost_model") or []:
-        if fit["concurrency"] == bench["concurrency"]:
-            rows = fit["by_vocabulary"]
-            return [row | {"gain": max(row["predicted_speedup"].values())} for row in rows]
-    return []
+    rows = (headline_fit(bench) or {"by_vocabulary": []})["by_vocabulary"]
+    return [row | {"gain": max(row["predicted_speedup"].values())} for row in rows]
 
 
 def facts(r: Results) -> list[tuple[str, str]]:
@@ -192,16 +199,15 @@ def facts(r: Results) -> list[tuple[str, str]]:
 def setting(bench: dict) -> str:
     """The headline's conditions in words."""
     at_once = bench["concurrency"]
-    load = (
+    requests = (
         "One request at a time"
         if at_once == 1
         else f"{at_once} requests at once, each that ends replaced by the next"
     )
     heat = f"temperature {bench['temperature']:g}" if bench["temperature"] else "greedy"
     tokens = bench["max_new_tokens"]
-    return (
-        f"{load}, {heat}, k = {bench['num_speculative_tokens']}, answers of {tokens} tokens at most"
-    )
+    k = bench["num_speculative_tokens"]
+    return f"{requests}, {heat}, k = {k}, answers of {tokens} tokens at most"
 
 
 def notes(r: Results) -> list[str]:
