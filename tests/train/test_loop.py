@@ -280,6 +280,10 @@ def test_stops_early(store, tmp_path):
     assert summary["stopped_early"]
     assert summary["steps"] == 3
     assert fit(task, tmp_path, ALONE, quiet())["steps"] == 3, "a stopped run stays stopped"
+    planned = summary["planned_steps"]
+    task = make_task(store, learning_rate=1e-12, patience=1, eval_every=planned - 1)
+    summary = fit(task, tmp_path / "to the end", ALONE, quiet())
+    assert (summary["steps"], summary["stopped_early"]) == (planned, False)
 
 
 def test_a_run_that_goes_on_for_another_k_keeps_the_best_head_for_that(

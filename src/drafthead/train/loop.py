@@ -375,7 +375,7 @@ class _Fit:
         summary = {
             "steps": progress.step,
             "planned_steps": plan.steps,
-            "stopped_early": progress.stopped,
+            "stopped_early": progress.step < plan.steps,
             "tokens": self._positions(progress.step),
             "train_seconds": round(progress.seconds, 1),
             "waiting": progress.waited / progress.seconds,
