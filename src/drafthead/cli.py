@@ -327,8 +327,11 @@ def publish(
 ) -> None:
     """Upload the head with its model card, proof and measurements to the hub."""
     from drafthead.report.publish import publish as upload
+    from drafthead.run import check_made
 
-    result = upload(load_recipe(recipe), runs, repo=repo, dry_run=dry_run, console=console)
+    loaded = load_recipe(recipe)
+    check_made(loaded, runs)
+    result = upload(loaded, runs, repo=repo, dry_run=dry_run, console=console)
     if as_json:
         emit(result, as_json)
 

@@ -20,6 +20,7 @@ from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
 from drafthead.vocab import check_size
 
+_PROVES = ("verify", "bench", "report")
 _MEMORY = ("gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs")
 
 
@@ -119,6 +120,40 @@ def stage_named(name: str) -> Stage:
     raise DraftheadError(f"no stage is called {name!r}; they are, in order: {', '.join(NAMES)}")
 
 
+def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What each stage reads of the recipe, as far as it changes what the stage makes."""
+    dumped = recipe.model_dump(mode="json")
+    dumped["train"]["ttt_steps"] = recipe.ttt_steps
+    dumped["train"]["track"] = []  # who looks on does not change what is trained
+    # … nor do the GPU that computes states online and the memory that they pass through.
+    dumped["capture"] |= CaptureSection().model_dump(include={"online_bytes", "online_devices"})
+    found = {stage.name: {name: dumped[name] for name in stage.sections} for stage in STAGES}
+    # How much memory the engine may take does not change what the target writes: who ran out of it
+    # goes on with less.
+    engine = found["generate"]["engine"]
+    found["generate"]["engine"] = {k: v for k, v in engine.items() if k not in _MEMORY}
+    return found
+
+
+def check_made(recipe: Recipe, runs_dir: Path) -> None:
+    """Look whether the head of the recipe's run was made with this recipe, which its card and its
+    report will tell of. What verify and bench were asked their own records say.
+
+    Raises:
+        DraftheadError: it was made with another one.
+    """
+    run = RunDir(runs_dir / recipe.name)
+    for name, settings in _settings(recipe).items():
+        if name in _PROVES:
+            continue
+        if changed := run.changed(name, settings):
+            raise DraftheadError(
+                f"{run.root}: its {name} stage was made with other settings "
+                f"({', '.join(changed)}), and the card would tell of this recipe's; take the "
+                "recipe that made it, or `drafthead run RECIPE` again"
+            )
+
+
 def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
     """What each stage depends on: equal inputs mean that a finished output still holds.
 
@@ -137,14 +172,10 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
             check_file(path)
         return {path: sha256_file(path) for path in files}
 
-    dumped = recipe.model_dump(mode="json")
-    dumped["train"]["ttt_steps"] = recipe.ttt_steps
-    dumped["train"]["track"] = []  # who looks on does not change what is trained
-    # … nor do the GPU that computes states online and the memory that they pass through.
-    dumped["capture"] |= CaptureSection().model_dump(include={"online_bytes", "online_devices"})
+    settings = _settings(recipe)
     inputs: dict[str, dict] = {}
     for stage in STAGES:
-        own = {section: dumped[section] for section in stage.sections}
+        own = settings[stage.name]
         if stage.name == "bench":
             own["prompt_files"] = hashes(recipe.bench.sources or [])
         if stage.name == "export" and recipe.export.speculators:
@@ -153,9 +184,6 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
             files = [Path(start) / "config.json", *sorted(Path(start).glob("*.safetensors"))]
             own["start_files"] = {f.name: sha256_file(f) for f in files if f.is_file()}
         if stage.after is None:
-            # How much memory the engine may take does not change what the target writes: who ran
-            # out of it goes on with less.
-            own["engine"] = {k: v for k, v in own["engine"].items() if k not in _MEMORY}
             own["target_files"] = target.fingerprint
             own["prompt_files"] = hashes(recipe.prompts.sources)
         else:

@@ -79,6 +79,15 @@ class RunDir:
         record = read_json(path, f"the record of stage {stage}", Done, RECORD_MEND)
         return record["summary"] if record["inputs"] == inputs else None
 
+    def changed(self, stage: str, settings: dict) -> list[str]:
+        """The ``settings`` that ``stage`` ended with other values of, as `section.field: old ->
+        new`; none if it has not ended, or keeps no record of them."""
+        path = self.record(stage, "done")
+        if not path.exists():
+            return []
+        before = read_json(path, f"the record of stage {stage}", Done, RECORD_MEND)["inputs"]
+        return _differences(before, {**before, **{k: settings[k] for k in settings if k in before}})
+
     def begin(self, stage: str, inputs: dict, overwrite: bool) -> None:
         """Start or go on with ``stage``, which from now on is not done. Output made with other
         inputs is swept away first; a mistake that was found before any was made leaves nothing to

@@ -201,7 +201,7 @@ def command(made, server, *arguments):
         ],
         env=os.environ
         | {
-            "HF_ENDPOINT": server.url,
+            "HF_ENDPOINT": server.url if server else "http://127.0.0.1:9",
             "HF_TOKEN": "a-token",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",  # the stand-in speaks plain LFS
@@ -210,6 +210,20 @@ def command(made, server, *arguments):
         capture_output=True,
         text=True,
     )
+
+
+def test_another_recipe_than_made_the_head_is_refused(made):
+    """The card would say that it was trained as this one asks."""
+    recipe, run = made
+    train = recipe.model_dump(mode="json")["train"] | {"ttt_steps": recipe.ttt_steps}
+    card = (run.head / "README.md").read_text()
+    for epochs, code in ((1, 2), (3, 0)):
+        run.finish("train", {"train": train | {"epochs": epochs}, "after": "…"}, {"seconds": 240})
+        done = command(made, None, "--dry-run")
+        assert done.returncode == code, done.stderr
+        assert ("its train stage was made with other settings" in done.stderr) == (code == 2)
+        assert ("train.epochs: 1 -> 3" in done.stderr.replace("\n", " ")) == (code == 2)
+        assert (run.head / "README.md").read_text() == card
 
 
 def test_upload_brings_every_byte_to_the_hub(made):
