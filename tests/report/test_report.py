@@ -1,8 +1,10 @@
 """The report says what was measured, whatever came out, and needs nothing from outside."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 
+import markdown
 import pytest
 from rich.console import Console
 
@@ -140,6 +142,55 @@ def test_the_grid_and_what_stands_beside(tmp_path):
         for row in bench["cost_model"][0]["by_vocabulary"]:
             assert f"{row['draft_vocab_size']:,}" in text
     assert "p = 0.43" in html
+
+
+def test_every_table_of_the_markdown_is_one(tmp_path):
+    """A blank line under its head, and it is lines of bars."""
+    recipe, run = made_run.make(tmp_path)
+    _, text, _ = written(recipe, run)
+    for page in (text, (run.head / "README.md").read_text()):
+        html = markdown.markdown(page, extensions=["tables", "fenced_code"])
+        assert html.count("<table>") >= 3
+        assert not re.search(r"^(<p>)?\|", html, re.MULTILINE)
+
+
+def test_names_and_figures_have_room_in_the_charts():
+    """At eleven units a letter is about 6.2 wide, in bold a figure 7.7 and a percent sign 11."""
+    names = ["code, k = 3", "customer_support_conversations_2025, k = 3"]
+    drawing = charts.intervals("t", [(name, 1.5, 1.4, 1.6) for name in names])
+    labels = re.findall(r'<text x="([\d.]+)"[^>]*class="label"[^>]*>([^<]*)<', drawing)
+    assert [name[-5:] for _, name in labels] == ["k = 3", "k = 3"]
+    assert all(float(end) >= 6.2 * len(name) for end, name in labels)
+    assert names[1] in drawing  # in words, for who does not see it
+    for k in (1, 3, 5, 7):
+        both = [charts.Series(n, n, range(k), [0.72] * k) for n in ("predicted", "head")]
+        drawing = charts.bars("t", [f"draft {i}" for i in range(k)], both)
+        values = re.findall(r'<text x="([\d.]+)"[^>]*class="value"[^>]*>([^<]*)<', drawing)
+        assert len(values) == 2 * k
+        middles = sorted(float(x) for x, _ in values)
+        wide = 26.4 if "%" in values[0][1] else 15.4
+        assert all(b - a >= wide for a, b in itertools.pairwise(middles))
+
+
+def test_words_in_bars_can_be_read(tmp_path):
+    """Contrast of 4.5 at least (WCAG 2.2, AA), light and dark."""
+    html, _, _ = written(*made_run.make(tmp_path))
+    assert {*re.findall(r'class="(inside[^"]*)"', html)} <= {
+        *(f"inside {part}" for part in ("base", "predicted", "head"))
+    }
+    colours = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", css)) for css in html.split("@media", 2)[:2]
+    ]
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(c * w for c, w in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+    for page in colours:
+        for words, below in (("on-pale", "base"), ("on-pale", "predicted"), ("inside", "head")):
+            low, high = sorted(luminance(page[name]) for name in (words, below))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (words, below)
 
 
 @pytest.mark.parametrize(("ks", "word"), [((3, 1, 5), "recommended"), ((2,), "as served")])

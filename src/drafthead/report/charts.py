@@ -103,8 +103,11 @@ def bars(
                 continue
             x = middle + (s - len(series) / 2) * wide
             body.append(_rect(x + 1, y(one.y[g]), wide - 2, bottom - y(one.y[g]), f"bar {one.css}"))
+            figure = label(one.y[g])
+            if wide < 27:  # a figure with its sign is as wide; the axis has the sign
+                figure = figure.removesuffix("%")
             if wide >= 17:
-                body.append(_text(x + wide / 2, y(one.y[g]) - 4, label(one.y[g]), "value"))
+                body.append(_text(x + wide / 2, y(one.y[g]) - 4, figure, "value"))
     body.append(_line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"))
     words = "; ".join(f"{s.name}: {', '.join(label(v) for v in s.y)}" for s in series)
     return _svg(height, title, words, body)
@@ -165,7 +168,9 @@ def lines(
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
     """A ratio with its interval in each row (label, ratio, low, high), beside the line at 1."""
-    left, pitch = 112.0, 26.0
+    # A letter is 6.2 wide: 16 of them, or 21 of longer names, whose middles make room.
+    left = 112.0 if all(len(row[0]) <= 16 for row in rows) else 142.0
+    pitch = 26.0
     height = TOP + pitch * len(rows) + 24
     low = min(0.9, *(r[2] for r in rows))
     marks = ticks(low, max(1.1, *(r[3] for r in rows)), 5)
@@ -181,8 +186,9 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> st
     for i, (label, ratio, a, b) in enumerate(rows):
         middle = TOP + pitch * (i + 0.5)
         css = "good" if a > 1 else "bad" if b < 1 else "unsure"
+        shown = label if len(label) <= 21 else f"{label[:10]}…{label[-10:]}"
         body += [
-            _text(left - 10, middle + 4, label, "label", "end"),
+            _text(left - 10, middle + 4, shown, "label", "end"),
             _line(x(a), middle, x(b), middle, f"whisker {css}"),
             *(_line(x(v), middle - 4, x(v), middle + 4, f"cap {css}") for v in (a, b)),
             f'<circle cx="{x(ratio):.1f}" cy="{middle:.1f}" r="3.5" class="dot {css}"/>',
@@ -218,7 +224,7 @@ def stacks(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, str, float]
                 continue
             body.append(_rect(x(at), top, wide - 1, 22, f"bar {css}"))
             if wide > 7 * len(name) + 6:
-                body.append(_text(x(at) + wide / 2, top + 15, name, "inside"))
+                body.append(_text(x(at) + wide / 2, top + 15, name, f"inside {css}"))
             at += size
     words = "; ".join(
         f"{label}: " + ", ".join(f"{name} {size:.3g} ms" for name, _, size in parts)
