@@ -15,6 +15,7 @@ from rich.markup import escape
 from drafthead.data.chats import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep
+from drafthead.head.checkpoint import trained_steps
 from drafthead.recipe import CaptureSection, Recipe, Source
 from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
@@ -183,6 +184,8 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         if stage.name == "train" and (start := recipe.train.start_from):
             files = [Path(start) / "config.json", *sorted(Path(start).glob("*.safetensors"))]
             own["start_files"] = {f.name: sha256_file(f) for f in files if f.is_file()}
+            if (steps := trained_steps(recipe)) != recipe.ttt_steps:
+                own["ttt_steps"] = steps  # follows that head and how many tokens may be drafted
         if stage.after is None:
             own["target_files"] = target.fingerprint
             own["prompt_files"] = hashes(recipe.prompts.sources)

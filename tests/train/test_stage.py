@@ -144,6 +144,23 @@ def test_mistakes_are_found_before_what_was_trained_is_thrown_away(
         check_start(with_options(captured, section, settings), run)
 
 
+def test_steps_are_as_many_as_help_the_head_that_is_gone_on_from(prepared, tmp_path):
+    recipe, run = prepared
+    target = load_target(recipe.target.path)
+    task = make_task(recipe, run, target)
+    assert task.settings.ttt_steps == 3
+    task.head.config = replace(task.head.config, norm_output=False)
+    save_head(task.head, tmp_path / "bare", Provenance("x"))
+    given = from_head(recipe, tmp_path / "bare")
+    assert make_task(given, run, target).settings.ttt_steps == 5
+    inputs = lambda **serve: stage_inputs(with_options(found, "serve", serve))["train"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    found = with_options(given, "prompts", {"sources": [{"path": str(tmp_path / "p.jsonl")}]})
+    assert inputs(num_speculative_tokens=4) != inputs(num_speculative_tokens=6)
+    explicit = with_options(given, "train", {"ttt_steps": 2})
+    assert make_task(explicit, run, target).settings.ttt_steps == 2
+
+
 def test_a_run_does_not_go_on_from_what_it_will_replace(prepared):
     recipe, run = prepared
     with pytest.raises(DraftheadError, match=r"train/best: is what this run makes.*copy"):

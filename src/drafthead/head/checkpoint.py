@@ -4,20 +4,23 @@ Reading is tolerant in names (`midlayer.`, `model.`) and strict in everything th
 head draft nonsense without a word: shapes, the draft vocabulary, missing tensors.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, read_json, write_json
 from drafthead.head.config import HeadConfig
 from drafthead.head.formats import Format, Provenance, ReadConfig, read_config, write_config
 from drafthead.head.model import Eagle3Head, check_d2t
+from drafthead.recipe import Recipe, with_options
 from drafthead.targets import Target
 from drafthead.targets.safetensors_folder import SafetensorsFolder
 
@@ -198,6 +201,22 @@ def read_folder(folder: Path, target: Target | None = None) -> ReadConfig:
     if target is None:
         return read_config(raw, str(path))
     return read_config(raw, str(path), target.default_aux_layers(), target.num_layers)
+
+
+class _Fed(TypedDict):
+    """What of a head's configuration says which of its states the next draft step is fed with."""
+
+    norm_output: NotRequired[bool]
+
+
+def trained_steps(recipe: Recipe) -> int:
+    """Steps of training-time test of the head that the recipe describes or starts from."""
+    if start := recipe.train.start_from:
+        with contextlib.suppress(DraftheadError):  # what is wrong with it training says
+            given = read_json(Path(start) / "config.json", "a head's configuration", _Fed)
+            norm_output = given.get("norm_output", False)
+            recipe = with_options(recipe, "head", {"norm_output": norm_output})
+    return recipe.ttt_steps
 
 
 def load_head(folder: Path | str, target: Target | None = None) -> LoadedHead:

@@ -187,10 +187,11 @@ class TrainSection(Section):
     starts from the target's own weights."""
     ttt_steps: Annotated[int, Field(ge=1, le=8)] | None = None
     """Steps of training-time test: the head learns from its own states as it will at draft
-    position 1..n. null: as many as may be drafted a step, at most 3 with `head.norm_output`, where
-    more made no head better (docs/heads.md) and cost time, and at most 8 without it, where
-    positions beyond are as good as lost: such a head, trained for 3, got 30 % right at positions 1
-    to 3 and 5 % at the fourth. 1 is the published head's recipe (fit for k=1 only)."""
+    position 1..n. null: as many as may be drafted a step, at most 3 with `head.norm_output` (or
+    that of the head in `start_from`), where more made no head better (docs/heads.md) and cost time,
+    and at most 8 without it, where positions beyond are as good as lost: such a head, trained for
+    3, got 30 % right at positions 1 to 3 and 5 % at the fourth. 1 is the published head's recipe
+    (fit for k=1 only)."""
     ttt_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Weight of step t is decay**t: later drafts count only if earlier ones were accepted."""
     loss: Loss = "kl"

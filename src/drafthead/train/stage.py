@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drafthead.capture.online import open_states
 from drafthead.errors import DraftheadError
-from drafthead.head.checkpoint import load_head
+from drafthead.head.checkpoint import load_head, trained_steps
 from drafthead.head.formats import Provenance
 from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
@@ -65,7 +65,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
         embedding=target.embedding() if embedding is None else embedding,
         teacher=teacher,
         reader=reader,
-        settings=recipe.train.model_copy(update={"ttt_steps": recipe.ttt_steps}),
+        settings=recipe.train.model_copy(update={"ttt_steps": trained_steps(recipe)}),
         k=recipe.serve.k,
         provenance=Provenance(recipe.target.path, target.fingerprint, target.architectures),
         own_embedding=embedding is not None,
