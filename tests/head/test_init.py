@@ -1,11 +1,16 @@
 """A new head is made of the target's own weights."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from drafthead.errors import DraftheadError
+from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import HeadConfig, head_config
+from drafthead.head.formats import Provenance
 from drafthead.head.init import init_from_target, new_head, target_layer
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import HeadSection
@@ -42,6 +47,20 @@ def test_the_recipe_leaves_open_what_the_target_says(target):
     assert made.draft_vocab_size == 100
     with pytest.raises(DraftheadError, match="leave it out"):
         head_config(HeadSection(hidden_size=32), target, (1, 2, 3), 100)
+
+
+def test_query_heads_divide_the_width_as_llama_has_it(target, tmp_path):
+    """GLM-4.5 has 96 heads of 128 at a width of 5120, which LlamaConfig refuses to read: such a
+    head was trained to its end and then could not be loaded."""
+    glm = dataclasses.replace(target, config=copy.copy(target.config))
+    glm.config.num_attention_heads, glm.config.num_key_value_heads = 6, 2
+    made = config(glm)
+    assert (made.num_attention_heads, made.num_key_value_heads) == (4, 2)
+    head = new_head(HeadSection(), glm, (1, 2), D2T, seed=0)
+    save_head(head, tmp_path, Provenance())
+    assert load_head(tmp_path).head.config.num_attention_heads == 4
+    with pytest.raises(DraftheadError, match=r"hidden_size 64 is not a multiple of .* 3: transf"):
+        config(target, num_attention_heads=3)
 
 
 def test_a_recipe_makes_a_head(target):

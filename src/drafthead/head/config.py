@@ -80,6 +80,11 @@ class HeadConfig:
                 f"head: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.hidden_size % self.num_attention_heads:
+            raise DraftheadError(
+                f"head: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}: transformers refuses it, and with it vLLM"
+            )
         if self.head_dim % 2:
             raise DraftheadError(f"head: head_dim {self.head_dim} is odd, RoPE needs pairs")
         if self.draft_vocab_size > self.vocab_size:
@@ -123,8 +128,9 @@ def head_config(
     """The head that a recipe's `head` section asks for, for this target.
 
     What the section leaves open is the target's own figure; the MLP is 4 x hidden, rounded up to
-    128. vLLM shares the target's embedding with the head, so another width than the target's is
-    refused (`DraftheadError`).
+    128. A target's query heads that do not divide its width (GLM-4.5's 96 of 5120) no Llama may
+    have: the most below that do. vLLM shares the target's embedding with the head, so another width
+    than the target's is refused (`DraftheadError`).
     """
     hidden = section.hidden_size or target.hidden_size
     if hidden != target.hidden_size:
@@ -132,11 +138,14 @@ def head_config(
             f"recipe: head.hidden_size is {hidden}, the target's is {target.hidden_size}; the head "
             "reads the target's embedding, so leave it out"
         )
+    shared = section.num_key_value_heads or target.num_key_value_heads
+    most = target.num_attention_heads
+    fit = (n for n in range(most, 0, -1) if hidden % n == 0 and n % shared == 0)
     return HeadConfig(
         hidden_size=hidden,
         intermediate_size=section.intermediate_size or -(-4 * hidden // 128) * 128,
-        num_attention_heads=section.num_attention_heads or target.num_attention_heads,
-        num_key_value_heads=section.num_key_value_heads or target.num_key_value_heads,
+        num_attention_heads=section.num_attention_heads or next(fit, most),
+        num_key_value_heads=shared,
         head_dim=target.head_dim,
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,

@@ -149,7 +149,7 @@ class HeadSection(Section):
     intermediate_size: Annotated[int, Field(gt=0)] | None = None
     """Width of the MLP; null is 4 x hidden, rounded to 128 (the published head's ratio)."""
     num_attention_heads: Annotated[int, Field(gt=0)] | None = None
-    """Query heads; null is the target's."""
+    """Query heads; null is the target's, or the most below that divide the width."""
     num_key_value_heads: Annotated[int, Field(gt=0)] | None = None
     """Key and value heads; null is the target's."""
     norm_before_residual: bool = True
