@@ -14,6 +14,7 @@ from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.recipe import load_recipe
 from drafthead.run import NAMES, execute
 from drafthead.rundir import RunDir
+from tests.prove import crafted
 
 CONSOLE = Console(quiet=True)
 
@@ -115,11 +116,25 @@ def test_changed_prompts_or_target_make_answers_stale(job):
         job.execute(recipe)
 
 
-def test_a_changed_head_to_start_from_makes_training_stale_and_a_tracker_does_not(job):
-    head = job.prompts.with_name("head")
-    head.mkdir()
-    (head / "config.json").write_text("{}")
-    (head / "model.safetensors").write_text("weights")
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"head": {"num_attention_heads": 3}}, "not a multiple of num_attention_heads 3"),
+        ({"head": {"hidden_size": 100}}, r"head\.hidden_size is 100"),
+        ({"head": {"aux_layers": [0]}}, r"head\.aux_layers: \[0\].*set capture\.aux_layers"),
+        ({"train": {"start_from": "nowhere"}}, "nowhere/config.json: not found"),
+    ],
+)
+def test_a_head_that_cannot_be_made_is_told_before_the_first_answer(job, sections, words):
+    with pytest.raises(DraftheadError, match=words):
+        job.execute(job.recipe(**sections))
+    assert job.ran == []
+    job.execute(job.recipe(**sections), last="capture")  # which it does not concern
+    assert job.ran == ["generate", "capture"]
+
+
+def test_a_changed_head_to_start_from_makes_training_stale_and_a_tracker_does_not(job, llama):
+    head = crafted.head(job.prompts.with_name("head"), llama)
     start = {"start_from": str(head)}
     job.execute(job.recipe(train=start))
     job.execute(job.recipe(train=start | {"track": ["wandb"]}))

@@ -256,6 +256,10 @@ def execute(
         raise DraftheadError(f"--from {first} comes after --to {last}")
     run = RunDir(runs_dir / recipe.name)
     inputs = stage_inputs(recipe, wanted)
+    if {"generate", "train"} <= set(wanted):
+        from drafthead.train.stage import check_shape
+
+        check_shape(recipe, run)  # now, not after hours of answers
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
     anything_ran = False

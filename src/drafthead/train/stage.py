@@ -9,7 +9,8 @@ from torch import Tensor
 
 from drafthead.capture.online import open_states
 from drafthead.errors import DraftheadError
-from drafthead.head.checkpoint import load_head, trained_steps
+from drafthead.head.checkpoint import load_head, read_folder, trained_steps
+from drafthead.head.config import head_config
 from drafthead.head.formats import Provenance
 from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
@@ -71,6 +72,21 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
         own_embedding=embedding is not None,
         name=recipe.name,
     )
+
+
+def check_shape(recipe: Recipe, run: RunDir) -> None:
+    """What of the head training would refuse, as far as it is known before there are states.
+
+    Raises:
+        DraftheadError: there is no head to start from, or none of that shape can be made.
+    """
+    target = recipe_target(recipe)
+    captured = target.check_aux_layers(recipe.capture.aux_layers)
+    layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
+    if start := recipe.train.start_from:
+        read_folder(Path(start), target)
+    else:
+        head_config(recipe.head, target, layers, recipe.vocab.size)
 
 
 def check_start(recipe: Recipe, run: RunDir) -> None:
