@@ -1,11 +1,14 @@
 """No engine outlives whoever started it."""
 
+import contextlib
+import signal
 import subprocess
 import sys
 
 import psutil
+import pytest
 
-from tests.processes import ended, wait_for
+from tests.processes import PATIENCE, ended, wait_for
 
 _PARENT = """
 import sys, time
@@ -33,9 +36,9 @@ _SERVED = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from drafthead.prove.server import running_server
+from drafthead.prove.server import ServerProcess
 plan = SimpleNamespace(command=["sh", "-c", "sleep 600; true"], environment={})
-with running_server(plan, log=Path(sys.argv[1]), name="server"):
+with ServerProcess(plan, log=Path(sys.argv[1]), name="server"):
     pass
 """
 
@@ -49,3 +52,54 @@ def test_killed_parent_leaves_no_server(tmp_path):
     parent.kill()
     parent.wait()
     wait_for(lambda: ended(processes))
+
+
+_STARTING = """
+import contextlib, signal, sys
+from pathlib import Path
+from drafthead.prove.engine import EngineProcess
+from drafthead.prove.grid import running, start
+from drafthead.prove.server import ServerProcess
+from drafthead.serve import Plan
+
+class Hanging(Plan):
+    command = ["sh", "-c", "sleep 600; true"]
+
+def waiting(engine, wait):
+    print("all are started", flush=True)
+    return wait(engine)
+
+for kind in (EngineProcess, ServerProcess):
+    kind.wait_ready = lambda self, wait=kind.wait_ready: waiting(self, wait)
+# Whoever starts the suite in the background has it ignore the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+over, log, python = sys.argv[1:]
+if over == "engine":
+    sys.executable = python  # never ready
+with contextlib.ExitStack() as stack:
+    start([running(Hanging([], {}), over, Path(log), name) for name in "abc"], stack)
+"""
+
+
+@pytest.mark.parametrize("over", ["engine", "http"])
+def test_ctrl_c_ends_engines_that_start_and_waits_for_none(tmp_path, over):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 600\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-c", _STARTING, over, str(tmp_path / "log"), str(python)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen(command, text=True, **pipes)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "all are started\n"
+    below = lambda: psutil.Process(parent.pid).children(recursive=True)
+    wait_for(lambda: sum(process.name() == "sleep" for process in below()) == 3)
+    processes = below()
+    parent.send_signal(signal.SIGINT)
+    try:
+        _, err = parent.communicate(timeout=PATIENCE)
+        assert err.endswith("KeyboardInterrupt\n")
+        assert ended(processes)
+    finally:
+        for process in (parent, *processes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()

@@ -12,7 +12,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.prove.live import conclude, observe
 from drafthead.prove.pairing import Point, run_pairs, summarize
-from drafthead.prove.server import Client, running_server
+from drafthead.prove.server import Client, ServerProcess
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
@@ -46,7 +46,7 @@ def head(recipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(recipe, head, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with running_server(engine_plan(recipe, head=head), log=log, name="server") as client:
+    with ServerProcess(engine_plan(recipe, head=head), log=log, name="server") as client:
         yield client
 
 

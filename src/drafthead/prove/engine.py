@@ -143,6 +143,7 @@ class EngineProcess:
         """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         mine, theirs = socket.socketpair()
+        self._connection = Connection(mine.detach())
         life_read, self._life = os.pipe()
         command = [sys.executable, "-m", "drafthead.prove.engine_worker"]
         with self.log.open("ab") as output:
@@ -158,7 +159,6 @@ class EngineProcess:
             )
         theirs.close()
         os.close(life_read)
-        self._connection = Connection(mine.detach())
         self._send({"op": "start", "args": {**self.args, "disable_log_stats": False}})
         return self
 

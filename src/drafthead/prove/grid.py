@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from rich.console import Console
 
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.pairing import Engine, Point, run_pairs, summarize
-from drafthead.prove.server import running_server
+from drafthead.prove.server import ServerProcess
 from drafthead.serve import Plan
 
-Running = contextlib.AbstractContextManager[Engine]
+Running = EngineProcess | ServerProcess
 
 
 def shared(plan: Plan, engines: int) -> Plan:
@@ -33,18 +32,16 @@ def shared(plan: Plan, engines: int) -> Plan:
 def running(plan: Plan, over: str, log: Path, name: str) -> Running:
     """An engine in a process of its own, or (``over`` = http) a server; ended with the block."""
     if over == "http":
-        return running_server(plan, log=log, name=name)
+        return ServerProcess(plan, log=log, name=name)
     return EngineProcess(plan.args, env=plan.environment, log=log, name=name)
 
 
 def start(engines: Sequence[Running], stack: contextlib.ExitStack) -> list[Engine]:
-    """Start several engines at once; ``stack`` ends all that started, also if one did not."""
-    with ThreadPoolExecutor(len(engines)) as pool:
-        futures = [pool.submit(engine.__enter__) for engine in engines]
-    for engine, future in zip(engines, futures, strict=True):
-        if future.exception() is None:
-            stack.push(engine.__exit__)
-    return [future.result() for future in futures]
+    """Start several engines at once and wait for all; ``stack`` ends them, at whatever moment."""
+    for engine in engines:
+        stack.push(engine)
+        engine.start()
+    return [engine.wait_ready() for engine in engines]
 
 
 def time_grid(
@@ -132,7 +129,7 @@ def measure(
             first, *fast = start([alone, *others.values()], stack)
             yield from time_points(first, dict(zip(others, fast, strict=True)))
         else:
-            first = stack.enter_context(alone)
+            [first] = start([alone], stack)
             for k, other in others.items():
                 with other as drafting:
                     yield from time_points(first, {k: drafting})

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,49 +264,82 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextlib.contextmanager
-def running_server(plan: Plan, *, log: Path, name: str) -> Iterator[Client]:
-    """Start ``vllm serve`` for a plan and yield a client once it is healthy; end it afterwards, or
-    when this process is killed.
+class ServerProcess:
+    """``vllm serve`` for a plan, in a process of its own: a context manager that gives a client of
+    it once it is healthy, and leaves nothing behind. It ends with this process, even if that is
+    killed.
+
+    Args:
+        plan: what is served.
+        log: file for what the server prints; appended to.
+        name: what errors call it.
 
     Raises:
         DraftheadError: it ended, or was not healthy within 15 minutes.
     """
-    port = _free_port()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [*plan.command, "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **plan.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
+
+    def __init__(self, plan: Plan, *, log: Path, name: str):
+        self.plan, self.log, self.name = plan, log, name
+        self._process: subprocess.Popen | None = None
+        self._watcher: subprocess.Popen | None = None
+        self._grace = 0  # s: what still loads has nothing to put in order
+
+    def start(self) -> None:
+        """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
+        self._port = _free_port()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*self.plan.command, "--host", "127.0.0.1", "--port", str(self._port)],
+                env={**os.environ, **self.plan.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-c", _WATCH, str(self._process.pid)],
+            stdin=subprocess.PIPE,
             start_new_session=True,
         )
-    watcher = subprocess.Popen(
-        [sys.executable, "-c", _WATCH, str(process.pid)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        client = Client(f"http://127.0.0.1:{port}", name, process.pid)
+
+    def wait_ready(self) -> Client:
+        """Wait until the server is healthy; what asks it."""
+        assert self._process is not None
+        client = Client(f"http://127.0.0.1:{self._port}", self.name, self._process.pid)
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             with contextlib.suppress(DraftheadError):
                 client.get("/health")
-                break
-            if process.poll() is not None or time.monotonic() > deadline:
-                tail = log.read_text(errors="replace").splitlines()[-15:]
-                what = "was not healthy in time" if process.poll() is None else "ended"
-                raise DraftheadError(f"{name}: vllm serve {what}; {log}:\n" + "\n".join(tail))
+                self._grace = 20
+                return client
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+                what = "was not healthy in time" if self._process.poll() is None else "ended"
+                raise DraftheadError(f"{self.name}: vllm serve {what}; {self.log}:\n{tail}")
             time.sleep(0.5)
-        yield client
-    finally:
-        watcher.kill()
-        watcher.communicate()
+
+    def close(self) -> None:
+        """End the server and everything that it started."""
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.communicate()
+        if self._process is None:
+            return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(self._process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-        kill_group(process.pid)
-        process.wait()
+            self._process.wait(timeout=self._grace)
+        kill_group(self._process.pid)
+        self._process.wait()
+
+    def __enter__(self) -> Client:
+        try:
+            self.start()
+            return self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
