@@ -14,7 +14,7 @@ from rich.console import Console
 
 from drafthead import doctor, hook
 from drafthead.machine import Gpu, Machine
-from drafthead.recipe import TargetSection, VocabSection, parse_recipe
+from drafthead.recipe import TargetSection, VocabSection, parse_recipe, with_options
 from drafthead.rundir import RunDir
 from tests.prove import crafted
 
@@ -173,6 +173,14 @@ def test_a_recipe_that_does_not_fit_is_a_fault_with_its_mend(recipe, tmp_path):
     (finding,) = doctor.check_recipe(too_many, run, CPU)[-1:]
     assert (finding.what, finding.state) == ("recipe", "fault")
     assert "only 512 tokens" in finding.found
+    for section, values, words in (
+        ("head", {"num_attention_heads": 3}, "not a multiple of num_attention_heads 3"),
+        ("train", {"start_from": "nowhere"}, "nowhere/config.json: not found"),
+        ("bench", {"sources": [{"path": "no.jsonl"}]}, "no.jsonl: no such file"),
+    ):
+        (finding,) = doctor.check_recipe(with_options(recipe, section, values), run, CPU)[-1:]
+        assert (finding.what, finding.state) == ("recipe", "fault")
+        assert words in finding.found
     nowhere = recipe.model_copy(update={"target": TargetSection(path=str(tmp_path / "no"))})
     (finding,) = doctor.check_recipe(nowhere, run, CPU)
     assert (finding.what, finding.state) == ("target", "fault")

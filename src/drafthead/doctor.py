@@ -264,8 +264,10 @@ def _enough_steps(recipe: Recipe, tokens: int) -> list[Finding]:
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
     """Target, prompts, drafts a step, fit into memory, and disk against the bytes of the states."""
     from drafthead.capture.plan import make_plan
+    from drafthead.data.chats import check_file
     from drafthead.serve import engine_plan
     from drafthead.targets import recipe_target
+    from drafthead.train.stage import check_shape
     from drafthead.vocab import check_size
 
     found = []
@@ -277,6 +279,10 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     try:
         check_size(recipe.vocab.size, target.vocab_size)
         plan = make_plan(recipe)
+        check_shape(recipe, run)
+        for source in recipe.bench.sources or []:
+            if source.path:
+                check_file(source.path)
         kinds = ", ".join(
             f"{target.layer_types.count(k)} {k}" for k in sorted({*target.layer_types})
         )
