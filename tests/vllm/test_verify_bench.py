@@ -19,7 +19,7 @@ from drafthead.prove.engine import EngineProcess
 from drafthead.prove.noise import TIE
 from drafthead.prove.proof import read_proof
 from drafthead.prove.verify import verify
-from drafthead.recipe import parse_recipe
+from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
 from tests.prove import crafted
@@ -85,6 +85,14 @@ def test_verify_proves_and_signs_off(recipe, run):
     config.write_text(config.read_text() + " ")
     with pytest.raises(DraftheadError, match=r"another head \(config.json differ\)"):
         read_proof(run)
+
+
+def test_answers_that_nothing_was_drafted_for_prove_nothing(recipe, run):
+    short = with_options(recipe, "verify", {"max_new_tokens": 1, "mixed_lengths": False})
+    with pytest.raises(DraftheadError, match=r"nothing was drafted.*verify\.max_new_tokens"):
+        verify(short, run, console=QUIET)
+    assert not run.verify_json.exists()
+    assert not (run.root / "proof.json").exists()
 
 
 def test_sampling_from_other_distributions_is_found(recipe, run, monkeypatch):

@@ -185,6 +185,9 @@ def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs
         prompts: what is asked.
         recipe: limits and load.
         logs: folder for what the engines print.
+
+    Raises:
+        DraftheadError: an engine does not run, or drafts nothing with the head.
     """
     cuda = this_machine().vllm_device == "cuda"
     at_once = cuda and recipe.engine.kv_cache_memory_bytes is not None
@@ -219,6 +222,11 @@ def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs
                     ]
                     continue
                 written[k] = _answers(engine, work)
+                if not engine.counters().drafts:
+                    raise DraftheadError(
+                        f"verify: with k = {k} nothing was drafted, so that the same answers prove "
+                        "nothing; raise verify.max_new_tokens, or take prompts with longer answers"
+                    )
                 contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
                 if recipe.verify.samples and not draws:
                     draws = _draws(engine, contexts, recipe, seed=_SEEDS)
@@ -265,7 +273,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         one's own under ``runs``.
 
     Raises:
-        DraftheadError: an engine does not run.
+        DraftheadError: an engine does not run, or drafts nothing with the head.
         ClaimFailed: a difference that is no tie.
     """
     target = recipe_target(recipe)
