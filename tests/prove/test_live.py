@@ -92,6 +92,13 @@ def test_a_good_server_has_no_complaint():
     assert {f.state for f in states().values()} == {"ok"}
 
 
+def test_a_head_as_poor_as_predicted_is_not_blamed_on_the_server():
+    found = states(probe=counts(0.02), predicted=[0.025, 0.0, 0.0])["acceptance"]
+    assert found.state == "fault"
+    assert "served as training predicts" in found.mend
+    assert "no cause" in states(probe=counts(0.02), predicted=None)["acceptance"].mend
+
+
 def test_nothing_drafted():
     (only,) = conclude(LiveFacts(traffic=counts(0, drafts=0), probe=counts(0, drafts=0)))
     assert only.state == "fault"

@@ -102,10 +102,10 @@ def _acceptance(facts: LiveFacts, counters: SpecCounters) -> Finding:
     if rates[0] >= NEAR_ZERO and not low:
         return Finding("acceptance", "ok", words)
     state = "fault" if rates[0] < NEAR_ZERO else "warning"
-    return Finding("acceptance", state, words, _cause(facts))
+    return Finding("acceptance", state, words, _cause(facts, expected is not None and not low))
 
 
-def _cause(facts: LiveFacts) -> str:
+def _cause(facts: LiveFacts, as_predicted: bool) -> str:
     """The likeliest cause of poor acceptance that there is evidence for."""
     if facts.head_problems:
         return "the head does not fit: " + "; ".join(facts.head_problems)
@@ -116,6 +116,11 @@ def _cause(facts: LiveFacts) -> str:
         return (
             f"the head is served states of layers {head}, and was trained on those of {trained}"
             f"{by}: write {trained} as eagle_aux_hidden_state_layer_ids into its config.json"
+        )
+    if as_predicted:
+        return (
+            "it is served as training predicts: the head has learnt too little. Take more steps "
+            "(lower train.row_tokens) or more prompts"
         )
     if facts.head_notes:
         return "likely: " + "; ".join(facts.head_notes)
