@@ -147,6 +147,19 @@ def test_licence_of_the_target_is_bundled_and_named(made):
     read_results(recipe, run)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "needed"),
+    [("LlamaForCausalLM", False), ("Gemma2ForCausalLM", True), ("Cohere2ForCausalLM", True)],
+)
+def test_the_card_says_who_needs_the_plugin(made, architecture, needed):
+    """Stock vLLM refuses a head on a target whose class has no hook."""
+    recipe, run = made
+    config = load_target(recipe.target.path).path / "config.json"
+    write_json(config, read_json(config, "") | {"architectures": [architecture]})
+    write_card(read_results(recipe, run))
+    assert ("`pip install drafthead` adds what it lacks" in card_of(run)[1]) == needed
+
+
 def test_dry_run_lists_and_uploads_nothing(made, monkeypatch):
     recipe, run = made
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

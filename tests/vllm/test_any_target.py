@@ -11,7 +11,7 @@ from vllm.plugins import load_general_plugins
 
 from drafthead import hook
 from drafthead.capture.transformers_twin import TransformersTwin
-from drafthead.vllm_plugin import any_target
+from drafthead.vllm_plugin import any_target, hookless
 from tests.vllm import unhooked
 from tests.vllm.engines import answers, counter, eagle3, engine, stress
 from tests.vllm.models import write_head
@@ -155,6 +155,13 @@ def test_doctor_knows_who_brings_it(architecture, printed, monkeypatch, capsys):
 def test_every_class_is_tested():
     multimodal = {"Gemma3ForConditionalGeneration"}  # test_multimodal.py
     assert unhooked.SETTINGS.keys() | multimodal == any_target.MODULES.keys()
+
+
+def test_a_card_knows_every_architecture_that_gets_the_hook():
+    any_target.apply()
+    models = ModelRegistry.models.items()
+    ours = {name for name, model in models if model.module_name == any_target.__name__}
+    assert ours == hookless.ARCHITECTURES
 
 
 def test_pipeline_is_refused(monkeypatch):

@@ -25,6 +25,7 @@ from drafthead.report.words import (
 )
 from drafthead.serve import Plan, engine_plan
 from drafthead.targets import Target, recipe_target
+from drafthead.vllm_plugin.hookless import ARCHITECTURES
 
 # Known by the words that open them; others are named, not classified.
 _LICENCES = (
@@ -234,7 +235,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "several": several and several.shell(),
         "several_count": several and several.args["tensor_parallel_size"],
         "reasons": (several or one).explain(),
-        "needs_plugin": not stock,
+        "needs_plugin": not stock or bool(ARCHITECTURES & set(target.architectures)),
         "vllm": r.bench["machine"]["versions"].get("vllm", "0.32"),
         "facts": [("target", base), *facts(r)[1:]],  # not the folder of this machine
         "limitations": limitations(r),

@@ -20,34 +20,10 @@ from vllm.model_executor.models.interfaces import (
 )
 from vllm.sequence import IntermediateTensors
 
+from .hookless import AROUND, MODULES, WHOLE
 from .patch import step_aside
 
 _VLLM = "vllm.model_executor.models."
-
-# Class: module of vLLM. In each, XForCausalLM has an XModel as `model`, which calls its layers one
-# after the other as layer(positions, hidden_states, ...).
-# A layer returns (hidden, residual), and the stream is their sum: the next norm adds them.
-_IN_TWO_PARTS = {
-    "ExaoneMoeForCausalLM": "exaone_moe",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "Glm4ForCausalLM": "glm4",
-    "Glm4MoeForCausalLM": "glm4_moe",
-    "MixtralForCausalLM": "mixtral",
-    "OlmoeForCausalLM": "olmoe",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-}
-# A layer returns the whole stream; what some return beside it nobody adds.
-_WHOLE = {
-    "CohereForCausalLM": "commandr",
-    "Exaone4ForCausalLM": "exaone4",
-    "GraniteMoeForCausalLM": "granitemoe",
-    "GraniteMoeSharedForCausalLM": "granitemoeshared",
-}
-# Multimodal, around one of the above: its forward hands on what the text model's returns.
-_AROUND = {"Gemma3ForConditionalGeneration": "gemma3_mm"}
-MODULES = _IN_TWO_PARTS | _WHOLE | _AROUND
 
 
 class _StandIn:
@@ -129,12 +105,12 @@ def with_hook(name: str) -> type[nn.Module]:
     if supports_eagle3(stock):
         step_aside("any_target")
         return stock
-    if name not in _AROUND:
+    if name not in AROUND:
         decoder_name = name.replace("ForCausalLM", "Model")
         decoder = getattr(module, decoder_name)
         if not issubclass(decoder, EagleModelMixin):  # Glm4Model is a LlamaModel, which has it
             # The constructor of the base looks it up by name.
-            setattr(module, decoder_name, noting(decoder, name in _WHOLE))
+            setattr(module, decoder_name, noting(decoder, name in WHOLE))
 
     class Target(stock, SupportsEagle3):  # type: ignore[misc, valid-type]
         def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
