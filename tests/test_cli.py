@@ -209,6 +209,20 @@ def test_wrong_use_is_one_message(place, drafthead, monkeypatch, change, args, w
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["train", "run"])
+@pytest.mark.parametrize("size", [None, "1"])
+def test_a_process_that_has_no_first_one_beside_it(place, drafthead, monkeypatch, command, size):
+    """As a scheduler may leave it in the environment: it wrote nothing, and said nothing of it."""
+    monkeypatch.setenv("RANK", "1")
+    if size:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    code, _, err = drafthead(command, "r.yaml")
+    assert code == 2
+    assert err.startswith("error: RANK is 1, ")
+    assert f"WORLD_SIZE is {size or 'not set'}; start them with torchrun, or unset RANK" in err
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -148,9 +148,10 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train the head; under torchrun, on many GPUs."""
+    from drafthead.machine import torchrun_rank
     from drafthead.train.stage import from_head
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = torchrun_rank()
     console.quiet = rank > 0
     found = from_head(load_recipe(recipe), start)
     one_stage("train", found, runs, overwrite, as_json and rank == 0)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from drafthead.errors import DraftheadError
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -188,3 +190,20 @@ def this_machine() -> Machine:
         cpu_quota=quota,
         memory_limit_bytes=limit,
     )
+
+
+def torchrun_rank() -> int:
+    """This process's number among those that torchrun started to train together; alone, 0.
+
+    Raises:
+        DraftheadError: there are not so many, so the first, which writes, may not be there.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= size:
+        known = os.environ.get("WORLD_SIZE", "not set")
+        raise DraftheadError(
+            f"RANK is {rank}, which says that another process, the first of those that train "
+            f"together, writes what is made here, but WORLD_SIZE is {known}; start them with "
+            "torchrun, or unset RANK to work in this one"
+        )
+    return rank

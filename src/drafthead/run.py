@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from drafthead.data.chats import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep
 from drafthead.head.checkpoint import trained_steps
+from drafthead.machine import torchrun_rank
 from drafthead.recipe import CaptureSection, Recipe, Source
 from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
@@ -203,7 +203,7 @@ def _load(function: str) -> Callable[..., Any]:
 def _run_stage(
     stage: Stage, recipe: Recipe, run: RunDir, inputs: dict, overwrite: bool, console: Console
 ) -> dict:
-    if int(os.environ.get("RANK", 0)) > 0:
+    if torchrun_rank() > 0:
         # A further process of torchrun: the first one keeps the records.
         return _load(stage.function)(recipe, run, console=Console(quiet=True))
     if overwrite and stage.check:
@@ -254,6 +254,7 @@ def execute(
     wanted = NAMES[NAMES.index(stage_named(first).name) : NAMES.index(stage_named(last).name) + 1]
     if not wanted:
         raise DraftheadError(f"--from {first} comes after --to {last}")
+    first_process = torchrun_rank() == 0
     run = RunDir(runs_dir / recipe.name)
     inputs = stage_inputs(recipe, wanted)
     if {"generate", "train"} <= set(wanted):
@@ -263,7 +264,6 @@ def execute(
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
     anything_ran = False
-    first_process = int(os.environ.get("RANK", 0)) == 0
     with RunLock(run.root) if first_process else contextlib.nullcontext():
         if first_process:
             sweep(run.root)

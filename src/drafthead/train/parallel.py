@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drafthead.errors import DraftheadError
+from drafthead.machine import torchrun_rank
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,10 @@ class World:
         """What torchrun says of this process; alone if nothing. The others are not waited for.
 
         Raises:
-            DraftheadError: more processes on this machine than GPUs.
+            DraftheadError: more processes on this machine than GPUs, or as `torchrun_rank`.
         """
-        local, rank, size = (
-            int(os.environ.get(name, default))
-            for name, default in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1"))
-        )
+        rank, size = torchrun_rank(), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
         if not torch.cuda.is_available():
             return cls(rank, size, torch.device("cpu"))
         if local >= torch.cuda.device_count():
