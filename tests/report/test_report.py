@@ -259,6 +259,16 @@ def test_each_length_of_answers_has_its_rows(tmp_path):
     assert both == one
 
 
+def test_what_a_container_gives_of_the_machine_is_said(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    bench = read_json(run.bench_json, "")
+    bench["machine"] |= {"cpu_quota": 1.5, "memory_limit_bytes": 8 << 30}
+    write_json(run.bench_json, bench)
+    html, _, _ = written(recipe, run)
+    assert "16 cores, 1.5 of them given" in html
+    assert "128 GiB, 8 of them given" in html
+
+
 def test_heads_of_one_name_are_told_apart(tmp_path):
     recipe, run = made_run.make(tmp_path)
     bench = read_json(run.bench_json, "")

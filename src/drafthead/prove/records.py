@@ -161,6 +161,8 @@ class Machine(TypedDict):
     cpu: str
     cores: Count
     memory_bytes: Count
+    cpu_quota: NotRequired[Amount | None]
+    memory_limit_bytes: NotRequired[Count | None]
     gpus: list[Gpu]
     system: str
     driver: str | None

@@ -333,8 +333,9 @@ class BenchSection(Section):
     max_new_tokens: Annotated[
         list[Annotated[int, Field(gt=0)]], Field(min_length=1), BeforeValidator(_listed)
     ] = [128]
-    """Tokens of each answer; each number is a row of the grid, the first is the headline's. Short
-    answers read more prompts for each token, and gain less. The published page took 256."""
+    """Tokens of each answer; each number is a row of the grid, the first is the headline's. The
+    shorter, the more prompts are read for each token, which moves the gain either way
+    (docs/results.md). The published page took 256."""
     warmup: Annotated[int, Field(ge=0)] = 2
     """Prompts run first on both engines and not counted."""
     repeats: Annotated[int, Field(ge=1)] = 1

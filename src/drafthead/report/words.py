@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 
+from drafthead.head.checkpoint import trained_steps
 from drafthead.prove.costmodel import load
 from drafthead.prove.proof import doubt
 from drafthead.report.results import Results
@@ -119,8 +120,8 @@ def grid_table(bench: dict) -> dict | None:
     ks = sorted({cell["num_speculative_tokens"] for cell in bench["grid"]})
     loads: dict[tuple, dict[int, dict]] = {}
     for cell in bench["grid"]:
-        load = tuple(cell[name] for name in LOAD)
-        loads.setdefault(load, {})[cell["num_speculative_tokens"]] = cell
+        at = tuple(cell[name] for name in LOAD)
+        loads.setdefault(at, {})[cell["num_speculative_tokens"]] = cell
     if len(ks) * len(loads) < 2:
         return None
     rows = []
@@ -184,7 +185,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
         found.append(
             (
                 "training",
-                f"{train.loss} loss, {r.recipe.ttt_steps} training-time-test steps, "
+                f"{train.loss} loss, {trained_steps(r.recipe)} training-time-test steps, "
                 f"{train.epochs:g} epochs ({r.training['steps']:,} steps, "
                 f"{r.training['tokens']:,} positions), learning rate {train.peak_learning_rate:g}"
                 + (f", {waiting:.1%} of the time waiting for data" if waiting is not None else ""),
@@ -256,9 +257,12 @@ def sampled_words(verify: dict) -> list[str]:
 def machine_facts(machine: dict) -> list[tuple[str, str]]:
     """The machine's description as names and words."""
     gpus = ", ".join(f"{g['name']} ({g['memory_bytes'] / 2**30:.0f} GiB)" for g in machine["gpus"])
+    quota = f", {given:g} of them given" if (given := machine.get("cpu_quota")) else ""
+    limited = machine.get("memory_limit_bytes")
+    limit = f", {limited / 2**30:.3g} of them given" if limited else ""
     found = [
-        ("processor", f"{machine['cpu']}, {machine['cores']} cores"),
-        ("memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB"),
+        ("processor", f"{machine['cpu']}, {machine['cores']} cores" + quota),
+        ("memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB" + limit),
         ("GPUs", gpus or "none"),
         ("system", machine["system"]),
     ]
