@@ -368,3 +368,12 @@ def test_ctrl_c_says_how_to_go_on_and_lets_go_of_the_folder(place, drafthead):
     assert "Traceback" not in err
     with RunLock(place / "runs" / "r"):
         pass
+
+
+def test_commands_to_copy_are_on_one_line(drafthead, llama, tmp_path):
+    """A console 80 wide breaks lines between words."""
+    recipe = tmp_path / ("a-long-name-" * 5) / "recipe.yaml"
+    _, _, err = drafthead("init", str(llama), "--out", str(recipe), "--prompts", "none.jsonl")
+    assert f"drafthead doctor {recipe}, drafthead run {recipe}\n" in err
+    _, _, err = drafthead("doctor", str(recipe))
+    assert "none.jsonl: no such file; a path in a recipe is relative to the folder" in err

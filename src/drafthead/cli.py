@@ -60,7 +60,8 @@ def init(
     emit(write_recipe(target, prompts, out), as_json)
     if not Path(prompts).is_file():
         console.print(f"[yellow]{escape(prompts)} is not there yet; the run will need it[/yellow]")
-    console.print(f"wrote {out}; read it, then: drafthead doctor {out}, drafthead run {out}")
+    words = f"wrote {out}; read it, then: drafthead doctor {out}, drafthead run {out}"
+    console.print(escape(words), soft_wrap=True)
 
 
 @app.command(epilog="Example: drafthead run recipe.yaml --from train --to export")

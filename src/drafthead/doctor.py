@@ -388,9 +388,10 @@ def diagnose(
 
         findings += diagnose_server(url, recipe, runs)
     for finding in findings:
-        console.print(f"{_MARKS[finding.state]} {finding.what}: {escape(finding.found)}")
-        if finding.mend:
-            console.print(f"   [bold]{escape(finding.mend)}[/bold]")
+        words = f"{_MARKS[finding.state]} {finding.what}: {escape(finding.found)}"
+        console.print(words, soft_wrap=True)
+        if finding.mend:  # often a command, to be copied whole
+            console.print(f"   [bold]{escape(finding.mend)}[/bold]", soft_wrap=True)
     return {
         "healthy": all(finding.state != "fault" for finding in findings),
         "findings": [dataclasses.asdict(finding) for finding in findings],

@@ -90,6 +90,8 @@ def test_a_head_that_brought_its_vocabulary_is_not_told_this_runs(tmp_path, star
     card = (run.head / "README.md").read_text()
     told = "Share of the tokens that the target wrote" in html
     assert told == ("outside the draft vocabulary" in card) == (start is None)
+    assert ("trained on from another head" in card) == (start is not None)
+    assert "a/head/of/another/run" not in card
 
 
 def test_answers_of_one_token_have_a_report_too(tmp_path):
