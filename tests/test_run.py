@@ -133,6 +133,16 @@ def test_a_head_that_cannot_be_made_is_told_before_the_first_answer(job, section
     assert job.ran == ["generate", "capture"]
 
 
+def test_a_load_that_would_wait_in_a_queue_is_refused(job):
+    """64 of 128 would run, and the report say 128 at once."""
+    for section, value in (("bench", [1, 128]), ("verify", 128)):
+        load = {section: {"concurrency": value}}
+        with pytest.raises(DraftheadError, match=f"{section}.concurrency: 128 .* raise it to 128"):
+            job.execute(job.recipe(**load))
+        for engine in ({"max_num_seqs": 128}, {"extra": {"max_num_seqs": 256}}):
+            job.execute(job.recipe(**load, engine=engine), overwrite=True)
+
+
 def test_a_changed_head_to_start_from_makes_training_stale_and_a_tracker_does_not(job, llama):
     head = crafted.head(job.prompts.with_name("head"), llama)
     start = {"start_from": str(head)}

@@ -155,6 +155,19 @@ def check_made(recipe: Recipe, runs_dir: Path) -> None:
             )
 
 
+def _check_load(recipe: Recipe, wanted: Sequence[str]) -> None:
+    """Whether the engines run as many requests at once as verify and bench put to them: of the rest
+    of a load, which waits in vLLM's queue, a report would say that it was measured."""
+    room = recipe.engine.extra.get("max_num_seqs", recipe.engine.max_num_seqs)
+    asked = {"verify": [recipe.verify.concurrency or 1], "bench": recipe.bench.concurrency}
+    for stage, numbers in asked.items():
+        if stage in wanted and room is not None and max(numbers) > room:
+            raise DraftheadError(
+                f"{stage}.concurrency: {max(numbers)} requests at once, and engine.max_num_seqs "
+                f"lets {room} run while the others wait; raise it to {max(numbers)}"
+            )
+
+
 def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
     """What each stage depends on: equal inputs mean that a finished output still holds.
 
@@ -166,6 +179,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
     if "vocab" in wanted:
         check_size(recipe.vocab.size, target.vocab_size)
     target.check_aux_layers(recipe.capture.aux_layers)
+    _check_load(recipe, wanted)
 
     def hashes(sources: list[Source]) -> dict[str, str]:
         files = [source.path for source in sources if source.path]
