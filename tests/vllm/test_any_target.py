@@ -13,7 +13,7 @@ from drafthead import hook
 from drafthead.capture.transformers_twin import TransformersTwin
 from drafthead.vllm_plugin import any_target, hookless
 from tests.vllm import unhooked
-from tests.vllm.engines import answers, counter, eagle3, engine, stress
+from tests.vllm.engines import answers, counter, eagle3, engine, norms_write_in_place, stress
 from tests.vllm.models import write_head
 
 AUX = (0, 2, 4)  # what the first layer gets, the middle, and what the last layer gives
@@ -73,6 +73,7 @@ def inspected(architecture, monkeypatch):
 )
 def test_states_and_answers(architecture, k, tmp_path, monkeypatch):
     assert inspected(architecture, monkeypatch) is getattr(any_target, architecture)
+    norms_write_in_place(monkeypatch)
     target = unhooked.write(architecture, tmp_path / "target")
     head = write_head(tmp_path / "head", target, aux_layers=AUX, repeats=True)
     twin = TransformersTwin(target, torch.float32)

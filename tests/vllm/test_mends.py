@@ -9,6 +9,7 @@ from transformers import Lfm2MoeConfig
 from drafthead import vllm_plugin
 from drafthead.vllm_plugin import (
     accepted_counts,
+    aux_copies,
     batch_order,
     cpu_kernel_registry,
     draft_kv_group,
@@ -149,6 +150,26 @@ def test_counts_of_requests_that_sit_out():
     assert runner._drafthead_accepted == {}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_states_are_copies(compiled):
+    """What is written into the stream after a state was taken of it does not reach the state."""
+    from vllm.model_executor.models.interfaces import EagleModelMixin
+
+    class Decoder(torch.nn.Module, EagleModelMixin):
+        def forward(self, stream):
+            states = []
+            for layer in range(3):
+                self._maybe_add_hidden_state(states, layer, stream, None)
+                stream.add_(1.0)
+            return self._maybe_add_hidden_state(states, 3, torch.zeros(2), stream)
+
+    aux_copies.apply()
+    decoder = Decoder()
+    decoder._set_aux_hidden_state_layers((0, 2, 3))
+    forward = torch.compile(decoder, fullgraph=True, backend="eager") if compiled else decoder
+    assert [state.tolist() for state in forward(torch.zeros(2))] == [[0, 0], [2, 2], [3, 3]]
+
+
 def test_registering_twice_changes_nothing():
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -159,7 +180,15 @@ def test_registering_twice_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    "mend", [placeholder_drafts, batch_order, accepted_counts, draft_kv_group, cpu_kernel_registry]
+    "mend",
+    [
+        aux_copies,
+        placeholder_drafts,
+        batch_order,
+        accepted_counts,
+        draft_kv_group,
+        cpu_kernel_registry,
+    ],
 )
 def test_mend_steps_aside(mend, monkeypatch, caplog):
     """When the fault's text is gone from vLLM, nothing is replaced."""

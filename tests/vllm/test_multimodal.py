@@ -19,7 +19,7 @@ from drafthead.rundir import RunDir
 from drafthead.serve import serve_plan
 from drafthead.targets import load_target
 from tests import wrappers
-from tests.vllm.engines import counter, eagle3, engine
+from tests.vllm.engines import counter, eagle3, engine, norms_write_in_place
 from tests.vllm.models import write_head
 from tests.vllm.runs import recipe_for
 from tests.vllm.test_any_target import AUX, check_answers, check_states, inspected
@@ -54,6 +54,7 @@ def test_states_and_answers(kind, k, bringer, tmp_path, monkeypatch, capsys):
     twin = TransformersTwin(target, torch.float32)
     (architecture,) = load_target(target).architectures
     inspected(architecture, monkeypatch)
+    norms_write_in_place(monkeypatch)
     with engine(target, eagle3(head, k), **TEXT_ONLY) as llm:
         check_states(llm, twin)
         check_answers(llm, twin)

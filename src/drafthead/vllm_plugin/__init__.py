@@ -15,9 +15,11 @@ SUPPORTED_VLLM = "0.32."
 
 # Applied at once: they concern the scheduler and the KV cache planner, which run in processes
 # that may never import the model. They act on hybrid models, on NVFP4 checkpoints, and on the CPU.
-# The first registers classes, which vLLM imports if it serves such a model.
+# The first registers classes, which vLLM imports if it serves such a model; the second acts where a
+# target's states are handed out.
 MENDS = (
     "any_target",
+    "aux_copies",
     "placeholder_drafts",
     "draft_kv_group",
     "cpu_kernel_registry",
