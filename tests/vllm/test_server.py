@@ -1,5 +1,6 @@
 """A real server: asked by streaming, timed, and diagnosed."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -46,7 +47,11 @@ def head(recipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(recipe, head, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with ServerProcess(engine_plan(recipe, head=head), log=log, name="server") as client:
+    process = ServerProcess(engine_plan(recipe, head=head), log=log, name="server")
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_API_KEY", "of another server")  # which is none of this one's
+            client = stack.enter_context(process)
         yield client
 
 

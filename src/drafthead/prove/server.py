@@ -291,7 +291,8 @@ class ServerProcess:
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*self.plan.command, "--host", "127.0.0.1", "--port", str(self._port)],
-                env={**os.environ, **self.plan.environment},
+                # Who has the key of another server set would be refused by this one.
+                env={**os.environ, **self.plan.environment, "VLLM_API_KEY": ""},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
