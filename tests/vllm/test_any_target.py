@@ -44,9 +44,11 @@ def check_states(llm, twin):
         got = torch.stack([seen[position] for position in range(len(sequence))])
         expected = twin.states(sequence, AUX)
         scale = expected.abs().amax(dim=(0, 2))[None, :, None]
-        # A GPU's products are in TF32.
-        limit = 1e-3 if torch.cuda.is_available() else 1e-5
-        assert ((got - expected).abs() / scale).max() < limit
+        apart = ((got - expected).abs() / scale).amax(dim=(0, 2))
+        # A GPU's products are in TF32, which alone moves these random targets by up to 6e-3; what
+        # enters the first layer is of none.
+        after_products = 1e-2 if torch.cuda.is_available() else 1e-5
+        assert (apart < torch.tensor([1e-5, after_products, after_products])).all()
     model.forward = forward
 
 
