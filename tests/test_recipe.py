@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from drafthead.errors import DraftheadError
-from drafthead.recipe import Recipe, load_recipe
+from drafthead.recipe import Recipe, load_recipe, without_secrets
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GOOD = {
@@ -114,6 +114,24 @@ def test_lfm2_recipe_fits_the_target_that_it_names():
     assert recipe.vocab.size < 128_000
     assert recipe.engine.max_model_len <= 128_000
     assert recipe.head.intermediate_size == 4 * 2048
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ({"hf_token": "s"}, {"hf_token": "(not shown)"}),
+        ({"hf_token": True, "api_key": None}, {"hf_token": True, "api_key": None}),
+        ({"api-key": ["s", "t"]}, {"api-key": "(not shown)"}),
+        ({"a": [{"s3_secret_access_key": "s"}]}, {"a": [{"s3_secret_access_key": "(not shown)"}]}),
+        ({"x": {"Authorization": "Bearer s"}}, {"x": {"Authorization": "(not shown)"}}),
+        ({"cache": "redis://me:s@host:1/0"}, {"cache": "redis://(not shown)@host:1/0"}),
+        ({"x": "--hf-token hf_" + 34 * "a"}, {"x": "--hf-token (not shown)"}),
+        ({"max_num_batched_tokens": 64, "tokenizer": "a/b", "eos_token_id": 2, 0: "s"}, None),
+        ({"model": "org/name@main", "url": "https://host/a@b", "x": "hf_overrides"}, None),
+    ],
+)
+def test_secrets_are_known(written, shown):
+    assert without_secrets(written) == (written if shown is None else shown)
 
 
 def test_every_field_says_why():

@@ -315,6 +315,16 @@ def test_output_that_cannot_be_thrown_away_is_not_gone_on_with(job, monkeypatch)
     assert job.ran == []
 
 
+def test_a_new_token_makes_nothing_stale(job):
+    extra = {"hf_token": "first", "load_format": "hf"}
+    job.execute(job.recipe(engine={"extra": extra}))
+    job.execute(job.recipe(engine={"extra": extra | {"hf_token": "second"}}))
+    assert job.ran == []
+    assert not any(b"first" in f.read_bytes() for f in job.root.rglob("*") if f.is_file())
+    with pytest.raises(DraftheadError, match=r"engine\.extra\.load_format"):
+        job.execute(job.recipe(engine={"extra": {**extra, "load_format": "auto"}}))
+
+
 def test_another_k_is_written_into_the_format_that_names_it(job):
     for speculators, stages in ((False, ["verify"]), (True, ["export", "verify"])):
         settings = {"export": {"speculators": speculators}}

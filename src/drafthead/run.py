@@ -16,7 +16,7 @@ from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep
 from drafthead.head.checkpoint import trained_steps
 from drafthead.machine import torchrun_rank
-from drafthead.recipe import CaptureSection, Recipe, Source
+from drafthead.recipe import CaptureSection, Recipe, Source, without_secrets
 from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
 from drafthead.vocab import check_size
@@ -123,7 +123,7 @@ def stage_named(name: str) -> Stage:
 
 def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What each stage reads of the recipe, as far as it changes what the stage makes."""
-    dumped = recipe.model_dump(mode="json")
+    dumped = without_secrets(recipe.model_dump(mode="json"))  # a new token makes nothing stale
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
     dumped["train"]["track"] = []  # who looks on does not change what is trained
     # … nor do the GPU that computes states online and the memory that they pass through.

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -17,7 +17,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import Natural, read_json
 from drafthead.head.inspect import refuse_unfit
 from drafthead.machine import Machine, this_machine
-from drafthead.recipe import Recipe, load_recipe
+from drafthead.recipe import Recipe, load_recipe, without_secrets
 from drafthead.rundir import RunDir
 from drafthead.targets import Target, recipe_target
 
@@ -109,6 +109,12 @@ class Plan:
         if self.cpu_build or shutil.which("vllm") is None:
             return [*module, *self._flags(self.settings)]
         return ["vllm", "serve", *self._flags(self.settings[1:], str(self.settings[0].value))]
+
+    @property
+    def public(self) -> "Plan":
+        """To be written down where others may read it: the same without secrets."""
+        shown = without_secrets({s.name: s.value for s in self.settings})
+        return replace(self, settings=[replace(s, value=shown[s.name]) for s in self.settings])
 
     def _flags(self, settings: list[Setting], *first: str) -> list[str]:
         return [*first, *(word for s in settings for word in s.flag), *self.extra]

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import read_json, sha256_file, write_json
+from drafthead.prove.verify import Outcome, verify
 from drafthead.recipe import with_options
 from drafthead.report.card import find_licence, usage, write_card
 from drafthead.report.page import report
-from drafthead.report.publish import publish
+from drafthead.report.publish import files_to_publish, publish
 from drafthead.report.results import read_results
 from drafthead.targets import load_target
 from tests.prove import made_run
@@ -176,6 +177,35 @@ def test_dry_run_lists_and_uploads_nothing(made, monkeypatch):
         "verify.json",
     }
     assert listed["model.safetensors"]["sha256"] == sha256_file(run.head / "model.safetensors")
+
+
+def test_no_secret_is_published(made, monkeypatch):
+    """Those that engines are started with: the proof has their arguments, the report the recipe."""
+    recipe, run = made
+    extra = {
+        "load_format": "tensorizer",
+        "hf_token": "zebra-1",
+        "model_loader_extra_config": {"s3_secret_access_key": "zebra-2"},
+    }
+    given = with_options(recipe, "engine", {"extra": extra})
+    started = []
+
+    def prove(plans, *_):
+        started.extend(plan.args for plan in plans.drafted.values())
+        return Outcome(read_json(run.verify_json, "")["runs"], None)
+
+    monkeypatch.setattr("drafthead.prove.verify.many_prompts", lambda *_: [])
+    monkeypatch.setattr("drafthead.prove.verify.prove_lossless", prove)
+    verify(given, run, console=QUIET)
+    report(given, run, console=QUIET)
+    publish(given, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    assert [args | extra for args in started] == started
+    published = {name: path.read_bytes() for name, path in files_to_publish(run).items()}
+    assert {name for name, content in published.items() if b"zebra-" in content} == set()
+    assert b"--load-format tensorizer" in published["proof.json"]
+    assert b"hf_token: (not shown)" in published["report.html"]
+    assert b"--load-format tensorizer" in published["README.md"]
+    assert b"not shown" not in published["README.md"]  # no advice to others
 
 
 def test_what_is_not_proved_is_not_published(tmp_path):

@@ -9,7 +9,7 @@ from drafthead.data.chats import Chat, load_chats
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
-from drafthead.recipe import Recipe
+from drafthead.recipe import Recipe, without_secrets
 from drafthead.states import StoreMeta
 from drafthead.targets import Target, recipe_target
 
@@ -96,7 +96,7 @@ def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) ->
             f"engine.max_model_len: {max_len}, but {target.path} reaches only "
             f"{target.max_position_embeddings} tokens"
         )
-    extra = recipe.engine.model_dump(mode="json")["extra"]
+    extra = without_secrets(recipe.engine.model_dump(mode="json")["extra"])
     return {
         "target": target.fingerprint,
         "quantization": (target.quantization or {}).get("quant_method"),

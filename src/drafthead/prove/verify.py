@@ -297,7 +297,8 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     }
     proof_path(run).unlink(missing_ok=True)  # of another outcome; hashing a target takes minutes
     write_json(run.verify_json, result)
-    served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in plans.drafted.items()}
+    public = {k: plan.public for k, plan in plans.drafted.items()}
+    served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in public.items()}
     write_proof(run, recipe.target.path, target, result, served, prompts)
     console.print(
         f"verify: {result['identical']} of {result['prompts']} answers identical"

@@ -13,6 +13,7 @@ from drafthead.recipe.schema import (
     TrainSection,
     VocabSection,
 )
+from drafthead.recipe.secrets import without_secrets
 
 __all__ = [
     "ENOUGH_STEPS",
@@ -28,4 +29,5 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "with_options",
+    "without_secrets",
 ]

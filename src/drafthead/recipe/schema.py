@@ -264,7 +264,8 @@ class EngineSection(Section):
     kv_cache_memory_bytes: Annotated[int, Field(gt=0)] | None = None
     """KV cache in bytes; null lets vLLM decide on a GPU and takes 1 GiB on a CPU."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of vLLM's `LLM`, by their own names."""
+    """Further arguments of vLLM's `LLM`, by their own names. Of secrets among them (`hf_token`)
+    nothing is published."""
 
 
 class ExportSection(Section):

@@ -11,6 +11,7 @@ import yaml
 
 from drafthead.fsio import write_bytes
 from drafthead.machine import Gpu, Machine, this_machine
+from drafthead.recipe import without_secrets
 from drafthead.report.results import Results
 from drafthead.report.table import lossless_words
 from drafthead.report.words import (
@@ -118,7 +119,11 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
         )
         # What was fixed for this machine (dtype, cache, sequences) is no advice to another.
         given = r.recipe.engine
-        extra = {name: value for name, value in given.extra.items() if not _HERE.search(name)}
+        extra = {
+            name: value
+            for name, value in given.extra.items()
+            if not _HERE.search(name) and without_secrets({name: value}) == {name: value}
+        }
         engine = type(given)(max_model_len=given.max_model_len, extra=extra)
         recipe = r.recipe.model_copy(
             update={

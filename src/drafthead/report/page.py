@@ -62,7 +62,7 @@ def render(r: Results, template: str) -> str:
         "notes": notes(r),
         "facts": facts(r),
         "machine": machine_facts(r.bench["machine"]),
-        "serve": plan.shell(),
+        "serve": plan.public.shell(),
     }
     return environment().get_template(template).render(values)
 

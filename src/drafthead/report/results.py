@@ -24,7 +24,7 @@ from drafthead.prove.records import (
     Verified,
     WrittenHead,
 )
-from drafthead.recipe import Recipe
+from drafthead.recipe import Recipe, without_secrets
 from drafthead.rundir import RECORD_MEND, RunDir
 from drafthead.serve import served_k
 from drafthead.train.log import read_metrics
@@ -74,8 +74,8 @@ class Results:
 
     @property
     def recipe_yaml(self) -> str:
-        """The recipe, defaults left out."""
-        data = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        """The recipe, defaults and secrets left out."""
+        data = without_secrets(self.recipe.model_dump(mode="json", exclude_defaults=True))
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
