@@ -10,8 +10,11 @@ from rich.console import Console
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, write_json
+from drafthead.prove.prompts import Prompt
+from drafthead.prove.proof import write_proof
 from drafthead.report import charts
 from drafthead.report.page import report
+from drafthead.targets import load_target
 from tests.prove import made_run
 
 
@@ -293,6 +296,22 @@ def test_the_card_of_a_head_that_is_not_lossless_claims_nothing(tmp_path):
     write_json(run.verify_json, verify | {"sampled": None})
     written(recipe, run)
     assert "was proved for greedy" not in (run.head / "README.md").read_text()
+
+
+def test_samples_too_few_to_find_a_difference_found_none(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    assert "No difference in sampling" in written(recipe, run)[0]
+    verify = read_json(run.verify_json, "")
+    verify["sampled"]["detectable_shift"] = None
+    write_json(run.verify_json, verify)
+    html, _, _ = written(recipe, run)
+    assert "No difference in sampling" not in html
+    assert "too few answers to find a difference" in html
+    claim = "; sampled output has the same distribution"
+    assert claim in read_json(run.root / "proof.json", "")["claim"]
+    prompt = Prompt([1], "c", "chat")
+    target = load_target(recipe.target.path)
+    assert claim not in write_proof(run, "t", target, verify, {1: {}}, [prompt])["claim"]
 
 
 def test_a_target_in_the_folder_at_hand_has_its_name(tmp_path, monkeypatch):
