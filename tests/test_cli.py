@@ -209,6 +209,16 @@ def test_wrong_use_is_one_message(place, drafthead, monkeypatch, change, args, w
     assert "Traceback" not in err
 
 
+def test_a_further_process_of_torchruns_says_what_is_wrong(place, drafthead, monkeypatch):
+    """It may be of that one alone, as a GPU that it has not; the JSON is the first one's."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = drafthead("train", "r.yaml", "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "needs capture" in err
+
+
 @pytest.mark.parametrize("command", ["train", "run"])
 @pytest.mark.parametrize("size", [None, "1"])
 def test_a_process_that_has_no_first_one_beside_it(place, drafthead, monkeypatch, command, size):

@@ -388,7 +388,8 @@ def main() -> None:
 
 
 def _fail(kind: str, message: str, code: int) -> NoReturn:
+    first, console.quiet = not console.quiet, False  # an error may be a further process's alone
     console.print(f"[red]{kind}:[/red] {escape(message)}", soft_wrap=True)
-    if "--json" in sys.argv and not console.quiet:
+    if "--json" in sys.argv and first:
         emit({"error": message}, True)
     sys.exit(code)
