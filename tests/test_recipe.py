@@ -127,6 +127,7 @@ def test_lfm2_recipe_fits_the_target_that_it_names():
         ({"cache": "redis://me:s@host:1/0"}, {"cache": "redis://(not shown)@host:1/0"}),
         ({"x": "--hf-token hf_" + 34 * "a"}, {"x": "--hf-token (not shown)"}),
         ({"max_num_batched_tokens": 64, "tokenizer": "a/b", "eos_token_id": 2, 0: "s"}, None),
+        ({"hf_overrides": {"eos_token": "</s>", "image_token": "<image>"}}, None),
         ({"model": "org/name@main", "url": "https://host/a@b", "x": "hf_overrides"}, None),
     ],
 )

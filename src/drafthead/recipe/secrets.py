@@ -11,6 +11,10 @@ _KEY = re.compile(
     "|(api|access|secret|private|account|signing|encryption)[_-]?key)$",
     re.IGNORECASE,
 )
+# These are of a tokenizer's, and change what is written.
+_SPECIAL = re.compile(
+    "(bos|eos|pad|unk|sep|cls|mask|image|video|audio|stop|start|end)_token$", re.IGNORECASE
+)
 # By itself: who logs in, in an address; a token of the hub's.
 _TEXT = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}\b")
 
@@ -21,7 +25,9 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {
             key: HIDDEN
-            if isinstance(inner, str | list) and _KEY.search(str(key))
+            if isinstance(inner, str | list)
+            and _KEY.search(str(key))
+            and not _SPECIAL.search(str(key))
             else without_secrets(inner)
             for key, inner in value.items()
         }
