@@ -207,6 +207,9 @@ def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
     poor = findings(serve=drafting["serve"], train={"ttt_steps": 2})["drafts"]
     assert poor.state == "warning"
     assert "train.ttt_steps" in poor.mend
+    (tmp_path / "config.json").write_text('{"norm_output": false}')
+    started = {"train": {"ttt_steps": 3, "start_from": str(tmp_path)}, "serve": drafting["serve"]}
+    assert doctor._trained_steps(parse_recipe(recipe.model_dump(mode="json") | started, "test"))
 
 
 @pytest.mark.parametrize(("rows", "warned"), [({}, True), ({"row_tokens": 64, "epochs": 4}, False)])

@@ -242,7 +242,9 @@ def _room(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> list[Finding]:
 
 def _trained_steps(recipe: Recipe) -> list[Finding]:
     """Whether the head is trained for as many drafts as the recipe serves, or as help."""
-    k = max(recipe.serve.candidates)
+    from drafthead.head.checkpoint import as_started
+
+    recipe, k = as_started(recipe), max(recipe.serve.candidates)
     enough = recipe.head.norm_output and recipe.ttt_steps >= ENOUGH_STEPS
     if enough or k <= recipe.ttt_steps:
         return []

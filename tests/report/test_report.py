@@ -134,6 +134,7 @@ def test_the_grid_and_what_stands_beside(tmp_path):
     write_json(run.bench_json, bench)
     html, markdown, _ = written(recipe, run)
     for text in (html, markdown):
+        assert "chat: k=3, 1 at once" in text
         for cell in bench["grid"]:
             assert f"{cell['speedup']:.2f}×" in text
         assert text.count("spans 1") >= 2  # in the grid and in the table of speeds
@@ -196,6 +197,16 @@ def test_words_in_bars_can_be_read(tmp_path):
         for words, below in (("on-pale", "base"), ("on-pale", "predicted"), ("inside", "head")):
             low, high = sorted(luminance(page[name]) for name in (words, below))
             assert (high + 0.05) / (low + 0.05) >= 4.5, (words, below)
+
+
+def test_a_cost_model_too_far_off_names_no_best(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    bench = read_json(run.bench_json, "")
+    assert f"Best: k = {bench['recommended_num_speculative_tokens']}." in written(recipe, run)[0]
+    write_json(run.bench_json, bench | {"recommended_num_speculative_tokens": None})
+    html, _, _ = written(recipe, run)
+    assert "Best: k" not in html
+    assert "Too far off to choose k by." in html
 
 
 @pytest.mark.parametrize(("ks", "word"), [((3, 1, 5), "recommended"), ((2,), "as served")])
@@ -307,6 +318,8 @@ def test_samples_too_few_to_find_a_difference_found_none(tmp_path):
     html, _, _ = written(recipe, run)
     assert "No difference in sampling" not in html
     assert "too few answers to find a difference" in html
+    assert "p = 0.43; too few to find a difference by." in html
+    assert "for sampling too few answers were drawn" in (run.head / "README.md").read_text()
     claim = "; sampled output has the same distribution"
     assert claim in read_json(run.root / "proof.json", "")["claim"]
     prompt = Prompt([1], "c", "chat")

@@ -209,14 +209,19 @@ class _Fed(TypedDict):
     norm_output: NotRequired[bool]
 
 
-def trained_steps(recipe: Recipe) -> int:
-    """Steps of training-time test of the head that the recipe describes or starts from."""
+def as_started(recipe: Recipe) -> Recipe:
+    """The recipe, with `head.norm_output` as the head has it that training starts from."""
     if start := recipe.train.start_from:
         with contextlib.suppress(DraftheadError):  # what is wrong with it training says
             given = read_json(Path(start) / "config.json", "a head's configuration", _Fed)
             norm_output = given.get("norm_output", False)
-            recipe = with_options(recipe, "head", {"norm_output": norm_output})
-    return recipe.ttt_steps
+            return with_options(recipe, "head", {"norm_output": norm_output})
+    return recipe
+
+
+def trained_steps(recipe: Recipe) -> int:
+    """Steps of training-time test of the head that the recipe describes or starts from."""
+    return as_started(recipe).ttt_steps
 
 
 def load_head(folder: Path | str, target: Target | None = None) -> LoadedHead:

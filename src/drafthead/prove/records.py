@@ -238,6 +238,7 @@ class Sampled(TypedDict):
     contexts: Count
     samples: Count
     p_value: Amount
+    detectable_shift: NotRequired[Amount | None]
 
 
 class Verified(Outcome):

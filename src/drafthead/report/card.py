@@ -174,8 +174,12 @@ def limitations(r: Results) -> list[str]:
         found.append("Speed was measured at temperature 0; sampling accepts fewer drafts.")
     if not r.proof["lossless"]:
         found.append("Not lossless: with this head the target writes other text than alone.")
-    elif not r.verify.get("sampled"):
+    elif not (sampled := r.verify.get("sampled")):
         found.append("Losslessness was proved for greedy decoding; sampling was not tested here.")
+    elif not sampled.get("detectable_shift"):
+        found.append(
+            "Losslessness was proved for greedy decoding; for sampling too few answers were drawn."
+        )
     if r.verify["ties"] and r.proof["lossless"]:
         found.append(
             f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "

@@ -114,13 +114,14 @@ def _cost_model(r: Results) -> dict | None:
         [p["measured"] for p in points],
         joined=False,
     )
-    error = fit["median_relative_error"]
+    error, trusted = fit["median_relative_error"], r.bench["recommended_num_speculative_tokens"]
+    best = f"Best: k = {trusted}." if trusted else "Too far off to choose k by."
     return _figure(
         "How many drafts pay",
         f"Decoding speed with k drafts a step over without, {fit['concurrency']} at once.",
         charts.lines("Decoding speedup by k", [line, dots], "drafts a step (k)"),
         [("predicted", "cost model"), ("head", "measured")],
-        f"Best: k = {fit['best_num_speculative_tokens']}."
+        best
         + (f" Median out-of-sample error of the model {error:.1%}." if error is not None else ""),
     )
 

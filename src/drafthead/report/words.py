@@ -70,13 +70,16 @@ def speed_row(name: str, cell: dict) -> dict:
 def speed_rows(bench: dict) -> list[dict]:
     """Rows of the speed table: each point of the grid, then the sources of the first."""
     cells, order = bench["grid"], (*LOAD, "num_speculative_tokens")
-    rows = [
-        speed_row(f"k={cell['num_speculative_tokens']}, {load_words(cell, cells)}", cell)
-        for cell in sorted(cells, key=lambda cell: [cell[name] for name in order])
-    ]
+
+    def name(cell: dict) -> str:
+        return f"k={cell['num_speculative_tokens']}, {load_words(cell, cells)}"
+
+    in_order = sorted(cells, key=lambda cell: [cell[field] for field in order])
+    rows = [speed_row(name(cell), cell) for cell in in_order]
     by_source = cells[0]["by_source"]
     if len(by_source) > 1:
-        rows += [speed_row(source, cell) for source, cell in by_source.items()]
+        first = name(cells[0])
+        rows += [speed_row(f"{source}: {first}", cell) for source, cell in by_source.items()]
     return rows
 
 
@@ -244,7 +247,8 @@ def sampled_summary(verify: dict) -> list[str]:
         return [sampled["words"].removeprefix("Sampling: ").capitalize()]
     return [
         f"Two-sample test over {sampled['contexts']} contexts of {sampled['samples']} answers: "
-        f"p = {sampled['p_value']:.2g}."
+        f"p = {sampled['p_value']:.2g}"
+        + ("." if sampled.get("detectable_shift") else "; too few to find a difference by.")
     ]
 
 
