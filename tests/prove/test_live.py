@@ -10,7 +10,7 @@ import pytest
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.live import LiveFacts, _alone, conclude
-from drafthead.prove.server import Client, parse_metrics, spec_counters
+from drafthead.prove.server import Client, connections, parse_metrics, spec_counters
 
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of drafts.
@@ -35,12 +35,13 @@ def test_metrics_page():
 
 
 @contextmanager
-def serving(page):
-    """A server that answers everything with ``page``; its address."""
+def serving(page, key=None):
+    """A server that answers everything with ``page``, to who has its key; its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            known = key is None or self.headers["Authorization"] == f"Bearer {key}"
+            self.send_response(200 if known else 401)
             self.end_headers()
             self.wfile.write(page.encode())
 
@@ -66,6 +67,17 @@ def test_what_is_no_vllm_server_is_said():
         Client(url).counters()
     with pytest.raises(DraftheadError, match="Invalid port"):
         Client("http://localhost:port").counters()
+
+
+def test_a_server_that_asks_for_a_key(monkeypatch):
+    with serving(PAGE, key="s") as url:
+        monkeypatch.setenv("VLLM_API_KEY", "s")
+        assert Client(url).counters().drafts == 42
+        assert connections(1).headers["Authorization"] == "Bearer s"
+        monkeypatch.delenv("VLLM_API_KEY")
+        with pytest.raises(DraftheadError, match="it asks for a key, and VLLM_API_KEY is not"):
+            Client(url).counters()
+    assert "Authorization" not in connections(1).headers
 
 
 def counts(first, drafts=1000):

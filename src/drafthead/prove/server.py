@@ -117,9 +117,13 @@ class Client:
     def get(self, path: str) -> httpx.Response:
         """A page of the server."""
         try:
-            response = httpx.get(self.url + path, timeout=30, trust_env=False)
+            response = httpx.get(self.url + path, headers=_key(), timeout=30, trust_env=False)
             response.raise_for_status()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
+                raise DraftheadError(
+                    f"{self.url}{path}: it asks for a key, and VLLM_API_KEY is not the right one"
+                ) from None
             raise DraftheadError(
                 f"{self.url}{path}: {error or type(error).__name__}; is a vLLM server there?"
             ) from None
@@ -158,7 +162,9 @@ class Client:
         """Token ids that the server's chat template makes of a conversation."""
         body = {"model": self.model()["id"], "messages": messages, "add_generation_prompt": True}
         try:
-            response = httpx.post(f"{self.url}/tokenize", json=body, timeout=30, trust_env=False)
+            response = httpx.post(
+                f"{self.url}/tokenize", json=body, headers=_key(), timeout=30, trust_env=False
+            )
             response.raise_for_status()
         except httpx.HTTPError as error:
             raise DraftheadError(f"{self.url}/tokenize: {error}") from None
@@ -255,7 +261,14 @@ def connections(count: int) -> httpx.AsyncClient:
     """So many connections at most. No proxy of the environment's: it would be timed with the
     server, or lead elsewhere."""
     limits = httpx.Limits(max_connections=count, keepalive_expiry=KEPT_S)
-    return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(600), trust_env=False)
+    timeout = httpx.Timeout(600)
+    return httpx.AsyncClient(limits=limits, timeout=timeout, headers=_key(), trust_env=False)
+
+
+def _key() -> dict[str, str]:
+    """The header with the key of a server that asks for one, where vLLM itself would read it."""
+    key = os.environ.get("VLLM_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _free_port() -> int:
