@@ -49,6 +49,33 @@ def test_turns_and_system_message_are_kept_and_answers_dropped(tmp_path):
     assert Chat("Be brief.", ("One", "Two"), "a") in chats.train + chats.heldout
 
 
+def test_a_system_message_beside_the_conversation_is_kept(tmp_path):
+    record = {"system": "Be brief.", "conversations": [{"from": "human", "value": "One"}]}
+    chats = load_chats(section(jsonl(tmp_path / "a.jsonl", [record, {"prompt": "x"}])))
+    assert Chat("Be brief.", ("One",), "a") in chats.train + chats.heldout
+
+
+def test_nothing_that_the_served_prompt_would_hold_is_dropped_in_silence(tmp_path):
+    """Asked without its tools or a later system message, it would be another conversation."""
+    user, system = ({"role": role, "content": role} for role in ("user", "system"))
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"id": "0"}]}
+    records = [
+        {"messages": [user], "tools": [{"type": "function"}]},
+        {"messages": [user, calling]},
+        {"messages": [system, system, user]},
+        {"messages": [user, system, user]},
+        {"messages": [system, user], "system": "another"},
+        {"prompt": "no tools", "tools": "[]"},
+        {"prompt": "none either", "tools": None, "system": ""},
+    ]
+    chats = load_chats(section(jsonl(tmp_path / "a.jsonl", records)))
+    assert {c.turns for c in chats.train + chats.heldout} == {("no tools",), ("none either",)}
+    assert chats.left_out == {
+        "tools, images or other roles": 2,
+        "a system message that is not the first": 3,
+    }
+
+
 def test_parquet_is_read_as_jsonl_is(tmp_path):
     records = [{"messages": [{"role": "user", "content": f"q{i}"}]} for i in range(6)]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")

@@ -40,6 +40,8 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: wrong input, a failed check, a full disk, or the engine died.
     """
     plan = make_plan(recipe)
+    for reason, count in plan.left_out.items():
+        console.print(f"[yellow]left out {count} records: {reason}[/yellow]")
     if not all(part_path(run.answers, unit).exists() for unit in range(len(plan.units))):
         _do("generate", plan, run, console)
     answers = list(read_answers(run.answers))

@@ -1,8 +1,8 @@
 """Chats out of JSONL, Parquet or a hub data set: what the target will be asked.
 
 A record holds `messages` (role/content), `conversations` (ShareGPT's from/value) or a plain
-`prompt`. Only what people said is kept, with the system message: the target writes every answer
-itself.
+`prompt`, and may have its system message beside them, as `system`. Only what people said is kept,
+with the system message: the target writes every answer itself.
 """
 
 import hashlib
@@ -171,17 +171,23 @@ def to_chat(record: Any, where: str, source: str) -> Chat | str:
         found = [{"role": "user", "content": found}]
     if not isinstance(found, list):
         raise DraftheadError(f"{where}: `{name}` is a {type(found).__name__}, not a list")
+    if record.get("tools") not in (None, [], "", "[]"):  # the served prompt would describe them
+        return "tools, images or other roles"
+    if record.get("system"):
+        found = [{"role": "system", "content": record["system"]}, *found]
     system, turns = None, []
     for number, message in enumerate(found):
         if not isinstance(message, dict):
             raise DraftheadError(f"{where}: `{name}`[{number}] is not an object with a role")
         role = _ROLES.get(str(message.get("role") or message.get("from")).lower())
         text = _text(message.get("content", message.get("value")))
-        if role is None or text is None:
+        if role is None or text is None or message.get("tool_calls"):
             return "tools, images or other roles"
         if role != "assistant" and not _is_unicode(text):
             return "half a character"
-        if role == "system" and number == 0:
+        if role == "system":
+            if number:
+                return "a system message that is not the first"
             system = text
         elif role == "user":
             if not text.strip():
