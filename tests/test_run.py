@@ -116,6 +116,20 @@ def test_changed_prompts_or_target_make_answers_stale(job):
         job.execute(recipe)
 
 
+def test_a_changed_folder_of_prompts_makes_answers_stale(job, tmp_path):
+    data = tmp_path / "data" / "train.jsonl"
+    data.parent.mkdir()
+    data.write_text('{"prompt": "Hello"}\n')
+    recipe = job.recipe(prompts={"sources": [{"dataset": str(data.parent)}]})
+    job.execute(recipe)
+    (data.parent / ".hidden").write_text("nothing that is read")
+    job.execute(recipe)
+    assert job.ran == []
+    data.write_text('{"prompt": "Bye"}\n')
+    with pytest.raises(DraftheadError, match="prompt_files"):
+        job.execute(recipe)
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -169,6 +169,17 @@ def _check_load(recipe: Recipe, wanted: Sequence[str]) -> None:
             )
 
 
+def _folder_hash(folder: Path) -> str:
+    """Names what lies in a folder, but for hidden files, which `datasets` does not read either."""
+    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    read = {name: path for name, path in paths.items() if not _hidden(name)}
+    return fingerprint({str(name): sha256_file(read[name]) for name in sorted(read)})
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
     """What each stage depends on: equal inputs mean that a finished output still holds.
 
@@ -186,7 +197,9 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         files = [source.path for source in sources if source.path]
         for path in files:
             check_file(path)
-        return {path: sha256_file(path) for path in files}
+        found = {path: sha256_file(path) for path in files}
+        folders = [source.dataset for source in sources if source.dataset]
+        return found | {name: _folder_hash(Path(name)) for name in folders if Path(name).is_dir()}
 
     settings = _settings(recipe)
     inputs: dict[str, dict] = {}
