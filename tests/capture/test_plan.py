@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 
 from drafthead.capture import stages
+from drafthead.capture.engine import Written
+from drafthead.capture.generate import answer_unit
 from drafthead.capture.plan import make_plan
 from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
@@ -16,7 +18,7 @@ from tests.vllm.runs import recipe_for
 
 REFUSING = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{{ messages[0]['content'] }}"
+    "{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
 )
 
 
@@ -33,6 +35,54 @@ def test_a_template_that_takes_no_system_message_is_told_before_the_first_answer
         file.write(json.dumps({"messages": messages}) + "\n")
     with pytest.raises(DraftheadError, match=r"refuses.*'system', 'user'.*not supported"):
         make_plan(recipe)
+
+
+def test_a_template_that_hides_earlier_answers_is_told_before_the_first_one(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "target")
+    shouting = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}{% endfor %}"
+    (tmp_path / "target" / "chat_template.jinja").write_text(shouting)
+    with pytest.raises(DraftheadError, match=r"rewrites earlier answers.*Mend"):
+        make_plan(parse_recipe(recipe_for(tmp_path / "target", tmp_path), "test"))
+
+
+class Engine:
+    """Answers the first prompt of each batch with an end token alone, the others in words."""
+
+    def __init__(self, plan):
+        self.words = plan.template.tokenizer("the city")["input_ids"]
+        self.end = plan.target.eos_token_ids[0]
+
+    def generate(self, prompts, seeds, progress):
+        words = [[] if i == 0 else self.words for i in range(len(prompts))]
+        return [
+            Written(1000 * len(prompts) + i, [*w, self.end], "stop") for i, w in enumerate(words)
+        ]
+
+
+def test_a_conversation_ends_at_the_answer_that_its_template_refuses(llama, tmp_path):
+    """Mistral's newer templates raise on an empty answer: the run ended there, each time again."""
+    shutil.copytree(llama, tmp_path / "target")
+    picky = (
+        "{% if message['role'] == 'assistant' and not message['content'] %}"
+        "{{ raise_exception('no content') }}{% endif %}<|im_start|>"
+    )
+    template = tmp_path / "target" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", picky, 1))
+    plan = make_plan(parse_recipe(recipe_for(tmp_path / "target", tmp_path), "test"))
+    asked = [pair for unit in plan.units for pair in unit if len(pair[0].turns) > 1]
+    unit = answer_unit(plan, Engine(plan), asked)
+    ended, *others = unit.answers
+    assert ended.answer_ids.tolist() == list(plan.target.eos_token_ids)
+    assert ended.prompt_ids.tolist() == plan.template.encode(asked[0][0].opening)[0]
+    assert not ended.prompt_mask.any()
+    assert all(answer.prompt_mask.any() for answer in others)
+    assert len(others) == len(asked) - 1
+    assert [wanted.key // 1000 for wanted in unit.wanted] == [len(asked)] + [len(others)] * len(
+        others
+    )
+    ((reason, names),) = unit.left_out.items()
+    assert "template refuses" in reason
+    assert names == [asked[0][0].id]
 
 
 def test_records_that_cannot_be_asked_are_told_of_before_the_first_answer(

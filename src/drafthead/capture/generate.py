@@ -19,6 +19,7 @@ from drafthead.states.index import unit_path
 
 # Tokens that a template puts around one more turn; more than any known one does.
 _TURN_MARGIN = 64
+_REFUSED = "later turns, as the template refuses an answer before them"
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Conversation:
     turn: int = 0
     prompt_ids: list[int] = field(default_factory=list)
     prompt_mask: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    answered: Written | None = None
+    """The target's answer to that prompt."""
 
 
 @dataclass
@@ -52,7 +55,8 @@ def answer_unit(
 
     Every turn is answered in the context of the target's own earlier answers, as its template
     shows them. The last turn's prompt and answer are the sample; only its states are kept. A
-    conversation ends early where one more turn might not fit the model.
+    conversation ends early where one more turn might not fit the model, or where the template
+    refuses what the target answered, as it comes (some raise on an empty one).
     """
     done: dict[str, tuple[Conversation, Written]] = {}
     left_out: dict[str, list[str]] = {}
@@ -65,7 +69,14 @@ def answer_unit(
         for conversation in live:
             text = conversation.chat.turns[conversation.turn]
             conversation.messages.append({"role": "user", "content": text})
-            ids, mask = plan.template.encode(conversation.messages)
+            try:
+                ids, mask = plan.template.encode(conversation.messages)
+            except DraftheadError:
+                if conversation.answered is None:
+                    raise
+                left_out.setdefault(_REFUSED, []).append(conversation.chat.id)
+                done[conversation.chat.id] = (conversation, conversation.answered)
+                continue
             if len(ids) >= plan.max_len:
                 left_out.setdefault("prompt longer than the model", []).append(conversation.chat.id)
                 continue
@@ -82,6 +93,7 @@ def answer_unit(
             if last:
                 done[conversation.chat.id] = (conversation, answer)
                 continue
+            conversation.answered = answer
             text = plan.template.answer_text(answer.ids)
             conversation.messages.append({"role": "assistant", "content": text})
             live.append(conversation)

@@ -53,6 +53,10 @@ def make_plan(recipe: Recipe) -> WorkPlan:
     # A broken template shows here, and one that takes no system message (Gemma's).
     for chat in {chat.system is None: chat for chat, _ in work}.values():
         template.render(chat.opening, prompt=True)
+    # … and one that does not let answers of earlier turns be told.
+    for chat in [chat for chat, _ in work if len(chat.turns) > 1][:1]:
+        answer = {"role": "assistant", "content": "Yes."}
+        template.encode([*chat.opening, answer, {"role": "user", "content": chat.turns[1]}])
     size = recipe.generate.chunk
     units = [work[i : i + size] for i in range(0, len(work), size)]
     inputs = _inputs(recipe, target, template, fingerprint([(c.id, split) for c, split in work]))

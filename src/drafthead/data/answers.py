@@ -64,7 +64,7 @@ def write_part(
     folder: Path, unit: int, answers: Sequence[Answer], left_out: dict[str, list[str]]
 ) -> None:
     """Write one unit's answers, whole or not at all; ``left_out`` names, by reason, the
-    conversations of the unit that have none.
+    conversations of the unit that have none, or not to all their turns.
 
     Raises:
         DraftheadError: the disk is full or refuses.
@@ -103,7 +103,7 @@ def read_part(path: Path) -> list[Answer]:
 
 
 def read_left_out(folder: Path) -> dict[str, list[str]]:
-    """Reason -> the conversations of a run that have no answer."""
+    """Reason -> the conversations of a run that have no answer, or not to all their turns."""
     found: dict[str, list[str]] = {}
     for path in sorted(folder.glob("part-*.parquet")):
         metadata = pq.read_schema(path).metadata or {}
