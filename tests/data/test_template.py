@@ -188,3 +188,13 @@ def test_no_template_and_templates_that_refuse_or_rewrite():
     dropping = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(DraftheadError, match="drops an earlier answer"):
         template(dropping).encode(HISTORY)
+
+
+def test_the_tokenizers_own_end_token_ends_an_answer_though_no_configuration_names_it():
+    """vLLM stops at it. Kept in the history, the template's own would stand there a second time."""
+    fast = tokenizer(CHATML)
+    fast.eos_token = "<|im_end|>"
+    found = Template(fast, [fast.convert_tokens_to_ids("<|eot_id|>")], "there")
+    assert found.answer_text(fast("Hello<|im_end|>")["input_ids"]) == "Hello"
+    runs, _, _ = written(found, HISTORY[2:])
+    assert runs == ["Hello, world!<|im_end|>"]

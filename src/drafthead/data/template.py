@@ -16,7 +16,8 @@ class Template:
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        eos_token_ids: tokens that end an answer of the target.
+        eos_token_ids: tokens that end an answer of the target; the tokenizer's own, at which vLLM
+            stops too, is one of them whether named or not.
         where: the target's path, for errors.
 
     Raises:
@@ -24,7 +25,8 @@ class Template:
     """
 
     def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int], where: str):
-        self.tokenizer, self.eos, self.where = tokenizer, set(eos_token_ids), where
+        self.tokenizer, self.where = tokenizer, where
+        self.eos = {*eos_token_ids, tokenizer.eos_token_id} - {None}
         if not tokenizer.chat_template:
             raise DraftheadError(
                 f"{where}: the target has no chat template, so nobody knows how its prompts look. "
