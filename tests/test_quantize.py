@@ -127,6 +127,27 @@ def test_a_finished_checkpoint_is_left_alone(moe, lfm2_moe):
         quantize(lfm2_moe, folder, CHATS[:7], CHATS[8:], max_new_tokens=24)
 
 
+def test_prompts_of_every_source_are_taken(llama, tmp_path):
+    """The first ones of the first file had been all that a target was calibrated on."""
+    for name in ("chat", "code"):
+        lines = (json.dumps({"prompt": f"{name} {i}"}) + "\n" for i in range(40))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in ("chat", "code")]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        json.dumps(
+            {
+                "name": "x",
+                "target": {"path": str(llama)},
+                "prompts": {"sources": sources, "heldout": 30},
+            }
+        )
+    )
+    for side in chats_of(recipe, 12, 12):
+        assert {chat.source for chat in side} == {"chat", "code"}
+        assert len(side) == 12
+
+
 def test_the_command_and_its_prompts(llama, tmp_path):
     from typer.testing import CliRunner
 

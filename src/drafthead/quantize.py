@@ -41,7 +41,8 @@ BATCH = 16
 def chats_of(prompts: Path, samples: int, heldout: int) -> tuple[list[Chat], list[Chat]]:
     """Conversations to calibrate on and held out, from a recipe or a prompts file.
 
-    A recipe's own split is kept: nothing it holds out is calibrated on.
+    A recipe's own split is kept: nothing it holds out is calibrated on. Taken in an order that
+    follows from their text, so of every source and of all of a sorted file.
 
     Raises:
         DraftheadError: neither a recipe nor prompts, or too few of them.
@@ -50,7 +51,8 @@ def chats_of(prompts: Path, samples: int, heldout: int) -> tuple[list[Chat], lis
         chats = load_chats(load_recipe(prompts).prompts)
     else:
         chats = load_chats(PromptsSection(sources=[Source(path=str(prompts))], heldout=heldout))
-    return chats.train[:samples], chats.heldout[:heldout]
+    train, held = (sorted(side, key=lambda chat: chat.id) for side in (chats.train, chats.heldout))
+    return train[:samples], held[:heldout]
 
 
 def quantize(
