@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from drafthead.capture import stages
 from drafthead.capture.engine import Written
 from drafthead.capture.generate import answer_unit
 from drafthead.capture.plan import make_plan
+from drafthead.data.answers import Answer, write_part
 from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
@@ -83,6 +85,25 @@ def test_a_conversation_ends_at_the_answer_that_its_template_refuses(llama, tmp_
     ((reason, names),) = unit.left_out.items()
     assert "template refuses" in reason
     assert names == [asked[0][0].id]
+
+
+def test_answers_to_other_prompts_are_not_taken_for_these(llama, tmp_path):
+    """A data set on the hub may have changed, and answers can be copied from run to run."""
+    sections = recipe_for(llama, tmp_path, 8, 4, capture={"mode": "prefill"})
+    plan = make_plan(parse_recipe(sections, "test"))
+    run = RunDir(tmp_path / "run")
+    for number, unit in enumerate(plan.units):
+        found = [
+            Answer(c.id, "s", side, np.ones(3), np.zeros(3, bool), np.ones(2), "stop", "x")
+            for c, side in unit
+        ]
+        write_part(run.answers, number, found, {})
+    assert stages.generate(plan.recipe, run, console=Console(quiet=True))["conversations"] == 8
+    (tmp_path / "new.jsonl").write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(8)))
+    for prompts in ({"seed": 1}, {"sources": [{"path": str(tmp_path / "new.jsonl")}]}):
+        other = parse_recipe(sections | {"prompts": sections["prompts"] | prompts}, "test")
+        with pytest.raises(DraftheadError, match="to other prompts than the recipe's"):
+            stages.generate(other, run, console=Console(quiet=True))
 
 
 def test_records_that_cannot_be_asked_are_told_of_before_the_first_answer(

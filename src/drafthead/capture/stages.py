@@ -37,7 +37,8 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         Counts of answers, tokens, and what was left out.
 
     Raises:
-        DraftheadError: wrong input, a failed check, a full disk, or the engine died.
+        DraftheadError: wrong input, a failed check, a full disk, the engine died, or answers that
+            lay there before are not to these prompts.
     """
     plan = make_plan(recipe)
     for reason, count in plan.left_out.items():
@@ -45,6 +46,12 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     if not all(part_path(run.answers, unit).exists() for unit in range(len(plan.units))):
         _do("generate", plan, run, console)
     answers = list(read_answers(run.answers))
+    split = {chat.id: side for unit in plan.units for chat, side in unit}
+    if strange := [a.conversation for a in answers if split.get(a.conversation) != a.split]:
+        raise DraftheadError(
+            f"{run.answers}: {len(strange)} answers ({strange[0]}, …) are to other prompts than "
+            "the recipe's, or held out otherwise; delete that folder, or give this run another name"
+        )
     too_long = read_left_out(run.answers)
     for reason, names in too_long.items():
         console.print(
