@@ -87,6 +87,16 @@ def test_a_conversation_ends_at_the_answer_that_its_template_refuses(llama, tmp_
     assert names == [asked[0][0].id]
 
 
+@pytest.mark.parametrize("key", [{"location": "file:///there"}, {"workers": 2}])
+def test_work_meant_for_a_cluster_is_not_done_here(llama, tmp_path, monkeypatch, key):
+    """Terabytes meant for a bucket went to this disk; with --ray forgotten at `capture` every
+    state was computed a second time."""
+    monkeypatch.setattr(stages, "_in_child", pytest.fail)
+    recipe = parse_recipe(recipe_for(llama, tmp_path, 8, 4, cluster=key), "test")
+    with pytest.raises(DraftheadError, match=r"set cluster.address, or .*generate RECIPE --ray"):
+        stages.generate(recipe, RunDir(tmp_path / "run"), console=Console(quiet=True))
+
+
 def test_answers_to_other_prompts_are_not_taken_for_these(llama, tmp_path):
     """A data set on the hub may have changed, and answers can be copied from run to run."""
     sections = recipe_for(llama, tmp_path, 8, 4, capture={"mode": "prefill"})

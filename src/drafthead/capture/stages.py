@@ -120,6 +120,11 @@ def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     """A stage's work, on this machine or on the cluster that the recipe names."""
     cluster = plan.recipe.cluster
     if cluster.address is None:
+        if cluster.location or cluster.workers:
+            raise DraftheadError(
+                "cluster.location and cluster.workers are for a cluster, and all of this would be "
+                f"done here: set cluster.address, or `drafthead {stage} RECIPE --ray ADDRESS`"
+            )
         _in_child(stage, plan, run, console)
         return
     spread(stage, plan, run, console)
