@@ -11,6 +11,7 @@ from rich.console import Console
 
 from drafthead import run as run_module
 from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.head.checkpoint import read_folder
 from drafthead.recipe import load_recipe
 from drafthead.run import NAMES, execute
 from drafthead.rundir import RunDir
@@ -147,6 +148,19 @@ def test_a_head_that_cannot_be_made_is_told_before_the_first_answer(job, section
     assert job.ran == ["generate", "capture"]
 
 
+def test_a_head_to_start_from_that_reads_other_layers_is_told_before_the_first_answer(job, llama):
+    """Told after capture, those layers would have cost the answers too."""
+    head = crafted.head(job.prompts.with_name("head"), llama)
+    start = {"train": {"start_from": str(head)}}
+    layers = read_folder(head).config.aux_layer_ids
+    with pytest.raises(DraftheadError, match=r"aux layers is .*\(0, 1, 5\).*head.aux_layers"):
+        job.execute(job.recipe(**start, capture={"aux_layers": [0, 1, 5]}))
+    assert job.ran == []
+    captured = {"aux_layers": sorted({0, *layers})}
+    job.execute(job.recipe(**start, capture=captured, head={"aux_layers": list(layers)}))
+    assert job.ran == list(NAMES)
+
+
 def test_a_load_that_would_wait_in_a_queue_is_refused(job):
     """64 of 128 would run, and the report say 128 at once."""
     for section, value in (("bench", [1, 128]), ("verify", 128)):
@@ -161,11 +175,12 @@ def test_a_load_that_would_wait_in_a_queue_is_refused(job):
 def test_a_changed_head_to_start_from_makes_training_stale_and_a_tracker_does_not(job, llama):
     head = crafted.head(job.prompts.with_name("head"), llama)
     start = {"start_from": str(head)}
-    job.execute(job.recipe(train=start))
-    job.execute(job.recipe(train=start | {"track": ["wandb"]}))
+    layers = {"aux_layers": list(read_folder(head).config.aux_layer_ids)}
+    job.execute(job.recipe(train=start, capture=layers))
+    job.execute(job.recipe(train=start | {"track": ["wandb"]}, capture=layers))
     assert job.ran == []
     (head / "model.safetensors").write_text("trained once more")
-    job.execute(job.recipe(train=start))
+    job.execute(job.recipe(train=start, capture=layers))
     assert job.ran == list(NAMES[NAMES.index("train") :])
 
 

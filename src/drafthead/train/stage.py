@@ -10,7 +10,7 @@ from torch import Tensor
 from drafthead.capture.online import open_states
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, read_folder, trained_steps
-from drafthead.head.config import head_config
+from drafthead.head.config import HeadConfig, head_config
 from drafthead.head.formats import Provenance
 from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
@@ -84,7 +84,7 @@ def check_shape(recipe: Recipe, run: RunDir) -> None:
     captured = target.check_aux_layers(recipe.capture.aux_layers)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     if start := recipe.train.start_from:
-        read_folder(Path(start), target)
+        _check_given(Path(start), read_folder(Path(start), target).config, layers, target)
     else:
         head_config(recipe.head, target, layers, recipe.vocab.size)
 
@@ -153,7 +153,14 @@ def _given_head(
 ) -> tuple[Eagle3Head, Tensor | None]:
     """A head of either format to go on from, and its own embedding if it has one."""
     loaded = load_head(folder, target)
-    config = loaded.head.config
+    _check_given(folder, loaded.head.config, aux_layers, target)
+    return loaded.head.float(), loaded.embedding
+
+
+def _check_given(
+    folder: Path, config: HeadConfig, aux_layers: tuple[int, ...], target: Target
+) -> None:
+    """Refuse a head for another target's states, or for those of other layers."""
     for name, found, wanted in (
         ("vocab_size", config.vocab_size, target.vocab_size),
         ("target_hidden_size", config.target_hidden_size, target.hidden_size),
@@ -164,7 +171,6 @@ def _given_head(
                 f"{folder}: its {name} is {found}, the states and target of this run have "
                 f"{wanted}" + ("; set head.aux_layers" if name == "aux layers" else "")
             )
-    return loaded.head.float(), loaded.embedding
 
 
 def from_head(recipe: Recipe, folder: Path | None) -> Recipe:
