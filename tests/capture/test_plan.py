@@ -116,6 +116,23 @@ def test_answers_to_other_prompts_are_not_taken_for_these(llama, tmp_path):
             stages.generate(other, run, console=Console(quiet=True))
 
 
+def test_turns_that_might_not_fit_are_told_of(llama, tmp_path):
+    """With long answers allowed for, all but the first turns may go unasked."""
+    plans = [
+        make_plan(parse_recipe(recipe_for(llama, tmp_path, generate={"max_new_tokens": n}), "test"))
+        for n in (24, 200)
+    ]
+    several = {chat.id for unit in plans[0].units for chat, _ in unit if len(chat.turns) > 1}
+    roomy, tight = (
+        answer_unit(plan, Engine(plan), [pair for unit in plan.units for pair in unit])
+        for plan in plans
+    )
+    assert roomy.left_out == {}
+    ((reason, names),) = tight.left_out.items()
+    assert "engine.max_model_len" in reason
+    assert set(names) == several
+
+
 def test_records_that_cannot_be_asked_are_told_of_before_the_first_answer(
     llama, tmp_path, monkeypatch
 ):

@@ -19,6 +19,7 @@ from drafthead.states.index import unit_path
 
 # Tokens that a template puts around one more turn; more than any known one does.
 _TURN_MARGIN = 64
+_NO_ROOM = "later turns, which might not fit into engine.max_model_len"
 _REFUSED = "later turns, as the template refuses an answer before them"
 
 
@@ -91,6 +92,8 @@ def answer_unit(
         live = []
         for (conversation, last), answer in zip(asked, written, strict=True):
             if last:
+                if conversation.turn < len(conversation.chat.turns):
+                    left_out.setdefault(_NO_ROOM, []).append(conversation.chat.id)
                 done[conversation.chat.id] = (conversation, answer)
                 continue
             conversation.answered = answer
