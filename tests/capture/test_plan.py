@@ -93,7 +93,7 @@ def test_work_meant_for_a_cluster_is_not_done_here(llama, tmp_path, monkeypatch,
     state was computed a second time."""
     monkeypatch.setattr(stages, "_in_child", pytest.fail)
     recipe = parse_recipe(recipe_for(llama, tmp_path, 8, 4, cluster=key), "test")
-    with pytest.raises(DraftheadError, match=r"set cluster.address, or .*generate RECIPE --ray"):
+    with pytest.raises(DraftheadError, match=r"set cluster.address, or give --ray ADDRESS"):
         stages.generate(recipe, RunDir(tmp_path / "run"), console=Console(quiet=True))
 
 

@@ -123,7 +123,7 @@ def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
         if cluster.location or cluster.workers:
             raise DraftheadError(
                 "cluster.location and cluster.workers are for a cluster, and all of this would be "
-                f"done here: set cluster.address, or `drafthead {stage} RECIPE --ray ADDRESS`"
+                "done here: set cluster.address, or give --ray ADDRESS"
             )
         _in_child(stage, plan, run, console)
         return
