@@ -43,6 +43,7 @@ from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
+from drafthead.plan import Plan, Setting
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import Curves, analyse, load, model
 from drafthead.prove.grid import line, running, start
@@ -58,7 +59,7 @@ from drafthead.prove.pairing import (
 )
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import parse_recipe
-from drafthead.serve import Plan, Setting, engine_plan, largest_graph
+from drafthead.serve import engine_plan, largest_graph
 from drafthead.targets import load_target
 
 CONSOLE = Console(stderr=True, width=140)

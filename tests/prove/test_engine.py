@@ -60,7 +60,7 @@ from pathlib import Path
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.grid import running, start
 from drafthead.prove.server import ServerProcess
-from drafthead.serve import Plan
+from drafthead.plan import Plan
 
 class Hanging(Plan):
     command = ["sh", "-c", "sleep 600; true"]

@@ -9,13 +9,14 @@ from rich.console import Console
 
 from drafthead.data.answers import Answer, write_part
 from drafthead.fsio import read_json
+from drafthead.plan import Plan, Setting
 from drafthead.prove.bench import _on_each_number_of_gpus, _vocabularies, bench, contest
 from drafthead.prove.engine import SpecCounters
 from drafthead.prove.grid import shared, time_grid
 from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
-from drafthead.serve import Plan, Setting, engine_plan
+from drafthead.serve import engine_plan
 from tests.prove import crafted, made_run
 from tests.prove.closed_loop import serve
 

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
+from drafthead.plan import Plan, Setting
 from drafthead.prove.proof import command_line, doubt, proof_path, seal
 from drafthead.prove.verify import Outcome, Plans, verify
-from drafthead.serve import Plan, Setting
 from tests.prove import made_run
 
 

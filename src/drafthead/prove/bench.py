@@ -9,6 +9,7 @@ from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
 from drafthead.machine import this_machine
+from drafthead.plan import Plan
 from drafthead.prove.cells import Cells, forget
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import Vocabularies, analyse, load, recommended_k
@@ -26,7 +27,7 @@ from drafthead.prove.records import BENCH_AGAIN, Contest, WrittenHead
 from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
-from drafthead.serve import Plan, engine_plan, existing_head
+from drafthead.serve import engine_plan, existing_head
 from drafthead.targets import Target, recipe_target
 
 # vLLM's own prompt lookup; a match of two tokens at least, as its examples take.

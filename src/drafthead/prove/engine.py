@@ -125,8 +125,8 @@ class EngineProcess:
     ``log``; errors quote its end.
 
     Args:
-        args: arguments of ``vllm.LLM``, from :func:`drafthead.serve.engine_args`.
-        env: environment variables to add, from :func:`drafthead.serve.engine_env`.
+        args: arguments of ``vllm.LLM``, from :attr:`drafthead.plan.Plan.args`.
+        env: environment variables to add, from :attr:`drafthead.plan.Plan.environment`.
         log: file for what the engine prints; appended to.
         name: what errors call this engine.
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from drafthead.plan import Plan
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.pairing import Engine, Point, run_pairs, summarize
 from drafthead.prove.server import ServerProcess
-from drafthead.serve import Plan
 
 Running = EngineProcess | ServerProcess
 

@@ -24,8 +24,8 @@ import httpx
 
 from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
+from drafthead.plan import Plan
 from drafthead.prove.engine import Completion, Generation, SpecCounters
-from drafthead.serve import Plan
 
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')

@@ -11,6 +11,7 @@ from rich.console import Console
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
+from drafthead.plan import Plan
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
 from drafthead.prove.lossless import ALPHA, Examiner, once_more, part
@@ -20,7 +21,7 @@ from drafthead.prove.proof import command_line, proof_path, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
-from drafthead.serve import Plan, engine_plan, existing_head
+from drafthead.serve import engine_plan, existing_head
 from drafthead.targets import Target, recipe_target
 
 # Lengths that faults of speculation have hidden at: one-token prompts, a block's edge, chunks.

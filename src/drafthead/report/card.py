@@ -11,6 +11,7 @@ import yaml
 
 from drafthead.fsio import write_bytes
 from drafthead.machine import Gpu, Machine, this_machine
+from drafthead.plan import Plan
 from drafthead.recipe import without_secrets
 from drafthead.report.results import Results
 from drafthead.report.table import lossless_words
@@ -24,7 +25,7 @@ from drafthead.report.words import (
     served_cells,
     speed_rows,
 )
-from drafthead.serve import Plan, engine_plan
+from drafthead.serve import engine_plan
 from drafthead.targets import Target, recipe_target
 from drafthead.vllm_plugin.hookless import ARCHITECTURES
 
