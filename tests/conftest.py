@@ -50,6 +50,15 @@ def granite(tmp_path_factory):
     return tiny.tiny_other(tmp_path_factory.mktemp("granite"), "granite")
 
 
+@pytest.fixture(autouse=True)
+def gradients():
+    """On in every test, whatever an engine that ran in this process before has left behind."""
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 @pytest.fixture
 def drafthead(monkeypatch, capsys):
     """Run a command in this process, to its exit code, stdout and stderr."""
