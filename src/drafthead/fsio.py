@@ -265,6 +265,17 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def visible_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder and of those below by their relative names, in order; hidden ones, and
+    what lies in hidden folders, are left out."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        str(name): path
+        for name, path in found.items()
+        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+    }
+
+
 def fingerprint(obj: Any) -> str:
     """A short stable name (16 hex digits) of a JSON-able object, in whatever order its keys."""
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), default=str)

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from drafthead.data.chats import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep
+from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep, visible_files
 from drafthead.head.checkpoint import trained_steps
 from drafthead.machine import torchrun_rank
 from drafthead.recipe import CaptureSection, Recipe, Source, without_secrets
@@ -171,13 +171,7 @@ def _check_load(recipe: Recipe, wanted: Sequence[str]) -> None:
 
 def _folder_hash(folder: Path) -> str:
     """Names what lies in a folder, but for hidden files, which `datasets` does not read either."""
-    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    read = {name: path for name, path in paths.items() if not _hidden(name)}
-    return fingerprint({str(name): sha256_file(read[name]) for name in sorted(read)})
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return fingerprint({name: sha256_file(path) for name, path in visible_files(folder).items()})
 
 
 def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:

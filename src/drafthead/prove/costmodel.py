@@ -273,9 +273,11 @@ def analyse(
                 }
             )
         gains = choose(cost, tokens)
-        others = vocabularies if vocabularies and vocabularies.max_new_tokens == at[1] else None
+        judged: list[dict] = []
         if vocabularies:
             cost = replace(cost, row=vocabularies.row_s[concurrency])
+            if vocabularies.max_new_tokens == max_new_tokens:
+                judged = by_vocabulary(cost, vocabularies)
         found.append(
             {
                 "concurrency": concurrency,
@@ -290,7 +292,7 @@ def analyse(
                 "predicted_speedup": {str(k): gain for k, gain in sorted(gains.items())},
                 "best_num_speculative_tokens": next(iter(gains)),
                 "per_row_s": cost.row or None,
-                "by_vocabulary": by_vocabulary(cost, others) if others else [],
+                "by_vocabulary": judged,
             }
         )
     return found

@@ -4,6 +4,7 @@ A process per engine gives its memory back for certain, keeps one engine's failu
 other, and lets two engines (with and without the head) live side by side for paired timing.
 """
 
+import abc
 import contextlib
 import itertools
 import json
@@ -16,11 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
 from drafthead.fsio import log_tail
+
+Answering = TypeVar("Answering")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,34 @@ class SpecCounters:
         return [n / self.drafts for n in self.accepted_per_position] if self.drafts else []
 
 
-class EngineProcess:
+class Startable(abc.ABC, Generic[Answering]):
+    """What loads a model in a process of its own; a context manager that is over the wait for it
+    when the block begins, and leaves nothing behind, also if the wait fails or is ended."""
+
+    @abc.abstractmethod
+    def start(self) -> Any:
+        """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
+
+    @abc.abstractmethod
+    def wait_ready(self) -> Answering:
+        """Wait until the model can answer, started first if it is not; what asks it."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the process and everything that it started."""
+
+    def __enter__(self) -> Answering:
+        try:
+            return self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class EngineProcess(Startable["EngineProcess"]):
     """One vLLM engine in a child process; a context manager that leaves nothing behind.
 
     The child dies with its parent, even when the parent is killed. What vLLM prints goes to
@@ -248,16 +278,6 @@ class EngineProcess:
         os.close(self._life)
         kill_group(process.pid)
         process.wait()
-
-    def __enter__(self) -> "EngineProcess":
-        try:
-            return self.wait_ready()
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _send(self, message: dict) -> None:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from drafthead import __version__
 from drafthead.errors import DraftheadError
-from drafthead.fsio import read_json, sha256_file, write_json
+from drafthead.fsio import read_json, sha256_file, visible_files, write_json
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.records import VERIFY_AGAIN, Proof
 from drafthead.rundir import RunDir
@@ -39,11 +39,9 @@ def now() -> str:
 def hash_folder(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a model's folder, by its relative name."""
     return {
-        str(path.relative_to(folder)): sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not path.name.startswith((".", *_NOT_PROVED))
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        name: sha256_file(path)
+        for name, path in visible_files(folder).items()
+        if not path.name.startswith(_NOT_PROVED)
     }
 
 

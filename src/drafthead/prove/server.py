@@ -25,7 +25,7 @@ import httpx
 from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
 from drafthead.plan import Plan
-from drafthead.prove.engine import Completion, Generation, SpecCounters
+from drafthead.prove.engine import Completion, Generation, SpecCounters, Startable
 
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -277,7 +277,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-class ServerProcess:
+class ServerProcess(Startable[Client]):
     """``vllm serve`` for a plan, in a process of its own: a context manager that gives a client of
     it once it is healthy, and leaves nothing behind. It ends with this process, even if that is
     killed.
@@ -319,6 +319,8 @@ class ServerProcess:
 
     def wait_ready(self) -> Client:
         """Wait until the server is healthy; what asks it."""
+        if self._process is None:
+            self.start()
         assert self._process is not None
         client = Client(f"http://127.0.0.1:{self._port}", self.name, self._process.pid)
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -346,14 +348,3 @@ class ServerProcess:
             self._process.wait(timeout=self._grace)
         kill_group(self._process.pid)
         self._process.wait()
-
-    def __enter__(self) -> Client:
-        try:
-            self.start()
-            return self.wait_ready()
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
