@@ -7,13 +7,24 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from drafthead import progress
 from drafthead.recipe import Recipe
 
 console = Console(stderr=True)
 
+
+def _hide_progress(as_json: bool) -> bool:
+    """A program that asks for JSON watches no bar."""
+    progress.hide(console, as_json)
+    return as_json
+
+
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", callback=_hide_progress, help="Print one JSON object on stdout."),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace output made with other settings.")
 ]
