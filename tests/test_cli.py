@@ -2,6 +2,7 @@
 mend, exit code 2, and never a traceback."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -169,8 +170,8 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
         (nothing, ("run", "r.yaml", "--from", "trian"), "they are, in order: generate"),
         (nothing, ("run", "r.yaml", "--form", "train"), "No such option"),
         (nothing, ("rnu", "r.yaml"), "Did you mean 'run'?"),
-        (nothing, ("train", "r.yaml"), "`drafthead run RECIPE --from generate`"),
-        (nothing, ("report", "r.yaml"), "`drafthead run RECIPE --from generate`"),
+        (nothing, ("train", "r.yaml"), "`drafthead run r.yaml --from generate`"),
+        (nothing, ("report", "r.yaml"), "`drafthead run r.yaml --from generate`"),
         (nothing, ("train", "r.yaml", "--from", "nope"), "needs capture"),
         (nothing, ("serve", "r.yaml", "--print"), "no head there"),
         (truncated_head, ("serve", "r.yaml", "--print"), "not a whole safetensors file"),
@@ -207,6 +208,23 @@ def test_wrong_use_is_one_message(place, drafthead, monkeypatch, change, args, w
     assert code == 2
     assert words in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["my recipe.yaml", "[a].yaml", "deep/in/r.yaml"])
+def test_a_message_names_the_recipe_that_was_given(place, drafthead, name):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(RECIPE)
+    _, out, err = drafthead("serve", name, "--json")
+    assert f"`drafthead run {shlex.quote(name)}`" in json.loads(out)["error"]
+    assert f"`drafthead run {shlex.quote(name)}`" in err
+
+
+def test_the_command_line_is_imported_without_what_takes_long():
+    code = "import sys, drafthead.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "typer" in loaded
+    assert not loaded & {"torch", "transformers", "vllm", "numpy", "pydantic", "pyarrow", "psutil"}
 
 
 def test_a_further_process_of_torchruns_says_what_is_wrong(place, drafthead, monkeypatch):

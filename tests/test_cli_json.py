@@ -100,6 +100,11 @@ def test_one_object(command, drafthead):
         (("inspect", "empty"), 2, "problems"),
         (("states", "check", "broken"), 1, "faults"),
         (("doctor", "--url", "http://127.0.0.1:9"), 2, "error"),
+        (("run",), 2, "error"),
+        (("run", "r.yaml", "--form", "train"), 2, "error"),
+        (("rnu", "r.yaml"), 2, "error"),
+        (("quantize", "target", "out", "--prompts", "p.jsonl", "--samples", "0"), 2, "error"),
+        (("states", "chekc"), 2, "error"),
     ],
 )
 def test_one_object_when_something_is_wrong(args, code, key, drafthead):

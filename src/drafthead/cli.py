@@ -13,12 +13,18 @@ import typer
 from rich.markup import escape
 
 from drafthead import __version__
-from drafthead.cli_options import AsJson, Overwrite, RecipeFile, RunsDir, console, emit, one_stage
+from drafthead.cli_options import (
+    AsJson,
+    Overwrite,
+    RecipeFile,
+    RunsDir,
+    console,
+    emit,
+    one_stage,
+    read_recipe,
+)
 from drafthead.cli_prove import bench, verify
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import disk_errors
-from drafthead.recipe import load_recipe
-from drafthead.rundir import RunDir
 
 app = typer.Typer(
     name="drafthead",
@@ -79,7 +85,7 @@ def run(
     from drafthead.run import execute
 
     result = execute(
-        load_recipe(recipe), runs, first=first, last=last, overwrite=overwrite, console=console
+        read_recipe(recipe), runs, first=first, last=last, overwrite=overwrite, console=console
     )
     if as_json:
         emit(result, as_json)
@@ -92,7 +98,7 @@ def _add_stage(name: str, help_text: str) -> None:
         overwrite: Overwrite = False,
         as_json: AsJson = False,
     ) -> None:
-        one_stage(name, load_recipe(recipe), runs, overwrite, as_json)
+        one_stage(name, read_recipe(recipe), runs, overwrite, as_json)
 
     epilog = f"Example: drafthead {name} recipe.yaml"
     app.command(name, help=help_text, epilog=epilog, rich_help_panel=STAGES)(command)
@@ -118,7 +124,7 @@ def _add_cluster_stage(name: str, help_text: str) -> None:
     ) -> None:
         from drafthead.capture.cluster import on_cluster
 
-        spread = on_cluster(load_recipe(recipe), ray, workers, location)
+        spread = on_cluster(read_recipe(recipe), ray, workers, location)
         one_stage(name, spread, runs, overwrite, as_json)
 
     epilog = f"Example: drafthead {name} recipe.yaml --ray auto --location s3://bucket/run"
@@ -154,7 +160,7 @@ def train(
 
     rank = torchrun_rank()
     console.quiet = rank > 0
-    found = from_head(load_recipe(recipe), start)
+    found = from_head(read_recipe(recipe), start)
     one_stage("train", found, runs, overwrite, as_json and rank == 0)
     if start is not None:
         console.print(
@@ -245,9 +251,10 @@ def serve(
     """Serve target and head with vLLM. Unknown arguments are passed on to it; --json prints the
     plan as JSON and starts nothing: vLLM's log would follow it on stdout."""
     from drafthead.prove.proof import doubt
+    from drafthead.rundir import RunDir
     from drafthead.serve import serve_plan
 
-    loaded = load_recipe(recipe)
+    loaded = read_recipe(recipe)
     plan = serve_plan(loaded, runs, extra=context.args)
     k = plan.args["speculative_config"]["num_speculative_tokens"]
     not_proved = doubt(RunDir(runs / loaded.name), k)
@@ -331,7 +338,7 @@ def publish(
     from drafthead.report.publish import publish as upload
     from drafthead.run import check_made
 
-    loaded = load_recipe(recipe)
+    loaded = read_recipe(recipe)
     check_made(loaded, runs)
     result = upload(loaded, runs, repo=repo, dry_run=dry_run, console=console)
     if as_json:
@@ -352,21 +359,33 @@ def doctor(
     """Check Python, PyTorch, vLLM, plugin, GPU and disk; say how to mend each fault."""
     from drafthead.doctor import diagnose
 
-    found = diagnose(load_recipe(recipe) if recipe else None, runs, url=url, console=console)
+    found = diagnose(read_recipe(recipe) if recipe else None, runs, url=url, console=console)
     if as_json:
         emit(found, as_json)
     if not found["healthy"]:
         raise typer.Exit(DraftheadError.exit_code)
 
 
+UsageError: type = typer.BadParameter.__base__  # type: ignore[assignment]
+"""A wrong command line. typer does not export the class, nor is it always click's own."""
+
+
 def main() -> None:
-    """Run the command line; errors a user can mend are one line and an exit code, no traceback.
+    """Run the command line; errors a user can fix are one line and an exit code, no traceback.
 
     With ``--json`` such an error is the one object on stdout: ``{"error": …}``.
     """
+    from drafthead.fsio import disk_errors
+
     try:
         with disk_errors("drafthead"):  # the last net: a disk that fills up is no traceback
-            app()
+            code = app(standalone_mode=False)
+    except UsageError as error:
+        if not error.format_message():  # no arguments at all: typer has printed the help
+            sys.exit(error.exit_code)
+        if error.ctx is not None:
+            console.print(escape(error.ctx.get_usage()), soft_wrap=True)
+        _fail("error", error.format_message(), error.exit_code)
     except ClaimFailed as error:
         _fail("claim failed", str(error), error.exit_code)
     except DraftheadError as error:
@@ -377,14 +396,13 @@ def main() -> None:
         if ours or getattr(error, "errno", None) is not None:
             raise
         words = (
-            f"{error}: an installation that is not whole; `drafthead doctor` looks at it, or "
-            "install drafthead in a fresh environment"
+            f"{error}: incomplete installation; `drafthead doctor` looks at it, or install "
+            "drafthead in a fresh environment"
         )
         _fail("error", words, DraftheadError.exit_code)
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:  # typer's own answer to Ctrl-C
-            console.print("stopped; run the same command again to go on")
-        raise
+    if code == INTERRUPTED:  # typer's own answer to Ctrl-C
+        console.print("stopped; run the same command again to go on")
+    sys.exit(code)
 
 
 def _fail(kind: str, message: str, code: int) -> NoReturn:

@@ -1,16 +1,45 @@
 """What the commands share: the console, common options, how a result is told."""
 
 import json
+import re
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from drafthead import progress
-from drafthead.recipe import Recipe
 
-console = Console(stderr=True)
+# pydantic takes as long to import as all else that the command line needs to print its help.
+if TYPE_CHECKING:
+    from drafthead.recipe import Recipe
+
+_PLACE = re.compile(r"(\bdrafthead (?:\w+ )+)RECIPE\b")
+
+
+class _Console(Console):
+    """Puts the recipe's file into the commands of a message. Code that writes messages does not
+    know the file and writes RECIPE: "run `drafthead capture RECIPE`"."""
+
+    recipe: Path | None = None
+    """The file, once a command has read it."""
+
+    def named(self, text: str, markup: bool = False) -> str:
+        """``text`` with the recipe's file, quoted for a shell, in place of each RECIPE."""
+        if self.recipe is None:
+            return text
+        file = shlex.quote(str(self.recipe))
+        file = escape(file) if markup else file
+        return _PLACE.sub(lambda match: match[1] + file, text)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        named = (self.named(o, markup=True) if isinstance(o, str) else o for o in objects)
+        super().print(*named, **options)
+
+
+console = _Console(stderr=True)
 
 
 def _hide_progress(as_json: bool) -> bool:
@@ -32,15 +61,35 @@ Overwrite = Annotated[
 Again = Annotated[bool, typer.Option("--again", help="Measure again what is finished.")]
 
 
+def read_recipe(path: Path) -> "Recipe":
+    """The recipe in a file, which messages name from now on."""
+    from drafthead.recipe import load_recipe
+
+    console.recipe = path
+    return load_recipe(path)
+
+
 def emit(result: Any, as_json: bool) -> None:
     """A command's result: one JSON object on stdout, or for people on stderr."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        # Named in the strings, not in the JSON text, where a file's name would need escapes.
+        print(json.dumps(_named(result), ensure_ascii=False))
     elif result is not None:
         console.print_json(json.dumps(result))
 
 
-def run_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool, again: bool = False) -> dict:
+def _named(value: Any) -> Any:
+    """A JSON-able value with :meth:`_Console.named` applied to each string."""
+    if isinstance(value, dict):
+        return {key: _named(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(inner) for inner in value]
+    return console.named(value) if isinstance(value, str) else value
+
+
+def run_stage(
+    name: str, recipe: "Recipe", runs: Path, overwrite: bool, again: bool = False
+) -> dict:
     """Run one stage; returns its summary."""
     from drafthead.run import execute
 
@@ -51,7 +100,7 @@ def run_stage(name: str, recipe: Recipe, runs: Path, overwrite: bool, again: boo
 
 
 def one_stage(
-    name: str, recipe: Recipe, runs: Path, overwrite: bool, as_json: bool, again: bool = False
+    name: str, recipe: "Recipe", runs: Path, overwrite: bool, as_json: bool, again: bool = False
 ) -> None:
     """Run one stage and tell its summary."""
     emit(run_stage(name, recipe, runs, overwrite, again), as_json)

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +15,12 @@ from drafthead.cli_options import (
     console,
     emit,
     one_stage,
+    read_recipe,
     run_stage,
 )
-from drafthead.recipe import Recipe, load_recipe, with_options
+
+if TYPE_CHECKING:
+    from drafthead.recipe import Recipe
 
 
 def _numbers(text: str | None) -> list[str] | None:
@@ -25,10 +28,12 @@ def _numbers(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",")]
 
 
-def _with_options(recipe: Path, section: str, options: dict[str, Any]) -> Recipe:
+def _with_options(recipe: Path, section: str, options: dict[str, Any]) -> "Recipe":
     """The recipe with a section's fields as the command line gives them, and a word on it."""
+    from drafthead.recipe import with_options
+
     changed = {name: value for name, value in options.items() if value is not None}
-    found = with_options(load_recipe(recipe), section, changed)
+    found = with_options(read_recipe(recipe), section, changed)
     if changed:
         console.print(
             f"{section}: {', '.join(f'{n}={v}' for n, v in changed.items())} instead of the "

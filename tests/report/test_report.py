@@ -144,7 +144,7 @@ def test_the_grid_and_what_stands_beside(tmp_path):
             f"median error of {bench['cost_model_error']['decoding']['median_error']:.1%}" in text
         )
         best = bench["recommended_num_speculative_tokens"]
-        assert f"The k to serve: k = {best} was not proved (k = 1 was)" in text
+        assert f"k = {best}, the one to serve, was not proved" in text
         for row in bench["cost_model"][0]["by_vocabulary"]:
             assert f"{row['draft_vocab_size']:,}" in text
     assert "p = 0.43" in html

@@ -8,7 +8,6 @@ import jinja2
 
 from drafthead.head.checkpoint import trained_steps
 from drafthead.prove.costmodel import load
-from drafthead.prove.proof import doubt
 from drafthead.report.results import Results
 
 _TONES = {"faster": "good", "slower": "bad"}
@@ -233,8 +232,9 @@ def notes(r: Results) -> list[str]:
             "At the headline's load it was too far off to choose k by: time more prompts, or on a "
             "machine that does nothing else."
         )
-    if r.proof["lossless"] and (why := doubt(r.run, r.recommended_k)):
-        found.append(f"The k to serve: {why}")
+    if r.proof["lossless"] and str(r.recommended_k) not in r.proof["served"]:
+        proved = ", ".join(sorted(r.proof["served"], key=int))
+        found.append(f"k = {r.recommended_k}, the one to serve, was not proved; k = {proved} was.")
     return found
 
 
