@@ -129,6 +129,18 @@ def test_a_copy_in_mistrals_own_format_is_named(recipe, tmp_path):
     assert warned(told) == []
 
 
+def test_sampling_that_every_request_would_be_refused_for_is_warned_of(recipe, tmp_path):
+    def warned():
+        findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
+        return [f.found for f in findings if f.what == "sampling" and f.state == "warning"]
+
+    assert warned() == []
+    (tmp_path / "target" / "generation_config.json").write_text('{"min_p": 0.05, "top_k": 20}')
+    (words,) = warned()
+    assert "min_p 0.05" in words
+    assert "top_k" not in words
+
+
 def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypatch):
     run = RunDir(tmp_path / "runs" / "r")
     usage = namedtuple("usage", "total used free")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from drafthead.errors import DraftheadError
-from drafthead.recipe import Recipe, load_recipe, without_secrets
+from drafthead.recipe import Recipe, load_recipe, schema, without_secrets
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GOOD = {
@@ -114,6 +114,40 @@ def test_lfm2_recipe_fits_the_target_that_it_names():
     assert recipe.vocab.size < 128_000
     assert recipe.engine.max_model_len <= 128_000
     assert recipe.head.intermediate_size == 4 * 2048
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("max_model_len", "engine.max_model_len"),
+        ("max-model-len", "engine.max_model_len"),
+        ("--max-num-seqs", "engine.max_num_seqs"),
+        ("tensor_parallel_size", "engine.tensor_parallel_size"),
+        ("-tp", "engine.tensor_parallel_size"),
+        ("speculative_config", "serve.num_speculative_tokens"),
+        ("speculative-config.method", "serve.num_speculative_tokens"),
+        ("spec_tokens", "serve.num_speculative_tokens"),
+        ("dtype", "engine.dtype"),
+        ("model", "target.path"),
+        ("trust_remote_code", "target.trust_remote_code"),
+        ("block-size", "block_size"),
+    ],
+)
+def test_an_extra_argument_that_has_a_key_of_its_own_is_refused(tmp_path, key, named):
+    with pytest.raises(DraftheadError, match=rf"engine\.extra.*{key}.*{named}"):
+        _load(tmp_path, GOOD | {"engine": {"extra": {key: 1}}})
+
+
+def test_every_argument_with_a_key_of_its_own_is_one_of_vllms():
+    """Or of its short names."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    short = {"model_tag", "tp", "sc", "kv_cache_memory", "num_speculative_tokens"}
+    assert schema._RECIPE_KEYS.keys() - short <= EngineArgs.__dataclass_fields__.keys()
+    named = [key.split(".") for key in schema._RECIPE_KEYS.values()]
+    assert all(
+        field in Recipe.model_fields[section].annotation.model_fields for section, field in named
+    )
 
 
 @pytest.mark.parametrize(

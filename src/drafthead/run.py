@@ -158,11 +158,10 @@ def check_made(recipe: Recipe, runs_dir: Path) -> None:
 def _check_load(recipe: Recipe, wanted: Sequence[str]) -> None:
     """Whether the engines run as many requests at once as verify and bench put to them: of the rest
     of a load, which waits in vLLM's queue, a report would say that it was measured."""
-    room = recipe.engine.extra.get("max_num_seqs", recipe.engine.max_num_seqs)
+    room = recipe.engine.max_num_seqs
     asked = {"verify": [recipe.verify.concurrency or 1], "bench": recipe.bench.concurrency}
     for stage, numbers in asked.items():
-        # What else stands in `extra` there vLLM itself judges.
-        if stage in wanted and isinstance(room, int) and max(numbers) > room:
+        if stage in wanted and max(numbers) > room:
             raise DraftheadError(
                 f"{stage}.concurrency: {max(numbers)} requests at once, and engine.max_num_seqs "
                 f"lets {room} run while the others wait; raise it to {max(numbers)}"

