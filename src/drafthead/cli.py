@@ -18,6 +18,7 @@ from drafthead.cli_options import (
     Overwrite,
     RecipeFile,
     RunsDir,
+    TrustRemoteCode,
     console,
     emit,
     one_stage,
@@ -58,12 +59,13 @@ def init(
     target: Annotated[str, typer.Argument(help="Target folder or hub id.")],
     prompts: Annotated[str, typer.Option(help="Your prompts: JSONL or Parquet.")] = "prompts.jsonl",
     out: Annotated[Path, typer.Option(help="Where to write the recipe.")] = Path("recipe.yaml"),
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Look at a target and write a commented recipe fit for it."""
     from drafthead.init import write_recipe
 
-    emit(write_recipe(target, prompts, out), as_json)
+    emit(write_recipe(target, prompts, out, trust_remote_code=trust_remote_code), as_json)
     if not Path(prompts).is_file():
         console.print(f"[yellow]{escape(prompts)} is not there yet; the run will need it[/yellow]")
     words = f"wrote {out}; read it, then: drafthead doctor {out}, drafthead run {out}"
@@ -201,6 +203,7 @@ def quantize(
         list[str] | None,
         typer.Option(help="Leave modules of this name unquantized; replaces the defaults."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a target with ModelOpt, calibrated on your prompts; print perplexity."""
@@ -208,7 +211,15 @@ def quantize(
     from drafthead.quantize import quantize as make
 
     calibration, held = chats_of(prompts, samples, heldout)
-    record = make(target, out, calibration, held, exclude=exclude or EXCLUDE, console=console)
+    record = make(
+        target,
+        out,
+        calibration,
+        held,
+        exclude=exclude or EXCLUDE,
+        trust_remote_code=trust_remote_code,
+        console=console,
+    )
     if as_json:
         emit(record, as_json)
 
@@ -220,13 +231,15 @@ def quantize(
 def inspect(
     head: Annotated[Path, typer.Argument(help="Head folder, vLLM or speculators format.")],
     target: Annotated[str | None, typer.Option(help="Target to hold the head against.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a head is, and what is wrong with a broken one."""
     from drafthead.head.inspect import describe, inspect_head
     from drafthead.targets import load_target
 
-    found = inspect_head(head, load_target(target) if target else None)
+    loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None
+    found = inspect_head(head, loaded)
     if as_json:
         emit(found, as_json)
     else:
@@ -318,13 +331,15 @@ def states_compare(
     first: Annotated[Path, typer.Argument(help="Folder of states, the reference.")],
     second: Annotated[Path, typer.Argument(help="Folder of states of the same tokens.")],
     target: Annotated[str, typer.Option(help="Target whose states they are.")],
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Say how far two captures of the same tokens are apart: fp8 from bf16, prefill from decode."""
     from drafthead.capture.compare import compare_stores, describe
     from drafthead.targets import load_target
 
-    found = compare_stores(first, second, load_target(target))
+    loaded = load_target(target, trust_remote_code=trust_remote_code)
+    found = compare_stores(first, second, loaded)
     console.print(describe(found))
     if as_json:
         emit(found, as_json)

@@ -57,7 +57,10 @@ AsJson = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace output made with other settings.")
 ]
-
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the target."),
+]
 Again = Annotated[bool, typer.Option("--again", help="Measure again what is finished.")]
 
 

@@ -28,7 +28,7 @@ def fit_recipe(target: Target, path_or_id: str, prompts: str) -> dict[str, Any]:
     vocab = min(32000, max(target.vocab_size // _DRAFT_SHARE, min(target.vocab_size, 4096)))
     return {
         "name": _run_name(path_or_id),
-        "target": {"path": path_or_id},
+        "target": {"path": path_or_id, "trust_remote_code": target.trust_remote_code},
         "prompts": {"sources": [{"path": prompts}]},
         "capture": {"aux_layers": list(target.default_aux_layers())},
         "vocab": {"size": vocab},
@@ -71,13 +71,16 @@ def render(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def write_recipe(path_or_id: str, prompts: str, out: Path) -> dict[str, Any]:
+def write_recipe(
+    path_or_id: str, prompts: str, out: Path, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Look at a target and write a recipe for it.
 
     Args:
         path_or_id: target folder or hub id.
         prompts: the user's file of prompts.
         out: the recipe to write; an existing one is never replaced.
+        trust_remote_code: run Python code that comes with the target, now and in the run.
 
     Returns:
         What was found out about the target, JSON-able.
@@ -87,7 +90,7 @@ def write_recipe(path_or_id: str, prompts: str, out: Path) -> dict[str, Any]:
     """
     if out.exists():
         raise DraftheadError(f"{out}: exists already; choose another name with --out")
-    target = load_target(path_or_id)
+    target = load_target(path_or_id, trust_remote_code=trust_remote_code)
     recipe = parse_recipe(fit_recipe(target, path_or_id, prompts), str(out))
     write_bytes(out, render(recipe).encode())
     kinds = {kind: target.layer_types.count(kind) for kind in sorted(set(target.layer_types))}

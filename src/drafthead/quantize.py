@@ -64,6 +64,7 @@ def quantize(
     exclude: Sequence[str] = EXCLUDE,
     max_new_tokens: int = 128,
     seed: int = 0,
+    trust_remote_code: bool = False,
     console: Any = None,
 ) -> dict:
     """Write the NVFP4 checkpoint of `target_path` to `out`; a finished one is left as it is.
@@ -75,6 +76,7 @@ def quantize(
         calibration, heldout: conversations; the first turn of each is asked.
         exclude: name components of the modules to leave unquantized.
         max_new_tokens: longest answer.
+        trust_remote_code: run Python code that comes with the target.
         console: prints the result when given (rich).
 
     Returns:
@@ -91,7 +93,7 @@ def quantize(
             "package nvidia-modelopt is not installed: it does the quantizing. "
             "Mend: pip install 'drafthead[quantize]'"
         )
-    target = load_target(target_path)
+    target = load_target(target_path, trust_remote_code=trust_remote_code)
     if target.quantization is not None:
         raise DraftheadError(f"{target.path}: quantized already; quantize the dense checkpoint")
     if target.multimodal:
@@ -134,7 +136,10 @@ def _quantize(
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(target.path, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        target.path, dtype="auto", trust_remote_code=target.trust_remote_code
+    )
+    model.to(device).eval()
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
     torch.manual_seed(seed)
     texts, held = (

@@ -24,7 +24,12 @@ from tests.processes import PATIENCE, ended, wait_for
 
 L, H, CAPACITY = 3, 64, 32
 META = StoreMeta((1, 3), 4, H, "fp32", 4, {})
-OPTIONS = {"shard_bytes": 1 << 20, "greedy": False, "strict": True}
+OPTIONS = {
+    "shard_bytes": 1 << 20,
+    "greedy": False,
+    "strict": True,
+    "trust_remote_code": False,
+}
 SHAPE = (CAPACITY, L, H, "fp32")
 
 

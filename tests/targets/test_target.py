@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import docs_pages
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from drafthead.errors import DraftheadError
+from drafthead.recipe import load_recipe
 from drafthead.targets import load_target
 from tests import tiny
 
@@ -162,3 +164,61 @@ def test_tokenizer_missing(copy):
         (copy / name).unlink()
     with pytest.raises(DraftheadError, match="tokenizer"):
         load_target(copy).tokenizer()
+
+
+CODE = """\
+from transformers import LlamaConfig
+
+
+class MyConfig(LlamaConfig):
+    model_type = "my_llama"
+"""
+
+
+@pytest.fixture
+def with_code(copy):
+    """A target whose configuration is a class that comes with it."""
+    config = json.loads((copy / "config.json").read_text())
+    code = {"model_type": "my_llama", "auto_map": {"AutoConfig": "configuration_my.MyConfig"}}
+    (copy / "config.json").write_text(json.dumps(config | code))
+    (copy / "configuration_my.py").write_text(CODE)
+    return copy
+
+
+def test_code_of_a_targets_own_runs_only_if_it_may(with_code, drafthead, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DraftheadError) as refused:
+        load_target(with_code)
+    for name in ("configuration_my.py", "--trust-remote-code", "target.trust_remote_code"):
+        assert name in str(refused.value)
+    assert load_target(with_code, trust_remote_code=True).num_layers == 6
+    init = ("init", str(with_code), "--prompts", "none.jsonl")
+    assert drafthead(*init)[0] == 2
+    assert drafthead(*init, "--trust-remote-code")[0] == 0
+    assert load_recipe("recipe.yaml").target.trust_remote_code
+
+
+@pytest.mark.parametrize("command", ["init", "inspect", "quantize", "states compare"])
+def test_what_takes_a_target_can_be_told_to_trust_it(command):
+    params = docs_pages.commands()[f"drafthead {command}"].params
+    assert "--trust-remote-code" in {option for param in params for option in param.opts}
+
+
+@pytest.mark.parametrize(
+    ("files", "fix"),
+    [
+        (["model-Q4_K_M.gguf"], "gguf_file='model-Q4_K_M.gguf'"),
+        (["adapter_config.json", "adapter_model.safetensors"], "merge_and_unload"),
+        (["config.json", "pytorch_model-00001-of-00002.bin"], "save_pretrained"),
+    ],
+)
+def test_other_formats_are_refused_with_the_way_to_this_one(tmp_path, files, fix):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DraftheadError) as refused:
+        load_target(tmp_path)
+    assert fix in str(refused.value)
+    if files[0].endswith(".gguf"):
+        with pytest.raises(DraftheadError) as refused:
+            load_target(tmp_path / files[0])
+        assert fix in str(refused.value)

@@ -107,6 +107,7 @@ class CaptureEngine:
                 "shard_bytes": recipe.capture.shard_bytes,
                 "greedy": recipe.generate.temperature == 0,
                 "strict": strict,
+                "trust_remote_code": target.trust_remote_code,
             }
             about = (where, asdict(meta), str(target.path), options)
             self._report(self._rpc("drafthead_open", *about))

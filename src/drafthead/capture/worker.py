@@ -94,8 +94,9 @@ class Capture:
 
     def drafthead_open(self, sink: dict, meta: dict, target: str, options: dict) -> str | None:
         """Write to ``sink`` from now on: ``{"store": folder}`` or ``{"pages": path}``. ``meta``: of
-        ``StoreMeta``; ``options``: of the writer (``shard_bytes``) and of the checks
-        (``greedy``, ``strict``). Returns what went wrong, or None."""
+        ``StoreMeta``; ``options``: of the writer (``shard_bytes``), of the checks
+        (``greedy``, ``strict``) and of the target (``trust_remote_code``). Returns what went
+        wrong, or None."""
         process = self._process
         return None if process is None else process.open(sink, meta, target, options)
 

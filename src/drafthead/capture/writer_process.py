@@ -228,7 +228,8 @@ class _Store:
 
 def _open(sink: dict, meta: dict, target: str, options: dict) -> _Sink:
     about = StoreMeta.of(meta)
-    checker = Checker(load_target(target), options["greedy"], options["strict"])
+    loaded = load_target(target, trust_remote_code=options["trust_remote_code"])
+    checker = Checker(loaded, options["greedy"], options["strict"])
     if "pages" in sink:
         return PageWriter(SharedPages.open(sink["pages"]), about, checker)
     return _Store(Path(sink["store"]), about, options["shard_bytes"], checker)

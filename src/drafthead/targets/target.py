@@ -144,6 +144,7 @@ class Target:
                 self.path, trust_remote_code=self.trust_remote_code, mistral_format=False
             )
         except Exception as error:
+            _refuse_code(self.path, error, self.trust_remote_code)
             raise DraftheadError(
                 f"{self.path}: its tokenizer cannot be loaded ({error}); put the target's "
                 "tokenizer files into the folder"
@@ -262,11 +263,63 @@ class Target:
         )
 
 
+def _refuse_code(path: Path, error: Exception, trusted: bool) -> None:
+    """Say how code that comes with a checkpoint is allowed, if transformers asks for that.
+
+    Raises:
+        DraftheadError: it does.
+    """
+    if not trusted and "trust_remote_code" in str(error):
+        files = ", ".join(sorted(file.name for file in path.glob("*.py"))) or "another repository"
+        raise DraftheadError(
+            f"{path}: needs Python code that comes with the checkpoint ({files}). Read it first. "
+            "To let it run, pass --trust-remote-code (init, inspect, quantize) or set "
+            "target.trust_remote_code: true in the recipe"
+        ) from None
+
+
+def _gguf(folder: Path, name: str) -> str:
+    """What to do with a target that is a GGUF file."""
+    return (
+        f"{folder / name}: a GGUF file, which holds weights that drafthead cannot read. Make the "
+        "head for the safetensors checkpoint that it was converted from, and serve that; or "
+        "dequantize it with transformers (pip install gguf) and serve the result: "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={name!r})"
+        ".save_pretrained(OUT), and the same with AutoTokenizer"
+    )
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """Refuse a folder that holds a model in a format that is not read here.
+
+    Raises:
+        DraftheadError: GGUF, a LoRA adapter, or weights that PyTorch pickled.
+    """
+    if any(folder.glob("*.safetensors")) and not (folder / "adapter_config.json").is_file():
+        return
+    if file := next(iter(sorted(folder.glob("*.gguf"))), None):
+        raise DraftheadError(_gguf(folder, file.name))
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise DraftheadError(
+            f"{folder}: a LoRA adapter (adapter_config.json). A head is made for the model as it "
+            "is served: merge the adapter into its base model (peft: merge_and_unload, then "
+            "save_pretrained) and name that folder"
+        )
+    if any(folder.glob("pytorch_model*.bin")):
+        raise DraftheadError(
+            f"{folder}: its weights are pickled (pytorch_model.bin), and unpickling can run code. "
+            "Save them as safetensors: AutoModelForCausalLM.from_pretrained("
+            f"{str(folder)!r}).save_pretrained(OUT), and the same with AutoTokenizer"
+        )
+
+
 def _local_folder(path_or_id: str, revision: str | None, trust_remote_code: bool) -> Path:
     folder = Path(os.path.expanduser(path_or_id))
     if folder.is_dir():
         return folder
     if folder.exists():
+        if folder.suffix == ".gguf":
+            raise DraftheadError(_gguf(folder.parent, folder.name))
         raise DraftheadError(f"{folder}: a target is a folder, this is a file")
     if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
         raise DraftheadError(
@@ -315,13 +368,19 @@ def load_target(
     from transformers import AutoConfig
 
     path = _local_folder(str(path_or_id), revision, trust_remote_code)
+    _refuse_other_formats(path)
     if not (path / "config.json").is_file():
-        raise DraftheadError(f"{path}: no config.json there; a target is a transformers checkpoint")
+        hint = "; name the repository that the GGUF files were converted from"
+        raise DraftheadError(
+            f"{path}: no config.json there; a target is a transformers checkpoint"
+            + (hint if "gguf" in str(path_or_id).lower() else "")
+        )
     try:
         raw = json.loads((path / "config.json").read_text())
         outer = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = outer.get_text_config()
     except Exception as error:
+        _refuse_code(path, error, trust_remote_code)
         raise DraftheadError(f"{path}/config.json: cannot be read: {error}") from error
     quantization = raw.get("quantization_config")
     modelopt = path / "hf_quant_config.json"
