@@ -120,6 +120,13 @@ def test_a_containers_limits(tmp_path, files, quota, limit):
     assert machine._container(1, 1 << 19, tmp_path) == (None, None)  # of no effect there
 
 
+@pytest.mark.parametrize(("quota", "usable"), [(None, 64), (2.5, 2), (0.5, 1)])
+def test_threads_are_counted_by_what_the_container_gives(monkeypatch, quota, usable):
+    monkeypatch.setattr(machine, "_visible_cores", lambda: 64)
+    monkeypatch.setattr(machine, "_container", lambda cores, memory: (quota, None))
+    assert machine.usable_cores() == usable
+
+
 def test_the_machine_is_described_with_its_containers_limits():
     whole = Machine("Linux", "a processor", 64, 256 << 30, (), True, None, {})
     assert "a processor, 64 cores, 256 GiB;" in str(whole)

@@ -76,8 +76,16 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
+def _visible_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_cores() -> int:
+    """Cores to count threads by: those this process may run on, or the fewer whose time its
+    container gives it."""
+    cores = _visible_cores()
+    quota, _ = _container(cores, psutil.virtual_memory().total)
+    return max(1, int(quota)) if quota else cores
 
 
 def _container(
@@ -176,7 +184,7 @@ def this_machine() -> Machine:
         except importlib.metadata.PackageNotFoundError:
             continue
     gpus, nvlink, driver = _gpus()
-    cores, memory = _usable_cores(), psutil.virtual_memory().total
+    cores, memory = _visible_cores(), psutil.virtual_memory().total
     quota, limit = _container(cores, memory)
     return Machine(
         system=platform.platform(),

@@ -28,6 +28,7 @@ from drafthead.capture.checks import Checker
 from drafthead.capture.pages import PageWriter, SharedPages
 from drafthead.capture.ring import Ring, SharedRows
 from drafthead.errors import DraftheadError
+from drafthead.machine import usable_cores
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.states.format import Encoding
 from drafthead.states.writer import grouped
@@ -157,7 +158,7 @@ def _environment() -> dict[str, str]:
     a quarter of the cores, at most four, and lets go of them when it has nothing to do. Memory of
     up to 32 MB stays with glibc's malloc: torch's temporaries are the same sizes unit after unit.
     """
-    cores = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+    cores = max(1, min(4, usable_cores() // 4))
     own = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     own |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
     bound = ("OMP_", "GOMP_", "KMP_")

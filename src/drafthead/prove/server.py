@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
 from drafthead.plan import Plan
 from drafthead.prove.engine import Completion, Generation, SpecCounters, Startable
 
-_SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _PLAIN = {
     "top_k": 0,
     "min_p": 0.0,
@@ -48,28 +47,28 @@ kill_group(int(sys.argv[1]))
 """
 
 
-def parse_metrics(text: str) -> list[tuple[str, dict[str, str], float]]:
-    """Samples of a Prometheus page: name, labels, value."""
-    found = []
-    for line in text.splitlines():
-        match = _SAMPLE.match(line)
-        if match and not line.startswith("#"):
-            labels = dict(_LABEL.findall(match["labels"] or ""))
-            found.append((match["name"], labels, float(match["value"])))
-    return found
+def parse_metrics(text: str) -> list[Sample]:
+    """Samples of a Prometheus page.
+
+    Raises:
+        ValueError: it is none.
+    """
+    families = text_string_to_metric_families(text)
+    return [sample for family in families for sample in family.samples]
 
 
-def spec_counters(samples: Sequence[tuple[str, dict[str, str], float]]) -> SpecCounters:
+def spec_counters(samples: Sequence[Sample]) -> SpecCounters:
     """Speculation counters of a metrics page, over all its engines."""
 
     def total(name: str) -> int:
-        return round(sum(v for n, _, v in samples if n == f"vllm:spec_decode_{name}_total"))
+        name = f"vllm:spec_decode_{name}_total"
+        return round(sum(sample.value for sample in samples if sample.name == name))
 
     per: dict[int, float] = {}
-    for name, labels, value in samples:
-        if name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
-            at = int(labels["position"])
-            per[at] = per.get(at, 0.0) + value
+    for sample in samples:
+        if sample.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
+            at = int(sample.labels["position"])
+            per[at] = per.get(at, 0.0) + sample.value
     return SpecCounters(
         total("num_drafts"),
         total("num_draft_tokens"),
@@ -129,19 +128,22 @@ class Client:
             ) from None
         return response
 
-    def metrics(self) -> list[tuple[str, dict[str, str], float]]:
+    def metrics(self) -> list[Sample]:
         """The server's metrics.
 
         Raises:
             DraftheadError: it does not answer, or with none of vLLM's.
         """
-        page = self.get("/metrics").text
-        if not re.search("^vllm:", page, re.MULTILINE):
+        try:
+            samples = parse_metrics(self.get("/metrics").text)
+        except ValueError:
+            samples = []
+        if not any(sample.name.startswith("vllm:") for sample in samples):
             raise DraftheadError(
                 f"{self.url}/metrics: no figures of vLLM's there; is it a vLLM server, and without "
                 "--disable-log-stats?"
             )
-        return parse_metrics(page)
+        return samples
 
     def counters(self) -> SpecCounters:
         """Speculation counters since the server's start, once they stand still: an answer's

@@ -1,6 +1,5 @@
 """Reads a state store: random access by sample, memory-mapped, checked before it is believed."""
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import sha256_file
+from drafthead.machine import usable_cores
 from drafthead.states.format import Sample, StoreMeta, shard_tensors
 from drafthead.states.index import Shard, load_unit, missing_units, unit_numbers
 from drafthead.states.samples import Samples
@@ -72,7 +72,7 @@ class StateReader(Samples):
         counts = [len(shard.tokens) for shard in self.shards]
         super().__init__(path, meta, counts, aux_layers)
         self._verify = verify
-        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4), "shards")
+        self._pool = ThreadPoolExecutor(max(1, usable_cores() // 4), "shards")
         self._open: dict[int, Future[dict[str, torch.Tensor]]] = {}
         self._ahead: deque[int] = deque()  # shards in the order in which they will be wanted
         self._unused: set[int] = set()  # opened ahead, and not wanted yet

@@ -5,7 +5,6 @@ of a document is in it, and where, says `packing.py`.
 """
 
 import functools
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drafthead.machine import usable_cores
 from drafthead.train.attention import Documents
 
 OPEN_ROWS = 16  # rows that packing fills at once: more fill better and mix less
@@ -150,7 +150,7 @@ def made_ahead(
             batch.map(functools.partial(_used_on, current))
         return batch
 
-    threads = min(depth, max(1, (os.cpu_count() or 2) // 4))
+    threads = min(depth, max(1, usable_cores() // 4))
     with ThreadPoolExecutor(threads, thread_name_prefix="batches") as pool:
         waiting: deque[Future] = deque()
         try:
