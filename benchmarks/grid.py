@@ -228,7 +228,7 @@ def launch(cases: Sequence[Case], logs: Path, stack: contextlib.ExitStack) -> di
             running(plan, "engine", logs / f"{case.name}-{name}.log", f"{case.name} {name}")
             for name, plan in plans.items()
         ]
-        case.engines = start(engines, stack)
+        case.engines = start(engines, stack, CONSOLE)
 
     with ThreadPoolExecutor(len(cases)) as pool:
         starting = {case.name: pool.submit(one, case) for case in cases}

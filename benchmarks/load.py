@@ -272,6 +272,7 @@ def main() -> None:
                 for name, (plan, over) in plans.items()
             ],
             stack,
+            CONSOLE,
         )
         load = Load(server, requests)
         memory = asyncio.run(load.run(options.concurrency, 60 * options.minutes))

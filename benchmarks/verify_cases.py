@@ -71,7 +71,7 @@ def judge(name: str, target: str, head: str, dtype: str, options: argparse.Names
         )
     ]
     plans = verify_plans(recipe, existing_head(head), load_target(target))
-    runs = prove_lossless(plans, asked, recipe, options.out / "logs" / name).runs
+    runs = prove_lossless(plans, asked, recipe, options.out / "logs" / name, CONSOLE).runs
     names = ("prompts", "identical", "ties", "differences", "tokens")
     return {
         "lossless": all(run["lossless"] for run in runs),

@@ -72,13 +72,15 @@ def test_a_wait_inside_a_bar_is_told_with_it(clock):
     console = recorder()
     with progress(console, "bench", 8, clock=clock) as work:
         clock.now += 10
-        with waiting(console, "starting the engine", clock=clock):
-            assert lines(console)[-1] == "starting the engine"
+        with waiting(console, "starting the engine", clock=clock) as start:
+            clock.now += 5
+            start.advance(0)
+            assert lines(console)[-1] == "starting the engine: 5 s"
             clock.now += 61
             work.advance(1)
             told = lines(console)[-1]
             assert "bench: 1 of 8" in told
-            assert "starting the engine: 61 s" in told
+            assert "starting the engine: 66 s" in told
         clock.now += 61
         work.advance(1)
         assert "starting" not in lines(console)[-1]
@@ -112,10 +114,10 @@ def test_lines_come_though_nothing_advances(monkeypatch, clock):
     monkeypatch.setattr("drafthead.progress.threading.Event", Over)
     with waiting(console, "starting the engine", clock=clock):
         looks[0]()
-        assert lines(console)[1:] == [
-            "starting the engine: 60 s",
+        assert lines(console) == [
+            "starting the engine: 3 s",
+            "starting the engine: 63 s",
             "starting the engine: 2 min",
-            "starting the engine: 3 min",
         ]
 
 
@@ -142,7 +144,7 @@ def test_a_quiet_console_and_json_show_nothing(clock):
             work.advance(10)
         assert console.file.getvalue() == ""
     hide(hidden, False)
-    with waiting(hidden, "engine"):
+    with progress(hidden, "train", 10):
         assert hidden.file.getvalue()
 
 
@@ -162,9 +164,31 @@ def test_a_terminal_shows_a_bar_and_cuts_nothing_off(clock, width):
     assert "6,600 of 12,000 steps, 10 min, 1 h 30 min left" in told
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_short_wait_leaves_no_line(clock, terminal):
+    console = recorder(force_terminal=terminal, color_system=None)
+    with waiting(console, "hashing the target", clock=clock):
+        pass
+    assert "done" not in console.file.getvalue()
+    with waiting(console, "hashing the target", clock=clock):
+        clock.now += 20
+    if terminal:
+        assert "hashing the target: done after 20 s" in lines(console)[-1]
+
+
+def test_a_total_may_be_known_later(clock):
+    for terminal in (True, False):
+        console = recorder(force_terminal=terminal, color_system=None)
+        with progress(console, "verify", None, unit="answers", clock=clock) as work:
+            clock.now += 61
+            work.total = 48
+            work.advance(12)
+        assert "12 of 48 answers" in lines(console)[-1]
+
+
 def test_text_is_no_markup(clock):
     console = recorder()
-    with waiting(console, "starting [red]k=3[/red]", clock=clock):
+    with progress(console, "starting [red]k=3[/red]", 1, clock=clock):
         pass
     assert "[red]k=3[/red]" in lines(console)[0]
 

@@ -22,6 +22,8 @@ from rich.text import Text
 
 LINE_SECONDS = 60.0
 """Without a terminal, a console gets at most one line in this time about work that goes on."""
+SHORT_SECONDS = 3.0
+"""A wait that is over sooner leaves no line."""
 
 Clock = Callable[[], float]
 
@@ -31,7 +33,7 @@ class Work:
 
     Args:
         what: names it.
-        total: units in all; None if nobody knows.
+        total: units in all; None as long as nobody knows.
         done: units finished before this process began; its rate leaves them out.
         unit: what is counted; "bytes" are shown as kB, MB, ….
         clock: seconds.
@@ -41,12 +43,17 @@ class Work:
         self.what, self.total, self.done, self.unit, self.clock = what, total, done, unit, clock
         self.note = ""
         self.done_before, self.begun = done, clock()
+        self.shown = False
+        """Whether a line about it was printed, or would have been without a terminal."""
         self.changed: Callable[[], None] = lambda: None
         """Called after each :meth:`advance`; the display sets it."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Count ``n`` more units. A ``note`` is shown beside the count until the next one."""
+        """Count ``n`` more units, not beyond the total, which may be an estimate. A ``note`` is
+        shown beside the count until the next one."""
         self.done += n
+        if self.total is not None:
+            self.done = min(self.done, self.total)
         self.note = note or self.note
         self.changed()
 
@@ -62,12 +69,11 @@ class Work:
         return max(0.0, self.total - self.done) / done_here * self.seconds()
 
     def count(self) -> str:
-        """How far: ``12 of 48 answers``; empty if the length is unknown."""
-        if self.total is None:
-            return ""
-        if self.unit == "bytes":
-            return f"{decimal(int(self.done))} of {decimal(int(self.total))}"
-        return f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
+        """How far: ``12 of 48 answers``; without a total ``12 answers``, or nothing yet."""
+        show, unit = (decimal, "") if self.unit == "bytes" else ("{:,}".format, f" {self.unit}")
+        if self.total is not None:
+            return f"{show(self.done)} of {show(self.total)}{unit}".rstrip()
+        return f"{show(self.done)}{unit}".rstrip() if self.done else ""
 
     def times(self) -> str:
         """How long so far and how long still: ``3 min, 9 min left``."""
@@ -119,30 +125,42 @@ def progress(
         clock: seconds.
     """
     work = Work(what, total, done, unit, clock)
-    display = _display(console)
-    if console.quiet or display.hidden:
+    with _shown(console, work, first_line=0):
         yield work
-        return
-    show = display.bar if console.is_interactive else display.lines
-    finished = False
-    try:
-        with show(console, work):
-            yield work
-            finished = True
-    finally:
-        _print(console, work.last_line(finished))
 
 
+@contextlib.contextmanager
 def waiting(
-    console: Console, what: str, *, clock: Clock = time.monotonic
-) -> contextlib.AbstractContextManager[Work]:
-    """As :func:`progress`, for a wait of unknown length: ``starting the engine``."""
-    return progress(console, what, None, clock=clock)
+    console: Console, what: str, *, unit: str = "", clock: Clock = time.monotonic
+) -> Iterator[Work]:
+    """As :func:`progress`, for a wait of unknown length: ``starting the engine``. One that is over
+    within a moment leaves no line."""
+    work = Work(what, None, 0, unit, clock)
+    with _shown(console, work, first_line=SHORT_SECONDS):
+        yield work
 
 
 def hide(console: Console, hidden: bool = True) -> None:
     """Show no progress on this console from now on, or show it again."""
     _display(console).hidden = hidden
+
+
+@contextlib.contextmanager
+def _shown(console: Console, work: Work, first_line: float) -> Iterator[None]:
+    """Show a work while the block lasts. first_line: seconds until there is a line about it."""
+    display = _display(console)
+    if console.quiet or display.hidden:
+        yield
+        return
+    show = display.bar if console.is_interactive else display.lines
+    finished = False
+    try:
+        with show(console, work, first_line):
+            yield
+            finished = True
+    finally:
+        if work.shown:
+            _print(console, work.last_line(finished))
 
 
 def _print(console: Console, line: str) -> None:
@@ -177,7 +195,7 @@ class _Display:
         self._last_line = 0.0  # when it was printed
 
     @contextlib.contextmanager
-    def bar(self, console: Console, work: Work) -> Iterator[None]:
+    def bar(self, console: Console, work: Work, first_line: float) -> Iterator[None]:
         """A bar in a terminal. All bars are tasks of one rich display."""
         with self._lock:
             if self._bars is None:
@@ -186,10 +204,11 @@ class _Display:
                 self._bars.start()
             bars = self._bars
             task = bars.add_task(work.what, total=work.total, completed=work.done, work=work)
-        work.changed = lambda: bars.update(task, completed=work.done)
+        work.changed = lambda: bars.update(task, total=work.total, completed=work.done)
         try:
             yield
         finally:
+            work.shown = work.seconds() >= first_line
             with self._lock:
                 bars.remove_task(task)
                 if not bars.tasks:
@@ -197,27 +216,33 @@ class _Display:
                     self._bars = None
 
     @contextlib.contextmanager
-    def lines(self, console: Console, work: Work) -> Iterator[None]:
+    def lines(self, console: Console, work: Work, first_line: float) -> Iterator[None]:
         """Lines without a terminal. A thread prints them also while nothing advances."""
+
+        def seconds_to_next() -> float:
+            last, pause = (
+                (self._last_line, LINE_SECONDS) if work.shown else (work.begun, first_line)
+            )
+            return last + pause - work.clock()
 
         def print_if_due() -> None:
             with self._lock:
-                if work.clock() - self._last_line < LINE_SECONDS:
+                if seconds_to_next() > 0:
                     return
-                self._last_line = work.clock()
-                line = "; ".join(each.line() for each in self._works)
+                works = [each for each in self._works if each.shown] if work.shown else [work]
+                self._last_line, work.shown = work.clock(), True
+                line = "; ".join(each.line() for each in works)
             _print(console, line)
 
         def keep_printing() -> None:
-            while not over.wait(max(1.0, self._last_line + LINE_SECONDS - work.clock())):
+            while not over.wait(max(0.1, seconds_to_next())):
                 print_if_due()
 
         with self._lock:
             self._works.append(work)
-            self._last_line = work.clock()
-        _print(console, work.line())
         work.changed = print_if_due
         over = threading.Event()
+        print_if_due()
         threading.Thread(target=keep_printing, daemon=True).start()
         try:
             yield
@@ -225,7 +250,8 @@ class _Display:
             over.set()
             with self._lock:
                 self._works.remove(work)
-                self._last_line = work.clock()
+                if work.shown:  # its closing line follows
+                    self._last_line = work.clock()
 
 
 _DISPLAYS: WeakKeyDictionary[Console, _Display] = WeakKeyDictionary()

@@ -57,6 +57,7 @@ def test_killed_parent_leaves_no_server(tmp_path):
 _STARTING = """
 import contextlib, signal, sys
 from pathlib import Path
+from rich.console import Console
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.grid import running, start
 from drafthead.prove.server import ServerProcess
@@ -77,7 +78,8 @@ over, log, python = sys.argv[1:]
 if over == "engine":
     sys.executable = python  # never ready
 with contextlib.ExitStack() as stack:
-    start([running(Hanging([], {}), over, Path(log), name) for name in "abc"], stack)
+    engines = [running(Hanging([], {}), over, Path(log), name) for name in "abc"]
+    start(engines, stack, Console(quiet=True))
 """
 
 

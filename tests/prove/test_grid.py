@@ -1,5 +1,7 @@
 """The grid's bookkeeping, with engines that only say what they were asked."""
 
+import io
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from drafthead.fsio import read_json
 from drafthead.plan import Plan, Setting
 from drafthead.prove.bench import _on_each_number_of_gpus, _vocabularies, bench, contest
 from drafthead.prove.engine import SpecCounters
-from drafthead.prove.grid import shared, time_grid
+from drafthead.prove.grid import measure, shared, time_grid
 from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
@@ -109,6 +111,34 @@ def test_the_grid_is_every_k_at_every_load():
         latency = cell["latency"]["base"]
         assert latency["between_outputs_s"] == pytest.approx({"p50": 0.2, "p99": 0.2})
         assert latency["tokens_per_s_of_a_user"] == pytest.approx({"p50": 5, "p1": 5})
+
+
+class Started(Engine):
+    """An engine that the grid starts itself."""
+
+    def start(self):
+        pass
+
+    def wait_ready(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        pass
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_every_pair_is_counted_where_people_watch(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(
+        "drafthead.prove.grid.running", lambda plan, over, log, name: Started(name, 0.1, [])
+    )
+    plan, console = Plan([], {}), Console(file=io.StringIO())
+    points = [Point(k, c, 0.0, 5) for k in (1, 3) for c in (1, 2)]
+    how = {"over": "engine", "repeats": 1, "warmup": 0, "at_once": at_once}
+    grid = measure(plan, {1: plan, 3: plan}, PROMPTS, points, **how, logs=tmp_path, console=console)
+    assert len(list(grid)) == 4
+    shown = re.findall(r"(\d+) of (\d+) pairs", console.file.getvalue())
+    assert shown[0][0] == "0"
+    assert shown[-1][0] == shown[-1][1]
 
 
 def test_engines_that_share_a_gpu_take_a_part_of_it_each():

@@ -1,5 +1,6 @@
 """verify and bench with the real engine, on a target and head whose every token is known."""
 
+import io
 import os
 import signal
 
@@ -66,7 +67,10 @@ def _arrays(ids):
 
 
 def test_verify_proves_and_signs_off(recipe, run):
-    summary = verify(recipe, run, console=QUIET)
+    console = Console(file=io.StringIO())
+    summary = verify(recipe, run, console=console)
+    # Three prompts and the same at mixed lengths, and 40 answers at three contexts: on two engines.
+    assert f"{2 * (6 + 120)} of {2 * (6 + 120)} answers" in console.file.getvalue()
     assert summary == {
         "lossless": True,
         "prompts": 6,

@@ -10,6 +10,7 @@ from rich.console import Console
 from drafthead.fsio import read_json, write_json
 from drafthead.machine import this_machine
 from drafthead.plan import Plan
+from drafthead.progress import waiting
 from drafthead.prove.cells import Cells, forget
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import Vocabularies, analyse, load, recommended_k
@@ -211,7 +212,8 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     points = grid(recipe)
     target = recipe_target(recipe)
     rehearsal = Rehearsal(recipe, run, target, points[0])
-    expected = expected_acceptance(rehearsal)
+    with waiting(console, "predicting the acceptance from held-out states"):
+        expected = expected_acceptance(rehearsal)
     head = existing_head(run.head)
     cells = [
         cell
@@ -221,14 +223,16 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     gpus = cells[0]["tensor_parallel_size"]
     greedy = [c for c in cells if not c["temperature"] and c["tensor_parallel_size"] == gpus]
     most = max(_POSITIONS, *(p.num_speculative_tokens for p in points))
-    curves = {
-        length: known
-        for length in recipe.bench.max_new_tokens
-        if (known := predicted_curves(rehearsal.of_answers(length), most))
-    }
-    others = _vocabularies(recipe, rehearsal, curves.get(points[0].max_new_tokens), gpus)
-    fits = analyse(greedy, curves, others)
-    fits, errors = with_intervals(greedy, fits, curves)
+    with waiting(console, "predicting the acceptance at other k and vocabularies"):
+        curves = {
+            length: known
+            for length in recipe.bench.max_new_tokens
+            if (known := predicted_curves(rehearsal.of_answers(length), most))
+        }
+        others = _vocabularies(recipe, rehearsal, curves.get(points[0].max_new_tokens), gpus)
+    with waiting(console, "fitting the cost model"):
+        fits = analyse(greedy, curves, others)
+        fits, errors = with_intervals(greedy, fits, curves)
     result = {
         **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
         "predicted_acceptance_by_position": expected,

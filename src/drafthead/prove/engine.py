@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -167,6 +167,8 @@ class EngineProcess(Startable["EngineProcess"]):
     def __init__(self, args: dict[str, Any], *, env: dict[str, str], log: Path, name: str):
         self.args, self.env, self.log, self.name = args, env, log, name
         self.info: dict[str, Any] = {}
+        self.on_answer: Callable[[], None] | None = None
+        """Called for each answer that ends, while :meth:`generate` still waits for the others."""
         self._process: subprocess.Popen | None = None
 
     def start(self) -> "EngineProcess":
@@ -237,6 +239,7 @@ class EngineProcess(Startable["EngineProcess"]):
                 "ignore_eos": ignore_eos,
                 "logprobs": logprobs,
                 "prefix_cache": prefix_cache,
+                "report": self.on_answer is not None,
             }
         )
         answer = self._receive("failed while generating")
@@ -288,6 +291,10 @@ class EngineProcess(Startable["EngineProcess"]):
     def _receive(self, failure: str) -> dict:
         try:
             answer = json.loads(self._connection.recv_bytes())
+            while "ended" in answer:
+                if self.on_answer is not None:
+                    self.on_answer()
+                answer = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             raise self._death(failure) from None
         if "error" in answer:

@@ -1,7 +1,8 @@
 """The child's side of :mod:`drafthead.prove.engine`: one vLLM engine, requests over a socket.
 
 Run as ``python -m drafthead.prove.engine_worker SOCKET_FD LIFE_FD``. Messages are JSON, one at a
-time: an object with ``op`` comes in, an object with ``ok`` or ``error`` goes back. LIFE_FD is a
+time: an object with ``op`` comes in, an object with ``ok`` or ``error`` goes back. Before it comes
+one with ``ended`` for each answer that ends, if the request asks for a ``report``. LIFE_FD is a
 pipe whose other end only the parent holds: when the parent ends, however it ends, reading it
 returns and this process kills its whole group, vLLM's own children with it.
 """
@@ -12,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,12 +45,13 @@ def counters(llm: Any) -> dict:
     return found
 
 
-def generate(llm: Any, request: dict) -> dict:
+def generate(llm: Any, request: dict, ended: Callable[[], None]) -> dict:
     """Run prompts with at most ``concurrency`` of them in the engine at once.
 
     A new one is given in as soon as one ends, so lengths mix as under real load. Times are this
     process's wall clock, in seconds since the first was given in: ``begin_at`` of each request,
-    and with the number of its tokens that of each of its ``outputs``.
+    and with the number of its tokens that of each of its ``outputs``. ``ended`` is called at the
+    end of each answer if the request asks for a ``report``.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -105,6 +108,8 @@ def generate(llm: Any, request: dict) -> dict:
                     record["finish_reason"] = part.finish_reason
                     results[int(output.request_id)] = record
                     give_in()
+                    if request["report"]:
+                        ended()
     except BaseException:
         with contextlib.suppress(Exception):
             engine.abort_request(list(live))
@@ -149,7 +154,7 @@ def main() -> None:
                     }
                 )
             elif request["op"] == "generate":
-                reply({"ok": generate(llm, request)})
+                reply({"ok": generate(llm, request, lambda: reply({"ended": 1}))})
             elif request["op"] == "score":
                 reply({"ok": score(llm, request["sequences"], request["top"])})
             elif request["op"] == "counters":

@@ -1,15 +1,16 @@
 """A grid of points measured: engines started, pairs timed, each point summed up."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from drafthead.plan import Plan
+from drafthead.progress import progress, waiting
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.pairing import Engine, Point, run_pairs, summarize
+from drafthead.prove.pairing import Engine, Point, blocks_of, run_pairs, summarize
 from drafthead.prove.server import ServerProcess
 
 Running = EngineProcess | ServerProcess
@@ -36,12 +37,15 @@ def running(plan: Plan, over: str, log: Path, name: str) -> Running:
     return EngineProcess(plan.args, env=plan.environment, log=log, name=name)
 
 
-def start(engines: Sequence[Running], stack: contextlib.ExitStack) -> list[Engine]:
+def start(
+    engines: Sequence[Running], stack: contextlib.ExitStack, console: Console
+) -> list[Engine]:
     """Start several engines at once and wait for all; ``stack`` ends them, at whatever moment."""
-    for engine in engines:
-        stack.push(engine)
-        engine.start()
-    return [engine.wait_ready() for engine in engines]
+    with waiting(console, f"starting {', '.join(engine.name for engine in engines)}"):
+        for engine in engines:
+            stack.push(engine)
+            engine.start()
+        return [engine.wait_ready() for engine in engines]
 
 
 def time_grid(
@@ -52,6 +56,7 @@ def time_grid(
     *,
     repeats: int,
     warmup: int,
+    on_pair: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Point, dict]]:
     """Time the points of some k on engines that are running; only one of them works at a time.
 
@@ -62,6 +67,7 @@ def time_grid(
         points: those of other k are left out; what is timed is timed at every k of ``drafted``.
         repeats: times the prompts are gone through.
         warmup: prompts run first at each point and not counted.
+        on_pair: called once each pair is timed, at every k.
 
     Yields:
         Each point with its summary, as soon as it is timed.
@@ -70,7 +76,9 @@ def time_grid(
         if point.num_speculative_tokens != next(iter(drafted)):
             continue
         engines = list(drafted.values())
-        timed = run_pairs(base, engines, prompts, point, repeats=repeats, warmup=warmup)
+        timed = run_pairs(
+            base, engines, prompts, point, repeats=repeats, warmup=warmup, on_pair=on_pair
+        )
         for k, blocks in zip(drafted, timed, strict=True):
             at = replace(point, num_speculative_tokens=k)
             yield at, summarize(at, blocks)
@@ -119,19 +127,36 @@ def measure(
     alone = engine(base, "target alone", "target")
     others = {k: engine(plan, f"drafted, k={k}", f"k{k}") for k, plan in drafted.items()}
 
-    def time_points(first: Engine, fast: dict[int, Engine]) -> Iterator[tuple[Point, dict]]:
-        for point, cell in time_grid(first, fast, prompts, points, repeats=repeats, warmup=warmup):
-            console.print(line(cell))
-            yield point, {**cell, "over": over}
+    sources = [source for _, source in prompts]
+    pairs = sum(
+        len(blocks_of(sources, point.concurrency, repeats))
+        for point in points
+        if not at_once or point.num_speculative_tokens == next(iter(drafted))
+    )
+    with contextlib.ExitStack() as stack, progress(console, "bench", pairs, unit="pairs") as bar:
 
-    with contextlib.ExitStack() as stack:
+        def time_points(first: Engine, fast: dict[int, Engine]) -> Iterator[tuple[Point, dict]]:
+            timed = time_grid(
+                first,
+                fast,
+                prompts,
+                points,
+                repeats=repeats,
+                warmup=warmup,
+                on_pair=bar.advance,
+            )
+            for point, cell in timed:
+                console.print(line(cell))
+                yield point, {**cell, "over": over}
+
         if at_once:
-            first, *fast = start([alone, *others.values()], stack)
+            first, *fast = start([alone, *others.values()], stack, console)
             yield from time_points(first, dict(zip(others, fast, strict=True)))
         else:
-            [first] = start([alone], stack)
+            [first] = start([alone], stack, console)
             for k, other in others.items():
-                with other as drafting:
+                with contextlib.ExitStack() as only_now:
+                    [drafting] = start([other], only_now, console)
                     yield from time_points(first, {k: drafting})
 
 

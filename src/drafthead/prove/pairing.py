@@ -7,7 +7,7 @@ places were taken (:mod:`drafthead.prove.steady`).
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ def run_pairs(
     repeats: int,
     warmup: int,
     least: int = MIN_PAIRS,
+    on_pair: Callable[[], None] = lambda: None,
 ) -> list[list[Block]]:
     """Time a point of the grid. Each block of prompts goes to every engine within seconds; which
     of them begins moves on from block to block.
@@ -113,6 +114,7 @@ def run_pairs(
         repeats: times the prompts are gone through.
         warmup: prompts run first on every engine and not counted.
         least: pairs at least.
+        on_pair: called once each block has been to every engine.
 
     Returns:
         For each drafted engine its blocks.
@@ -151,6 +153,7 @@ def run_pairs(
             own = [sources[j] for j in block]
             both = written[0], written[i + 1]
             found[i].append(Block(own, point.concurrency, limits, *both, counters))
+        on_pair()
     return found
 
 

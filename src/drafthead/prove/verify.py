@@ -12,9 +12,10 @@ from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.plan import Plan
+from drafthead.progress import progress, waiting
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
-from drafthead.prove.lossless import ALPHA, Examiner, once_more, part
+from drafthead.prove.lossless import ALPHA, NOISE_ANSWERS, Examiner, once_more, part
 from drafthead.prove.noise import NOT_LOSSLESS, Control, noise_words
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, proof_path, write_proof
@@ -99,6 +100,16 @@ def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> 
     return found
 
 
+def _answers_in_all(work: Sequence[Workload], ks: Sequence[int], recipe: Recipe) -> int:
+    """How many answers are written before any are compared. ks: as in :func:`prove_lossless`, 0
+    for the target alone set as with the head."""
+    greedy = sum(len(w.prompts) for w in work)
+    sampled = min(_SAMPLED_CONTEXTS, len(work[0].prompts)) * recipe.verify.samples
+    again = 2 * sum(min(NOISE_ANSWERS, len(w.prompts)) for w in work) if 0 in ks else 0
+    with_head = len([k for k in ks if k])
+    return (with_head + 1) * greedy + 2 * sampled + again
+
+
 def _answers(
     engine: EngineProcess, work: Sequence[Workload], prefix_cache: bool = True
 ) -> list[list[Completion]]:
@@ -173,7 +184,9 @@ class Outcome:
     """The test of sampling with the first k, if it was asked for."""
 
 
-def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs: Path) -> Outcome:
+def prove_lossless(
+    plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs: Path, console: Console
+) -> Outcome:
     """Run each drafted engine, then the target alone, and compare.
 
     Only one engine works at a time. Where they can share a GPU, its memory being given in bytes,
@@ -186,6 +199,7 @@ def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs
         prompts: what is asked.
         recipe: limits and load.
         logs: folder for what the engines print.
+        console: where people see how far it is.
 
     Raises:
         DraftheadError: an engine does not run, or drafts nothing with the head.
@@ -211,29 +225,41 @@ def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs
     again: list[list[dict[int, Completion]]] | None = None
     written: dict[int, list[list[Completion]]] = {}
     draws: list[np.ndarray] = []
+    alone_draws: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
-        if at_once:
-            start([*others.values(), alone], stack)
-        for k, engine in others.items():
-            with contextlib.nullcontext() if at_once else engine:
-                work = work or workloads(recipe, prompts, engine.info["max_model_len"])
-                if k == 0:
-                    again = [
-                        once_more(engine, w.prompts, w.max_tokens, w.concurrency) for w in work
-                    ]
-                    continue
-                written[k] = _answers(engine, work)
-                if not engine.counters().drafts:
-                    raise DraftheadError(
-                        f"verify: with k = {k} nothing was drafted, so that the same answers prove "
-                        "nothing; raise verify.max_new_tokens, or take prompts with longer answers"
-                    )
-                contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
-                if recipe.verify.samples and not draws:
-                    draws = _draws(engine, contexts, recipe, seed=_SEEDS)
-        if not at_once:
-            stack.enter_context(alone)
-        wanted = _answers(alone, work, prefix_cache=False)
+        with progress(console, "verify", None, unit="answers") as bar:
+            for engine in (*others.values(), alone):
+                engine.on_answer = bar.advance
+            if at_once:
+                start([*others.values(), alone], stack, console)
+            for k, engine in others.items():
+                with contextlib.ExitStack() as only_now:
+                    if not at_once:
+                        start([engine], only_now, console)
+                    work = work or workloads(recipe, prompts, engine.info["max_model_len"])
+                    bar.total = _answers_in_all(work, list(others), recipe)
+                    bar.advance(0, note=engine.name)
+                    if k == 0:
+                        again = [
+                            once_more(engine, w.prompts, w.max_tokens, w.concurrency) for w in work
+                        ]
+                        continue
+                    written[k] = _answers(engine, work)
+                    if not engine.counters().drafts:
+                        raise DraftheadError(
+                            f"verify: with k = {k} nothing was drafted, so that the same answers "
+                            "prove nothing; raise verify.max_new_tokens, or take prompts with "
+                            "longer answers"
+                        )
+                    contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
+                    if recipe.verify.samples and not draws:
+                        draws = _draws(engine, contexts, recipe, seed=_SEEDS)
+            if not at_once:
+                start([alone], stack, console)
+            bar.advance(0, note=alone.name)
+            wanted = _answers(alone, work, prefix_cache=False)
+            if draws:
+                alone_draws = _draws(alone, contexts, recipe, seed=0)
         control = Control()
         examiners = [
             Examiner(
@@ -243,20 +269,28 @@ def prove_lossless(plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs
         ]
         if any(part(*pair) for answers in written.values() for pair in zip(wanted, answers)):
             # All sets, before any is judged: it is one noise.
-            for examiner, answers in zip(examiners, wanted):
-                examiner.measure(answers)
-        runs = [
-            {
-                "num_speculative_tokens": k,
-                "workload": w.name,
-                "concurrency": w.concurrency,
-                **examiners[i].compare(wanted[i], answers[i]),
-            }
-            for k, answers in written.items()
-            for i, w in enumerate(work)
-        ]
-        sampled = two_sample(_draws(alone, contexts, recipe, seed=0), draws) if draws else None
-    return Outcome(runs, sampled)
+            rounds = 1 if again else 2
+            asked = rounds * sum(min(NOISE_ANSWERS, len(w.prompts)) for w in work)
+            with progress(console, "measuring numeric noise", asked, unit="answers") as bar:
+                alone.on_answer = bar.advance
+                for examiner, answers in zip(examiners, wanted):
+                    examiner.measure(answers)
+        with waiting(console, "examining answers that differ", unit="answers") as bar:
+            alone.on_answer = bar.advance
+            runs = [
+                {
+                    "num_speculative_tokens": k,
+                    "workload": w.name,
+                    "concurrency": w.concurrency,
+                    **examiners[i].compare(wanted[i], answers[i]),
+                }
+                for k, answers in written.items()
+                for i, w in enumerate(work)
+            ]
+    if not draws:
+        return Outcome(runs, None)
+    with waiting(console, "comparing the sampled answers"):
+        return Outcome(runs, two_sample(alone_draws, draws))
 
 
 def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -282,7 +316,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     prompts = many_prompts(run, recipe.verify.prompts)
     plans = verify_plans(recipe, head, target)
     console.print(f"verify: {len(prompts)} prompts, k = {', '.join(map(str, plans.drafted))}")
-    outcome = prove_lossless(plans, prompts, recipe, run.root / "logs")
+    outcome = prove_lossless(plans, prompts, recipe, run.root / "logs", console)
     runs, sampled = outcome.runs, outcome.sampled
     result = {
         "lossless": all(r["lossless"] for r in runs) and (sampled is None or sampled.same),
@@ -300,7 +334,8 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     write_json(run.verify_json, result)
     public = {k: plan.public for k, plan in plans.drafted.items()}
     served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in public.items()}
-    write_proof(run, recipe.target.path, target, result, served, prompts)
+    with waiting(console, "hashing target and head"):
+        write_proof(run, recipe.target.path, target, result, served, prompts)
     console.print(
         f"verify: {result['identical']} of {result['prompts']} answers identical"
         + (f", {result['ties']} ties within numeric noise" if result["ties"] else "")
