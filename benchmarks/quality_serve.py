@@ -85,7 +85,7 @@ def serve(
                         "head": head,
                         "k": k,
                         "accepted_length": count.accepted_length,
-                        "acceptance_by_position": count.acceptance_by_position,
+                        "acceptance_by_position": count.by_position,
                         "drafts": count.drafts,
                         "timed": timed,
                     }

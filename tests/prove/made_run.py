@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 
 from drafthead.fsio import write_json
+from drafthead.head.acceptance import Acceptance
 from drafthead.machine import Gpu, Machine
 from drafthead.prove.costerror import with_intervals
 from drafthead.prove.costmodel import (
@@ -14,7 +15,6 @@ from drafthead.prove.costmodel import (
     recommended_k,
     thinned,
 )
-from drafthead.prove.engine import SpecCounters
 from drafthead.prove.pairing import Block, Point, summarize
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.proof import hash_folder, write_proof
@@ -47,7 +47,7 @@ def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0, tokens=128):
         fast = serve(limits, concurrency, first_s=0.03, step_s=step * noise[1], length=length)
         drafts = sum(len(c.outputs) - 1 for c in fast.completions)
         per = [round(drafts * p) for p in ACCEPTANCE[:k]]
-        counters = SpecCounters(drafts, k * drafts, sum(per), per)
+        counters = Acceptance(drafts, k * drafts, per)
         sources = [("code", "chat")[i % 2]] * len(prompts)
         blocks.append(Block(sources, concurrency, limits, base, fast, counters))
     point = Point(k, concurrency, temperature, tokens)

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from drafthead.data.answers import Answer, write_part
 from drafthead.fsio import read_json
+from drafthead.head.acceptance import Acceptance
 from drafthead.plan import Plan, Setting
 from drafthead.prove.bench import _on_each_number_of_gpus, _vocabularies, bench, contest
-from drafthead.prove.engine import SpecCounters
 from drafthead.prove.grid import measure, shared, time_grid
 from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
 from drafthead.recipe import parse_recipe, with_options
@@ -28,7 +28,7 @@ class Engine:
 
     def __init__(self, name, step_s, asked):
         self.name, self.step_s, self.asked = name, step_s, asked
-        self.count = SpecCounters()
+        self.count = Acceptance()
 
     def counters(self):
         return self.count
@@ -40,7 +40,7 @@ class Engine:
         if isinstance(limits, int):
             limits = [limits] * len(prompts)
         c, n = self.count, sum(limits) - len(limits)
-        self.count = SpecCounters(c.drafts + n, c.draft_tokens + n, c.accepted_tokens, [0])
+        self.count = Acceptance(c.drafts + n, c.draft_tokens + n, [0])
         return serve(limits, how["concurrency"], first_s=self.step_s, step_s=self.step_s)
 
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from drafthead.errors import DraftheadError
-from drafthead.prove.engine import SpecCounters
+from drafthead.head.acceptance import Acceptance
 from drafthead.prove.live import LiveFacts, _alone, conclude
 from drafthead.prove.server import Client, connections, parse_metrics, spec_counters
 
@@ -30,8 +30,8 @@ process_start_time_seconds 1.7e+09
 
 def test_metrics_page():
     samples = parse_metrics(PAGE)
-    assert spec_counters(samples) == SpecCounters(42, 126, 40, [29, 1])
-    assert spec_counters([]) == SpecCounters()
+    assert spec_counters(samples) == Acceptance(42, 126, [29, 1])
+    assert spec_counters([]) == Acceptance()
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def test_a_server_that_asks_for_a_key(monkeypatch):
 
 
 def counts(first, drafts=1000):
-    return SpecCounters(drafts, 3 * drafts, int(first * drafts), [int(first * drafts), 0, 0])
+    return Acceptance(drafts, 3 * drafts, [int(first * drafts), 0, 0])
 
 
 GOOD = LiveFacts(
@@ -111,12 +111,37 @@ def test_a_head_as_poor_as_predicted_is_not_blamed_on_the_server():
     assert "no cause" in states(probe=counts(0.02), predicted=None)["acceptance"].mend
 
 
-def test_nothing_drafted():
-    (only,) = conclude(LiveFacts(traffic=counts(0, drafts=0), probe=counts(0, drafts=0)))
-    assert only.state == "fault"
-    assert "drafthead serve" in only.mend
-    (only,) = conclude(LiveFacts(traffic=counts(0, drafts=0)))
-    assert "requests" in only.mend
+NONE = counts(0, drafts=0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "state", "mend"),
+    [
+        (LiveFacts(NONE, configured=False), "fault", "--speculative-config"),
+        (LiveFacts(NONE), "warning", "requests"),
+        (LiveFacts(NONE, probe=NONE), "fault", "bench.max_new_tokens"),
+        # Structured outputs: the grammar cut every draft, and vLLM counts none.
+        (LiveFacts(NONE, answers=7, tokens=700), "warning", "response_format"),
+        (LiveFacts(NONE, answers=7, tokens=7), "warning", "longer answers"),
+    ],
+)
+def test_nothing_drafted(facts, state, mend):
+    (only,) = conclude(facts)
+    assert (only.what, only.state) == ("speculation", state)
+    assert mend in only.mend
+
+
+def test_traffic_whose_drafts_a_grammar_cuts():
+    """Where the probes show that the server drafts, and few of its users' tokens were."""
+    assert "traffic" in states(answers=10, tokens=10 + 1000 + 680)
+    assert states(answers=10, tokens=10 + 1000 + 680)["traffic"].state == "ok"
+    mostly = conclude(replace(GOOD, answers=100, tokens=10_000))
+    assert [f.state for f in mostly if f.what == "traffic"] == ["warning", "ok"]
+    alone = conclude(replace(GOOD, traffic=NONE, answers=100, tokens=10_000))
+    assert [f.state for f in alone if f.what == "traffic"] == ["warning"]
+    # A server with asynchronous scheduling counts the step, and not the tokens that were cut.
+    cut = conclude(replace(GOOD, traffic=Acceptance(1000, 200, [100, 0, 0])))
+    assert [f.state for f in cut if f.what == "traffic"] == ["warning", "warning"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +182,7 @@ def test_slower_than_the_target_alone():
 
 def test_probes_that_drafted_nothing_leave_what_users_sent():
     """As where no held-out prompt fits the server's context."""
-    found = states(probe=SpecCounters(), probe_tokens_per_s=0.0)
+    found = states(probe=Acceptance(), probe_tokens_per_s=0.0)
     assert set(found) == {"acceptance"}
     assert found["acceptance"].found.startswith("68.0%")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafthead.prove.engine import SpecCounters
+from drafthead.head.acceptance import Acceptance
 from drafthead.prove.pairing import MIN_PAIRS, blocks_of
-from drafthead.prove.stats import conditional, detectable_excess, more_often, speedup, tail
+from drafthead.prove.stats import detectable_excess, more_often, speedup, tail
 
 
 def test_ratio_is_of_totals_and_pairs_cancel_what_both_share():
@@ -66,14 +66,14 @@ def test_blocks_are_full_of_one_source_and_fair(sources, concurrency, repeats):
 
 
 def test_counters_add_and_subtract():
-    a, b = SpecCounters(2, 6, 3, [2, 1, 0]), SpecCounters(4, 12, 9, [4, 3, 2])
-    assert SpecCounters.total([a, b]) == SpecCounters(6, 18, 12, [6, 4, 2])
-    assert b.since(a) == SpecCounters(2, 6, 6, [2, 2, 2])
-    assert b.since(SpecCounters()) == b
+    a, b = Acceptance(2, 6, [2, 1, 0]), Acceptance(4, 12, [4, 3, 2])
+    assert Acceptance.total([a, b]) == Acceptance(6, 18, [6, 4, 2])
+    assert b.since(a) == Acceptance(2, 6, [2, 2, 2])
+    assert b.since(Acceptance()) == b
     assert b.accepted_length == 3.25
-    assert SpecCounters().accepted_length is None
-    assert conditional(b.acceptance_by_position) == pytest.approx([1, 3 / 4, 2 / 3])
-    assert conditional([0.5, 0.0, 0.0]) == [0.5, 0.0, 0.0]
+    assert Acceptance().accepted_length is None
+    assert b.conditional == pytest.approx([1, 3 / 4, 2 / 3])
+    assert Acceptance(2, 6, [1, 0, 0]).conditional == [0.5, 0.0, 0.0]
 
 
 def test_fishers_exact_test_as_published():

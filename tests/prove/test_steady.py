@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafthead.prove.engine import Completion, Generation, SpecCounters
+from drafthead.head.acceptance import Acceptance
+from drafthead.prove.engine import Completion, Generation
 from drafthead.prove.pairing import Block, blocks_of, figures, judged_anew, pair
 from drafthead.prove.steady import (
     MOST_STEPS,
@@ -70,7 +71,7 @@ def both_ways(concurrency, lengths):
         assert seen.waiting_s + seen.decoding_s == pytest.approx(concurrency * seen.seconds)
     assert window(plain, concurrency).seconds > 0.95 * plain.wall_s
     drafts = round(sum((np.array(limits) - 1) / lengths[indices]))
-    block = Block(["s"], concurrency, limits, plain, fast, SpecCounters(drafts, 0, 0, [0]))
+    block = Block(["s"], concurrency, limits, plain, fast, Acceptance(drafts, 0, [0]))
     found = figures([block])
     assert found["step_s"]["base"] == pytest.approx(0.1)
     whole_answers = [48] * len(prompts)
@@ -153,7 +154,7 @@ def test_a_recorded_pair_is_judged_as_it_was():
     indices, limits = requests(range(8), 4, 48)
     plain, fast = timed(limits, 4), timed(limits, 4, np.full(len(indices), 1.75))
     drafts = sum(len(c.outputs) - 1 for c in fast.completions)
-    made = pair(Block(["s"], 4, limits, plain, fast, SpecCounters(drafts, 0, 0, [0])))
+    made = pair(Block(["s"], 4, limits, plain, fast, Acceptance(drafts, 0, [0])))
     again = judged_anew(made)
     assert again.keys() == made.keys()
     for name in ("base", "drafted"):
@@ -165,7 +166,7 @@ def test_a_recorded_pair_is_judged_as_it_was():
     assert judged_anew(old) == old
     older = {name: value for name, value in old.items() if not name.endswith("_waiting")}
     assert judged_anew(older) == {**older, "base_waiting": None, "drafted_waiting": None}
-    one = pair(Block(["s"], 1, [48], timed([48], 1), timed([48], 1), SpecCounters(47, 0, 0, [0])))
+    one = pair(Block(["s"], 1, [48], timed([48], 1), timed([48], 1), Acceptance(47, 0, [0])))
     assert one["base_steps"] is None
 
 
@@ -176,7 +177,7 @@ def test_answers_that_end_at_once_have_figures(ends):
         _, limits = requests(block, 4, 128)
         short = timed([min(limit, ends) for limit in limits], 4)
         drafts = len(limits) * (ends - 1)
-        made = pair(Block(["s"], 4, limits, short, short, SpecCounters(drafts, 0, 0, [0])))
+        made = pair(Block(["s"], 4, limits, short, short, Acceptance(drafts, 0, [0])))
         assert made["base_answers"] > 0
         assert made["base_first_token_s"] == pytest.approx(0.2)
 

@@ -81,7 +81,7 @@ def test_streaming_gives_the_ids_and_the_counters_of_the_engine(server):
         [151, 150] * 10 + [151],
         [204, 205, 203, 204],
     ]
-    assert server.counters().since(before).accepted_per_position == [15, 5, 5]
+    assert server.counters().since(before).accepted == [15, 5, 5]
     for completion in answers.completions:
         assert 0 < completion.first_token_s <= completion.seconds <= answers.wall_s
         assert completion.finish_reason == "length"
@@ -113,7 +113,7 @@ def test_a_good_server_and_each_fault(server, recipe, head, tmp_path):
         tmp_path / "good", recipe, head, dict(zip("abc", KNOWN, strict=True)), [18 / 42, 6 / 42]
     )
     facts = observe(server, recipe, good.root.parent)
-    assert facts.probe.acceptance_by_position == [18 / 42, 6 / 42, 6 / 42]
+    assert facts.probe.by_position == [18 / 42, 6 / 42, 6 / 42]
     assert {f.what: f.state for f in conclude(facts)}["acceptance"] == "ok"
 
     # The chats themselves end in a ring, where every draft is wrong; the states were captured one

@@ -22,6 +22,8 @@ from typing import Any, Generic, TypeVar
 from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
 from drafthead.fsio import log_tail
+from drafthead.head.acceptance import Acceptance
+from drafthead.plan import memory_fault
 
 Answering = TypeVar("Answering")
 
@@ -78,47 +80,6 @@ class Generation:
     @property
     def tokens(self) -> int:
         return sum(len(completion.ids) for completion in self.completions)
-
-
-@dataclass(frozen=True)
-class SpecCounters:
-    """The engine's own counts of speculation."""
-
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_per_position: list[int] = field(default_factory=list)
-
-    def since(self, earlier: "SpecCounters") -> "SpecCounters":
-        """Counts between ``earlier`` and now."""
-        before = earlier.accepted_per_position or [0] * len(self.accepted_per_position)
-        return SpecCounters(
-            self.drafts - earlier.drafts,
-            self.draft_tokens - earlier.draft_tokens,
-            self.accepted_tokens - earlier.accepted_tokens,
-            [a - b for a, b in zip(self.accepted_per_position, before, strict=True)],
-        )
-
-    @classmethod
-    def total(cls, parts: Sequence["SpecCounters"]) -> "SpecCounters":
-        """The sum of several counts."""
-        columns = zip(*(part.accepted_per_position for part in parts), strict=True)
-        return cls(
-            sum(part.drafts for part in parts),
-            sum(part.draft_tokens for part in parts),
-            sum(part.accepted_tokens for part in parts),
-            [sum(column) for column in columns],
-        )
-
-    @property
-    def accepted_length(self) -> float | None:
-        """Mean tokens a verification step yields: 1 (the target's own) + accepted drafts."""
-        return 1 + self.accepted_tokens / self.drafts if self.drafts else None
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Share of drafts whose token at position 1, 2, … was accepted (unconditional)."""
-        return [n / self.drafts for n in self.accepted_per_position] if self.drafts else []
 
 
 class Startable(abc.ABC, Generic[Answering]):
@@ -267,10 +228,10 @@ class EngineProcess(Startable["EngineProcess"]):
         answer = self._receive("failed while scoring")
         return [[{int(k): v for k, v in row.items()} for row in rows] for rows in answer["rows"]]
 
-    def counters(self) -> SpecCounters:
+    def counters(self) -> Acceptance:
         """Speculation counters since the engine's start (all zero without speculation)."""
         self._send({"op": "counters"})
-        return SpecCounters(**self._receive("failed while reading its counters"))
+        return Acceptance(**self._receive("failed while reading its counters"))
 
     def close(self) -> None:
         """End the engine and everything that it started."""
@@ -298,9 +259,8 @@ class EngineProcess(Startable["EngineProcess"]):
         except (EOFError, OSError):
             raise self._death(failure) from None
         if "error" in answer:
-            raise DraftheadError(
-                f"{self.name}: vLLM {failure}: {answer['error']} (its log: {self.log})"
-            )
+            cause = memory_fault(self.log, self._log_start) or f"vLLM {failure}"
+            raise DraftheadError(f"{self.name}: {cause}: {answer['error']} (its log: {self.log})")
         return answer["ok"]
 
     def _death(self, failure: str) -> DraftheadError:
@@ -309,8 +269,11 @@ class EngineProcess(Startable["EngineProcess"]):
             self._process.wait(timeout=10)
         code = self._process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        cause = memory_fault(self.log, self._log_start)
+        if not cause and code == -signal.SIGKILL:
+            cause = "out of memory? lower engine.kv_cache_memory_bytes or engine.max_num_seqs"
         return DraftheadError(
-            f"{self.name}: the vLLM process {failure} ({how}{hint})\n"
-            + log_tail(self.log, self._log_start)
+            f"{self.name}: the vLLM process {failure} ({how})"
+            + (f": {cause}" if cause else "")
+            + f"\n{log_tail(self.log, self._log_start)}"
         )

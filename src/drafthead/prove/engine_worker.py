@@ -31,13 +31,12 @@ def counters(llm: Any) -> dict:
     names = {
         "vllm:spec_decode_num_drafts": "drafts",
         "vllm:spec_decode_num_draft_tokens": "draft_tokens",
-        "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
-        "vllm:spec_decode_num_accepted_tokens_per_pos": "accepted_per_position",
+        "vllm:spec_decode_num_accepted_tokens_per_pos": "accepted",
     }
     found: dict[str, Any] = {}
     for metric in llm.get_metrics():
         name = names.get(metric.name)
-        if name == "accepted_per_position":
+        if name == "accepted":
             old = found.get(name, [0] * len(metric.values))
             found[name] = [a + b for a, b in zip(old, metric.values, strict=True)]
         elif name:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from drafthead.finding import Finding
 from drafthead.fsio import read_json
-from drafthead.prove.engine import SpecCounters
+from drafthead.head.acceptance import Acceptance
 from drafthead.prove.prediction import predicted_acceptance
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.records import BENCH_AGAIN, Bench, Stored
-from drafthead.prove.server import Client
+from drafthead.prove.server import Client, total
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import served_k
@@ -26,15 +26,25 @@ reach 0.5 to 0.8, and a fault of wiring leaves a few percent."""
 POINTS = 0.05
 """Distance from the prediction that 16 answers do not explain."""
 ENOUGH_DRAFTS = 200
+_NO_DRAFTS = (
+    "with structured outputs vLLM drops drafts that the grammar does not allow: compare with a "
+    "request that has no response_format; else look for a failed patch in the server's log"
+)
 
 
 @dataclass(frozen=True)
 class LiveFacts:
     """What was seen of a server; None is not known."""
 
-    traffic: SpecCounters
+    traffic: Acceptance
     """Counters before the probes: what its users sent."""
-    probe: SpecCounters | None = None
+    configured: bool = True
+    """It was started to draft: without a speculative config vLLM has no counters of drafts."""
+    answers: int = 0
+    """Answers that its users got before the probes."""
+    tokens: int = 0
+    """Tokens of those answers."""
+    probe: Acceptance | None = None
     """Counters of the run's held-out prompts, given as token ids."""
     predicted: list[float] | None = None
     """Acceptance by position that training predicts for them."""
@@ -51,24 +61,29 @@ class LiveFacts:
     """Target alone, one request at a time as the probes are, from bench."""
     best_k: int | None = None
 
+    @property
+    def undrafted(self) -> int:
+        """Tokens of its users' answers that came without a draft, the first of each aside: the
+        prompt's own step yields that one."""
+        return self.tokens - self.answers - self.traffic.drafts - sum(self.traffic.accepted)
+
 
 def conclude(facts: LiveFacts) -> list[Finding]:
     """Findings and their likely causes, from what was seen; the surest cause first."""
-    if facts.traffic.drafts and facts.probe and not facts.probe.drafts:
-        # No held-out prompt fits this server, or answers are of one token: they say nothing.
-        facts = replace(facts, probe=None, probe_tokens_per_s=None)
-    if not facts.traffic.drafts and not (facts.probe and facts.probe.drafts):
+    if not facts.configured:
         return [
             Finding(
                 "speculation",
                 "fault",
-                "the server has drafted nothing" + ("" if facts.probe else " yet"),
-                "start it with `drafthead serve RECIPE`; without --speculative-config vLLM does "
-                "not draft"
-                if facts.probe
-                else "send it some requests, or name the recipe here",
+                "the server does not draft: it was started without a speculative config",
+                "start it with `drafthead serve RECIPE`, which passes --speculative-config",
             )
         ]
+    if facts.traffic.drafts and facts.probe and not facts.probe.drafts:
+        # No held-out prompt fits this server, or answers are of one token: they say nothing.
+        facts = replace(facts, probe=None, probe_tokens_per_s=None)
+    if not facts.traffic.drafts and not (facts.probe and facts.probe.drafts):
+        return [_nothing_drafted(facts)]
     found = []
     if facts.template_agrees is False:
         found.append(
@@ -89,8 +104,39 @@ def conclude(facts: LiveFacts) -> list[Finding]:
     return found
 
 
-def _acceptance(facts: LiveFacts, counters: SpecCounters) -> Finding:
-    rates = counters.acceptance_by_position
+def _nothing_drafted(facts: LiveFacts) -> Finding:
+    """Of a server that could draft and did not, so far."""
+    if facts.undrafted > 0:
+        return Finding(
+            "speculation",
+            "warning",
+            f"none of {facts.tokens:,} tokens was drafted",
+            _NO_DRAFTS,
+        )
+    if facts.tokens:
+        return Finding(
+            "speculation",
+            "warning",
+            f"all {facts.answers:,} answers so far were of one token, which needs no draft",
+            "ask for longer answers",
+        )
+    if facts.probe:
+        return Finding(
+            "speculation",
+            "fault",
+            "no held-out prompt of the run was drafted for",
+            "raise --max-model-len or bench.max_new_tokens: an answer needs two tokens at least",
+        )
+    return Finding(
+        "speculation",
+        "warning",
+        "the server has answered nothing yet",
+        "send it some requests, or name the recipe here",
+    )
+
+
+def _acceptance(facts: LiveFacts, counters: Acceptance) -> Finding:
+    rates = counters.by_position
     words = (
         f"{', '.join(f'{rate:.1%}' for rate in rates)} by position, "
         f"{counters.accepted_length:.2f} tokens a step"
@@ -132,13 +178,23 @@ def _cause(facts: LiveFacts, as_predicted: bool) -> str:
 
 
 def _traffic(facts: LiveFacts) -> list[Finding]:
-    """Users' acceptance against that of the held-out prompts."""
-    if facts.probe is None or facts.traffic.drafts < ENOUGH_DRAFTS:
-        return []
-    users, own = (c.acceptance_by_position[0] for c in (facts.traffic, facts.probe))
-    words = f"{users:.1%} at position 1 for what users sent, {own:.1%} for held-out prompts"
-    if users >= own - 2 * POINTS:
-        return [Finding("traffic", "ok", words)]
+    """Users' answers: whether they are drafted for, and their acceptance against that of the
+    held-out prompts."""
+    traffic, found = facts.traffic, []
+    cut = traffic.drafts * traffic.k - traffic.draft_tokens
+    if facts.tokens >= ENOUGH_DRAFTS and facts.undrafted > facts.tokens / 2:
+        share = facts.undrafted / facts.tokens
+        words = f"{share:.0%} of the {facts.tokens:,} tokens that users got came without a draft"
+        found.append(Finding("traffic", "warning", words, _NO_DRAFTS))
+    elif traffic.drafts >= ENOUGH_DRAFTS and cut > traffic.draft_tokens:
+        words = f"{cut / (traffic.drafts * traffic.k):.0%} of users' drafts were cut off"
+        found.append(Finding("traffic", "warning", words, _NO_DRAFTS))
+    if facts.probe is None or traffic.drafts < ENOUGH_DRAFTS:
+        return found
+    users, heldout = (c.by_position[0] for c in (traffic, facts.probe))
+    words = f"{users:.1%} at position 1 for what users sent, {heldout:.1%} for held-out prompts"
+    if users >= heldout - 2 * POINTS:
+        return [*found, Finding("traffic", "ok", words)]
     if facts.template_agrees is False:
         mend = "the chat template is the likely cause, see above"
     else:
@@ -146,7 +202,7 @@ def _traffic(facts: LiveFacts) -> list[Finding]:
             "users ask other things than the head was trained on (or sample at a temperature): "
             "put their prompts into prompts.sources and train on"
         )
-    return [Finding("traffic", "warning", words, mend)]
+    return [*found, Finding("traffic", "warning", words, mend)]
 
 
 def _speed(probe: float, base: float, best_k: int | None) -> Finding:
@@ -170,8 +226,15 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         DraftheadError: the server does not answer.
     """
     traffic = client.counters()
+    samples = client.metrics()
+    seen = LiveFacts(
+        traffic,
+        configured=any(s.name == "vllm:spec_decode_num_drafts_total" for s in samples),
+        answers=total(samples, "request_success"),
+        tokens=total(samples, "generation_tokens"),
+    )
     if recipe is None:
-        return LiveFacts(traffic)
+        return seen
     from drafthead.capture.plan import make_plan
     from drafthead.head.inspect import inspect_head
 
@@ -196,8 +259,8 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
             said = client.tokenize_chat(chat.opening)
             agree = said == by_id[chat.id]
             break
-    return LiveFacts(
-        traffic=traffic,
+    return replace(
+        seen,
         probe=probe,
         predicted=predicted_acceptance(run, served_k(recipe, run)),
         template_agrees=agree,

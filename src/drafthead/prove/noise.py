@@ -102,14 +102,14 @@ def movement(top: dict[int, float], row: dict[int, float]) -> Iterator[tuple[flo
 
 
 def noise_words(verify: dict) -> list[str]:
-    """For each set of prompts how many answers part with the head, and how many of them widely,
-    beside what the target's do by themselves, and what would have been found."""
-    found = []
+    """For each set of prompts: how many answers differ with the head, how many by more than the
+    target differs from itself, and how small a fault would have been found."""
+    sentences = []
     for name in dict.fromkeys(r["workload"] for r in verify["runs"]):
         runs = [r for r in verify["runs"] if r["workload"] == name]
-        parted = _span([r["prompts"] - r["identical"] for r in runs])
-        words = f"{name}: {parted} of {runs[0]['prompts']} answers part with the head"
-        # Measured once for each set of prompts, whatever k, if any answer parts.
+        differ = _span([r["prompts"] - r["identical"] for r in runs])
+        words = f"{name}: {differ} of {runs[0]['prompts']} answers differ with the head"
+        # Measured once for each set of prompts, whatever k, and only if an answer differs.
         noise, bounds = (
             next((r[key] for r in runs if r[key]), None) for key in ("noise", "bounds")
         )
@@ -118,17 +118,20 @@ def noise_words(verify: dict) -> list[str]:
                 " and ".join(map(str, noise[key])) for key in ("parted", "concurrency")
             )
             words += (
-                f"; of the target alone {times} of {noise['answers']}, asked again {at_once} at "
-                f"once, and {noise['parted_at_once']} in one pass over its answers; wider than its "
-                f"own partings ({bounds['widest']:.2g} at most in {bounds['answers']} answers of "
-                f"all sets) part {_span([r['wide'] for r in runs])}"
+                f"; asked again, {at_once} at once, the target alone differs from itself in "
+                f"{times} of {noise['answers']}, and in {noise['parted_at_once']} where its "
+                f"answers are computed in one pass; {_span([r['wide'] for r in runs])} differ by "
+                f"a wider gap than its own ({bounds['widest']:.2g} at most, in "
+                f"{bounds['answers']} answers of all sets)"
             )
-        words += f"; {_found('within the noise', [r['detectable_share'] for r in runs])}"
+        small = "a fault within the noise" if noise else "a fault"
+        words += f"; {_would_be_found(small, [r['detectable_share'] for r in runs])}"
         if bounds:
-            wide = _found("with wider gaps", [r["detectable_wide_share"] for r in runs])
-            words += f"; {wide}; one with a gap beyond {bounds['limit']:.2g} in a single answer"
-        found.append(f"{words}.")
-    return found
+            wide = [r["detectable_wide_share"] for r in runs]
+            words += f"; {_would_be_found('a fault with wider gaps', wide)}"
+            words += f"; one with a gap above {bounds['limit']:.2g} is found in a single answer"
+        sentences.append(f"{words}.")
+    return sentences
 
 
 def _span(counts: list[int]) -> str:
@@ -136,12 +139,9 @@ def _span(counts: list[int]) -> str:
     return f"{least} to {most}" if least < most else f"{least}"
 
 
-def _found(fault: str, shares: list[float | None]) -> str:
-    """What share of faulty answers would have been found."""
+def _would_be_found(fault: str, shares: list[float | None]) -> str:
+    """The share of changed answers from which on a fault would have been found."""
     known = [share for share in shares if share is not None]
     if len(known) < len(shares):
-        return f"too few to find even a fault {fault} in half of the answers"
-    return (
-        f"a fault {fault} in {max(known):.1%} of the answers would have been found nine times in "
-        "ten"
-    )
+        return f"too few answers to find even {fault} that changes half of them"
+    return f"{fault} that changes {max(known):.1%} of the answers is found nine times in ten"

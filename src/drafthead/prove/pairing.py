@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from drafthead.prove.engine import Completion, EngineProcess, Generation, SpecCounters
+from drafthead.head.acceptance import Acceptance
+from drafthead.prove.engine import Completion, EngineProcess, Generation
 from drafthead.prove.server import Client
-from drafthead.prove.stats import conditional, speedup
+from drafthead.prove.stats import speedup
 from drafthead.prove.steady import (
     Window,
     packed,
@@ -63,7 +64,7 @@ class Block:
     """Of the answers, in tokens."""
     base: Generation
     drafted: Generation
-    counters: SpecCounters
+    counters: Acceptance
 
 
 def blocks_of(
@@ -162,8 +163,7 @@ def figures(blocks: Sequence[Block]) -> dict:
     pairs = [pair(block) for block in blocks]
     columns = ("base_tokens", "base_s", "drafted_tokens", "drafted_s")
     ratio = speedup(*([p[name] for p in pairs] for name in columns))
-    counters = SpecCounters.total([b.counters for b in blocks])
-    by_position = counters.acceptance_by_position
+    counters = Acceptance.total([b.counters for b in blocks])
     return {
         "base_tokens_per_s": ratio.base_tokens_per_s,
         "drafted_tokens_per_s": ratio.drafted_tokens_per_s,
@@ -172,8 +172,8 @@ def figures(blocks: Sequence[Block]) -> dict:
         "verdict": ratio.verdict,
         "pairs_timed": ratio.pairs,
         "accepted_length": counters.accepted_length,
-        "acceptance_by_position": by_position,
-        "conditional_acceptance_by_position": conditional(by_position),
+        "acceptance_by_position": counters.by_position,
+        "conditional_acceptance_by_position": counters.conditional,
         "drafts": counters.drafts,
         "step_s": typical_steps(pairs),
         "latency": {
@@ -253,7 +253,7 @@ def pair(block: Block) -> dict:
         "sources": sorted(set(block.sources)),
         **found,
         "drafts": counters.drafts,
-        "accepted_by_position": counters.accepted_per_position,
+        "accepted_by_position": counters.accepted,
     }
 
 

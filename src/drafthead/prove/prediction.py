@@ -106,7 +106,7 @@ class Rehearsal:
     def acceptance(self, head: Eagle3Head, ks: Sequence[int]) -> list[list[float]]:
         """Acceptance by position with each number of drafts a step."""
         embedding = self.target.embedding().float()
-        return [found.acceptance for found in evaluate(head, embedding, self.samples(), ks)]
+        return [total.by_position for total in evaluate(head, embedding, self.samples(), ks)]
 
 
 def predicted_curves(rehearsal: Rehearsal, most: int) -> list[list[float]] | None:

@@ -25,8 +25,10 @@ from prometheus_client.samples import Sample
 
 from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
-from drafthead.plan import Plan
-from drafthead.prove.engine import Completion, Generation, SpecCounters, Startable
+from drafthead.fsio import log_tail
+from drafthead.head.acceptance import Acceptance
+from drafthead.plan import Plan, memory_fault
+from drafthead.prove.engine import Completion, Generation, Startable
 
 _PLAIN = {
     "top_k": 0,
@@ -57,24 +59,23 @@ def parse_metrics(text: str) -> list[Sample]:
     return [sample for family in families for sample in family.samples]
 
 
-def spec_counters(samples: Sequence[Sample]) -> SpecCounters:
+def spec_counters(samples: Sequence[Sample]) -> Acceptance:
     """Speculation counters of a metrics page, over all its engines."""
-
-    def total(name: str) -> int:
-        name = f"vllm:spec_decode_{name}_total"
-        return round(sum(sample.value for sample in samples if sample.name == name))
-
     per: dict[int, float] = {}
     for sample in samples:
         if sample.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
             at = int(sample.labels["position"])
             per[at] = per.get(at, 0.0) + sample.value
-    return SpecCounters(
-        total("num_drafts"),
-        total("num_draft_tokens"),
-        total("num_accepted_tokens"),
+    return Acceptance(
+        total(samples, "spec_decode_num_drafts"),
+        total(samples, "spec_decode_num_draft_tokens"),
         [round(per[at]) for at in sorted(per)],
     )
+
+
+def total(samples: Sequence[Sample], name: str) -> int:
+    """A counter of a metrics page, ``vllm:…_total``, over all its engines and labels."""
+    return round(sum(s.value for s in samples if s.name == f"vllm:{name}_total"))
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Client:
             )
         return samples
 
-    def counters(self) -> SpecCounters:
+    def counters(self) -> Acceptance:
         """Speculation counters since the server's start, once they stand still: an answer's
         last step is counted a moment after its last token is sent."""
         found = spec_counters(self.metrics())
@@ -304,6 +305,7 @@ class ServerProcess(Startable[Client]):
         self._port = _free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
+            self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [*self.plan.command, "--host", "127.0.0.1", "--port", str(self._port)],
                 # Who has the key of another server set would be refused by this one.
@@ -332,9 +334,13 @@ class ServerProcess(Startable[Client]):
                 self._grace = 20
                 return client
             if self._process.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
                 what = "was not healthy in time" if self._process.poll() is None else "ended"
-                raise DraftheadError(f"{self.name}: vllm serve {what}; {self.log}:\n{tail}")
+                cause = memory_fault(self.log, self._log_start)
+                raise DraftheadError(
+                    f"{self.name}: vllm serve {what}"
+                    + (f": {cause}" if cause else "")
+                    + f"\n{log_tail(self.log, self._log_start)}"
+                )
             time.sleep(0.5)
 
     def close(self) -> None:

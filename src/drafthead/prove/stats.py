@@ -83,12 +83,6 @@ def tail(n: int) -> float:
     return normal.cdf(-t * math.sqrt(n / nu))
 
 
-def conditional(unconditional: Sequence[float]) -> list[float]:
-    """Acceptance at each draft position given that all before it were accepted."""
-    before = [1.0, *unconditional][: len(unconditional)]
-    return [p / q if q else 0.0 for p, q in zip(unconditional, before)]
-
-
 def more_often(a: int, n: int, b: int, m: int) -> float:
     """How likely ``a`` or more of ``n`` would be, beside ``b`` of ``m``, if both were alike:
     Fisher's exact test, one-sided."""

@@ -352,24 +352,35 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
 
 
 def _failure(runs: list[dict], run: RunDir) -> str:
-    proof = f"see {run.verify_json}"
+    """What is not lossless, for people: the surest fault of all runs."""
     failed = min((r for r in runs if not r["lossless"]), key=lambda r: not r["differences"])
-    where = f"k={failed['num_speculative_tokens']}, {failed['workload']}"
+    where = f"k = {failed['num_speculative_tokens']}, {failed['workload']}"
     if not failed["differences"] and failed["p_wide"] < ALPHA:
         return (
-            f"not lossless: {failed['wide']} of {failed['prompts']} answers part ({where}) more "
-            f"widely than the target's from themselves (p = {failed['p_wide']:.2g}); {proof}"
+            f"not lossless ({where}): {failed['wide']} of {failed['prompts']} answers with the "
+            "head differ from the target's by a wider gap than the target ever differs from "
+            f"itself (p = {failed['p_wide']:.2g}); see {run.verify_json}"
         )
     if not failed["differences"]:
         return (
-            f"not lossless: {failed['ties']} of {failed['prompts']} answers part ({where}), more "
-            f"than the target's from themselves (p = {failed['p_value']:.2g}); {proof}"
+            f"not lossless ({where}): {failed['ties']} of {failed['prompts']} answers with the "
+            "head differ from the target's, more than the target differs from itself "
+            f"(p = {failed['p_value']:.2g}); see {run.verify_json}"
         )
     fault = next(d for d in failed["examined"] if d["verdict"] == NOT_LOSSLESS)
-    gap = "not even likely" if fault["gap"] is None else f"{fault['gap']:.4g} below its likeliest"
+    gap = (
+        "and not among the target's likeliest"
+        if fault["gap"] is None
+        else f"and {fault['gap']:.4g} below the target's likeliest in log-probability"
+    )
+    alone, drafted = (
+        "the end" if token is None else token
+        for token in (fault["base_token"], fault["drafted_token"])
+    )
     return (
         f"not lossless: {sum(r['differences'] for r in runs)} of "
-        f"{sum(r['prompts'] for r in runs)} answers differ; first ({where}) prompt "
-        f"{fault['prompt']} at token {fault['position']}: the target alone wrote "
-        f"{fault['base_token']}, with the head {fault['drafted_token']}, {gap}; {proof}"
+        f"{sum(r['prompts'] for r in runs)} answers differ; the first ({where}) is prompt "
+        f"{fault['prompt']} at token {fault['position']}: the target alone wrote {alone}, with "
+        f"the head {drafted}, {gap}; "
+        f"see {run.verify_json}"
     )

@@ -23,63 +23,10 @@ import numpy as np
 from torch import Tensor
 
 from drafthead.errors import DraftheadError
+from drafthead.head.acceptance import Acceptance
 from drafthead.head.drafting import ChainAttention, draft_chain, prefix_attention
 from drafthead.head.model import Eagle3Head
 from drafthead.states import Sample, Samples
-
-
-class Acceptance:
-    """Counts of a walk over answers with k drafts a step; position j is at index j - 1.
-
-    `known` counts drafts that were reached (all before them accepted) and whose true token is
-    known, `accepted` those that were right, `outside` those that could not be right because the
-    true token is outside the draft vocabulary. `past_end` counts, at each position, the steps
-    whose chain was right up to the end of the answer and went on beyond it up to there.
-    """
-
-    def __init__(self, k: int):
-        self.k = k
-        self.steps = 0
-        self.known = np.zeros(k, dtype=np.int64)
-        self.accepted = np.zeros(k, dtype=np.int64)
-        self.outside = np.zeros(k, dtype=np.int64)
-        self.past_end = np.zeros(k, dtype=np.int64)
-
-    def add(self, other: "Acceptance") -> None:
-        """Add another walk's counts (same k)."""
-        self.steps += other.steps
-        self.known += other.known
-        self.accepted += other.accepted
-        self.outside += other.outside
-        self.past_end += other.past_end
-
-    @property
-    def accepted_length(self) -> float:
-        """Tokens a step, the target's own included: 1 + accepted drafts / steps."""
-        return 1.0 + float(self.accepted.sum()) / max(1, self.steps)
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Accepted at each position over all steps, as vLLM's per-position counters give it."""
-        return (self.accepted / max(1, self.steps)).tolist()
-
-    @property
-    def conditional(self) -> list[float]:
-        """Accepted at each position, given that all before it were and that the truth is known."""
-        return (self.accepted / np.maximum(1, self.known)).tolist()
-
-    def summary(self) -> dict:
-        """JSON-able: rates, and the counts that they come from."""
-        return {
-            "k": self.k,
-            "steps": self.steps,
-            "accepted_length": self.accepted_length,
-            "acceptance_by_position": self.acceptance,
-            "conditional_acceptance_by_position": self.conditional,
-            "accepted": self.accepted.tolist(),
-            "outside_draft_vocabulary": self.outside.tolist(),
-            "past_end": self.past_end.tolist(),
-        }
 
 
 def walk(chains: np.ndarray, answer: np.ndarray, drafted: np.ndarray) -> Acceptance:
@@ -89,19 +36,21 @@ def walk(chains: np.ndarray, answer: np.ndarray, drafted: np.ndarray) -> Accepta
     int [n]; drafted bool [V]: the draft vocabulary (`t2d`).
     """
     n, k = len(answer), chains.shape[1]
-    counts = Acceptance(k)
+    counts = Acceptance.zeros(k)
     current = 0  # the last token that is settled; the prefill settles the first
     while current < n - 1:
-        counts.steps += 1
+        counts.drafts += 1
+        counts.draft_tokens += k
         j = 0
         while j < k:
             if current + 1 + j >= n:
-                counts.past_end[j:] += 1
+                for beyond in range(j, k):
+                    counts.past_end[beyond] += 1
                 break
             truth = answer[current + 1 + j]
             counts.known[j] += 1
             if chains[current, j] != truth:
-                counts.outside[j] += not drafted[truth]
+                counts.outside[j] += int(not drafted[truth])
                 break
             counts.accepted[j] += 1
             j += 1
@@ -137,7 +86,7 @@ def evaluate(
     long enough for one step.
     """
     ks = [k] if isinstance(k, int) else list(k)
-    totals = [Acceptance(n) for n in ks]
+    totals = [Acceptance.zeros(n) for n in ks]
     drafted = head.t2d.cpu().numpy()
     for sample in samples:
         length, start = len(sample.ids), sample.prompt_len
@@ -154,8 +103,8 @@ def evaluate(
             force=True
         )
         answer = sample.ids[start:].numpy(force=True)
-        for total in totals:
-            total.add(walk(chains[:, : total.k], answer, drafted))
-    if not totals[0].steps:
+        walks = [walk(chains[:, :n], answer, drafted) for n in ks]
+        totals = [Acceptance.total(both) for both in zip(totals, walks, strict=True)]
+    if not totals[0].drafts:
         raise DraftheadError("held-out evaluation: no answer has two tokens or more")
     return totals

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint, write_json
+from drafthead.head.acceptance import Acceptance
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.head.model import Eagle3Head
@@ -22,7 +23,7 @@ from drafthead.states.format import decode
 from drafthead.train import checkpoint
 from drafthead.train.batches import Batch, draft_ids, prefetch
 from drafthead.train.checks import check
-from drafthead.train.evaluate import Acceptance, evaluate, heldout
+from drafthead.train.evaluate import evaluate, heldout
 from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
 from drafthead.train.log import Log
@@ -150,7 +151,7 @@ class _Fit:
             checkpoint.load(folder / "checkpoint", self.found, self._take)
             if self.found.best_step >= 0 and self.found.k != task.k:
                 at_k = self.acceptance(self._best(), [task.k])[0]
-                self.progress.best_length = at_k.accepted_length
+                self.progress.best_length = at_k.accepted_length or 0.0
             self.progress.k = task.k
 
     def _take(self, state: dict[str, Tensor], steps: int) -> None:
@@ -275,11 +276,11 @@ class _Fit:
         if self.dtype != torch.bfloat16:  # as it is saved, so that all figures are of one head
             head = copy.deepcopy(head).bfloat16().to(self.dtype)
         total = self.acceptance(head, [self.task.k])[0]
-        progress = self.progress
-        better = total.accepted_length > progress.best_length
+        progress, length = self.progress, total.accepted_length or 0.0
+        better = length > progress.best_length
         progress.stale = 0 if better else progress.stale + 1
         if better:
-            progress.best_length, progress.best_step = total.accepted_length, progress.step
+            progress.best_length, progress.best_step = length, progress.step
             if self.world.first:
                 self._save_best(head)
         patience = self.task.settings.patience
@@ -287,8 +288,8 @@ class _Fit:
         log.write(
             progress.step,
             {
-                "accepted_length": total.accepted_length,
-                "acceptance": total.acceptance,
+                "accepted_length": length,
+                "acceptance": total.by_position,
                 "conditional_acceptance": total.conditional,
                 "seconds": progress.seconds,
             },
@@ -296,7 +297,7 @@ class _Fit:
         if self.world.first:
             self.console.print(
                 f"step {progress.step}/{self.plan.steps}: held-out accepted length at k="
-                f"{total.k}: {total.accepted_length:.3f}" + (" (best)" if better else "")
+                f"{total.k}: {length:.3f}" + (" (best)" if better else "")
             )
 
     def acceptance(self, head: Eagle3Head, ks: list[int]) -> list[Acceptance]:
@@ -305,18 +306,18 @@ class _Fit:
         own = self.heldout[world.rank :: world.size]
         reader.expect(own)
         samples = (reader[int(i)] for i in own)
-        totals = [Acceptance(k) for k in ks]
+        totals = [Acceptance.zeros(k) for k in ks]
         if own:
             totals = evaluate(head, self.embedding.to(world.device), samples, ks)
+        summed = []
         for total in totals:
-            counts = [total.known, total.accepted, total.outside, total.past_end]
-            tensors = [torch.tensor(total.steps), *(torch.from_numpy(c) for c in counts)]
-            moved = [t.to(world.device) for t in tensors]
-            world.sum(moved)
-            total.steps = int(moved[0])
-            for name, t in zip(("known", "accepted", "outside", "past_end"), moved[1:]):
-                setattr(total, name, t.cpu().numpy())
-        return totals
+            counts = {
+                name: torch.tensor(count, device=world.device)
+                for name, count in asdict(total).items()
+            }
+            world.sum([*counts.values()])
+            summed.append(Acceptance(**{name: count.tolist() for name, count in counts.items()}))
+        return summed
 
     def _positions(self, steps: int) -> int:
         """Positions packed into the first `steps` steps."""
@@ -383,7 +384,7 @@ class _Fit:
             "best_step": progress.best_step,
             "k": self.task.k,
             "accepted_length": at_k.accepted_length,
-            "acceptance_by_position": at_k.acceptance,
+            "acceptance_by_position": at_k.by_position,
             "heldout": [total.summary() for total in totals],
         }
         if self.world.first:
