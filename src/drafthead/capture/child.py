@@ -20,6 +20,7 @@ import psutil
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import log_tail
+from drafthead.plan import memory_fault
 
 
 class Child:
@@ -76,9 +77,11 @@ class Child:
                 raise DraftheadError(message["error"])
             yield message
         if self._end() != 0:
+            cause = memory_fault(self.log, self._begin)
             raise DraftheadError(
-                f"{self.what}: the vLLM process died (exit code {self.process.returncode}); "
-                + log_tail(self.log, self._begin)
+                f"{self.what}: the vLLM process died (exit code {self.process.returncode})"
+                + (f": {cause}" if cause else "")
+                + f"; {log_tail(self.log, self._begin)}"
             )
 
     def close(self) -> None:
