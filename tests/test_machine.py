@@ -69,8 +69,9 @@ def test_what_cuda_would_see(visible, memory, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    gpus, _, driver = machine._gpus()
+    gpus, nvlink, driver = machine._gpus()
     assert gpus == tuple(Gpu("a card", size) for size in memory)
+    assert nvlink is (True if len(memory) > 1 else None)
     assert driver == "570.1"
 
 

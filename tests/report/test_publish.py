@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import read_json, sha256_file, write_json
+from drafthead.fsio import RunLock, read_json, sha256_file, write_json
 from drafthead.prove.verify import Outcome, verify
 from drafthead.recipe import with_options
 from drafthead.report.card import find_licence, usage, write_card
@@ -294,6 +295,16 @@ def test_a_hub_that_refuses_is_a_clear_error(made):
     assert done.returncode == 2
     assert "me/head: the hub refuses" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_another_process_works_on_is_not_published(made):
+    recipe, run = made
+    with RunLock(run.root), pytest.raises(DraftheadError, match=re.escape(str(run.root))):
+        publish(recipe, run.root.parent, repo="me/head", dry_run=True, console=QUIET)
+    elsewhere = run.root.parent / "elsewhere"
+    with pytest.raises(DraftheadError, match=r"proof\.json"):
+        publish(recipe, elsewhere, repo="me/head", dry_run=True, console=QUIET)
+    assert not elsewhere.exists()
 
 
 @pytest.mark.parametrize("repo", ["head", "me/some head", "a/b/c", "me/--x"])

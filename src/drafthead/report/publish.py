@@ -6,8 +6,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import sha256_file, write_bytes
-from drafthead.prove.proof import proof_path
+from drafthead.fsio import RunLock, sha256_file, write_bytes
+from drafthead.prove.proof import proof_path, read_proof
 from drafthead.recipe import Recipe
 from drafthead.report.card import hub_id, write_card
 from drafthead.report.page import render
@@ -42,8 +42,8 @@ def publish(
         ``repo``, ``files`` (path, bytes, sha256), and the ``url`` of the commit if there is one.
 
     Raises:
-        DraftheadError: verify or bench has not been run on this head, no repository is named, or
-            the hub refuses.
+        DraftheadError: verify or bench has not been run on this head, no repository is named,
+            another process works in the run's folder, or the hub refuses.
         ClaimFailed: the head is not lossless.
     """
     run = RunDir(runs / recipe.name)
@@ -57,7 +57,14 @@ def publish(
     if "/" not in repo:
         raise DraftheadError(f"publish.repo: {repo!r} names no owner; write OWNER/{repo}")
     section = recipe.publish.model_copy(update={"repo": repo})
-    results = read_results(recipe.model_copy(update={"publish": section}), run)
+    named = recipe.model_copy(update={"publish": section})
+    read_proof(run)  # before the lock, which would make the folder of a run that is not there
+    with RunLock(run.root):
+        return _publish(named, run, repo, dry_run, console)
+
+
+def _publish(recipe: Recipe, run: RunDir, repo: str, dry_run: bool, console: Console) -> dict:
+    results = read_results(recipe, run)
     if not results.proof["lossless"]:
         raise ClaimFailed(f"{proof_path(run)}: not lossless; such a head is not published")
     write_bytes(run.report_html, render(results, "report.html.j2").encode())
