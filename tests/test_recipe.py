@@ -81,6 +81,33 @@ def test_wrong_recipes_are_refused_in_words(tmp_path, data, words):
         _load(tmp_path, data)
 
 
+@pytest.mark.parametrize(
+    ("data", "field", "written"),
+    [
+        ({"bench": {"num_speculative_tokens": 2}}, "bench.num_speculative_tokens", "[2]"),
+        ({"verify": {"num_speculative_tokens": "1,3"}}, "verify.num_speculative_tokens", "[1, 3]"),
+        ({"train": {"track": "wandb"}}, "train.track", "[wandb]"),
+        ({"capture": {"aux_layers": 7}}, "capture.aux_layers", "[7]"),
+        ({"capture": {"aux_layers": "None"}}, "capture.aux_layers", "null"),
+        ({"prompts": {"sources": "p.jsonl"}}, "prompts.sources", "[{path: p.jsonl}]"),
+        ({"prompts": {"sources": ["p.jsonl"]}}, "prompts.sources.0", "{path: p.jsonl}"),
+        ({"prompts": {"sources": {"path": "p"}}}, "prompts.sources", "[{path: p}]"),
+        ({"target": "./model"}, "target", "{path: ./model}"),
+        ({"name": 2026}, "name", '"2026"'),
+        ({"name": "a b"}, "name", "-"),
+        ({"publish": {"repo": "me"}}, "publish.repo", "OWNER/NAME"),
+        ({"train": {"shard": "maybe"}}, "train.shard", "true"),
+        ({"train": {"ttt_steps": 2.5}}, "train.ttt_steps", "2"),
+        ({"train": {"epochs": "many"}}, "train.epochs", "0.5"),
+    ],
+)
+def test_a_value_of_another_shape_is_told_how_to_be_written(tmp_path, data, field, written):
+    with pytest.raises(DraftheadError) as refused:
+        _load(tmp_path, GOOD | data)
+    assert f"`{field}`" in str(refused.value)
+    assert f"`{written}`" in str(refused.value)
+
+
 def test_missing_recipe_names_the_mend(tmp_path):
     with pytest.raises(DraftheadError, match="drafthead init"):
         load_recipe(tmp_path / "none.yaml")

@@ -356,21 +356,19 @@ def test_eight_bit_products_need_their_gpu(store, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed(store, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(DraftheadError, match="pip install trackio"):
-        fit(make_task(store, track=["trackio"]), tmp_path, ALONE, quiet())
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(DraftheadError, match="pip install wandb"):
+        fit(make_task(store, track=["wandb"]), tmp_path, ALONE, quiet())
     assert not any(tmp_path.iterdir()), "what is left would be another recipe's"
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_trackers_get_the_figures_and_one_run_stays_one(store, tmp_path, monkeypatch, tracker):
+def test_a_tracker_gets_the_figures_and_one_run_stays_one(store, tmp_path, monkeypatch):
     class Fake:
         def __init__(self):
             self.logged, self.runs = [], []
 
-        def init(self, *, project, resume, name, **own):
-            assert own.keys() == ({"id"} if tracker == "wandb" else set())
-            self.runs.append((project, resume, name, own.get("id")))
+        def init(self, *, project, resume, name, id):
+            self.runs.append((project, resume, name, id))
 
         def log(self, figures, step):
             self.logged.append((step, figures))
@@ -379,14 +377,14 @@ def test_trackers_get_the_figures_and_one_run_stays_one(store, tmp_path, monkeyp
             self.done = True
 
     fake = Fake()
-    monkeypatch.setitem(sys.modules, tracker, fake)
-    fit(make_task(store, track=[tracker], epochs=1), tmp_path / "a", ALONE, quiet())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fit(make_task(store, track=["wandb"], epochs=1), tmp_path / "a", ALONE, quiet())
     assert fake.done
     assert {"loss", "accuracy/1", "acceptance/3", "learning_rate"} <= set().union(
         *(figures for _, figures in fake.logged)
     )
-    fit(make_task(store, track=[tracker], epochs=1), tmp_path / "a", ALONE, quiet())
-    fit(make_task(store, track=[tracker], epochs=1), tmp_path / "b", ALONE, quiet())
+    fit(make_task(store, track=["wandb"], epochs=1), tmp_path / "a", ALONE, quiet())
+    fit(make_task(store, track=["wandb"], epochs=1), tmp_path / "b", ALONE, quiet())
     first, again, other = fake.runs
     assert first == again != other
 

@@ -124,7 +124,7 @@ def test_a_head_for_other_layers_is_refused(prepared, tmp_path):
         ("train", {"shard": True}, "muon steps whole matrices"),
         ("train", {"shard": True, "optimizer": "adamw", "rows_per_step": 3}, "multiple of 2"),
         ("train", {"rows_per_step": 1}, "2 processes for steps of 1 rows"),
-        ("train", {"track": ["trackio"]}, "pip install trackio"),
+        ("train", {"track": ["wandb"]}, "pip install wandb"),
         ("train", {"start_from": "nowhere"}, "nowhere: no such head"),
         ("head", {"hidden_size": 48}, "head.hidden_size is 48"),
         ("head", {"aux_layers": [1, 3]}, r"\[3\]: .* holds the layers \[1, 2\]"),
@@ -135,7 +135,7 @@ def test_mistakes_are_found_before_what_was_trained_is_thrown_away(
 ):
     recipe, run = prepared
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setitem(sys.modules, "trackio", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     captured = recipe.model_copy(
         update={"capture": recipe.capture.model_copy(update={"aux_layers": list(AUX)})}
     )

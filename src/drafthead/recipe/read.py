@@ -1,6 +1,7 @@
 """Reading a recipe: each mistake is named with its file and field, and the nearest right key."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,46 @@ def _nearest(location: tuple, found: str) -> str:
     known = list(getattr(model, "model_fields", {}))
     close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+
+
+_PLAIN = {
+    "bool_type": "should be `true` or `false`",
+    "bool_parsing": "should be `true` or `false`",
+    "int_type": "should be a whole number, such as `2`",
+    "int_parsing": "should be a whole number, such as `2`",
+    "int_from_float": "should be a whole number, such as `2`",
+    "float_type": "should be a number, such as `0.5`",
+    "float_parsing": "should be a number, such as `0.5`",
+    "too_short": "should have at least one entry",
+}
+"""What a field should be, by the type of pydantic's error, where pydantic's words are Python's."""
+_PATTERNS = {
+    "name": "should be letters, digits, `.`, `_` and `-`, the first one a letter or a digit",
+    "repo": "should be `OWNER/NAME`",
+}
+
+
+def _shape(item: Any) -> str:
+    """What a field should be, and how to write it. ``item`` is one of pydantic's errors."""
+    kind, value, key = item["type"], item["input"], item["loc"][-1] if item["loc"] else ""
+    if value == "None":
+        return "should be `null`, YAML's word for Python's None"
+    scalar = isinstance(value, int | float | str) and not isinstance(value, bool)
+    if kind in ("list_type", "tuple_type") and value is not None:
+        entries: list[Any] = [{"path": value} if key == "sources" and scalar else value]
+        if isinstance(value, str) and re.fullmatch(r"[\d., ]+", value):  # 1,3 was meant as numbers
+            entries = yaml.safe_load(f"[{value}]")
+        written = yaml.safe_dump(entries, default_flow_style=True, width=1000).strip()
+        return f"should be a list: write `{written}`"
+    if kind in ("model_type", "dict_type"):
+        if scalar and ("sources" in item["loc"] or key == "target"):
+            return f"should be a mapping: write `{{path: {value}}}`"
+        return "should be a mapping (`key: value` lines)"
+    if kind == "string_type" and scalar:
+        return f'should be a text: write `"{value}"`'
+    if kind == "string_pattern_mismatch" and key in _PATTERNS:
+        return _PATTERNS[key]
+    return _PLAIN.get(kind) or item["msg"].replace("Input should be", "should be")
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:
@@ -54,12 +95,9 @@ def parse_recipe(data: Any, where: str) -> Recipe:
             elif item["type"] == "missing":
                 lines.append(f"{where}: `{field}` is missing; add it")
             else:
-                wanted = item["msg"]
-                if item["type"] in ("model_type", "dict_type"):
-                    wanted = "should be a mapping (`key: value` lines)"
-                if item["input"] == "None":
-                    wanted += "; YAML's word for it is `null`"
-                lines.append(f"{where}: `{field}`: {wanted}, found {shortened(item['input'])}")
+                lines.append(
+                    f"{where}: `{field}`: {_shape(item)}, found {shortened(item['input'])}"
+                )
         raise DraftheadError("\n".join(lines)) from None
 
 

@@ -237,7 +237,7 @@ class TrainSection(Section):
     """Steps between held-out evaluations; null is ten times in a run."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations without a better accepted length; null never stops."""
-    track: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
+    track: list[Literal["wandb"]] = Field(default_factory=list)
     """Trackers to report to beside JSON lines and TensorBoard, if installed."""
     seed: Seed = 0
     """Seed of initialisation and of the order of the data."""

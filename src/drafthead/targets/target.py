@@ -283,7 +283,7 @@ def _gguf(folder: Path, name: str) -> str:
     return (
         f"{folder / name}: a GGUF file, which holds weights that drafthead cannot read. Make the "
         "head for the safetensors checkpoint that it was converted from, and serve that; or "
-        "dequantize it with transformers (pip install gguf) and serve the result: "
+        "dequantize it with transformers (pip install gguf accelerate) and serve the result: "
         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, gguf_file={name!r})"
         ".save_pretrained(OUT), and the same with AutoTokenizer"
     )

@@ -26,8 +26,8 @@ class Metrics(TypedDict):
 class Log:
     """Metrics of a run, by step. Opening it cuts off what a killed run wrote after `step`.
 
-    folder: `metrics.jsonl` and `tensorboard/` go there. trackers: "wandb" and "trackio", used
-    through their `init`, `log` and `finish`. total: steps of the run. `quiet` is for processes that
+    folder: `metrics.jsonl` and `tensorboard/` go there. trackers: "wandb", used through
+    its `init`, `log` and `finish`. total: steps of the run. `quiet` is for processes that
     only compute. A context manager.
 
     Raises:
@@ -56,13 +56,9 @@ class Log:
 
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         run_id = _run_id(folder / "tracker_id") if trackers else ""
-        for tracker, module in zip(trackers, self.trackers):
+        for tracker in self.trackers:
             # A run that goes on after a kill stays one run; another run of the recipe is another.
-            # wandb knows runs by id, trackio by name.
-            own = (
-                {"name": name, "id": run_id} if tracker == "wandb" else {"name": f"{name}-{run_id}"}
-            )
-            module.init(project="drafthead", resume="allow", **own)
+            tracker.init(project="drafthead", resume="allow", name=name, id=run_id)
         self.bar = Progress(
             TextColumn("train"),
             BarColumn(),
