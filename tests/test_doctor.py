@@ -199,6 +199,48 @@ def test_a_recipe_that_does_not_fit_is_a_fault_with_its_mend(recipe, tmp_path):
     assert "target.path" in finding.mend
 
 
+def test_records_left_out_are_told_by_source_and_reason(recipe, tmp_path):
+    """They were counted and printed once the run had begun, and nowhere before."""
+    files = {"a": tmp_path / "prompts.jsonl", "b": tmp_path / "b.jsonl"}
+    with files["a"].open("a") as file:
+        file.write('{"prompt": "x", "tools": ["t"]}\n{"prompt": "x", "image": "i.jpg"}\n')
+    files["b"].write_text('{"prompt": "word 1"}\n')
+    changed = with_options(
+        recipe, "prompts", {"sources": [{"path": str(file)} for file in files.values()]}
+    )
+    timed = {"sources": [{"path": str(files["a"]), "limit": 2}], "max_new_tokens": 4}
+    findings = doctor.check_recipe(
+        with_options(changed, "bench", timed), RunDir(tmp_path / "runs/r"), CPU
+    )
+    words = [f.found for f in findings if f.what == "prompts" and f.state == "warning"]
+    assert all(
+        any(all(part in text for part in parts) for text in words)
+        for parts in (
+            ("prompts.jsonl", "tools", "line 41"),
+            ("prompts.jsonl", "images", "line 42"),
+            ("b.jsonl", "seen before", "line 1"),
+        )
+    )
+    (own,) = [f for f in findings if f.what == "bench.sources"]
+    assert own.state == "ok"
+    assert "2 conversations" in own.found
+
+
+def test_prompts_that_leave_no_room_are_told(recipe, tmp_path):
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.writelines(json.dumps({"prompt": f"{i} " + "x" * 999}) + "\n" for i in range(60))
+    findings = doctor.check_recipe(
+        with_options(
+            with_options(recipe, "prompts", {"heldout": 40}), "engine", {"max_model_len": 128}
+        ),
+        RunDir(tmp_path / "runs/r"),
+        CPU,
+    )
+    told = [f for f in findings if f.what == "prompts" and f.mend == doctor._TOO_LONG]
+    assert [f.state for f in told] == ["warning", "warning"]
+    assert "held-out" in told[1].found
+
+
 def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
     def findings(**sections):
         data = recipe.model_dump(mode="json")
@@ -208,10 +250,11 @@ def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
         )
         return {f.what: f for f in doctor.check_recipe(changed, RunDir(tmp_path / "runs/r"), CPU)}
 
-    assert not {"prompts", "drafts"} & findings().keys()
-    few = findings(engine={"max_model_len": 8})["prompts"]
+    assert "drafts" not in findings()
+    assert findings()["prompts"].state == "ok"
+    few = findings(engine={"max_model_len": 8})["recipe"]
     assert few.state == "fault"
-    assert "engine.max_model_len" in few.mend
+    assert "engine.max_model_len" in few.found
     drafting = {"serve": {"num_speculative_tokens": 7}, "train": {"ttt_steps": 3}}
     assert "drafts" not in findings(**drafting)
     assert "drafts" in findings(**drafting, head={"norm_output": False})

@@ -13,7 +13,7 @@ from drafthead.errors import DraftheadError
 from drafthead.quantize import RECORD, _beside_weights, chats_of, quantize
 from drafthead.targets import load_target, nvfp4
 
-CHATS = [Chat(None, (f"What is {a} times {b}?",), "test") for a in range(4) for b in range(3)]
+CHATS = [Chat(None, ((f"What is {a} times {b}?",),), "test") for a in range(4) for b in range(3)]
 
 
 def made(target, folder):
@@ -100,7 +100,7 @@ def test_answers_do_not_depend_on_their_batch(kind, request, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(target.path, dtype="auto").eval()
     template = Template(target.tokenizer(), target.eos_token_ids, "test")
     monkeypatch.setattr(module, "TEMPERATURE", 1e-3)  # as good as greedy
-    chats = [Chat(None, ("word " * n,), "test") for n in (1, 9, 4, 30)]
+    chats = [Chat(None, (("word " * n,),), "test") for n in (1, 9, 4, 30)]
     together = module._answered(model, template, chats, 12)
     for chat, (ids, start) in zip(chats, together):
         (alone, _), *_ = module._answered(model, template, [chat], 12)
@@ -143,7 +143,7 @@ def test_prompts_of_every_source_are_taken(llama, tmp_path):
             }
         )
     )
-    for side in chats_of(recipe, 12, 12):
+    for side in chats_of(llama, recipe, 12, 12):
         assert {chat.source for chat in side} == {"chat", "code"}
         assert len(side) == 12
 
@@ -160,7 +160,7 @@ def test_the_command_and_its_prompts(llama, tmp_path):
         f"name: x\ntarget:\n  path: {llama}\n"
         f"prompts:\n  heldout: 4\n  sources:\n    - path: {prompts}\n"
     )
-    calibration, held = chats_of(recipe, 3, 16)
+    calibration, held = chats_of(llama, recipe, 3, 16)
     assert (len(calibration), len(held)) == (3, 4)
     assert not {c.id for c in calibration} & {c.id for c in held}
     arguments = ["quantize", str(llama), str(tmp_path / "out"), "--prompts", str(prompts), "--json"]

@@ -210,7 +210,9 @@ def quantize(
     from drafthead.quantize import EXCLUDE, chats_of
     from drafthead.quantize import quantize as make
 
-    calibration, held = chats_of(prompts, samples, heldout)
+    calibration, held = chats_of(
+        target, prompts, samples, heldout, trust_remote_code=trust_remote_code
+    )
     record = make(
         target,
         out,

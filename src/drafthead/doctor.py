@@ -23,12 +23,15 @@ from drafthead.rundir import RunDir
 # What needs PyTorch is imported where it is used: doctor must work where PyTorch does not.
 if TYPE_CHECKING:
     from drafthead.capture.plan import WorkPlan
-    from drafthead.data.chats import Chat
+    from drafthead.data.chats import Chat, SourceCounts
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
 _VLLM = "0.32."
 _FEW_STEPS = 200
+_SAMPLE = 64
+_LEFT_OUT = "nothing, if so few are no loss; else change the records that the message names"
+_TOO_LONG = "raise engine.max_model_len, as far as the target reaches, or take shorter prompts"
 # As the plain registry has them they are CUDA builds, and `import vllm` fails on them on a CPU.
 _CUDA_WHEELS = ("torchvision", "torchaudio", "torchcodec")
 _IMPORTS = """
@@ -209,9 +212,13 @@ def _gpus(machine: Machine) -> Finding:
     return Finding("GPU", "ok", names + link)
 
 
-def _sample(plan: "WorkPlan", size: int = 64) -> list[tuple["Chat", int]]:
+def _sample(plan: "WorkPlan") -> list[tuple["Chat", int]]:
     """Some conversations, and the tokens of each one's opening."""
-    chats = [chat for unit in plan.units for chat, _ in unit][:size]
+    return _lengths(plan, [chat for unit in plan.units for chat, _ in unit][:_SAMPLE])
+
+
+def _lengths(plan: "WorkPlan", chats: list["Chat"]) -> list[tuple["Chat", int]]:
+    """Conversations, and the tokens of each one's opening."""
     return [(chat, len(plan.template.encode(chat.opening)[0])) for chat in chats]
 
 
@@ -224,20 +231,39 @@ def _longest_mean(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> float:
 
     lengths = []
     for chat, opening in sample:
-        around = max(0, opening - count(chat.turns[0]))  # what the template puts around a turn
-        more = sum(count(turn) + around for turn in chat.turns[1:])
+        texts = ["".join(turn) for turn in chat.turns]
+        around = max(0, opening - count(texts[0]))  # what the template puts around a turn
+        more = sum(count(text) + around for text in texts[1:])
         lengths.append(min(plan.max_len, opening + more + len(chat.turns) * limit))
     return sum(lengths) / max(1, len(lengths))
 
 
+def _sources(sources: list["SourceCounts"], key: str) -> list[Finding]:
+    """What each source of prompts gave, and what was left out of it."""
+    findings = []
+    for source in sources:
+        words = f"{source.place}: {source.conversations:,} conversations"
+        findings.append(Finding(key, "ok" if source.conversations else "warning", words))
+        findings += [Finding(key, "warning", note, _LEFT_OUT) for note in source.notes()]
+    return findings
+
+
 def _room(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> list[Finding]:
-    """Whether prompts leave room for an answer."""
-    full = sum(opening >= plan.max_len for _, opening in sample)
-    if not full:
-        return []
-    words = f"{full} of {len(sample)} leave no room for an answer in {plan.max_len} tokens"
-    mend = "raise engine.max_model_len, as far as the target reaches, or take shorter prompts"
-    return [Finding("prompts", "fault" if full == len(sample) else "warning", words, mend)]
+    """Whether prompts leave room for an answer: some of all, and those held out."""
+    heldout = [chat for unit in plan.units for chat, split in unit if split == "heldout"]
+    lengths = {
+        "prompts looked at": [opening for _, opening in sample],
+        "held-out prompts": [n for _, n in _lengths(plan, heldout[:_SAMPLE])],
+    }
+    findings = []
+    for name, openings in lengths.items():
+        if full := sum(opening >= plan.max_len for opening in openings):
+            words = (
+                f"{full} of {len(openings)} {name} leave no room for an answer in "
+                f"{plan.max_len} tokens"
+            )
+            findings.append(Finding("prompts", "warning", words, _TOO_LONG))
+    return findings
 
 
 def _trained_steps(recipe: Recipe) -> list[Finding]:
@@ -266,7 +292,7 @@ def _enough_steps(recipe: Recipe, tokens: int) -> list[Finding]:
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
     """Target, prompts, drafts a step, fit into memory, and disk against the bytes of the states."""
     from drafthead.capture.plan import make_plan
-    from drafthead.data.chats import check_file
+    from drafthead.prove.prompts import own_prompts
     from drafthead.serve import engine_plan, refused_sampling
     from drafthead.targets import recipe_target
     from drafthead.train.stage import check_shape
@@ -282,9 +308,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         check_size(recipe.vocab.size, target.vocab_size)
         plan = make_plan(recipe)
         check_shape(recipe, run)
-        for source in recipe.bench.sources or []:
-            if source.path:
-                check_file(source.path)
+        timed = own_prompts(recipe, target, plan.template)[1] if recipe.bench.sources else []
         kinds = ", ".join(
             f"{target.layer_types.count(k)} {k}" for k in sorted({*target.layer_types})
         )
@@ -315,6 +339,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
             "--override-generation-config"
         )
         found.append(Finding("sampling", "warning", words, mend))
+    found += [*_sources(plan.sources, "prompts"), *_sources(timed, "bench.sources")]
     sample = _sample(plan)
     found += [*_room(plan, sample), *_trained_steps(recipe)]
     try:

@@ -38,7 +38,14 @@ BATCH = 16
 """Answers written at a time."""
 
 
-def chats_of(prompts: Path, samples: int, heldout: int) -> tuple[list[Chat], list[Chat]]:
+def chats_of(
+    target_path: Path | str,
+    prompts: Path,
+    samples: int,
+    heldout: int,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[list[Chat], list[Chat]]:
     """Conversations to calibrate on and held out, from a recipe or a prompts file.
 
     A recipe's own split is kept: nothing it holds out is calibrated on. Taken in an order that
@@ -48,9 +55,12 @@ def chats_of(prompts: Path, samples: int, heldout: int) -> tuple[list[Chat], lis
         DraftheadError: neither a recipe nor prompts, or too few of them.
     """
     if prompts.suffix in (".yaml", ".yml"):
-        chats = load_chats(load_recipe(prompts).prompts)
+        section = load_recipe(prompts).prompts
     else:
-        chats = load_chats(PromptsSection(sources=[Source(path=str(prompts))], heldout=heldout))
+        section = PromptsSection(sources=[Source(path=str(prompts))], heldout=heldout)
+    target = load_target(target_path, trust_remote_code=trust_remote_code)
+    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    chats = load_chats(section, template)
     train, held = (sorted(side, key=lambda chat: chat.id) for side in (chats.train, chats.heldout))
     return train[:samples], held[:heldout]
 

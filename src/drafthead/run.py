@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from drafthead.data.chats import check_file
+from drafthead.data.records import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep, visible_files
 from drafthead.head.checkpoint import trained_steps
@@ -282,6 +282,13 @@ def execute(
         from drafthead.train.stage import check_shape
 
         check_shape(recipe, run)  # now, not after hours of answers
+    if recipe.bench.sources and {"generate", "bench"} <= set(wanted):
+        from drafthead.data.template import Template
+        from drafthead.prove.prompts import own_prompts
+
+        target = recipe_target(recipe)
+        template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+        own_prompts(recipe, target, template)  # … as well
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
     anything_ran = False

@@ -13,6 +13,7 @@ from drafthead.capture.engine import Written
 from drafthead.capture.generate import answer_unit
 from drafthead.capture.plan import make_plan
 from drafthead.data.answers import Answer, write_part
+from drafthead.data.chats import load_chats
 from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
@@ -25,18 +26,69 @@ REFUSING = (
 
 
 @pytest.mark.parametrize("system", ["Be brief.", ""])
-def test_a_template_that_takes_no_system_message_is_told_before_the_first_answer(
-    llama, tmp_path, system
-):
+def test_what_the_template_refuses_is_left_out_unless_it_is_most(llama, tmp_path, system):
+    """One such record in a hundred stopped the run, which named neither it nor how many."""
     shutil.copytree(llama, tmp_path / "target")
     (tmp_path / "target" / "chat_template.jinja").write_text(REFUSING)
     recipe = parse_recipe(recipe_for(tmp_path / "target", tmp_path, 20, 4), "test")
     make_plan(recipe)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
-    with (tmp_path / "prompts.jsonl").open("a") as file:
+    prompts = tmp_path / "prompts.jsonl"
+    with prompts.open("a") as file:
         file.write(json.dumps({"messages": messages}) + "\n")
-    with pytest.raises(DraftheadError, match=r"refuses.*'system', 'user'.*not supported"):
+    plan = make_plan(recipe)
+    assert sum(map(len, plan.units)) == 20
+    ((reason, left_out),) = plan.sources[0].left_out.items()
+    assert "template" in reason
+    assert (left_out.count, left_out.examples) == (1, [f"{prompts}, line 21"])
+    with prompts.open("a") as file:
+        for number in range(25):
+            changed = [messages[0], {"role": "user", "content": f"Hello {number}"}]
+            file.write(json.dumps({"messages": changed}) + "\n")
+    with pytest.raises(DraftheadError, match=r"26 of 46 .*line 21.*not supported"):
         make_plan(recipe)
+
+
+def test_a_later_turn_that_the_template_refuses_leaves_the_conversation_out(llama, tmp_path):
+    """Mistral's and Gemma's templates take no two user messages in a row."""
+    shutil.copytree(llama, tmp_path / "target")
+    template = tmp_path / "target" / "chat_template.jinja"
+    alternating = (
+        "{% for m in messages %}{% if not loop.first and m['role'] == loop.previtem['role'] %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+    )
+    template.write_text(alternating + template.read_text())
+    recipe = parse_recipe(recipe_for(tmp_path / "target", tmp_path, 20, 4), "test")
+    user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        for number, messages in enumerate([[user, user], [user, answer, user, user]]):
+            first = {"role": "user", "content": f"first {number}"}
+            file.write(json.dumps({"messages": [first, answer, *messages]}) + "\n")
+        file.write(json.dumps({"messages": [user, answer, user]}) + "\n")
+    plan = make_plan(recipe)
+    assert sum(map(len, plan.units)) == 21
+    (left_out,) = plan.sources[0].left_out.values()
+    assert [where.rsplit(" ", 1)[1] for where in left_out.examples] == ["21", "22"]
+
+
+@pytest.mark.parametrize(("side", "long", "short"), [("heldout", 1, 3), ("train", 3, 1)])
+def test_a_side_without_room_is_told_before_the_first_answer(llama, tmp_path, side, long, short):
+    """That no held-out prompt fits the model was found after hours of answers."""
+    sections = recipe_for(llama, tmp_path, 12, 4)
+    texts = [f"{i} " + "word " * 300 for i in range(long)] + [f"short {i}" for i in range(short)]
+    lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+
+    def recipe(seed):
+        prompts = sections["prompts"] | {"heldout": 1, "seed": seed}
+        return parse_recipe(sections | {"prompts": prompts}, "test")
+
+    def all_long(seed):
+        chats = getattr(load_chats(recipe(seed).prompts), side)
+        return all(len(chat.turns[0][0]) > 300 for chat in chats)
+
+    with pytest.raises(DraftheadError, match=r"engine\.max_model_len.* 256"):
+        make_plan(recipe(next(filter(all_long, range(99)))))
 
 
 def test_a_template_that_hides_earlier_answers_is_told_before_the_first_one(llama, tmp_path):
@@ -142,7 +194,7 @@ def test_records_that_cannot_be_asked_are_told_of_before_the_first_answer(
     console = Console(file=io.StringIO())
 
     def starts(*_):
-        assert "left out 7 records: tools, images or other roles" in console.file.getvalue()
+        assert "left out 7 records: tools (line 21, line 22, line 23, …)" in console.file.getvalue()
         raise DraftheadError("engine")
 
     monkeypatch.setattr(stages, "_in_child", starts)

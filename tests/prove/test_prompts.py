@@ -1,17 +1,29 @@
 """Which prompts are put to the engines."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from drafthead.data.answers import Answer, write_part
+from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
-from drafthead.prove.prompts import Prompt, heldout_prompts, many_prompts, timed_prompts
+from drafthead.prove.prompts import (
+    Prompt,
+    heldout_prompts,
+    many_prompts,
+    own_prompts,
+    timed_prompts,
+)
 from drafthead.prove.verify import begun_alike, workloads
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.targets import load_target
+from tests.tiny import CHATML
+
+CONSOLE = Console(quiet=True)
 
 
 @pytest.fixture
@@ -55,12 +67,35 @@ def test_sets_of_ones_own(recipe, run, llama, tmp_path):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files.append({"path": str(file), "name": name})
     options = {"sources": files, "prompts": 4, "max_new_tokens": 8}
-    found = timed_prompts(with_options(recipe, "bench", options), run, load_target(llama))
+    found = timed_prompts(with_options(recipe, "bench", options), run, load_target(llama), CONSOLE)
     assert [p.source for p in found] == ["code"] * 2 + ["maths"] * 2
     assert all(len(p.ids) <= 56 for p in found)
     with pytest.raises(DraftheadError, match="no prompt of it leaves room"):
         longer = with_options(recipe, "bench", {**options, "max_new_tokens": 60})
-        timed_prompts(longer, run, load_target(llama))
+        timed_prompts(longer, run, load_target(llama), CONSOLE)
+
+
+def test_a_set_of_ones_own_is_asked_as_generate_asks_it(recipe, run, llama, tmp_path):
+    """An empty system message was dropped here: other prompts than those trained on."""
+    template = tmp_path / "target" / "chat_template.jinja"
+    shutil.copytree(llama, template.parent)
+    template.write_text(
+        "{% if messages|length > 3 %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    )
+    user = {"role": "user", "content": "Hello"}
+    file = tmp_path / "own.jsonl"
+    sets = [[{"role": "system", "content": ""}, user], [user, user], [user] * 4]
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in sets))
+    options = {"sources": [{"path": str(file)}], "max_new_tokens": 4}
+    target = load_target(template.parent)
+    tokenizer = target.tokenizer()
+    template = Template(tokenizer, target.eos_token_ids, "test")
+    prompts, (counts,) = own_prompts(with_options(recipe, "bench", options), target, template)
+    for prompt, messages in zip(prompts, sets[:2], strict=True):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert prompt.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    (left_out,) = counts.left_out.values()
+    assert left_out.examples == [f"{file}, line 3"]
 
 
 def test_prompts_that_leave_no_room_are_no_proof(recipe, run, llama):
@@ -72,7 +107,7 @@ def test_prompts_that_leave_no_room_are_no_proof(recipe, run, llama):
         workloads(recipe, prompts, 3)
     short = with_options(recipe, "engine", {"max_model_len": 5})
     with pytest.raises(DraftheadError, match=r"engine\.max_model_len: 5, .* of c3 has 5 tokens"):
-        timed_prompts(short, run, load_target(llama))
+        timed_prompts(short, run, load_target(llama), CONSOLE)
 
 
 def test_prompts_from_cached_blocks(recipe, run):

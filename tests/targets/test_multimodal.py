@@ -116,6 +116,6 @@ def test_capture_runs_text_alone_unless_told(asked, mistral, monkeypatch):
 
 
 def test_quantize_refuses_it(mistral, tmp_path):
-    chats = [Chat(None, ("Hello",), "test")]
+    chats = [Chat(None, (("Hello",),), "test")]
     with pytest.raises(DraftheadError, match="a multimodal checkpoint; drafthead quantizes"):
         quantize(mistral, tmp_path / "out", chats, chats)

@@ -12,8 +12,7 @@ def recipe_for(folder, tmp_path, conversations=18, chunk=6, **sections):
     records = []
     for i in range(conversations):
         turns = [" ".join(rng.choice(WORDS.split(), 5)) for _ in range(1 + (i % 3 == 2))]
-        messages = [{"role": "user", "content": turn} for turn in turns]
-        records.append({"messages": messages})
+        records.append({"turns": turns})
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
     recipe = {

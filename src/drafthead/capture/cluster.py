@@ -371,7 +371,7 @@ def _child(order: dict, report: Callable[[dict], None]) -> None:
                 return
             number, chats = given
             plan.units[number] = [
-                (Chat(chat["system"], tuple(chat["turns"]), chat["source"]), split)
+                (Chat(**chat | {"turns": tuple(map(tuple, chat["turns"]))}), split)
                 for chat, split in chats
             ]
             yield number

@@ -13,7 +13,6 @@ from drafthead.capture.engine import CaptureEngine, Wanted, Written
 from drafthead.capture.plan import WorkPlan
 from drafthead.data.answers import Answer, part_path, read_part, write_part
 from drafthead.data.chats import Chat
-from drafthead.data.template import Message
 from drafthead.errors import DraftheadError
 from drafthead.states.index import unit_path
 
@@ -29,7 +28,8 @@ class Conversation:
 
     chat: Chat
     split: str
-    messages: list[Message] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    """The target's answers so far, as its template is given them."""
     turn: int = 0
     prompt_ids: list[int] = field(default_factory=list)
     prompt_mask: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
@@ -62,16 +62,12 @@ def answer_unit(
     done: dict[str, tuple[Conversation, Written]] = {}
     left_out: dict[str, list[str]] = {}
     live = [Conversation(chat, split) for chat, split in chats]
-    for conversation in live:
-        if conversation.chat.system is not None:
-            conversation.messages.append({"role": "system", "content": conversation.chat.system})
     while live:
         asked = []
         for conversation in live:
-            text = conversation.chat.turns[conversation.turn]
-            conversation.messages.append({"role": "user", "content": text})
+            messages = conversation.chat.messages(conversation.answers)
             try:
-                ids, mask = plan.template.encode(conversation.messages)
+                ids, mask = plan.template.encode(messages)
             except DraftheadError:
                 if conversation.answered is None:
                     raise
@@ -97,8 +93,7 @@ def answer_unit(
                 done[conversation.chat.id] = (conversation, answer)
                 continue
             conversation.answered = answer
-            text = plan.template.answer_text(answer.ids)
-            conversation.messages.append({"role": "assistant", "content": text})
+            conversation.answers.append(plan.template.answer_text(answer.ids))
             live.append(conversation)
     answers, wanted = [], []
     for chat, _ in chats:
@@ -112,9 +107,12 @@ def _is_last(plan: WorkPlan, conversation: Conversation) -> bool:
     if conversation.turn == len(conversation.chat.turns):
         return True
     following = conversation.chat.turns[conversation.turn]
-    tokens = len(plan.template.tokenizer(following, add_special_tokens=False)["input_ids"])
+    tokens = sum(
+        len(plan.template.tokenizer(text, add_special_tokens=False)["input_ids"]) + _TURN_MARGIN
+        for text in following
+    )
     answer = plan.recipe.generate.max_new_tokens
-    return len(conversation.prompt_ids) + answer + tokens + _TURN_MARGIN >= plan.max_len
+    return len(conversation.prompt_ids) + answer + tokens >= plan.max_len
 
 
 def _seed(plan: WorkPlan, conversation: Conversation) -> int:

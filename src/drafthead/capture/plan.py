@@ -5,7 +5,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from drafthead.data.chats import Chat, load_chats
+from drafthead.data.chats import Chat, SourceCounts, load_chats
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
@@ -23,8 +23,8 @@ class WorkPlan:
     template: Template
     units: list[list[tuple[Chat, str]]]
     """Units of work: conversations, each with its split."""
-    left_out: dict[str, int]
-    """Reason -> records that cannot be asked."""
+    sources: list[SourceCounts]
+    """What each source of prompts gave, and what of it cannot be asked."""
     meta: StoreMeta
     max_len: int
     """Longest sequence in tokens, prompt and answer."""
@@ -48,15 +48,11 @@ def make_plan(recipe: Recipe) -> WorkPlan:
     """
     target = recipe_target(recipe)
     template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
-    chats = load_chats(recipe.prompts)
+    chats = load_chats(recipe.prompts, template)
     work = chats.all()
-    # A broken template shows here, and one that takes no system message (Gemma's).
-    for chat in {chat.system is None: chat for chat, _ in work}.values():
-        template.render(chat.opening, prompt=True)
-    # … and one that does not let answers of earlier turns be told.
+    # A template that hides which tokens of earlier turns the target wrote shows here.
     for chat in [chat for chat, _ in work if len(chat.turns) > 1][:1]:
-        answer = {"role": "assistant", "content": "Yes."}
-        template.encode([*chat.opening, answer, {"role": "user", "content": chat.turns[1]}])
+        template.encode(chat.whole)
     size = recipe.generate.chunk
     units = [work[i : i + size] for i in range(0, len(work), size)]
     inputs = _inputs(recipe, target, template, fingerprint([(c.id, split) for c, split in work]))
@@ -69,7 +65,28 @@ def make_plan(recipe: Recipe) -> WorkPlan:
         inputs=inputs,
     )
     max_len = inputs["max_model_len"]
-    return WorkPlan(recipe, target, template, units, chats.left_out, meta, max_len)
+    for side, name in ((chats.train, "training"), (chats.heldout, "held-out")):
+        _check_room(side, name, template, max_len)
+    return WorkPlan(recipe, target, template, units, chats.sources, meta, max_len)
+
+
+def _check_room(chats: list[Chat], side: str, template: Template, max_len: int) -> None:
+    """Check that a prompt of this side leaves room for an answer: all would be left out.
+
+    Raises:
+        DraftheadError: none does.
+    """
+    shortest: int | None = None
+    for chat in chats:
+        length = len(template.encode(chat.opening)[0])
+        if length < max_len:
+            return
+        shortest = min(length, shortest or length)
+    raise DraftheadError(
+        f"engine.max_model_len: {max_len}, and all {len(chats)} {side} prompts are too long for it "
+        f"(the shortest has {shortest} tokens); raise it, as far as the target reaches, or take "
+        "shorter prompts"
+    )
 
 
 def plan_elsewhere(recipe: Recipe, meta: StoreMeta) -> WorkPlan:
@@ -89,7 +106,7 @@ def plan_elsewhere(recipe: Recipe, meta: StoreMeta) -> WorkPlan:
             "the work; states from both would not belong together"
         )
     units: list[list[tuple[Chat, str]]] = [[] for _ in range(meta.units)]
-    return WorkPlan(recipe, target, template, units, {}, meta, own["max_model_len"])
+    return WorkPlan(recipe, target, template, units, [], meta, own["max_model_len"])
 
 
 def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) -> dict[str, Any]:

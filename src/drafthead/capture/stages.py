@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from drafthead.capture.child import Child, child_main
 from drafthead.capture.cluster import spread
 from drafthead.capture.plan import WorkPlan, make_plan
 from drafthead.capture.work import progress_bar, work
 from drafthead.data.answers import part_path, read_answers, read_left_out
+from drafthead.data.chats import count_left_out
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
@@ -41,8 +43,8 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
             lay there before are not to these prompts.
     """
     plan = make_plan(recipe)
-    for reason, count in plan.left_out.items():
-        console.print(f"[yellow]left out {count} records: {reason}[/yellow]")
+    for note in [note for source in plan.sources for note in source.notes()]:
+        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     if not all(part_path(run.answers, unit).exists() for unit in range(len(plan.units))):
         _do("generate", plan, run, console)
     answers = list(read_answers(run.answers))
@@ -52,14 +54,14 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
             f"{run.answers}: {len(strange)} answers ({strange[0]}, …) are to other prompts than "
             "the recipe's, or held out otherwise; delete that folder, or give this run another name"
         )
-    too_long = read_left_out(run.answers)
-    for reason, names in too_long.items():
-        console.print(
-            f"[yellow]left out {len(names)} conversations: {reason} "
-            f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''})[/yellow]"
-        )
+    left_out = read_left_out(run.answers)
+    where = {chat.id: chat.where for unit in plan.units for chat, _ in unit}
+    for reason, names in left_out.items():
+        examples = "; ".join(where.get(name, name) for name in names[:3]) + "; …" * (len(names) > 3)
+        note = f"left out {len(names)} conversations: {reason} ({examples})"
+        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     if not any(answer.split == "train" for answer in answers):
-        reasons = ", ".join(f"{len(names)}: {reason}" for reason, names in too_long.items())
+        reasons = ", ".join(f"{len(names)}: {reason}" for reason, names in left_out.items())
         raise DraftheadError(
             f"{run.answers}: no answer to train on, every prompt was left out ({reasons}); raise "
             "engine.max_model_len, or take shorter prompts"
@@ -70,7 +72,8 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "prompt_tokens": sum(len(answer.prompt_ids) for answer in answers),
         "answer_tokens": sum(len(answer.answer_ids) for answer in answers),
         "ended": sum(answer.finish_reason == "stop" for answer in answers),
-        "left_out": plan.left_out | {reason: len(names) for reason, names in too_long.items()},
+        "left_out": count_left_out(plan.sources)
+        | {reason: len(names) for reason, names in left_out.items()},
     }
 
 

@@ -85,7 +85,7 @@ def _measure(
     """The grid of one drafter; points of a bench that was ended, inputs the same, are kept."""
     section, machine = recipe.bench, this_machine()
     base = engine_plan(recipe, head=None, target=target)
-    prompts = [(p.ids, p.source) for p in timed_prompts(recipe, run, target)]
+    prompts = [(p.ids, p.source) for p in timed_prompts(recipe, run, target, console)]
     drafters = {k: plan.args for k, plan in drafted.items()}
     speculative = next(iter(drafters.values()))["speculative_config"]
     head = Path(speculative.get("model", "no head of a folder's"))

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+from rich.console import Console
+from rich.markup import escape
+
 from drafthead.data.answers import read_answers
-from drafthead.data.chats import chats_of
+from drafthead.data.chats import SourceCounts, read_chats
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe
@@ -64,39 +67,61 @@ def many_prompts(run: RunDir, limit: int | None) -> list[Prompt]:
     return heldout + spread(_answered(run, "train"), limit - len(heldout))
 
 
-def timed_prompts(recipe: Recipe, run: RunDir, target: Target) -> list[Prompt]:
+def timed_prompts(recipe: Recipe, run: RunDir, target: Target, console: Console) -> list[Prompt]:
     """What bench times: the recipe's own sets, as many prompts of each, else the held-out ones.
 
     Raises:
-        DraftheadError: a set cannot be read, or none of its prompts leaves room for an answer; a
-            held-out prompt leaves none for a token.
+        DraftheadError: as ``own_prompts``, or a held-out prompt leaves no room for a token.
     """
     section = recipe.bench
+    if section.sources is not None:
+        template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+        prompts, counts = own_prompts(recipe, target, template)
+        for note in [note for source in counts for note in source.notes()]:
+            console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
+        return prompts
     longest = recipe.engine.max_model_len or target.max_position_embeddings
-    if section.sources is None:
-        heldout = heldout_prompts(run, section.prompts)
-        for prompt in heldout:
-            if len(prompt.ids) >= longest:
-                raise DraftheadError(
-                    f"engine.max_model_len: {longest}, but the held-out prompt of "
-                    f"{prompt.conversation} has {len(prompt.ids)} tokens; set it to as many as the "
-                    "answers were written with"
-                )
-        return heldout
-    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    heldout = heldout_prompts(run, section.prompts)
+    for prompt in heldout:
+        if len(prompt.ids) >= longest:
+            raise DraftheadError(
+                f"engine.max_model_len: {longest}, but the held-out prompt of "
+                f"{prompt.conversation} has {len(prompt.ids)} tokens; set it to as many as the "
+                "answers were written with"
+            )
+    return heldout
+
+
+def own_prompts(
+    recipe: Recipe, target: Target, template: Template
+) -> tuple[list[Prompt], list[SourceCounts]]:
+    """The prompts of ``bench.sources``, as many of each, and what each source gave.
+
+    Of a conversation of several turns the first is asked.
+
+    Raises:
+        DraftheadError: a source cannot be read, or none of its prompts leaves room for an answer.
+    """
+    section = recipe.bench
+    sources = section.sources or []
+    longest = recipe.engine.max_model_len or target.max_position_embeddings
     answer = max(section.max_new_tokens)
-    found = []
-    for source in section.sources:
-        own = []
-        for chat in chats_of(source):
-            system = [{"role": "system", "content": chat.system}] if chat.system else []
-            ids, _ = template.encode([*system, {"role": "user", "content": chat.turns[0]}])
+    prompts, counts = [], []
+    for source in sources:
+        # Each by itself: a prompt that two sources share is timed in both.
+        chats, given = read_chats([source], template)
+        counts += given
+        fitting = []
+        for chat in chats:
+            ids, _ = template.encode(chat.opening)
             if len(ids) + answer <= longest:
-                own.append(Prompt(list(ids), chat.id, chat.source))
-        if not own:
+                fitting.append(Prompt(list(ids), chat.id, chat.source))
+            else:
+                given[0].leave_out(f"no room for {answer} tokens within {longest}", chat.where)
+        if not fitting:
             raise DraftheadError(
                 f"bench.sources: {source.path or source.dataset}: no prompt of it leaves room for "
                 f"{answer} tokens within {longest}"
             )
-        found += spread(own, -(-section.prompts // len(section.sources)))
-    return found
+        prompts += spread(fitting, -(-section.prompts // len(sources)))
+    return prompts, counts
