@@ -109,8 +109,8 @@ PROMPTS = {
     "a folder": (folder("p.jsonl"), "p.jsonl is a folder"),
     "empty": (write("p.jsonl", ""), "p.jsonl: no prompt in it"),
     "broken line": (write("p.jsonl", '{"prompt": "a"}\n{"prompt": \n'), "p.jsonl, line 2: broken"),
-    "no roles": (write("p.jsonl", '{"messages": [{"content": "a"}]}\n'), "other roles"),
-    "lists": (write("p.jsonl", '["a"]\n'), "line 1: a record is an object, found list"),
+    "no roles": (write("p.jsonl", '{"messages": [{"content": "a"}]}\n'), "line 1: message 0"),
+    "lists": (write("p.jsonl", '["a"]\n'), "record 1: a record is an object, found str"),
     "latin-1": (write("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}\n'), "line 2: not UTF-8"),
     "utf-16": (write("p.jsonl", '{"prompt": "a"}\n'.encode("utf-16")), "line 1: not UTF-8"),
     "text file": (edit("p.jsonl", "r.yaml"), "found .yaml"),
@@ -289,7 +289,7 @@ def test_a_mistake_mended_before_anything_was_made_is_no_other_setting(
     edit("p.jsonl", "p.txt")()
     code, _, err = drafthead(*RUN)
     assert code == 2
-    assert "p.txt: prompts come from .jsonl or .parquet" in err
+    assert "found .txt" in err
     Path("r.yaml").write_text(RECIPE)
     code, _, err = drafthead(*RUN, "--to", "generate")
     assert code == 1, err

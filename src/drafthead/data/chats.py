@@ -420,10 +420,10 @@ def read_chats(
                 + (f"; see {', '.join(examples)}" if examples else "")
                 + (f". {refusal}" if refusal else "")
             )
-    refused = count_left_out(counts).get(_REFUSED, 0)
-    if refused > len(chats):
+    total = count_left_out(counts).get(_REFUSED, 0)
+    if total > len(chats):
         raise DraftheadError(
-            f"{refused} of {refused + len(chats)} conversations are {_REFUSED}, so it is the "
+            f"{total} of {total + len(chats)} conversations are {_REFUSED}, so it is the "
             f"template that is at fault, or the form of the prompts. The first: {refusal}"
         )
     return list(chats.values()), counts
