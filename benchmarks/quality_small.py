@@ -8,8 +8,7 @@ head but what its name says (as in quality_variants.py); speculators 0.9.0 with 
 loss on the same packed rows in the same order, at its default rate and half of it. Held-out
 accepted length at k = 1 to 5 by drafthead's walk. Far less data than quality.py's, so read it as a
 comparison at a demo's size.
-`fp8` runs in PyTorch's 8-bit products for CPUs: slow, the same rounding. Finished heads are read
-back; OUT/quality_small.json is written after each.
+Finished heads are read back; OUT/quality_small.json is written after each.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from quality_variants import LEVELS, RATES, rated
 from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
 from drafthead.targets import load_target
-from drafthead.train import fp8
 
 DEMO = {"row_tokens": 256, "ttt_steps": 3}
 
@@ -37,7 +35,6 @@ def jobs(hidden: int, vocab: int) -> list[Job]:
     ours = [Job("drafthead"), *RATES, rated("adamw", "2e-3")]
     ours += [part for level in LEVELS.values() for part in level]
     ours += [Job("rows-512", train={"row_tokens": 512})]
-    ours += [Job("fp8", train={"matmul": "fp8"})]
     ours += [Job(f"mlp-{n}x", head={"intermediate_size": n * hidden}) for n in (2, 8)]
     ours += [Job("two-layers", head={"num_hidden_layers": 2})]
     ours += [replace(rated("adamw", "1e-3"), name="adamw-1e-3-no-norms", head=BARE)]
@@ -76,7 +73,6 @@ def main() -> None:
         (options.out / "runs" / "quality").symlink_to(options.run.resolve())
     speculators_side.find(options.peers)
     options.turn = None
-    fp8.require = lambda device, head: None
     record: dict = {
         "benchmark": "quality_small",
         "date": time.strftime("%Y-%m-%d"),

@@ -7,7 +7,7 @@ The recipe's run has its states and its draft vocabulary (`drafthead run recipe.
 they are shared, and nothing of the run is changed. Each case is `drafthead train` as a user starts
 it, under torchrun where there are several processes, with the same rows a step: for each number of
 processes; a run of the most processes that is killed once half of its steps are saved and goes on
-with the fewest; and AdamW with the fewest, the most, and sharded over the most (`train.shard`).
+with the fewest; and AdamW with the fewest and the most.
 
 OUT/train_processes.json is written after each case: every loss, the held-out accepted length,
 tokens a second in the later half, and how far the curve is from the first case's of its optimizer.
@@ -53,7 +53,6 @@ def cases(counts: list[int]) -> list[Case]:
         Case(f"muon-{most}-killed-{fewest}", [most, fewest], {"optimizer": "muon"}),
         Case(f"adamw-{fewest}", [fewest], adamw),
         Case(f"adamw-{most}", [most], adamw),
-        Case(f"adamw-{most}-sharded", [most], adamw | {"shard": True}),
     ]
 
 

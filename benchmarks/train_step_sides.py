@@ -68,7 +68,7 @@ class Ours:
     """drafthead's step."""
 
     name = "drafthead"
-    eight_bit = muon = False
+    muon = False
     replayed = True
 
     def __init__(self, shape: Shape, steps: int, samples: list, device, options, like=None):
@@ -103,7 +103,7 @@ class Ours:
         objective = Objective("kl", steps, 1.0, chunk_rows=options.chunk)
         self.embedding = embedding
         self.start = {name: t.cpu().clone() for name, t in head.state_dict().items()}
-        step = TrainStep(head, teacher, objective, options.compile, self.eight_bit)
+        step = TrainStep(head, teacher, objective, options.compile)
         replayed = self.replayed and worth_replaying(head, shape.tokens, options.ceiling)
         self.graphs = Graphs(device if replayed else torch.device("cpu"))
         self.step: GraphedStep | TrainStep = step
@@ -129,14 +129,6 @@ class Ours:
         count = torch.full((), len(batch.labels), dtype=torch.float32, device=loss.device)
         self.optimizer.step(1e-4, count)
         return loss / count
-
-
-class OursFp8(Ours):
-    """drafthead's step with `train.matmul: fp8`."""
-
-    name = "drafthead-fp8"
-    eight_bit = True
-    replayed = False
 
 
 class OursMuon(Ours):
@@ -205,4 +197,4 @@ class SpecForge:
         return (loss - self.entropies[number]) / mask.sum()
 
 
-SIDES = (Ours, OursMuon, OursLaunched, OursFp8, Speculators, SpecForge)
+SIDES = (Ours, OursMuon, OursLaunched, Speculators, SpecForge)

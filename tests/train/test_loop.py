@@ -209,30 +209,6 @@ def test_torchrun_starts_a_killed_worker_again_and_the_run_goes_on(store, whole,
     assert curve(restarted)[-4:] == pytest.approx(curve(whole)[-4:], rel=1e-4)
 
 
-def test_shards_follow_the_curve_and_one_process_goes_on_from_them(store, tmp_path):
-    whole, sharded, adamw = tmp_path / "whole", tmp_path / "sharded", {"optimizer": "adamw"}
-    run(store, whole, **adamw)
-    last = lambda folder: next((folder / "checkpoint").glob("step-*/optimizer.safetensors"))
-    steps = checkpoint.read_progress(whole / "checkpoint").step
-    run(store, sharded, processes=2, die_at=steps - 1, shard=True, **adamw)
-    found = curve(sharded)
-    assert len(found) > 3
-    assert found == pytest.approx(curve(whole)[: len(found)], rel=1e-4)
-    ours, theirs = load_file(last(sharded)), load_file(last(whole))
-    assert {name: t.shape for name, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
-    run(store, sharded, shard=True, **adamw)
-    assert curve(sharded) == pytest.approx(curve(whole), rel=1e-3)
-    assert_same_weights(sharded, whole, rtol=0.05, atol=5e-3)
-
-
-def test_shards_need_steps_that_all_share(store, tmp_path):
-    two = World(0, 2, torch.device("cpu"))
-    with pytest.raises(DraftheadError, match=r"steps of 3 rows over 2.*multiple of 2"):
-        fit(make_task(store, shard=True, rows_per_step=3), tmp_path, two, quiet())
-    with pytest.raises(DraftheadError, match="muon steps whole matrices"):
-        fit(make_task(store, shard=True, optimizer="muon"), tmp_path, two, quiet())
-
-
 def test_goes_on_with_another_number_of_processes(store, whole, tmp_path):
     changed = tmp_path / "changed"
     run(store, changed, processes=2, die_at=6)
@@ -348,11 +324,6 @@ def test_answers_that_rows_cut_off_are_told_of(store, tmp_path):
 def test_more_processes_than_rows(store, tmp_path):
     with pytest.raises(DraftheadError, match=r"set train.rows_per_step to 4"):
         fit(make_task(store), tmp_path, World(0, 4, torch.device("cpu")), quiet())
-
-
-def test_eight_bit_products_need_their_gpu(store, tmp_path):
-    with pytest.raises(DraftheadError, match="fp8 needs a GPU"):
-        fit(make_task(store, matmul="fp8"), tmp_path, ALONE, quiet())
 
 
 def test_a_tracker_that_is_not_installed(store, tmp_path, monkeypatch):

@@ -203,7 +203,7 @@ class TrainSection(Section):
     optimizer: Literal["adamw", "muon"] = "muon"
     """`muon` steps the matrices of the layers and `fc` by Muon, the LM head and norms by AdamW: for
     the same tokens the demo's head accepts 1.71 tokens a step where AdamW alone makes it 1.56. Its
-    products cost time; `adamw` is for speed alone, and for `shard`."""
+    products cost time; `adamw` is for speed alone."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate, of all weights (Muon's steps are scaled to the size of AdamW's). null is
     2e-3 with `muon`, 1e-3 with `adamw`: of a normed head trained by AdamW alone half and twice that
@@ -219,10 +219,6 @@ class TrainSection(Section):
     """Share of the steps that the learning rate rises over, before the cosine."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
-    matmul: Literal["bf16", "fp8"] = "bf16"
-    """`fp8`: the products of the layers and the LM head in 8-bit floats, on Ada, Hopper and later
-    GPUs. At the published head's shape an H100 was slower with it (docs/results.md): for wider
-    heads, measured first. The head is evaluated and saved in bf16 all the same."""
     row_tokens: Annotated[int, Field(gt=0)] = 8192
     """Tokens of one packed row, which runs through the head at once: fills a large GPU; a longer
     conversation is cut there."""
@@ -230,9 +226,6 @@ class TrainSection(Section):
     """Packed rows of an optimizer step over all processes together; more than processes means
     accumulation. null: one for each process of the first start. The result does not depend on how
     many processes share the work."""
-    shard: bool = False
-    """Under torchrun: spread weights, gradients and optimizer state over the processes (FSDP2).
-    For heads that outgrow a card; a head of ordinary size trains faster without."""
     eval_every: Annotated[int, Field(gt=0)] | None = None
     """Steps between held-out evaluations; null is ten times in a run."""
     patience: Annotated[int, Field(ge=1)] | None = None

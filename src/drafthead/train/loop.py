@@ -34,7 +34,6 @@ from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
 from drafthead.train.plan import Plan, beyond
-from drafthead.train.sharded import ShardedStep
 from drafthead.train.step import Objective, TrainStep
 
 LOG_EVERY = 10  # steps between two questions to the device; in between it is never waited for
@@ -91,7 +90,7 @@ class _Fit:
         rows_per_step = (
             self.found.rows_per_step if self.found else settings.rows_per_step or world.size
         )
-        check(settings, task.head, rows_per_step, world)
+        check(settings, rows_per_step, world)
         self.heldout = heldout(task.reader)
         self.plan = Plan.make(
             task.reader, settings.epochs, settings.row_tokens, rows_per_step, settings.seed
@@ -109,18 +108,15 @@ class _Fit:
         objective = Objective(
             settings.loss, self.steps, settings.ttt_decay, settings.regression_weight
         )
-        eight_bit = settings.matmul == "fp8"
-        self.step = TrainStep(self.head, teacher, objective, device.type == "cuda", eight_bit)
-        sharding = settings.shard and world.size > 1
-        self.sharded = ShardedStep(self.step, world) if sharding else None
+        self.step = TrainStep(self.head, teacher, objective, device.type == "cuda")
         self.graphs, self.backward = Graphs(torch.device("cpu")), self.step.backward
         self.rate = matmul_rate(device, self.dtype)
         replaying = worth_replaying(self.head, settings.row_tokens, self.rate)
-        if device.type == "cuda" and replaying and not self.sharded and not eight_bit:
+        if device.type == "cuda" and replaying:
             self.graphs = Graphs(device)
             self.backward = GraphedStep(self.step, settings.row_tokens, self.graphs).backward
         self.optimizer = AdamW(
-            self.sharded.parameters.items() if self.sharded else self.head.named_parameters(),
+            self.head.named_parameters(),
             AdamWSettings(
                 settings.optimizer == "muon",
                 *settings.betas,
@@ -128,7 +124,6 @@ class _Fit:
                 weight_decay=settings.weight_decay,
                 max_grad_norm=settings.max_grad_norm,
             ),
-            world.sum if self.sharded else None,
             self.graphs,
         )
         self.to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
@@ -148,14 +143,11 @@ class _Fit:
                     f"{folder}/checkpoint: made with other settings or states; give this run "
                     f"another name, or delete {folder} to train anew"
                 )
-            checkpoint.load(folder / "checkpoint", self.found, self._take)
+            checkpoint.load(folder / "checkpoint", self.found, self.optimizer.load_state_dict)
             if self.found.best_step >= 0 and self.found.k != task.k:
                 at_k = self.acceptance(self._best(), [task.k])[0]
                 self.progress.best_length = at_k.accepted_length or 0.0
             self.progress.k = task.k
-
-    def _take(self, state: dict[str, Tensor], steps: int) -> None:
-        self.optimizer.load_state_dict(self.sharded.part(state) if self.sharded else state, steps)
 
     def make(self, number: int) -> Batch | None:
         """Read and pack row `number` of the plan."""
@@ -209,7 +201,7 @@ class _Fit:
                     if evaluating:
                         self._evaluate(log)
                     due = now - saved > max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE)
-                    if evaluating or self._agreed(due):
+                    if evaluating or due:
                         begun = time.monotonic()
                         self._save()
                         saved = time.monotonic()
@@ -223,21 +215,15 @@ class _Fit:
     def _step(self, batches: Iterator[Batch | None], meter: Meter) -> Tensor:
         """Gradients of this process's rows, summed over all, and one update."""
         device, supervised = self.world.device, 0
-        rows = self.plan.row_numbers(self.progress.step, self.world.rank, self.world.size)
-        for number in rows:
+        for _ in self.plan.row_numbers(self.progress.step, self.world.rank, self.world.size):
             with meter.waiting():
                 batch = next(batches)
-            if self.sharded:
-                loss, correct = self.sharded.backward(batch, last=number == rows[-1])
-            elif batch is not None:
-                loss, correct = self.backward(batch)
             if batch is not None:
+                loss, correct = self.backward(batch)
                 supervised += len(batch.labels)
                 meter.add(loss, correct, batch, self.head)
         count = torch.full((), float(supervised), device=device)
-        if self.sharded:
-            self.world.sum([count])
-        elif self.world.size > 1:
+        if self.world.size > 1:
             for p in self.optimizer.parameters.values():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             self.world.sum([*self.optimizer.gradients(), count])
@@ -272,7 +258,7 @@ class _Fit:
 
     def _evaluate(self, log: Log) -> None:
         """Held-out accepted length as served, its share on each process; keeps the best head."""
-        head = self.sharded.whole_head() if self.sharded else self.head
+        head = self.head
         if self.dtype != torch.bfloat16:  # as it is saved, so that all figures are of one head
             head = copy.deepcopy(head).bfloat16().to(self.dtype)
         total = self.acceptance(head, [self.task.k])[0]
@@ -341,24 +327,10 @@ class _Fit:
             embedding=self.embedding if self.task.own_embedding else None,
         )
 
-    def _agreed(self, due: bool) -> bool:
-        """Whether to write a checkpoint: each process by its own clock, since only the first one
-        writes; sharded ones all gather, so the first one's clock rules, asked at log steps."""
-        if self.sharded is None:
-            return due
-        if self.progress.step % LOG_EVERY:
-            return False
-        flag = torch.full((), float(due and self.world.first), device=self.world.device)
-        self.world.sum([flag])
-        return bool(flag)
-
     def _save(self) -> None:
         """One process writes and none has to wait for it."""
-        if self.sharded:
-            state = self.sharded.whole(self.optimizer.state_dict())
-        elif self.world.first:
-            state = self.optimizer.state_dict()
         if self.world.first:
+            state = self.optimizer.state_dict()
             checkpoint.save(self.folder / "checkpoint", self.progress, state)
 
     def _best(self) -> Eagle3Head:

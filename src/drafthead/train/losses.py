@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafthead.targets.logits import PLAIN, LogitRule
-from drafthead.train import fp8
 from drafthead.train.rows import LossKind, row_gradients, row_loss
 
 
@@ -90,25 +89,11 @@ def gradient_rule(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return row_gradients
 
 
-def _products(lm_head: Tensor, eight_bit: bool) -> tuple[Callable, Callable]:
-    """What takes rows [R, H] to logits [R, Vd], and their gradients back to those of the rows."""
-    if not eight_bit:
-        return lambda rows: rows @ lm_head.t(), lambda gradient: gradient @ lm_head
-    quantize, transposed = (fp8.fused(f, lm_head) for f in (fp8.quantize, fp8.transposed))
-    weight = quantize(lm_head)
-    turned, kind = transposed(weight), lm_head.dtype
-    return (
-        lambda rows: fp8.product(quantize(rows), weight, kind, exact=False),
-        lambda gradient: fp8.product(quantize(gradient, fp8.GRADIENTS), turned, kind),
-    )
-
-
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, normed, lm_head, last, teacher, labels, weights, kind, chunk_rows, eight_bit):
+    def forward(ctx, normed, lm_head, last, teacher, labels, weights, kind, chunk_rows):
         steps, tokens, width = normed.shape
         rule = gradient_rule(normed)
-        forwards, backwards = _products(lm_head, eight_bit)
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_normed = torch.empty_like(normed) if wants_grad else None
         d_head = torch.zeros_like(lm_head) if wants_grad else None
@@ -118,14 +103,14 @@ class _FusedLoss(torch.autograd.Function):
         for at in range(0, tokens, chunk):
             part = slice(at, at + chunk)
             rows = normed[:, part].reshape(-1, width)
-            logits = forwards(rows).view(steps, -1, lm_head.shape[0])
+            logits = (rows @ lm_head.t()).view(steps, -1, lm_head.shape[0])
             soft = None if kind == "ce" else teacher.logits(last[part])
             losses, gradient, predicted = rule(logits, soft, labels[part], weights[:, part], kind)
             loss += losses.sum()
             correct += ((predicted == labels[part]) & (weights[:, part] > 0)).sum(-1)
             if d_normed is not None and d_head is not None:
                 gradient = gradient.view(-1, lm_head.shape[0])
-                d_normed[:, part] = backwards(gradient).view(steps, -1, width)
+                d_normed[:, part] = (gradient @ lm_head).view(steps, -1, width)
                 d_head.addmm_(gradient.t(), rows)
             # Or they would live on beside the next chunk's: most of the step's peak memory.
             del logits, soft, gradient
@@ -137,7 +122,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, d_loss, _):
         d_normed, d_head = ctx.saved_tensors
         # The buffers are ours alone: scaling them in place spares a second copy.
-        return d_normed.mul_(d_loss), d_head.mul_(d_loss), None, None, None, None, None, None, None
+        return d_normed.mul_(d_loss), d_head.mul_(d_loss), None, None, None, None, None, None
 
 
 def fused_loss(
@@ -149,7 +134,6 @@ def fused_loss(
     weights: Tensor,
     kind: LossKind,
     chunk_rows: int = 2048,
-    eight_bit: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """LM head and loss in chunks, gradients computed on the way: no logits outlive their chunk.
 
@@ -157,13 +141,9 @@ def fused_loss(
     target's last hidden states before its final norm, of the positions that predicted the M tokens.
     labels int64 [M]: the served tokens as draft ids, -1 outside. weights fp32 [T, M]: 0 where the
     step has no row for the token. A chunk is `chunk_rows` rows of `normed`, all T steps of as many
-    tokens as fit, so that the teacher's logits are computed once for all steps. eight_bit: logits
-    and the gradient of `normed` by the products of `fp8.py`; not that of `lm_head`, which is added
-    up over chunks in place.
+    tokens as fit, so that the teacher's logits are computed once for all steps.
 
     Returns the weighted sum of the losses (differentiable, once) and, for each step, how many rows
     predicted the served token: int64 [T].
     """
-    return _FusedLoss.apply(
-        normed, lm_head, last, teacher, labels, weights, kind, chunk_rows, eight_bit
-    )
+    return _FusedLoss.apply(normed, lm_head, last, teacher, labels, weights, kind, chunk_rows)

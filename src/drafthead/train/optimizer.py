@@ -3,7 +3,7 @@
 A step of AdamW reads and writes each number once. fp32 weights (on a CPU) are their own masters.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,18 +52,16 @@ class AdamW:
     """Steps named parameters, clipped by global norm, without waiting for the device.
 
     parameters: (name, bf16 or fp32 parameter). Vectors (norm weights) get no weight decay.
-    total: adds up tensors in place over processes that hold shards of the parameters; None where
-    they are whole. graphs: what Muon's steps are replayed by.
+    graphs: what Muon's steps are replayed by.
     """
 
     def __init__(
         self,
         parameters: Iterable[tuple[str, Tensor]],
         settings: AdamWSettings,
-        total: Callable[[list[Tensor]], None] | None = None,
         graphs: Graphs | None = None,
     ):
-        self.parameters, self.total = dict(parameters), total
+        self.parameters = dict(parameters)
         self.settings = settings
         self.steps = 0
         zeros = lambda p, dtype: torch.zeros_like(p, dtype=dtype)
@@ -95,10 +93,6 @@ class AdamW:
             return torch.zeros_like(count)
         norms = torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        if self.total is not None:
-            squared = norm**2
-            self.total([squared])
-            norm = squared.sqrt()
         rows = count.clamp(min=1)
         norm = norm / rows
         scale = torch.clamp(s.max_grad_norm / (norm + 1e-6), max=1.0) / rows

@@ -99,9 +99,9 @@ def check_start(recipe: Recipe, run: RunDir) -> None:
     target = recipe_target(recipe)
     captured = target.check_aux_layers(recipe.capture.aux_layers)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
-    head, _ = _first_head(recipe, run, layers, target)
+    _first_head(recipe, run, layers, target)
     world = World.of_environment()
-    check(recipe.train, head, recipe.train.rows_per_step or world.size, world)
+    check(recipe.train, recipe.train.rows_per_step or world.size, world)
     _check_states(recipe, run)
 
 

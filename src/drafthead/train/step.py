@@ -7,7 +7,6 @@ from torch import Tensor
 
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Loss
-from drafthead.train import fp8
 from drafthead.train.batches import Batch
 from drafthead.train.losses import Teacher, fused_loss, hidden_regression
 from drafthead.train.rows import LossKind
@@ -32,7 +31,7 @@ class TrainStep:
     """Adds one row's gradients to the head's parameters.
 
     teacher: the target's norm and LM-head rows, in the head's dtype. Head, teacher and batches
-    live on one device. eight_bit: the products of `fp8.py`; converts the head's linear layers.
+    live on one device.
     """
 
     def __init__(
@@ -41,11 +40,7 @@ class TrainStep:
         teacher: Teacher,
         objective: Objective,
         compiled: bool = False,
-        eight_bit: bool = False,
     ):
-        if eight_bit:
-            fp8.convert(head)
-        self.eight_bit = eight_bit
         self.head, self.teacher, self.objective = head, teacher, objective
         self.states = TrainingTimeTest(head, objective.steps, compiled)
         device = teacher.head.device
@@ -67,7 +62,6 @@ class TrainStep:
             weights,
             kind,
             objective.chunk_rows,
-            self.eight_bit,
         )
         if kind == "ce":
             target = self.teacher.normed(last)
