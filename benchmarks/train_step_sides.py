@@ -8,11 +8,11 @@ import torch
 
 from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
+from drafthead.ops.losses import Teacher
 from drafthead.states import Sample
 from drafthead.train.batches import Batch
 from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
-from drafthead.train.losses import Teacher
 from drafthead.train.operations import operations
 from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.packing import pack_row

@@ -11,11 +11,11 @@ from drafthead.capture import engine
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
 from drafthead.head.init import LLAMA_LAYER, target_layer
+from drafthead.ops.losses import Teacher
 from drafthead.quantize import quantize
 from drafthead.recipe import parse_recipe
 from drafthead.states import StoreMeta
 from drafthead.targets import load_target
-from drafthead.train.losses import Teacher
 from tests import wrappers
 
 

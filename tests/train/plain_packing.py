@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drafthead.ops.attention import Documents
 from drafthead.states import Sample
-from drafthead.train.attention import Documents
 from drafthead.train.batches import Batch
 
 

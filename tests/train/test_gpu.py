@@ -8,12 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from drafthead.ops.attention import Documents, attention, plain_attention
+from drafthead.ops.losses import Teacher
 from drafthead.train import graphed, loop
-from drafthead.train.attention import Documents, attention, plain_attention
 from drafthead.train.batches import draft_ids
 from drafthead.train.graphed import GraphedStep
 from drafthead.train.graphs import Graphs
-from drafthead.train.losses import Teacher
 from drafthead.train.meter import Meter
 from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.packing import pack_row

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
+from drafthead.ops.attention import Documents
+from drafthead.ops.losses import Teacher
 from drafthead.train import graphed
-from drafthead.train.attention import Documents
 from drafthead.train.batches import Batch, draft_ids
 from drafthead.train.graphed import COUNTED, GraphedStep, Places, Sizes
 from drafthead.train.graphs import Graphs
-from drafthead.train.losses import Teacher
 from drafthead.train.packing import pack_row
 from drafthead.train.step import Objective, TrainStep
 from tests.train.test_ttt import problem

@@ -7,10 +7,10 @@ import torch
 from drafthead.head.config import HeadConfig
 from drafthead.head.formats import Provenance
 from drafthead.head.init import init_from_target
+from drafthead.ops.losses import Teacher
 from drafthead.recipe import TrainSection
 from drafthead.states import Encoding, Sample, StateReader, StateWriter, StoreMeta
 from drafthead.train.loop import Task
-from drafthead.train.losses import Teacher
 
 VOCAB, DRAFT, WIDTH, LAYERS = 61, 53, 32, 4
 UNITS, PER_UNIT = 4, 12

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drafthead.machine import usable_cores
-from drafthead.train.attention import Documents
+from drafthead.ops.attention import Documents
 
 OPEN_ROWS = 16  # rows that packing fills at once: more fill better and mix less
 MOST_AHEAD, AHEAD_BYTES = 16, 128 << 20  # rows that are made ahead of their use, if small

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drafthead.head.model import Eagle3Head
-from drafthead.train.attention import Documents
+from drafthead.ops.attention import Documents
 from drafthead.train.batches import Batch
 from drafthead.train.graphs import Graphs
 from drafthead.train.step import TrainStep

@@ -17,6 +17,7 @@ from drafthead.head.acceptance import Acceptance
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.head.model import Eagle3Head
+from drafthead.ops.losses import Teacher
 from drafthead.recipe import TrainSection
 from drafthead.states import Samples
 from drafthead.states.format import decode
@@ -27,7 +28,6 @@ from drafthead.train.evaluate import evaluate, heldout
 from drafthead.train.graphed import GraphedStep, worth_replaying
 from drafthead.train.graphs import Graphs
 from drafthead.train.log import Log
-from drafthead.train.losses import Teacher
 from drafthead.train.meter import Meter
 from drafthead.train.operations import matmul_rate
 from drafthead.train.optimizer import AdamW, AdamWSettings

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drafthead.ops.attention import Documents
 from drafthead.states import Sample, memory
 from drafthead.states.format import aux_layers, last_layer
 from drafthead.states.layout import Place, lay_out
-from drafthead.train.attention import Documents
 from drafthead.train.batches import Batch
 
 

@@ -14,6 +14,7 @@ from drafthead.head.config import HeadConfig, head_config
 from drafthead.head.formats import Provenance
 from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
+from drafthead.ops.losses import Teacher
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
@@ -21,7 +22,6 @@ from drafthead.states.samples import chosen_layers
 from drafthead.targets import Target, recipe_target
 from drafthead.train.checks import check
 from drafthead.train.loop import Task, fit
-from drafthead.train.losses import Teacher
 from drafthead.train.parallel import World
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from drafthead.head.model import Eagle3Head
+from drafthead.ops.losses import LossKind, Teacher, fused_loss, hidden_regression
 from drafthead.recipe import Loss
 from drafthead.train.batches import Batch
-from drafthead.train.losses import Teacher, fused_loss, hidden_regression
-from drafthead.train.rows import LossKind
 from drafthead.train.ttt import TrainingTimeTest
 
 

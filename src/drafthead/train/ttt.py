@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drafthead.head.model import Attention, DecoderLayer, Eagle3Head, rotate
-from drafthead.train.attention import attention
+from drafthead.ops.attention import attention
 from drafthead.train.batches import Batch
 
 

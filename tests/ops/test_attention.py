@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from drafthead.train import attention as attention_module
-from drafthead.train.attention import Documents, attention, plain_attention
+from drafthead.ops import attention as attention_module
+from drafthead.ops.attention import Documents, attention, plain_attention
 
 
 def problem(dtype, diagonals, heads=6, groups=2, d=4):
@@ -40,7 +40,7 @@ def test_attention_is_the_dense_one(diagonals, dtype, tolerance):
 def test_a_head_of_any_width_has_rules_where_there_are_kernels(monkeypatch):
     """Kernels only of powers of two: there is no Triton here to ask them, so they must not be."""
     monkeypatch.setattr(attention_module, "_has_kernels", lambda q: True)
-    monkeypatch.setitem(sys.modules, "drafthead.train.kernels", None)
+    monkeypatch.setitem(sys.modules, "drafthead.ops.kernels", None)
     rules = attention_module._merge_rules(torch.empty(2, 4, 96))
     assert rules == (attention_module.merge, attention_module.merge_backward)
     with pytest.raises(ImportError):

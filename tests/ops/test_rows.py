@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from drafthead.train.rows import row_gradients, row_loss
+from drafthead.ops.losses import row_gradients, row_loss
 
 
-@pytest.mark.parametrize("kind", ["kl", "ce", "acceptance"])
+@pytest.mark.parametrize("kind", ["kl", "ce", "acceptance", "ce+tv"])
 def test_closed_form_gradient_is_that_of_autograd(kind):
     g = torch.Generator().manual_seed(0)
     logits = 8 * torch.randn(3, 11, 13, generator=g, dtype=torch.float64)
@@ -18,9 +18,12 @@ def test_closed_form_gradient_is_that_of_autograd(kind):
     logits.requires_grad_()
     loss = row_loss(logits, soft, labels, kind) * weights
     (expected,) = torch.autograd.grad(loss.sum(), logits)
-    losses, gradient, predicted = row_gradients(
+    losses, gradient, predicted, overlap = row_gradients(
         logits.detach().clone(), soft, labels, weights, kind
     )
+    if kind != "ce":
+        accepted = torch.minimum(soft.softmax(-1), logits.detach().softmax(-1)).sum(-1)
+        torch.testing.assert_close(overlap, accepted)
     torch.testing.assert_close(losses, loss.detach())
     torch.testing.assert_close(gradient, expected)
     assert torch.equal(predicted, logits.argmax(-1))
@@ -68,6 +71,18 @@ def test_acceptance_stays_finite_where_head_and_teacher_have_nothing_in_common()
     logits = torch.tensor([[[500.0, -500.0]]])
     teacher = torch.tensor([[-500.0, 500.0]])
     label, weight = torch.tensor([0]), torch.ones(1, 1)
-    loss, gradient, _ = row_gradients(logits, teacher, label, weight, "acceptance")
+    loss, gradient, *_ = row_gradients(logits, teacher, label, weight, "acceptance")
     assert loss.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["kl", "acceptance", "ce+tv"])
+def test_rows_that_share_a_teacher_row(kind):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 5, 13, generator=g)
+    teacher, labels = torch.randn(2, 13, generator=g), torch.tensor([4, 7])
+    shared, weights = torch.tensor([0, 1, 1, 0, 1]), torch.rand(1, 5, generator=g)
+    apart = row_gradients(logits.clone(), teacher[shared], labels[shared], weights, kind)
+    together = row_gradients(logits.clone(), teacher, labels, weights, kind, shared)
+    for expected, found in zip(apart, together):
+        torch.testing.assert_close(found, expected)

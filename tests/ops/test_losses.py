@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 
-from drafthead.train import losses
-from drafthead.train.losses import (
+from drafthead.ops import losses
+from drafthead.ops.losses import (
     Teacher,
     fused_loss,
     hidden_regression,

@@ -214,7 +214,7 @@ def _merge_rules(q: Tensor):
     """`merge` and `merge_backward`, as Triton kernels on a GPU. These take heads whose width is a
     power of two, as Triton's tensors are; Phi-3's are 96 wide."""
     if _has_kernels(q) and q.shape[-1].bit_count() == 1:
-        from drafthead.train import kernels
+        from drafthead.ops import kernels
 
         return kernels.merge, kernels.merge_backward
     return merge, merge_backward

@@ -1,20 +1,121 @@
-"""What a head is trained on: the loss of every step of training-time test, over supervised rows.
+"""What a head is trained on: the loss of a row of logits over the draft vocabulary, and LM head and
+loss together in chunks, so that logits are never stored.
 
-Shapes: T steps, M supervised tokens, H head width, Ht target width, Vd draft vocabulary. Row (t, m)
-is the head's state at step t from which token m is to be predicted; all T rows of a token share one
-teacher row, the target's last hidden state that predicted the same token. What the loss of a row is
-says `rows.py`.
+With z a row's logits over the draft vocabulary and s the teacher's:
+
+- `kl`: KL(p || q) with q = softmax(z) and p = softmax(s), the target's distribution restricted to
+  the draft vocabulary. What the target puts outside is dropped (p is renormalised) unless the token
+  served there is itself outside: no draft can be accepted then, and the row weighs nothing. EAGLE-3
+  masks by the target's argmax in the same way (arXiv 2503.01840, its reference code).
+- `ce`: cross-entropy against the token that the target served, rows outside the vocabulary as
+  above. With greedy answers that token is the target's argmax. Together with `hidden_regression` it
+  is the published head's "reduced-vocab CE + SmoothL1 hidden-regression".
+- `acceptance`: -log a, a = sum_v min(p_v, q_v), p as for `kl`: what speculative sampling accepts
+  of a draft from q (arXiv 2211.17192, theorem 3.5; as a loss arXiv 2602.23881, "LK alpha"). A chain
+  is accepted up to step t with probability P_t = prod a_s, s <= t; weighting step s by the sum of
+  w_t over t >= s minimises -sum_t w_t log P_t, which bounds -log of the expected accepted length
+  from above (Jensen). On a teacher that is sure of one token it is cross-entropy.
+- `ce+tv`: 0.1 times `ce` plus 0.9 times the total variation 1 - a (DSpark, arXiv 2607.05147).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from drafthead.targets.logits import PLAIN, LogitRule
-from drafthead.train.rows import LossKind, row_gradients, row_loss
+
+LossKind = Literal["kl", "ce", "acceptance", "ce+tv"]
+
+CE_SHARE = 0.1  # of cross-entropy in `ce+tv`
+SMALLEST_OVERLAP = 1e-30  # keeps log and quotient finite where fp32 has no more digits
+
+
+def row_loss(logits: Tensor, teacher: Tensor | None, labels: Tensor, kind: LossKind) -> Tensor:
+    """The plain loss of each row.
+
+    logits [..., N, Vd]; teacher [N, Vd] logits, None for `ce`; labels int64 [N], the served token
+    as a draft id or -1 outside the draft vocabulary. Returns [..., N], zero where the label is -1.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logq = logits.log_softmax(-1)
+    index = labels.clamp(min=0).expand(logits.shape[:-1])[..., None]
+    cross_entropy = -logq.gather(-1, index)[..., 0]
+    if kind == "ce":
+        loss = cross_entropy
+    else:
+        assert teacher is not None
+        logp = teacher.to(logits.dtype).log_softmax(-1)
+        overlap = torch.minimum(logp.exp(), logq.exp()).sum(-1)
+        if kind == "kl":
+            loss = (logp.exp() * (logp - logq)).sum(-1)
+        elif kind == "acceptance":
+            loss = -overlap.clamp(min=SMALLEST_OVERLAP).log()
+        else:
+            loss = CE_SHARE * cross_entropy + (1 - CE_SHARE) * (1 - overlap)
+    return torch.where(labels >= 0, loss, 0.0)
+
+
+def row_gradients(
+    logits: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    kind: LossKind,
+    shared: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradient of a chunk in closed form; may overwrite `logits` with the gradient.
+
+    logits [T, R, Vd], teacher [U, Vd] or None, labels int64 [U], weights fp32 [T, R]. shared int
+    [R]: which of the U rows of `teacher` and `labels` belongs to each of the R rows; None where
+    U = R and they are in order.
+    Returns weighted losses [T, R], d loss / d logits [T, R, Vd], predicted draft ids [T, R], and
+    sum_v min(p_v, q_v) [T, R], the chance that speculative sampling accepts a draft (0 for `ce`).
+
+    d/dz KL(softmax(s) || softmax(z)) = q - p; cross-entropy the same with p one-hot. With b = 1
+    where q < p: d/dz sum min(p, q) = q (b - sum(q b)).
+    """
+    predicted = logits.argmax(-1)
+    if shared is not None:
+        labels = labels[shared]
+    weights = weights * (labels >= 0)
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    lse = z.logsumexp(-1)
+    gradient = (z - lse[..., None]).exp_()
+    index = labels.clamp(min=0).expand(z.shape[:-1])[..., None]
+    overlap = torch.zeros_like(lse)
+    if kind in ("ce", "ce+tv"):
+        loss = lse - z.gather(-1, index)[..., 0]
+    if kind == "ce":
+        gradient.scatter_add_(-1, index, gradient.new_tensor(-1.0).expand_as(index))
+    else:
+        assert teacher is not None
+        logp = teacher.to(z.dtype).log_softmax(-1)
+        if shared is not None:
+            logp = logp[shared]
+        p = logp.exp()
+        overlap = torch.minimum(gradient, p).sum(-1)
+        if kind == "kl":
+            # sum p (log p - z + lse): the entropy once for all T rows, the cross term as a product
+            loss = (p * logp).sum(-1) - torch.einsum("rv,trv->tr", p, z) + lse
+            gradient -= p
+        else:
+            below = gradient < p
+            share = (gradient * below).sum(-1, keepdim=True)
+            away = share - below.to(z.dtype)  # times q: the gradient of -overlap
+            if kind == "acceptance":
+                floored = overlap.clamp(min=SMALLEST_OVERLAP)
+                loss = -floored.log()
+                gradient *= away / floored[..., None]
+            else:
+                loss = CE_SHARE * loss + (1 - CE_SHARE) * (1 - overlap)
+                gradient *= CE_SHARE + (1 - CE_SHARE) * away
+                gradient.scatter_add_(-1, index, gradient.new_tensor(-CE_SHARE).expand_as(index))
+    gradient *= weights[..., None]
+    return loss * weights, gradient.to(logits.dtype), predicted, overlap
 
 
 @dataclass(frozen=True)
@@ -80,10 +181,10 @@ def plain_loss(
     return loss, correct.sum(-1)
 
 
-def gradient_rule(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def gradient_rule(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`row_gradients`, as one Triton kernel on a GPU."""
     if x.is_cuda and x.dtype != torch.float64:
-        from drafthead.train.kernels import row_gradients as fused
+        from drafthead.ops.kernels import row_gradients as fused
 
         return fused
     return row_gradients
@@ -105,7 +206,9 @@ class _FusedLoss(torch.autograd.Function):
             rows = normed[:, part].reshape(-1, width)
             logits = (rows @ lm_head.t()).view(steps, -1, lm_head.shape[0])
             soft = None if kind == "ce" else teacher.logits(last[part])
-            losses, gradient, predicted = rule(logits, soft, labels[part], weights[:, part], kind)
+            losses, gradient, predicted, _ = rule(
+                logits, soft, labels[part], weights[:, part], kind
+            )
             loss += losses.sum()
             correct += ((predicted == labels[part]) & (weights[:, part] > 0)).sum(-1)
             if d_normed is not None and d_head is not None:
