@@ -120,8 +120,6 @@ def test_a_head_for_other_layers_is_refused(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("section", "settings", "words"),
     [
-        ("train", {"shard": True}, "muon steps whole matrices"),
-        ("train", {"shard": True, "optimizer": "adamw", "rows_per_step": 3}, "multiple of 2"),
         ("train", {"rows_per_step": 1}, "2 processes for steps of 1 rows"),
         ("train", {"track": ["wandb"]}, "pip install wandb"),
         ("train", {"start_from": "nowhere"}, "nowhere: no such head"),
