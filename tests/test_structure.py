@@ -10,8 +10,8 @@ import drafthead
 SOURCE = Path(drafthead.__file__).parent
 ORDER = (
     *("errors", "progress", "machine", "finding", "fsio", "recipe", "rundir", "targets", "data"),
-    *("ops", "states", "head", "plan", "serve", "vocab", "init", "quantize", "capture", "train"),
-    *("prove",),
+    *("ops", "states", "drafters", "head", "plan", "serve", "vocab", "init", "quantize", "capture"),
+    *("train", "prove"),
     *("report", "run", "hook", "doctor"),
     *("cli_options", "cli_prove", "cli", "__main__"),
 )
