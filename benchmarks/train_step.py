@@ -40,6 +40,7 @@ from pathlib import Path
 
 import speculators_side
 import torch
+from dspark_sides import DSPARK_SIDES
 from train_step_sides import SHAPES, SIDES, Ours, Shape, documents
 
 from drafthead.fsio import write_json
@@ -76,14 +77,14 @@ def measure(sides: list, device, blocks: int, steps: int) -> dict[str, list[floa
     return seconds
 
 
-def case(shape: Shape, ttt: int, device, options) -> dict:
-    """All figures at one number of steps."""
+def case(shape: Shape, ttt: int, device, options, makers=SIDES) -> dict:
+    """All figures at one number of steps; with DSpark's sides as `makers`, of layers."""
     samples = [documents(shape, seed) for seed in range(2)]
     sides: list = []
     rest: dict[str, int] = {}
-    result: dict = {"ttt_steps": ttt}
+    result: dict = {"ttt_steps": ttt} if makers is SIDES else {"dspark_layers": ttt}
     at_rest = allocated(device)  # what an earlier case has left behind
-    for maker in SIDES:
+    for maker in makers:
         if maker.name not in options.sides:
             continue
         before, start = allocated(device), time.perf_counter()
@@ -92,7 +93,7 @@ def case(shape: Shape, ttt: int, device, options) -> dict:
             losses = [float(side.run(number)) for number in range(options.warmup)]
             synchronize(device)
         except Exception:  # a peer that cannot run costs nobody else's figures
-            if maker is Ours:
+            if maker is makers[0]:
                 raise
             result[maker.name] = {"failed": traceback.format_exc()}
             continue
@@ -108,22 +109,23 @@ def case(shape: Shape, ttt: int, device, options) -> dict:
             side.run(number)
         synchronize(device)
         peak = allocated(device, peak=True) - others
-        if isinstance(side, Ours):
+        if hasattr(side, "reserved"):
             peak += side.reserved()
         result[side.name]["peak_gib"] = peak / 2**30
     measure(sides, device, 1, options.steps)  # whatever compiles late does it here
     seconds = measure(sides, device, options.blocks, options.steps)
     for side in sides:
-        rates = sorted(shape.tokens / s for s in seconds[side.name])
+        positions = getattr(sides[0], "positions", shape.tokens)
+        rates = sorted(positions / s for s in seconds[side.name])
         record = result[side.name]
         record["tokens_per_s"] = statistics.median(rates)
         record["spread"] = [rates[0], rates[-1]]
         record["ms"] = 1e3 * statistics.median(seconds[side.name])
-        if isinstance(side, Ours):
+        if hasattr(side, "operations"):
             record["operations"] = side.operations
             record["tflops"] = side.operations / record["ms"] / 1e9
             record["mfu"] = 1e12 * record["tflops"] / options.ceiling
-    ours = result[Ours.name]
+    ours = result[makers[0].name]
     for side in sides[1:]:
         theirs = result[side.name]
         theirs["ours_faster"] = ours["tokens_per_s"] / theirs["tokens_per_s"]
@@ -155,7 +157,7 @@ def check(device) -> dict:
     """Kernels against plain twins on this device; raises where they part."""
     import pytest
 
-    files = [f"tests/train/test_{name}.py" for name in ("kernels", "gpu")]
+    files = ["tests/ops/test_kernels.py", "tests/train/test_gpu.py"]
     code = pytest.main(["-q", "-x", *files])
     assert code == 0, "kernels and their plain twins differ"
     return {"kernels_checked": True}
@@ -167,6 +169,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ttt", default="1,3,7")
+    parser.add_argument("--dspark", default="", help="layers of DSpark heads to time: 3,5")
+    parser.add_argument("--anchors", type=int, default=512, help="DSpark's blocks in a row")
     parser.add_argument("--peers", type=Path, help="folder with the others, if not installed")
     parser.add_argument(
         "--sides", default="drafthead,drafthead-muon,drafthead-launched,speculators,specforge"
@@ -209,8 +213,12 @@ def main() -> None:
     }
     if options.check:
         record |= check(device)
-    for ttt in (int(part) for part in options.ttt.split(",")):
-        found = case(shape, ttt, device, options)
+    numbers = lambda text: [int(part) for part in text.split(",") if part]
+    wide = dataclasses.replace(shape, aux=5)
+    cases = [(shape, ttt, SIDES) for ttt in numbers(options.ttt)]
+    cases += [(wide, layers, DSPARK_SIDES) for layers in numbers(options.dspark)]
+    for of, number, makers in cases:
+        found = case(of, number, device, options, makers)
         record["cases"].append(found)
         write_json(options.out / "train_step.json", record)
         print(json.dumps(found, indent=1), flush=True)
