@@ -76,7 +76,9 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx, d_out):
         from drafthead.ops.kernels import block_attention_backward as backward
 
-        return *backward(d_out.contiguous(), *ctx.saved_tensors, ctx.blocks), None
+        q, k, v, own_k, own_v, out, lse = ctx.saved_tensors
+        d_out = d_out.contiguous()
+        return *backward(d_out, q, k, v, own_k, own_v, out, lse, ctx.blocks), None
 
 
 def block_attention(

@@ -96,7 +96,9 @@ class BlockRow:
         are."""
         whole = self.memory.to(device, non_blocking=True)
         parts = {name: place.of(whole) for name, place in self.places.items()}
-        stored = {n: parts.pop(n) for n in ("states", "scale", "final") if n in parts}
+        stored: dict[str, Tensor] = {
+            n: parts.pop(n) for n in ("states", "scale", "final") if n in parts
+        }
         blocks = Blocks(parts.pop("start"), parts.pop("end"), self.size, self.causal)
         batch = BlockBatch(
             names=self.names,

@@ -165,14 +165,12 @@ class BlockStep:
         context = self._context(head, batch.aux.to(dtype), head.rotary(batch.positions, dtype))
         steps = torch.arange(blocks.size, device=batch.positions.device)
         rotation = head.rotary((batch.anchor_positions[:, None] + steps).flatten(), dtype)
-        x, *qkv = self._first(head, batch.anchors.to(dtype), self.mask, rotation)
-        for index, (below, layer) in enumerate(zip(head.layers, head.layers[1:])):
-            attended = self._attend(context[index], *qkv, batch)
-            x, *qkv = self._next(below, layer, attended, x, rotation)
-        return self._last(head, self._attend(context[-1], *qkv, batch), x)
-
-    def _attend(self, context, q: Tensor, k: Tensor, v: Tensor, batch: BlockBatch) -> Tensor:
-        return block_attention(q, *context, k, v, batch.blocks)
+        x, q, k, v = self._first(head, batch.anchors.to(dtype), self.mask, rotation)
+        for below, layer, (keys, values) in zip(head.layers, head.layers[1:], context):
+            attended = block_attention(q, keys, values, k, v, blocks)
+            x, q, k, v = self._next(below, layer, attended, x, rotation)
+        keys, values = context[-1]
+        return self._last(head, block_attention(q, keys, values, k, v, blocks), x)
 
     def loss(self, batch: BlockBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss summed over the row's slots, and by step the slots whose likeliest token is the
