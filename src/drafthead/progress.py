@@ -13,6 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from rich.console import Console, RenderableType
@@ -26,6 +27,7 @@ SHORT_SECONDS = 3.0
 """A wait that is over sooner leaves no line."""
 
 Clock = Callable[[], float]
+Item = TypeVar("Item")
 
 
 class Work:
@@ -56,6 +58,12 @@ class Work:
             self.done = min(self.done, self.total)
         self.note = note or self.note
         self.changed()
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; each counts as done once the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
 
     def seconds(self) -> float:
         """Time since the work began in this process."""
@@ -131,11 +139,16 @@ def progress(
 
 @contextlib.contextmanager
 def waiting(
-    console: Console, what: str, *, unit: str = "", clock: Clock = time.monotonic
+    console: Console,
+    what: str,
+    total: int | None = None,
+    *,
+    unit: str = "",
+    clock: Clock = time.monotonic,
 ) -> Iterator[Work]:
-    """As :func:`progress`, for a wait of unknown length: ``starting the engine``. One that is over
-    within a moment leaves no line."""
-    work = Work(what, None, 0, unit, clock)
+    """As :func:`progress`, for a wait that may be short or of unknown length: ``starting the
+    engine``. One that is over within a moment leaves no line."""
+    work = Work(what, total, 0, unit, clock)
     with _shown(console, work, first_line=SHORT_SECONDS):
         yield work
 

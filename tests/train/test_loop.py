@@ -397,12 +397,20 @@ def test_altered_records_of_training_are_named(tmp_path):
 
 
 def test_the_line_on_a_terminal(store, tmp_path):
-    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
     fit(make_task(store), tmp_path, ALONE, console)
     line = (
         r"loss \d+\.\d+ · [\d,]+ tokens/s · MFU \d+% · waiting for data \d+% · accepted length \d"
     )
     assert re.search(line, console.file.getvalue())
+
+
+def test_the_line_goes_on_where_a_killed_run_was(tmp_path):
+    console = Console(file=io.StringIO())
+    with Log(tmp_path, 10, 20, "toy", [], console) as log:
+        assert "10 of 20 steps" in console.file.getvalue()
+        log.write(15, {"loss": 1.0, "tokens_per_s": 2.0, "mfu": 0.1, "waiting": 0.0})
+    assert "15 of 20 steps" in console.file.getvalue()
 
 
 def test_learning_rate_warms_up_and_falls_to_nothing():

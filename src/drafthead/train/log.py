@@ -1,5 +1,6 @@
 """What training tells: a line on the terminal, JSON lines, TensorBoard and other trackers."""
 
+import contextlib
 import importlib
 import json
 import secrets
@@ -8,11 +9,11 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import Count, Number, disk_errors, shaped, write_bytes
+from drafthead.progress import progress
 
 
 class Metrics(TypedDict):
@@ -44,7 +45,8 @@ class Log:
         console: Console,
         quiet: bool = False,
     ):
-        self.quiet, self.name, self.console = quiet, name, console
+        self.quiet, self.console, self.step, self.total = quiet, console, step, total
+        self._open = contextlib.ExitStack()
         if quiet:
             return
         self.trackers = import_trackers(trackers)
@@ -59,27 +61,18 @@ class Log:
         for tracker in self.trackers:
             # A run that goes on after a kill stays one run; another run of the recipe is another.
             tracker.init(project="drafthead", resume="allow", name=name, id=run_id)
-        self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("train", total=total, completed=step, figures="")
         self.length: float | None = None
 
     def __enter__(self) -> "Log":
         if not self.quiet:
-            self.bar.start()
+            shown = progress(self.console, "train", self.total, self.step, unit="steps")
+            self.bar = self._open.enter_context(shown)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *exc_info: Any) -> None:
         if self.quiet:
             return
-        self.bar.stop()
+        self._open.__exit__(*exc_info)
         self.board.close()
         for tracker in self.trackers:
             tracker.finish()
@@ -105,7 +98,7 @@ class Log:
             figures += f" · MFU {flat['mfu']:.0%} · waiting for data {flat['waiting']:.0%}"
             if self.length is not None:
                 figures += f" · accepted length {self.length:.2f}"
-            self.bar.update(self.task, completed=step, figures=figures)
+            self.bar.advance(step - self.bar.done, note=figures)
 
 
 def import_trackers(names: Sequence[str]) -> list[Any]:

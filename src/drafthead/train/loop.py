@@ -18,6 +18,7 @@ from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.head.model import Eagle3Head
 from drafthead.ops.losses import Teacher
+from drafthead.progress import waiting
 from drafthead.recipe import TrainSection
 from drafthead.states import Samples
 from drafthead.states.format import decode
@@ -291,10 +292,12 @@ class _Fit:
         reader, world = self.task.reader, self.world
         own = self.heldout[world.rank :: world.size]
         reader.expect(own)
-        samples = (reader[int(i)] for i in own)
         totals = [Acceptance.zeros(k) for k in ks]
         if own:
-            totals = evaluate(head, self.embedding.to(world.device), samples, ks)
+            what = "evaluating held-out answers"
+            with waiting(self.console, what, len(own), unit="answers") as work:
+                samples = (reader[int(i)] for i in work.each(own))
+                totals = evaluate(head, self.embedding.to(world.device), samples, ks)
         summed = []
         for total in totals:
             counts = {

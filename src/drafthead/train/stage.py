@@ -15,6 +15,7 @@ from drafthead.head.formats import Provenance
 from drafthead.head.init import new_head
 from drafthead.head.model import Eagle3Head
 from drafthead.ops.losses import Teacher
+from drafthead.progress import waiting
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
@@ -37,7 +38,8 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     target = recipe_target(recipe)
     world = World.join()
     try:
-        task = make_task(recipe, run, target)
+        with waiting(console, "reading states, target and the head to start from"):
+            task = make_task(recipe, run, target)
         try:
             return fit(task, run.train, world, console)
         finally:
