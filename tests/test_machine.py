@@ -1,5 +1,6 @@
 """What the machine is: GPUs from an NVML that only says what it is told, a container's limits."""
 
+import email.message
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -133,3 +134,20 @@ def test_the_machine_is_described_with_its_containers_limits():
     assert "a processor, 64 cores, 256 GiB;" in str(whole)
     small = replace(whole, cpu_quota=1.5, memory_limit_bytes=8 << 30)
     assert "a processor, 64 cores (quota 1.5), 256 GiB (limit 8);" in small.as_dict()["summary"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ({"url": "file:///src/my%20drafthead", "dir_info": {}}, "'/src/my drafthead[ray]'"),
+        (
+            {"url": "https://a.example/d", "vcs_info": {}},
+            "'drafthead[ray] @ git+https://a.example/d'",
+        ),
+        ({}, "'.[ray]' in a clone"),
+    ],
+)
+def test_drafthead_is_installed_from_where_it_came(monkeypatch, origin, command):
+    monkeypatch.setattr(machine, "_installed_from", lambda: origin)
+    monkeypatch.setattr(machine.importlib.metadata, "metadata", lambda _: email.message.Message())
+    assert machine.install_command("ray").startswith(f"pip install {command}")

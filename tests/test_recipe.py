@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from drafthead.errors import DraftheadError
-from drafthead.recipe import Recipe, load_recipe, schema, without_secrets
+from drafthead.recipe import Recipe, load_recipe, schema, without_paths, without_secrets
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GOOD = {
@@ -208,3 +208,24 @@ def test_every_field_says_why():
                 yield f"{path}{name}"
 
     assert list(undocumented(Recipe, "")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/models/Qwen3-8B", "Qwen3-8B"),
+        ("/home/me/my models/Qwen3-8B/", "Qwen3-8B"),
+        ("~/models/x", "x"),
+        ("../models/x", "x"),
+        ("build/demo/x", "build/demo/x"),
+        ("some/target", "some/target"),
+        ("drafthead run /home/me/r.yaml --runs=/data/runs", "drafthead run r.yaml --runs=runs"),
+        ("drafthead run '/home/me/my recipes/r.yaml'", "drafthead run 'r.yaml'"),
+        ('--x {"model":"/home/me/run/head","k":3}', '--x {"model":"head","k":3}'),
+        ("s3://bucket/run https://a.example/b", "s3://bucket/run https://a.example/b"),
+        ("12 tokens/s, p50 / p99, 1/2", "12 tokens/s, p50 / p99, 1/2"),
+        ("line\n/home/me/x", "line\nx"),
+    ],
+)
+def test_local_paths_are_shown_as_names(text, shown):
+    assert without_paths({"a": [text, 1]}) == {"a": [shown, 1]}

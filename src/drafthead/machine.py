@@ -4,8 +4,10 @@ Reads no CUDA context: GPUs are seen through NVML, so that looking costs no GPU 
 """
 
 import importlib.metadata
+import json
 import os
 import platform
+import urllib.parse
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -199,6 +201,41 @@ def this_machine() -> Machine:
         cpu_quota=quota,
         memory_limit_bytes=limit,
     )
+
+
+def _installed_from() -> dict:
+    """pip's record of what drafthead was installed from (PEP 610); empty without one."""
+    try:
+        record = importlib.metadata.distribution("drafthead").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        record = None
+    return json.loads(record or "{}")
+
+
+def repository() -> str | None:
+    """The address of the git repository that drafthead was installed from, else the one that its
+    own metadata names; None if neither is known."""
+    origin = _installed_from()
+    if "vcs_info" in origin:
+        return origin["url"]
+    try:
+        urls = importlib.metadata.metadata("drafthead").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        urls = []
+    named = dict(line.split(", ", 1) for line in urls)
+    return next((named[name] for name in ("Repository", "Source") if name in named), None)
+
+
+def install_command(extra: str) -> str:
+    """The pip command that installs drafthead with an extra (``cuda``, ``cpu``, ``ray``, …). It is
+    on no package index, so this names what it was installed from here."""
+    if url := repository():
+        return f"pip install 'drafthead[{extra}] @ git+{url}'"
+    url = _installed_from().get("url", "")
+    if url.startswith("file:"):
+        folder = urllib.parse.unquote(urllib.parse.urlparse(url).path)
+        return f"pip install '{folder}[{extra}]'"
+    return f"pip install '.[{extra}]' in a clone of drafthead's repository"
 
 
 def torchrun_rank() -> int:

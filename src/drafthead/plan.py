@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drafthead.recipe import without_secrets
+from drafthead.recipe import without_paths, without_secrets
 
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs."""
@@ -110,8 +110,8 @@ class Plan:
 
     @property
     def public(self) -> "Plan":
-        """To be written down where others may read it: the same without secrets."""
-        shown = without_secrets({s.name: s.value for s in self.settings})
+        """To be written down where others may read it: without secrets, paths as names."""
+        shown = without_paths(without_secrets({s.name: s.value for s in self.settings}))
         return replace(self, settings=[replace(s, value=shown[s.name]) for s in self.settings])
 
     def _flags(self, settings: list[Setting], *first: str) -> list[str]:

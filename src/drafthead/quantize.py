@@ -25,6 +25,7 @@ from drafthead.data.chats import Chat, load_chats
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, fingerprint, read_json, write_json
+from drafthead.machine import install_command
 from drafthead.recipe import PromptsSection, Source, load_recipe
 from drafthead.targets import Target, load_target, nvfp4
 
@@ -101,7 +102,7 @@ def quantize(
     if importlib.util.find_spec("modelopt") is None:
         raise DraftheadError(
             "package nvidia-modelopt is not installed: it does the quantizing. "
-            "Mend: pip install 'drafthead[quantize]'"
+            f"Install it: {install_command('quantize')}"
         )
     target = load_target(target_path, trust_remote_code=trust_remote_code)
     if target.quantization is not None:

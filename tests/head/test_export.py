@@ -57,6 +57,8 @@ def test_both_formats_hold_the_trained_head(tmp_path, llama):
     config = json.loads((run.head_speculators / "config.json").read_text())["speculators_config"]
     assert config["proposal_methods"][0]["speculative_tokens"] == 5
     assert config["verifier"] == {"name_or_path": str(llama), "architectures": ["LlamaForCausalLM"]}
+    # The first is published, with no path of this machine; of the other vLLM loads the target.
+    assert load_head(run.head).read.provenance["target"] == llama.name
     assert made["parameters"] == sum(p.numel() for p in best.parameters())
     assert made["notes"] == [] or all("end tokens" in note for note in made["notes"])
 

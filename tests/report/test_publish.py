@@ -12,6 +12,7 @@ from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, read_json, sha256_file, write_json
+from drafthead.prove.proof import command_line
 from drafthead.prove.verify import Outcome, verify
 from drafthead.recipe import with_options
 from drafthead.report.card import find_licence, usage, write_card
@@ -158,7 +159,7 @@ def test_the_card_says_who_needs_the_plugin(made, architecture, needed):
     config = load_target(recipe.target.path).path / "config.json"
     write_json(config, read_json(config, "") | {"architectures": [architecture]})
     write_card(read_results(recipe, run))
-    assert ("`pip install drafthead` adds what it lacks" in card_of(run)[1]) == needed
+    assert ("pip install git+" in card_of(run)[1]) == needed
 
 
 def test_dry_run_lists_and_uploads_nothing(made, monkeypatch):
@@ -206,6 +207,45 @@ def test_no_secret_is_published(made, monkeypatch):
     assert b"hf_token: (not shown)" in published["report.html"]
     assert b"--load-format tensorizer" in published["README.md"]
     assert b"not shown" not in published["README.md"]  # no advice to others
+
+
+def test_no_path_of_this_machine_is_published(made, monkeypatch, tmp_path):
+    """Whoever reads them has other disks; the names alone stay."""
+    recipe, run = made
+    monkeypatch.setattr(sys, "argv", ["drafthead", "run", str(tmp_path / "my recipe.yaml")])
+    given = with_options(recipe, "engine", {"extra": {"tokenizer": str(tmp_path / "tok")}})
+    given = with_options(given, "prompts", {"sources": [{"path": str(tmp_path / "p.jsonl")}]})
+    given = with_options(given, "train", {"start_from": str(tmp_path / "runs" / "old" / "head")})
+
+    def prove(*_):
+        return Outcome(read_json(run.verify_json, "")["runs"], None)
+
+    monkeypatch.setattr("drafthead.prove.verify.many_prompts", lambda *_: [])
+    monkeypatch.setattr("drafthead.prove.verify.prove_lossless", prove)
+    write_json(run.bench_json, read_json(run.bench_json, "") | {"command": command_line()})
+    verify(given, run, console=QUIET)
+    report(given, run, console=QUIET)
+    published = {name: path.read_bytes() for name, path in files_to_publish(run).items()}
+    assert [name for name, content in published.items() if bytes(tmp_path) in content] == []
+    proof = json.loads(published["proof.json"])
+    assert proof["target"]["name"] == "SmolLM2-135M-Instruct"
+    for served in proof["served"].values():
+        assert served["engine_args"]["model"] == "SmolLM2-135M-Instruct"
+        assert served["engine_args"]["speculative_config"]["model"] == "head"
+    assert proof["command"] == "drafthead run 'my recipe.yaml'"
+    # verify and bench of one `drafthead run` are one command.
+    assert published["README.md"].count(b"drafthead run 'my recipe.yaml'") == 1
+
+
+@pytest.mark.parametrize("url", [None, "https://git.example/drafthead"])
+def test_the_card_says_how_to_install_drafthead(made, monkeypatch, url):
+    """It is on no package index."""
+    recipe, run = made
+    monkeypatch.setattr("drafthead.report.card.repository", lambda: url)
+    config = load_target(recipe.target.path).path / "config.json"
+    write_json(config, read_json(config, "") | {"architectures": ["Gemma2ForCausalLM"]})
+    write_card(read_results(recipe, run))
+    assert f"`pip install git+{url or 'URL'}`" in card_of(run)[1]
 
 
 def test_what_is_not_proved_is_not_published(tmp_path):

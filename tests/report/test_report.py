@@ -67,9 +67,24 @@ def test_an_interval_over_one_is_said(tmp_path):
     bench |= {"speedup": 1.01, "speedup_ci95": [0.97, 1.05], "verdict": "not distinguishable"}
     bench["grid"][0] |= {name: bench[name] for name in ("speedup", "speedup_ci95", "verdict")}
     write_json(run.bench_json, bench)
-    for text in written(recipe, run):
-        assert "the interval spans 1" in text
+    html, markdown, terminal = written(recipe, run)
+    for text in (html, markdown, terminal):
+        assert "spans 1" in text
         assert "faster" not in text
+    # The figure that tells nothing is not what the page says first, nor in its largest type.
+    (headline,) = re.findall(r'<p class="(headline[^"]*)">([^<]*)</p>', html)
+    assert "ratio" not in headline[0]
+    assert "1.01" not in headline[1]
+    assert "1.01" not in re.search(r"\*\*(.*?)\*\*", markdown)[1]
+    assert "**1.01×**" not in (run.head / "README.md").read_text()
+
+
+def test_what_can_be_told_is_the_headline(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    ratio = f"{read_json(run.bench_json, '')['speedup']:.2f}×"
+    html, markdown, _ = written(recipe, run)
+    assert re.search(rf'<p class="headline ratio good">{ratio}</p>', html)
+    assert re.search(r"\*\*(.*?)\*\*", markdown)[1] == ratio
 
 
 def test_a_head_without_training_here_has_a_report_too(tmp_path):

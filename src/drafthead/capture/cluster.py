@@ -30,6 +30,7 @@ from drafthead.capture.work import progress_bar, work
 from drafthead.data.answers import part_path
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
+from drafthead.machine import install_command
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StoreMeta
@@ -286,7 +287,7 @@ def _connected(recipe: Recipe) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise DraftheadError(
-            f"cluster.address: Ray is not installed ({error}); pip install 'drafthead[ray]'"
+            f"cluster.address: Ray is not installed ({error}); {install_command('ray')}"
         ) from None
     already = ray.is_initialized()
     if not already:

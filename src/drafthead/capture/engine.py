@@ -10,7 +10,7 @@ from typing import Any
 from drafthead.capture.pages import SharedPages
 from drafthead.capture.tap import KEY
 from drafthead.errors import DraftheadError
-from drafthead.machine import this_machine
+from drafthead.machine import install_command, this_machine
 from drafthead.recipe import Recipe
 from drafthead.serve import engine_plan, llm_class
 from drafthead.states import StoreMeta
@@ -91,8 +91,8 @@ class CaptureEngine:
             llm = llm_class()
         except ImportError as error:
             raise DraftheadError(
-                f"vLLM is not installed ({error}); pip install 'drafthead[cuda]', or "
-                "'drafthead[cpu]' without a GPU"
+                f"vLLM is not installed ({error}); {install_command('cuda')}, or with [cpu] in "
+                "place of [cuda] on a machine without a GPU"
             ) from None
         try:
             self.llm = llm(**args)

@@ -9,7 +9,7 @@ from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Format, Provenance
 from drafthead.head.inspect import inspect_head
-from drafthead.recipe import Recipe
+from drafthead.recipe import Recipe, without_paths
 from drafthead.rundir import RunDir
 from drafthead.targets import Target, recipe_target
 
@@ -60,8 +60,10 @@ def convert(source: Path, folder: Path, format: Format, target: Target, k: int) 
         raise DraftheadError("\n".join(f"{source}: {problem}" for problem in problems))
     loaded = load_head(source, target)
     about = loaded.read.provenance or {}
+    name = str(about.get("target", target.path))
     made = Provenance(
-        target=str(about.get("target", target.path)),
+        # vLLM's format is published; of speculators' vLLM loads the target by this name.
+        target=without_paths(name) if format == "vllm" else name,
         target_fingerprint=str(about.get("target_fingerprint", "")),
         target_architectures=target.architectures,
         trained=about.get("trained") or {},

@@ -153,6 +153,12 @@ def _vocabularies(
     return Vocabularies(rehearsal.point.max_new_tokens, rows, row_s, others)
 
 
+def _label(head: str) -> str:
+    """What records call another head: of a path out of this folder the end, ``my-run/head``."""
+    local = head.startswith(("/", "~", ".."))
+    return "/".join(Path(head).parts[-2:]) if local else head
+
+
 def contest(
     recipe: Recipe, run: RunDir, *, heads: list[str], ngram: bool, console: Console
 ) -> dict[str, dict]:
@@ -174,7 +180,9 @@ def contest(
     """
     result = read_json(run.bench_json, "the figures of `drafthead bench`", Contest, BENCH_AGAIN)
     target = recipe_target(recipe)
-    drafters: dict[str, dict[str, Any]] = {head: {"head": existing_head(head)} for head in heads}
+    drafters: dict[str, dict[str, Any]] = {
+        _label(head): {"head": existing_head(head)} for head in heads
+    }
     if ngram:
         drafters["ngram"] = {"speculative_config": _NGRAM}
     beside = result.get("beside", {})

@@ -18,6 +18,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, sha256_file, visible_files, write_json
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.records import VERIFY_AGAIN, Proof
+from drafthead.recipe import without_paths
 from drafthead.rundir import RunDir
 from drafthead.targets import Target
 
@@ -26,9 +27,10 @@ _NOT_PROVED = ("README.md", "LICENSE")
 
 
 def command_line() -> str:
-    """The command that is running, as one would type it; `?` for what is not UTF-8 in a path, which
-    no record could be written with."""
-    return shlex.join(["drafthead", *sys.argv[1:]]).encode(errors="replace").decode()
+    """The command that is running, as one would type it, for records: local paths are their last
+    names, and `?` stands for what is not UTF-8, which no record could be written with."""
+    words = [without_paths(word) for word in sys.argv[1:]]
+    return shlex.join(["drafthead", *words]).encode(errors="replace").decode()
 
 
 def now() -> str:
@@ -83,7 +85,7 @@ def write_proof(
         # Of a few samples only if they could have shown another.
         + ("; sampled output has the same distribution" if sampled.get("detectable_shift") else ""),
         "outcome": {k: v for k, v in outcome.items() if k not in ("machine", "command")},
-        "target": {"name": name, "sha256": hash_folder(target.path)},
+        "target": {"name": without_paths(name), "sha256": hash_folder(target.path)},
         "head": {"sha256": hash_folder(run.head)},
         "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
         "served": {str(k): how for k, how in served.items()},

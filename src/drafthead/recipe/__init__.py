@@ -13,7 +13,7 @@ from drafthead.recipe.schema import (
     TrainSection,
     VocabSection,
 )
-from drafthead.recipe.secrets import without_secrets
+from drafthead.recipe.secrets import without_paths, without_secrets
 
 __all__ = [
     "ENOUGH_STEPS",
@@ -29,5 +29,6 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "with_options",
+    "without_paths",
     "without_secrets",
 ]

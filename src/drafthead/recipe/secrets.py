@@ -1,5 +1,6 @@
 """What must not be read by others in what a run writes down."""
 
+import os
 import re
 from typing import Any
 
@@ -17,6 +18,37 @@ _SPECIAL = re.compile(
 )
 # By itself: who logs in, in an address; a token of the hub's.
 _TEXT = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}\b")
+# A path that is absolute, of somebody's home or above this folder, alone or in a text (a command, a
+# dumped recipe). Not what follows a scheme (`s3://…`) or a word (`tokens/s`), and not `/` alone.
+_PATH = re.compile(
+    r"""(?P<quote>["'])(?P<quoted>(?:/|~/|\.\./)[^"']+)(?P=quote)"""
+    r"""|(?<![\w./:~-])(?P<bare>(?:/|~[\w-]*/|\.\./)[^\s"'`,;:(){}\[\]|]+)"""
+)
+
+
+def without_paths(value: Any) -> Any:
+    """``value``, JSON-able, with the last name of each local path in place of the path: whoever
+    reads it has another disk, and need not know whose this one is. Relative paths stay."""
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~/", "../")) and "\n" not in value:  # all of it, spaces too
+        return _name(value)
+    return _PATH.sub(
+        lambda found: (
+            f"{found['quote']}{_name(found['quoted'])}{found['quote']}"
+            if found["quoted"]
+            else _name(found["bare"])
+        ),
+        value,
+    )
+
+
+def _name(path: str) -> str:
+    return os.path.basename(os.path.normpath(path)) or path
 
 
 def without_secrets(value: Any) -> Any:

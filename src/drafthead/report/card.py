@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from drafthead.fsio import write_bytes
-from drafthead.machine import Gpu, Machine, this_machine
+from drafthead.machine import Gpu, Machine, repository, this_machine
 from drafthead.plan import Plan
 from drafthead.recipe import without_secrets
 from drafthead.report.results import Results
@@ -135,7 +135,7 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
         )
         made = engine_plan(recipe, head=repo, target=target, machine=gpu_machine(count, False))
         general = ("max_num_seqs", "max_cudagraph_capture_size", "gpu_memory_utilization")
-        return replace(made, settings=[s for s in made.settings if s.name not in general])
+        return replace(made, settings=[s for s in made.settings if s.name not in general]).public
 
     count = next((n for n in _SEVERAL if target.num_attention_heads % n == 0), None)
     return plan(1), plan(count) if count else None
@@ -212,6 +212,13 @@ def header(r: Results, base: str | None, target: Target, licence: Licence) -> st
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
+def install_words() -> str:
+    """How to install drafthead, which is on no package index."""
+    url = repository()
+    words = f"Install it into vLLM's environment: `pip install git+{url or 'URL'}`"
+    return words + ("." if url else ", with the address of a git repository that has drafthead.")
+
+
 def render_card(r: Results, target: Target, repo: str) -> str:
     """The card's text.
 
@@ -246,6 +253,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "several_count": several and several.args["tensor_parallel_size"],
         "reasons": (several or one).explain(),
         "needs_plugin": not stock or bool(ARCHITECTURES & set(target.architectures)),
+        "install": install_words(),
         "vllm": r.bench["machine"]["versions"].get("vllm", "0.32"),
         "facts": [("target", base), *facts(r)[1:]],  # not the folder of this machine
         "limitations": limitations(r),

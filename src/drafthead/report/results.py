@@ -24,7 +24,7 @@ from drafthead.prove.records import (
     Verified,
     WrittenHead,
 )
-from drafthead.recipe import Recipe, without_secrets
+from drafthead.recipe import Recipe, without_paths, without_secrets
 from drafthead.rundir import RECORD_MEND, RunDir
 from drafthead.serve import served_k
 from drafthead.train.log import read_metrics
@@ -65,17 +65,19 @@ class Results:
 
     @property
     def commands(self) -> list[tuple[str, str]]:
-        """What was measured or made, and the command that did it."""
-        found = [
-            ("lossless", self.verify["command"]),
-            ("speed and acceptance", self.bench["command"]),
-        ]
-        return [(what, command) for what, command in found if command]
+        """What was measured, and the command that did it; a command that did both is there once."""
+        verify, bench = self.verify["command"], self.bench["command"]
+        if verify == bench:
+            pairs = [("losslessness, speed and acceptance", verify)]
+        else:
+            pairs = [("losslessness", verify), ("speed and acceptance", bench)]
+        return [(what, command) for what, command in pairs if command]
 
     @property
     def recipe_yaml(self) -> str:
-        """The recipe, defaults and secrets left out."""
+        """The recipe, defaults and secrets left out, local paths as names."""
         data = without_secrets(self.recipe.model_dump(mode="json", exclude_defaults=True))
+        data = without_paths(data)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 

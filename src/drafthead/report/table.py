@@ -13,7 +13,7 @@ def verdict_words(results: Results) -> str:
         return "faster with the head"
     if bench["verdict"] == "slower":
         return "slower with the head on this machine"
-    return "no difference that this measurement can tell: the interval spans 1"
+    return "no difference could be told: the interval spans 1"
 
 
 def lossless_words(verify: dict) -> str:

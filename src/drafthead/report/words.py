@@ -8,6 +8,7 @@ import jinja2
 
 from drafthead.head.checkpoint import trained_steps
 from drafthead.prove.costmodel import load
+from drafthead.recipe import without_paths
 from drafthead.report.results import Results
 
 _TONES = {"faster": "good", "slower": "bad"}
@@ -117,7 +118,7 @@ def grid_table(bench: dict) -> dict | None:
 
     Returns:
         ``ks``, and ``rows`` with ``name`` and for each k its cell (or None), the largest ratio of
-        a row marked ``best``.
+        a row marked ``best`` if it is faster for certain.
     """
     ks = sorted({cell["num_speculative_tokens"] for cell in bench["grid"]})
     loads: dict[tuple, dict[int, dict]] = {}
@@ -129,8 +130,11 @@ def grid_table(bench: dict) -> dict | None:
     rows = []
     for _, by_k in sorted(loads.items()):
         best = max(by_k.values(), key=lambda cell: cell["speedup"])
+        faster = tone(best) == "good"
         cells = [
-            by_k[k] | {"tone": tone(by_k[k]), "best": by_k[k] is best} if k in by_k else None
+            by_k[k] | {"tone": tone(by_k[k]), "best": faster and by_k[k] is best}
+            if k in by_k
+            else None
             for k in ks
         ]
         rows.append({"name": load_words(best, bench["grid"]), "cells": cells})
@@ -153,7 +157,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
     config = r.head_config
     layers = config.get("eagle_aux_hidden_state_layer_ids")
     found = [
-        ("target", r.recipe.target.path),
+        ("target", without_paths(r.recipe.target.path)),
         (
             "head",
             f"{config['num_hidden_layers']} layer, hidden {config['hidden_size']}, MLP "
