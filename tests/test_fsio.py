@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
+from pathlib import Path
 from typing import NotRequired
 
 import pytest
@@ -224,3 +227,55 @@ def test_a_link_to_a_folder_goes_on_leading_to_it(tmp_path, there):
     assert link.is_symlink()
     assert [p.name for p in disk.iterdir()] == ["head"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "head"]
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that are read to be hashed; time stamps are trusted at once."""
+    names, real = [], fsio.sha256_file
+    monkeypatch.setattr(fsio, "_hashes", fsio._Hashes())
+    monkeypatch.setattr(fsio, "_TIME_STAMP_NS", -fsio._TIME_STAMP_NS)
+    monkeypatch.setattr(fsio, "sha256_file", lambda p: names.append(Path(p).name) or real(p))
+    return names
+
+
+def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path, hashed):
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    assert fsio.file_hash(path) == fsio.file_hash(path) == hashlib.sha256(b"one").hexdigest()
+    assert hashed == ["a"]
+    path.write_bytes(b"four")  # another size
+    assert fsio.file_hash(path) == hashlib.sha256(b"four").hexdigest()
+    path.write_bytes(b"five")
+    os.utime(path, ns=(0, 0))  # the same size, another time
+    assert fsio.file_hash(path) == hashlib.sha256(b"five").hexdigest()
+    os.utime(path, ns=(1, 1))
+    (tmp_path / "b").write_bytes(b"nine")
+    os.utime(tmp_path / "b", ns=(0, 0))
+    os.replace(tmp_path / "b", path)  # the size and time of the content that was hashed
+    assert fsio.file_hash(path) == hashlib.sha256(b"nine").hexdigest()
+
+
+def test_a_file_written_a_moment_ago_is_not_remembered(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(fsio, "_TIME_STAMP_NS", 3600 * 10**9)
+    (tmp_path / "a").write_bytes(b"one")
+    fsio.file_hash(tmp_path / "a")
+    fsio.file_hash(tmp_path / "a")
+    assert hashed == ["a", "a"]
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"x": 1}', None])
+def test_hashes_are_kept_for_the_next_process(tmp_path, hashed, monkeypatch, damaged):
+    monkeypatch.setattr(fsio, "_WORTH_KEEPING", 2)
+    run = tmp_path / "run"
+    fsio.keep_hashes(run)
+    for name in ("target", "a"):
+        (tmp_path / name).write_text(name)
+        fsio.file_hash(tmp_path / name)
+    assert list(json.loads((run / ".hashes.json").read_text())) == [str(tmp_path / "target")]
+    monkeypatch.setattr(fsio, "_hashes", fsio._Hashes())  # as in another process
+    if damaged:
+        (run / ".hashes.json").write_text(damaged)
+    fsio.keep_hashes(run)
+    assert fsio.file_hash(tmp_path / "target") == hashlib.sha256(b"target").hexdigest()
+    assert hashed == ["target", "a", *(["target"] if damaged else [])]

@@ -9,12 +9,14 @@ import pytest
 import yaml
 from rich.console import Console
 
+from drafthead import fsio
 from drafthead import run as run_module
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.head.checkpoint import read_folder
 from drafthead.recipe import load_recipe
 from drafthead.run import NAMES, execute
 from drafthead.rundir import RunDir
+from drafthead.targets import recipe_target
 from tests.prove import crafted
 
 CONSOLE = Console(quiet=True)
@@ -115,6 +117,18 @@ def test_changed_prompts_or_target_make_answers_stale(job):
     job.prompts.write_text(json.dumps({"prompt": "Bye"}) + "\n")
     with pytest.raises(DraftheadError, match="prompt_files"):
         job.execute(recipe)
+
+
+def test_a_target_is_hashed_once_in_a_process(job, monkeypatch):
+    hashed, real = [], fsio.sha256_file
+    monkeypatch.setattr(fsio, "_hashes", fsio._Hashes())
+    monkeypatch.setattr(fsio, "_TIME_STAMP_NS", -fsio._TIME_STAMP_NS)
+    monkeypatch.setattr(fsio, "sha256_file", lambda path: hashed.append(path) or real(path))
+    recipe = job.recipe()
+    job.execute(recipe)
+    job.execute(recipe, first="verify", again=True)
+    assert recipe_target(recipe).fingerprint
+    assert len(hashed) == len(set(hashed)) > 3
 
 
 def test_a_changed_folder_of_prompts_makes_answers_stale(job, tmp_path):

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,11 @@ Natural = Annotated[int, Field(strict=True, ge=1, le=_LARGE)]
 Amount = Annotated[float, Field(strict=True, ge=0, le=_LARGE)]
 Number = Annotated[float, Field(strict=True, ge=-_LARGE, le=_LARGE)]
 """As the three above: not NaN, and an integer too. All for the shapes of :func:`read_json`."""
+
+# Hashes of smaller files are not written down: they take no time.
+_WORTH_KEEPING = 1 << 20
+# The coarsest time stamps of common file systems (FAT's).
+_TIME_STAMP_NS = 2_000_000_000
 
 _MENDS = {
     errno.ENOSPC: "the disk is full; free some space or move the run, then run again",
@@ -257,6 +264,63 @@ def atomic_dir(final: Path | str) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+class _Hashes:
+    """SHA-256 of files by path, each good as long as the file's size and times stay."""
+
+    def __init__(self) -> None:
+        self.file: Path | None = None
+        self._lock = threading.Lock()
+        self._entries: dict[str, list] = {}  # path -> [*_state(path), hash]
+
+    def keep_in(self, file: Path) -> None:
+        """Read what earlier processes left in ``file``, and add new hashes to it."""
+        self.file = file
+        self._entries = self._read() | self._entries
+
+    def get(self, path: str) -> str:
+        begun, state = time.time_ns(), _state(path)
+        entry = self._entries.get(path)
+        if entry and entry[:-1] == state:
+            return entry[-1]
+        digest = sha256_file(path)
+        # A file written a moment ago may be written again within the same time stamp.
+        if state == _state(path) and begun - max(state[1:]) > _TIME_STAMP_NS:
+            with self._lock:
+                self._entries[path] = [*state, digest]
+                if self.file is not None and state[0] >= _WORTH_KEEPING:
+                    write_json(self.file, self._read() | {path: self._entries[path]})
+        return digest
+
+    def _read(self) -> dict[str, list]:
+        assert self.file is not None
+        try:
+            entries = dict(json.loads(self.file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}  # not there, or damaged: the files are hashed again
+        return {p: e for p, e in entries.items() if isinstance(e, list) and len(e) == 4}
+
+
+_hashes = _Hashes()
+
+
+def keep_hashes(folder: Path) -> None:
+    """Let :func:`file_hash` remember large files' hashes in ``folder`` from now on: hashing a
+    target of 60 GB takes a minute, and a run has several processes."""
+    _hashes.keep_in(folder / ".hashes.json")
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 of a file, in hex, read only if its size or times have changed since the last call.
+    What must notice a decaying disk calls :func:`sha256_file`."""
+    return _hashes.get(os.path.abspath(path))
+
+
+def _state(path: str) -> list[int]:
+    """Size, and times of the last change of the content and of the inode, in nanoseconds."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def sha256_file(path: Path | str) -> str:

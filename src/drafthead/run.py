@@ -13,7 +13,14 @@ from rich.markup import escape
 
 from drafthead.data.records import check_file
 from drafthead.errors import ClaimFailed, DraftheadError
-from drafthead.fsio import RunLock, fingerprint, sha256_file, sweep, visible_files
+from drafthead.fsio import (
+    RunLock,
+    file_hash,
+    fingerprint,
+    keep_hashes,
+    sweep,
+    visible_files,
+)
 from drafthead.head.checkpoint import trained_steps
 from drafthead.machine import torchrun_rank
 from drafthead.recipe import CaptureSection, Recipe, Source, without_secrets
@@ -170,7 +177,7 @@ def _check_load(recipe: Recipe, wanted: Sequence[str]) -> None:
 
 def _folder_hash(folder: Path) -> str:
     """Names what lies in a folder, but for hidden files, which `datasets` does not read either."""
-    return fingerprint({name: sha256_file(path) for name, path in visible_files(folder).items()})
+    return fingerprint({name: file_hash(path) for name, path in visible_files(folder).items()})
 
 
 def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
@@ -190,7 +197,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         files = [source.path for source in sources if source.path]
         for path in files:
             check_file(path)
-        found = {path: sha256_file(path) for path in files}
+        found = {path: file_hash(path) for path in files}
         folders = [source.dataset for source in sources if source.dataset]
         return found | {name: _folder_hash(Path(name)) for name in folders if Path(name).is_dir()}
 
@@ -204,7 +211,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
             own["k"] = recipe.serve.k  # which that format names
         if stage.name == "train" and (start := recipe.train.start_from):
             files = [Path(start) / "config.json", *sorted(Path(start).glob("*.safetensors"))]
-            own["start_files"] = {f.name: sha256_file(f) for f in files if f.is_file()}
+            own["start_files"] = {f.name: file_hash(f) for f in files if f.is_file()}
             if (steps := trained_steps(recipe)) != recipe.ttt_steps:
                 own["ttt_steps"] = steps  # follows that head and how many tokens may be drafted
         if stage.after is None:
@@ -277,6 +284,7 @@ def execute(
         raise DraftheadError(f"--from {first} comes after --to {last}")
     first_process = torchrun_rank() == 0
     run = RunDir(runs_dir / recipe.name)
+    keep_hashes(run.root)
     inputs = stage_inputs(recipe, wanted)
     if {"generate", "train"} <= set(wanted):
         from drafthead.train.stage import check_shape

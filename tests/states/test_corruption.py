@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from drafthead.cli import app
 from drafthead.errors import DraftheadError
 from drafthead.fsio import RunLock, sha256_file
-from drafthead.states import StateReader, StateWriter, StoreMeta, reader
+from drafthead.states import StateReader, StateWriter, StoreMeta, check
 from drafthead.states.check import check_command, check_store, repair
 from drafthead.states.format import StoreMeta as Meta
 from drafthead.states.index import _digest
@@ -320,14 +320,14 @@ def test_states_that_are_not_finite_are_found(tmp_path):
 
 
 def test_a_shard_that_the_disk_no_longer_gives_back_is_one_more_fault(whole, monkeypatch):
-    real = reader.sha256_file
+    real = check.sha256_file
 
     def read(path):
         if path.name == "unit-000001-00.safetensors":
             raise OSError(errno.EIO, "Input/output error")
         return real(path)
 
-    monkeypatch.setattr(reader, "sha256_file", read)
+    monkeypatch.setattr(check, "sha256_file", read)
     (fault,) = check_store(whole)
     assert fault.unit == 1
     assert "unit-000001-00.safetensors: not a readable" in fault.what

@@ -269,11 +269,11 @@ def test_shards_are_opened_ahead_once_and_only_so_far(tmp_path, monkeypatch):
     write(tmp_path, shard_bytes=1 << 11)
     opened, real = [], reader_module.open_shard
 
-    def recorded(store, meta, shard, *, verify):
+    def recorded(store, meta, shard, checksum):
         opened.append(shard.file)
         if shard.file == files[3]:
             raise DraftheadError("broken")
-        return real(store, meta, shard, verify=verify)
+        return real(store, meta, shard, checksum)
 
     monkeypatch.setattr(reader_module, "open_shard", recorded)
     monkeypatch.setattr(reader_module, "AHEAD", 2)

@@ -24,6 +24,7 @@ from drafthead.capture.pages import PAGE, SharedPages, pages_needed
 from drafthead.capture.plan import make_plan
 from drafthead.data.answers import Answer, part_path, read_part
 from drafthead.errors import DraftheadError
+from drafthead.fsio import keep_hashes
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import Sample, Samples, StateReader
@@ -236,10 +237,12 @@ _incoming: queue.SimpleQueue = queue.SimpleQueue()
 def _serve(order: dict, report: Callable[[dict], None]) -> None:
     """The child: prefills what is asked for, a batch after the other; while one is computed the
     one before is copied out."""
+    run = RunDir(Path(order["run"]))
+    keep_hashes(run.root)
     plan = make_plan(parse_recipe(order["recipe"], "recipe"))
     answers: list[Answer] = []
     for unit in range(plan.meta.units):
-        answers += read_part(part_path(RunDir(Path(order["run"])).answers, unit))
+        answers += read_part(part_path(run.answers, unit))
     pages = SharedPages.open(order["pages"])
     engine = CaptureEngine(plan.recipe, plan.target, plan.meta, pages)
     copying: list[int] = []

@@ -13,6 +13,7 @@ from drafthead.capture.work import progress_bar, work
 from drafthead.data.answers import part_path, read_answers, read_left_out
 from drafthead.data.chats import count_left_out
 from drafthead.errors import DraftheadError
+from drafthead.fsio import keep_hashes
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StoreMeta
@@ -157,8 +158,10 @@ def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None
 
 
 def _child(order: dict, report: Callable[[dict], None]) -> None:
+    run = RunDir(Path(order["run"]))
+    keep_hashes(run.root)
     plan = make_plan(parse_recipe(order["recipe"], "recipe"))
-    work(order["stage"], plan, RunDir(Path(order["run"])), range(len(plan.units)), report)
+    work(order["stage"], plan, run, range(len(plan.units)), report)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 from drafthead import __version__
 from drafthead.errors import DraftheadError
-from drafthead.fsio import read_json, sha256_file, visible_files, write_json
+from drafthead.fsio import file_hash, read_json, visible_files, write_json
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.records import VERIFY_AGAIN, Proof
 from drafthead.recipe import without_paths
@@ -41,7 +41,7 @@ def now() -> str:
 def hash_folder(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a model's folder, by its relative name."""
     return {
-        name: sha256_file(path)
+        name: file_hash(path)
         for name, path in visible_files(folder).items()
         if not path.name.startswith(_NOT_PROVED)
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import RunLock
+from drafthead.fsio import RunLock, sha256_file
 from drafthead.rundir import RunDir
 from drafthead.states.format import StoreMeta, decode
 from drafthead.states.index import load_unit, missing_units, unit_numbers, unit_path
@@ -52,7 +52,7 @@ def _unit_faults(path: Path, meta: StoreMeta, number: int) -> list[Fault]:
     names = [name for shard in unit.shards for name in shard.conversation]
     for shard in unit.shards:
         try:
-            handle = open_shard(path, meta, shard, verify=True)
+            handle = open_shard(path, meta, shard, sha256_file)
             first = 0
             for name, count in zip(shard.conversation, shard.states):
                 rows = {n: handle.get_slice(n)[first : first + count] for n in meta.stored}

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import sha256_file
+from drafthead.fsio import file_hash
 from drafthead.machine import usable_cores
 from drafthead.states.format import Sample, StoreMeta, shard_tensors
 from drafthead.states.index import Shard, load_unit, missing_units, unit_numbers
@@ -137,7 +137,7 @@ class StateReader(Samples):
         return True
 
     def _load(self, shard: Shard) -> dict[str, torch.Tensor]:
-        handle = open_shard(self.path, self.meta, shard, verify=self._verify)
+        handle = open_shard(self.path, self.meta, shard, file_hash if self._verify else None)
         return {name: handle.get_tensor(name) for name in ("ids", "loss_mask", *self.meta.stored)}
 
 
@@ -159,8 +159,11 @@ def check_size(store: Path, shard: Shard) -> None:
         )
 
 
-def open_shard(store: Path, meta: StoreMeta, shard: Shard, *, verify: bool) -> Any:
-    """A memory-mapped handle of a shard that is what the index says it is.
+def open_shard(
+    store: Path, meta: StoreMeta, shard: Shard, checksum: Callable[[Path], str] | None
+) -> Any:
+    """A memory-mapped handle of a shard that is what the index says it is; ``checksum`` computes
+    the SHA-256 to compare, None compares none.
 
     Raises:
         DraftheadError: missing, of another size, altered, swapped or not a safetensors file.
@@ -168,7 +171,7 @@ def open_shard(store: Path, meta: StoreMeta, shard: Shard, *, verify: bool) -> A
     path = store / shard.file
     check_size(store, shard)
     try:
-        if verify and sha256_file(path) != shard.sha256:
+        if checksum is not None and checksum(path) != shard.sha256:
             raise DraftheadError(f"{path}: altered: its checksum is not the index's; {MEND}")
         handle = safe_open(path, framework="pt")
         found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import fingerprint, read_json, sha256_file
+from drafthead.fsio import file_hash, fingerprint, read_json
 from drafthead.recipe import Recipe
 from drafthead.targets.logits import LogitRule, logit_rule
 from drafthead.targets.safetensors_folder import SafetensorsFolder
@@ -127,7 +127,7 @@ class Target:
     def fingerprint(self) -> str:
         """Names the exact checkpoint: from the SHA-256 of its weights, configuration, tokenizer."""
         files = [*self.tensors.files, *self.path.glob("*.json"), *self.path.glob("*.jinja")]
-        return fingerprint({file.name: sha256_file(file) for file in sorted(set(files))})
+        return fingerprint({file.name: file_hash(file) for file in sorted(set(files))})
 
     def tokenizer(self) -> Any:
         """The target's own tokenizer.
