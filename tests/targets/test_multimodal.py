@@ -68,6 +68,9 @@ def test_a_towers_tensors_of_the_same_names_are_not_taken(mistral):
     assert target.lm_head().shape == target.embedding().shape == (512, 64)
     assert target.final_norm()[0].shape == (64,)
     change(mistral, lambda tensors: tensors.pop("language_model.lm_head.weight"))
+    config = json.loads((mistral / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = True
+    (mistral / "config.json").write_text(json.dumps(config))
     assert load_target(mistral).tied_embeddings
 
 

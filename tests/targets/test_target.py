@@ -222,3 +222,63 @@ def test_other_formats_are_refused_with_the_way_to_this_one(tmp_path, files, fix
         with pytest.raises(DraftheadError) as refused:
             load_target(tmp_path / files[0])
         assert fix in str(refused.value)
+
+
+def reconfigure(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def change(folder, change):
+    """Have ``change`` at the tensors of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 500), ("hidden_size", 32), ("num_hidden_layers", 4), ("num_hidden_layers", 8)],
+)
+def test_a_configuration_of_another_size_than_the_weights_is_refused(copy, field, value):
+    reconfigure(copy, **{field: value})
+    with pytest.raises(DraftheadError, match=f"`{field}` is {value}"):
+        load_target(copy)
+
+
+def test_layers_of_multi_token_prediction_are_no_other_size(copy):
+    change(copy, lambda t: t.update({"model.layers.6.eh_proj.weight": torch.zeros(2, 2)}))
+    with pytest.raises(DraftheadError, match="`num_hidden_layers` is 6"):
+        load_target(copy)
+    reconfigure(copy, num_nextn_predict_layers=1)
+    assert load_target(copy).num_layers == 6
+
+
+def test_an_lm_head_of_another_vocabulary_is_refused(copy):
+    change(copy, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:500].clone()}))
+    with pytest.raises(DraftheadError, match=r"`vocab_size` is 512, but lm_head\.weight has 500"):
+        load_target(copy)
+
+
+def test_weights_and_configuration_must_agree_whether_they_are_tied(copy):
+    reconfigure(copy, tie_word_embeddings=True)
+    with pytest.raises(DraftheadError, match=r"`tie_word_embeddings`: true, but lm_head\.weight"):
+        load_target(copy)
+    change(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert load_target(copy)  # saved twice
+    change(copy, lambda t: t.pop("lm_head.weight"))
+    assert load_target(copy).tied_embeddings
+    reconfigure(copy, tie_word_embeddings=False)
+    with pytest.raises(DraftheadError, match=r"`tie_word_embeddings`: false.* no lm_head\.weight"):
+        load_target(copy)
+
+
+def test_two_targets_in_one_folder_are_refused(copy):
+    shutil.copy(copy / "model.safetensors", copy / "other.safetensors")
+    with pytest.raises(DraftheadError, match=r"model\.safetensors and other\.safetensors"):
+        load_target(copy)
+
+
+def test_weights_in_pickles_beside_safetensors_are_not_read(copy):
+    (copy / "pytorch_model.bin").write_bytes(b"another copy of the weights")
+    assert [file.name for file in load_target(copy).tensors.files] == ["model.safetensors"]

@@ -56,7 +56,8 @@ class SafetensorsFolder:
         """Check every shard of ``folder``.
 
         Raises:
-            DraftheadError: no safetensors there, a shard missing or truncated.
+            DraftheadError: no safetensors there, a shard missing or truncated, or two files with
+                the same tensor and no index.
         """
         index = folder / "model.safetensors.index.json"
         files = sorted(folder.glob("*.safetensors"))
@@ -80,10 +81,29 @@ class SafetensorsFolder:
                 f"{folder}: no *.safetensors there; save the model with safe serialization"
             )
         self.files = files
-        self.where = {name: file for file in files for name in check_file(file)}
+        self.where: dict[str, Path] = {}
+        for file in files:
+            for name in check_file(file):
+                if name in self.where and not index.exists():
+                    raise DraftheadError(
+                        f"{folder}: {self.where[name].name} and {file.name} both hold {name}; "
+                        "remove the file that is not of this target"
+                    )
+                self.where[name] = file
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
+
+    def shape(self, name: str) -> tuple[str, list[int]]:
+        """A tensor's type, as safetensors names it (BF16, U8), and its shape."""
+        with safe_open(self.where[name], framework="pt") as file:
+            part = file.get_slice(name)
+            return part.get_dtype(), part.get_shape()
+
+    def rows(self, name: str, count: int) -> torch.Tensor:
+        """The first rows of a tensor, as stored."""
+        with safe_open(self.where[name], framework="pt") as file:
+            return file.get_slice(name)[:count]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in the type that it is stored in."""

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _EMBEDDING = "embed_tokens.weight"
 _FINAL_NORM = ("norm.weight", "embedding_norm.weight")
 _LM_HEAD = "lm_head.weight"
 FETCH = "fetch it again"
+_FLOATS = ("BF16", "F16", "F32")
 # What decoders' names begin with: alone, and in a multimodal checkpoint (two ways).
 _USUAL_DECODERS = ("model.", "model.language_model.", "language_model.model.")
 
@@ -39,6 +41,8 @@ class Target:
     trust_remote_code: bool = False
     multimodal: bool = False
     """Whether the text model is a part of the checkpoint, beside towers for images or sound."""
+    says_tied: bool | None = None
+    """Whether config.json says that the LM head is the embedding; None if its parts disagree."""
 
     @property
     def num_layers(self) -> int:
@@ -234,6 +238,70 @@ class Target:
         outward = (".".join([*parts[:i], _LM_HEAD]) for i in range(len(parts), -1, -1))
         return next((name for name in outward if name in self.tensors), None)
 
+    def check_files(self) -> None:
+        """Compare the configuration with the weights. vLLM may start with random numbers in the
+        place of weights that are missing, and write hours of answers with them.
+
+        Raises:
+            DraftheadError: they disagree about the vocabulary, the width, the number of layers, or
+                whether the LM head is the embedding.
+        """
+        if not any(name.endswith(_EMBEDDING) for name in self.tensors.where):
+            return  # an unknown layout: `decoder` refuses it where it is needed
+        embedding, lm_head = self.decoder + _EMBEDDING, self._lm_head
+        for name in (embedding, lm_head):
+            if name is not None:
+                self._check_shape(name)
+        self._check_layers()
+        if lm_head is None and self.says_tied is False:
+            quantized = [name for name in self.tensors.where if name.startswith("lm_head.")]
+            raise DraftheadError(
+                f"{self.path}: config.json says `tie_word_embeddings`: false, and the weights hold "
+                f"no {_LM_HEAD} (found: {', '.join(quantized) or 'nothing like it'}). Set it to "
+                "true in config.json if the LM head is the embedding, else fetch the target again"
+            )
+        if lm_head is not None and self.says_tied and self._differ(embedding, lm_head):
+            raise DraftheadError(
+                f"{self.path}: config.json says `tie_word_embeddings`: true, but {lm_head} is not "
+                f"{embedding}, and engines differ in which of them they use. Set it to false in "
+                f"config.json if {lm_head} is right, else save the target without that tensor"
+            )
+
+    def _check_shape(self, name: str) -> None:
+        """``name`` is [vocab_size, hidden_size]; quantized weights may pack a row into fewer."""
+        dtype, (rows, width) = self.tensors.shape(name)
+        config = self.path / "config.json"
+        if rows != self.vocab_size:
+            raise DraftheadError(
+                f"{config}: `vocab_size` is {self.vocab_size}, but {name} has {rows} rows; "
+                "configuration and weights are of different models, fetch the target again"
+            )
+        if dtype in _FLOATS and width != self.hidden_size:
+            raise DraftheadError(
+                f"{config}: `hidden_size` is {self.hidden_size}, but {name} is {width} wide; "
+                "configuration and weights are of different models, fetch the target again"
+            )
+
+    def _check_layers(self) -> None:
+        start = re.escape(self.decoder) + r"layers\.(\d+)\."
+        matches = (re.match(start, name) for name in self.tensors.where)
+        layers = {int(match[1]) for match in matches if match}
+        if not layers:
+            return
+        # Some checkpoints keep layers for multi-token prediction behind the model's own.
+        extra = getattr(self.config, "num_nextn_predict_layers", None) or 0
+        if not set(range(self.num_layers)) <= layers or max(layers) >= self.num_layers + extra:
+            raise DraftheadError(
+                f"{self.path}/config.json: `num_hidden_layers` is {self.num_layers}, but the "
+                f"weights hold {len(layers)} layers, up to {self.decoder}layers.{max(layers)}; "
+                "configuration and weights are of different models, fetch the target again"
+            )
+
+    def _differ(self, first: str, second: str) -> bool:
+        """Whether the first rows of two matrices differ; all rows would take seconds to read."""
+        one, two = self.tensors.rows(first, 64), self.tensors.rows(second, 64)
+        return one.dtype == two.dtype and not torch.equal(one, two)
+
     def _refuse_bias(self, name: str, what: str) -> None:
         bias = name.removesuffix("weight") + "bias"
         if bias in self.tensors:
@@ -386,6 +454,8 @@ def load_target(
     modelopt = path / "hf_quant_config.json"
     if quantization is None and modelopt.exists():
         quantization = read_json(modelopt, "ModelOpt's quantization", dict[str, Any], FETCH)
+    said = [getattr(part, "tie_word_embeddings", None) for part in (config, outer)]
+    ties = {bool(tied) for tied in said if tied is not None}
     target = Target(
         path=path,
         config=config,
@@ -394,8 +464,10 @@ def load_target(
         architectures=tuple(raw.get("architectures") or ()),
         trust_remote_code=trust_remote_code,
         multimodal=config is not outer,
+        says_tied=ties.pop() if len(ties) == 1 else None,
     )
     target.logits  # noqa: B018 - raises now, not when something is computed
+    target.check_files()
     return target
 
 
