@@ -33,6 +33,8 @@ from drafthead.states.remote import Location, fetch_store, publish_unit
 from tests.states.test_store import META, make_sample
 from tests.vllm.runs import recipe_for
 
+QUIET = Console(quiet=True)
+
 
 def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
     board = Board([0, 1, 2, 3, 4])
@@ -45,7 +47,7 @@ def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
         board.finish("b", unit)
     assert board.lose("b") is None
     assert sorted(board.done) == [0, 1, 2, 3, 4]
-    assert board.look() == (0, 0, [])
+    assert board.look()[:2] == (0, 0)
 
 
 def test_a_worker_that_was_lost_is_given_nothing_more():
@@ -54,6 +56,14 @@ def test_a_worker_that_was_lost_is_given_nothing_more():
     board.lose("a")
     assert board.take("a") is None  # it asked before it died: nobody would ever do that unit
     assert [board.take("b"), board.take("b")] == [0, 1]
+
+
+def test_answers_are_counted_since_the_last_look():
+    board = Board([])
+    board.count(1, 30)
+    board.count(2, 50)
+    assert board.look() == (0, 0, 3, 80)
+    assert board.look() == (0, 0, 0, 0)
 
 
 def test_what_kills_every_worker_is_named():
@@ -77,11 +87,11 @@ def test_a_store_goes_to_a_location_and_comes_back(tmp_path, scheme):
     there.put(store / "meta.json", "states/meta.json")
     for unit in (2, 0):
         publish_unit(store, META, unit, there, "states")
-    assert fetch_store(there, "states", copy)["units"] == 2
+    assert fetch_store(there, "states", copy, QUIET)["units"] == 2
     assert len(StateReader(copy, partial=True)) == 6
     publish_unit(store, META, 1, there, "states")
     publish_unit(store, META, 1, there, "states")  # again, as a worker that was thought lost
-    assert fetch_store(there, "states", copy)["units"] == 1  # and only what was missing
+    assert fetch_store(there, "states", copy, QUIET)["units"] == 1  # and only what was missing
     files = {p.name for p in store.iterdir()}
     assert there.names("states") == files
     assert {p.name for p in copy.iterdir()} == files
@@ -156,7 +166,7 @@ def test_what_a_killed_fetch_left_goes_with_the_next(tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     (copy / ".incoming").mkdir(parents=True)
     (copy / ".incoming" / ".unit-000000.json.1.tmp").write_bytes(b"half")
-    fetch_store(there, "states", copy)
+    fetch_store(there, "states", copy, QUIET)
     assert {p.name for p in copy.iterdir()} == {p.name for p in store.iterdir()}
 
 
@@ -185,7 +195,7 @@ def test_a_unit_that_is_not_whole_there_is_not_brought(tmp_path, name):
     altered.write_bytes(altered.read_bytes().replace(b"c0", b"c9") + b" ")
     mend = r"there/states/unit-000000\.json: the unit is broken there.*delete that file"
     with pytest.raises(DraftheadError, match=mend):
-        fetch_store(there, "states", copy)
+        fetch_store(there, "states", copy, QUIET)
     assert not (copy / "unit-000000.json").exists()
 
 

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from drafthead.capture import stages
 from drafthead.capture.engine import Written
-from drafthead.capture.generate import answer_unit
+from drafthead.capture.generate import answer_unit, generate_units
 from drafthead.capture.plan import make_plan
+from drafthead.capture.work import answers_in
 from drafthead.data.answers import Answer, write_part
 from drafthead.data.chats import load_chats
 from drafthead.errors import DraftheadError
@@ -200,3 +201,48 @@ def test_records_that_cannot_be_asked_are_told_of_before_the_first_answer(
     monkeypatch.setattr(stages, "_in_child", starts)
     with pytest.raises(DraftheadError, match="engine"):
         stages.generate(recipe, RunDir(tmp_path / "run"), console=console)
+
+
+class Child:
+    """A stage's process of which only the messages are known."""
+
+    def __init__(self, messages):
+        self.messages = lambda: iter(messages)
+
+    def close(self):
+        pass
+
+
+def test_a_stage_that_goes_on_counts_from_what_is_done(llama, tmp_path, monkeypatch):
+    plan = make_plan(parse_recipe(recipe_for(llama, tmp_path), "test"))
+    run, console = RunDir(tmp_path / "run"), Console(file=io.StringIO())
+    write_part(run.answers, 0, [], {})
+    turns = [sum(len(chat.turns) for chat, _ in unit) for unit in plan.units]
+    messages = [{"ready": True}, {"answers": 1, "tokens": 7}, {"unit": 1}, {"doing": "ending"}]
+    monkeypatch.setattr(stages, "Child", lambda *_: Child(messages))
+    stages._in_child("generate", plan, run, console)
+    first, *_, last = console.file.getvalue().splitlines()
+    assert f"{turns[0]} of {sum(turns)} answers" in first
+    assert f"{turns[0] + 1} of {sum(turns)} answers" in last
+    assert "ending" in last
+
+
+def test_answers_that_are_left_out_are_counted_too(llama, tmp_path):
+    """Else what is left would grow by them, and the bar end short of its end."""
+    settings = recipe_for(llama, tmp_path, generate={"max_new_tokens": 200})
+    plan, reports = make_plan(parse_recipe(settings, "test")), []
+
+    class Counting(Engine):
+        def generate(self, prompts, seeds, progress):
+            written = super().generate(prompts, seeds, progress)
+            for answer in written:
+                progress(len(answer.ids))
+            return written
+
+        def close(self):
+            pass
+
+    units = range(len(plan.units))
+    generate_units(plan, tmp_path / "a", None, units, lambda: Counting(plan), reports.append)
+    answers = [report["answers"] for report in reports if "answers" in report]
+    assert sum(answers) == answers_in("generate", plan, units) > len(answers)

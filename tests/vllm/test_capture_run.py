@@ -14,6 +14,7 @@ from drafthead.capture import stages
 from drafthead.capture.engine import CaptureEngine
 from drafthead.capture.generate import generate_units, prefill_units
 from drafthead.capture.plan import make_plan
+from drafthead.capture.work import answers_in
 from drafthead.data.answers import read_answers, read_left_out, read_part
 from drafthead.errors import DraftheadError
 from drafthead.fsio import RunLock
@@ -113,6 +114,7 @@ def test_samples_are_the_answers(ran):
         assert answer.answer_ids[-1] in plan.target.eos_token_ids or len(answer.answer_ids) == 24
     assert [m["unit"] for m in reports if "unit" in m] == [0, 1, 2]
     assert sum(m.get("tokens", 0) for m in reports) >= sum(len(a.answer_ids) for a in answers)
+    assert sum(m.get("answers", 0) for m in reports) == answers_in("generate", plan, range(3))
 
 
 def test_later_turns_stand_in_the_context_of_the_targets_own_answers(ran):

@@ -26,11 +26,12 @@ from rich.console import Console
 
 from drafthead.capture.child import Child, child_main
 from drafthead.capture.plan import WorkPlan, plan_elsewhere
-from drafthead.capture.work import progress_bar, work
+from drafthead.capture.work import answers_in, work
 from drafthead.data.answers import part_path
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
 from drafthead.machine import install_command
+from drafthead.progress import progress
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StoreMeta
@@ -54,7 +55,7 @@ class Board:
         self._lost: dict[str, int] = {}
         self._dead: set[str] = set()
         self.done: list[int] = []
-        self._tokens: list[int] = []
+        self._answers = self._tokens = 0
 
     def take(self, worker: str) -> int | None:
         """The next unit, now this worker's; None if there is none to give out, or if it asked
@@ -84,14 +85,16 @@ class Board:
                 return what
         return None
 
-    def count(self, tokens: list[int]) -> None:
-        """Answers that ended, by their tokens."""
+    def count(self, answers: int, tokens: int) -> None:
+        """Answers that ended, and their tokens."""
+        self._answers += answers
         self._tokens += tokens
 
-    def look(self) -> tuple[int, int, list[int]]:
-        """Units open, units held, and the answers since the last look, by their tokens."""
-        tokens, self._tokens = self._tokens, []
-        return len(self._open), sum(map(len, self._held.values())), tokens
+    def look(self) -> tuple[int, int, int, int]:
+        """Units open, units held; the answers since the last look, and their tokens."""
+        answers, tokens = self._answers, self._tokens
+        self._answers = self._tokens = 0
+        return len(self._open), sum(map(len, self._held.values())), answers, tokens
 
 
 class Hand:
@@ -133,8 +136,8 @@ class Hand:
                         child.send(self._asked(unit))
                     elif "unit" in message:
                         publishing.append(pool.submit(self._finish, message["unit"], meta))
-                    elif "tokens" in message:
-                        self.board.count.remote([message["tokens"]])
+                    elif "answers" in message:
+                        self.board.count.remote(message["answers"], message["tokens"])
                 for future in publishing:
                     future.result()
         finally:
@@ -206,11 +209,14 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
         wanted = min(len(todo), cluster.workers or room)
         shared, order, hired = ray.put(chats), _order(stage, plan, run), 0
         workers: dict[Any, tuple[str, Any]] = {}
-        with _all_ended(ray, workers), progress_bar(stage, plan, console) as advance:
-            advance(sum(map(len, plan.units)) - sum(len(plan.units[n]) for n in todo), 0)
+        total, tokens = answers_in(stage, plan, range(len(plan.units))), 0
+        done = total - answers_in(stage, plan, todo)
+        bar = progress(console, stage, total, done, unit="answers")
+        with _all_ended(ray, workers), bar as shown:
             while True:
-                left, held, tokens = ray.get(board.look.remote())
-                advance(len(tokens), sum(tokens))
+                left, held, answers, more = ray.get(board.look.remote())
+                tokens += more
+                shown.advance(answers, note=f"{len(workers)} workers, {tokens:,} tokens")
                 while len(workers) < min(wanted, len(workers) + left):
                     name = f"{hired:03d}"
                     actor = hand.remote(name, order, shared, board, cluster.location)

@@ -144,6 +144,23 @@ def as_wanted(key: int, answer: Answer) -> Wanted:
     )
 
 
+class _AnswerCounter:
+    """Reports the answers of one unit as they end."""
+
+    def __init__(self, report: Callable[[dict], None]):
+        self.report, self.answers = report, 0
+
+    def add(self, tokens: int) -> None:
+        """An answer has ended."""
+        self.answers += 1
+        self.report({"answers": 1, "tokens": tokens})
+
+    def skip_to(self, planned: int) -> None:
+        """The unit is done; answers that were planned and left out do not come any more."""
+        if self.answers < planned:
+            self.report({"answers": planned - self.answers, "tokens": 0})
+
+
 def generate_units(
     plan: WorkPlan,
     answers: Path,
@@ -163,8 +180,9 @@ def generate_units(
         states: folder of the state store, or None to only generate.
         units: numbers of the units to do; the next is drawn when the one before is computed.
         start: makes the engine; called only if there is work.
-        report: called with progress: ``{"tokens": n}`` for each answer, ``{"unit": n}`` for each
-            unit.
+        report: called with progress: ``{"answers": 1, "tokens": n}`` for each answer,
+            ``{"answers": m, "tokens": 0}`` for those of a unit that are not written after all,
+            ``{"unit": n}`` for each unit, ``{"doing": text}`` for the rest.
 
     Raises:
         DraftheadError: a check of the states failed, or the disk is full; finished units stay.
@@ -188,17 +206,15 @@ def generate_units(
             if states is not None:
                 # An index from before belongs to answers that were lost.
                 unit_path(states, number).unlink(missing_ok=True)
-            unit = answer_unit(
-                plan,
-                engine,
-                plan.units[number],
-                lambda tokens: report({"tokens": tokens}),
-            )
+            counter = _AnswerCounter(report)
+            unit = answer_unit(plan, engine, plan.units[number], counter.add)
+            counter.skip_to(sum(len(chat.turns) for chat, _ in plan.units[number]))
             if states is not None:
                 engine.save(number, unit.wanted)
             waiting.append((number, unit))
             settle(False)
         if engine and states is not None:
+            report({"doing": "writing the last states"})
             engine.flush()
         settle(True)
     except DraftheadError:
@@ -210,6 +226,7 @@ def generate_units(
         raise
     finally:
         if engine:
+            report({"doing": "ending the engine"})
             engine.close()
 
 
@@ -240,16 +257,17 @@ def prefill_units(
                 continue
             engine = engine or start()
             written = read_part(part_path(answers, number))
-            keys = engine.prefill(
-                [answer.ids.tolist() for answer in written],
-                lambda tokens: report({"tokens": tokens}),
-            )
+            counter = _AnswerCounter(report)
+            keys = engine.prefill([answer.ids.tolist() for answer in written], counter.add)
+            counter.skip_to(len(plan.units[number]))
             engine.save(number, [as_wanted(key, a) for key, a in zip(keys, written, strict=True)])
             waiting.append(number)
             settle(False)
         if engine:
+            report({"doing": "writing the last states"})
             engine.flush()
         settle(True)
     finally:
         if engine:
+            report({"doing": "ending the engine"})
             engine.close()

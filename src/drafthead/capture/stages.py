@@ -9,11 +9,12 @@ from rich.markup import escape
 from drafthead.capture.child import Child, child_main
 from drafthead.capture.cluster import spread
 from drafthead.capture.plan import WorkPlan, make_plan
-from drafthead.capture.work import progress_bar, work
+from drafthead.capture.work import answers_in, work
 from drafthead.data.answers import part_path, read_answers, read_left_out
 from drafthead.data.chats import count_left_out
 from drafthead.errors import DraftheadError
 from drafthead.fsio import keep_hashes
+from drafthead.progress import progress, waiting
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StoreMeta
@@ -136,23 +137,34 @@ def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
         return
     location = Location(cluster.location)
     if stage == "generate":
-        for unit in range(len(plan.units)):
-            part = part_path(run.answers, unit)
-            if not part.exists():
+        parts = [part_path(run.answers, unit) for unit in range(len(plan.units))]
+        missing = [part for part in parts if not part.exists()]
+        with progress(console, "fetching answers", len(missing), unit="units") as bar:
+            for part in bar.each(missing):
                 location.get(f"answers/{part.name}", part)
     else:
-        fetch_store(location, "states", run.states)
+        fetch_store(location, "states", run.states, console)
 
 
 def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     """Run ``work`` in a process of its own and show its progress."""
     order = {"stage": stage, "recipe": plan.recipe.model_dump(mode="json"), "run": str(run.root)}
     child = Child(stage, "drafthead.capture.stages", order, run.root / "logs" / f"{stage}.log")
+    units, tokens = range(len(plan.units)), 0
+    path_of, folder = (part_path, run.answers) if stage == "generate" else (unit_path, run.states)
+    done = [unit for unit in units if path_of(folder, unit).exists()]
+    total = answers_in(stage, plan, units)
     try:
-        with progress_bar(stage, plan, console) as advance:
-            for message in child.messages():
-                if "tokens" in message:
-                    advance(1, message["tokens"])
+        messages = child.messages()
+        with waiting(console, "starting the engine"):
+            next(messages, None)  # that it is ready
+        with progress(console, stage, total, answers_in(stage, plan, done), unit="answers") as bar:
+            for message in messages:
+                if "doing" in message:
+                    bar.advance(0, note=message["doing"])
+                elif "answers" in message:
+                    tokens += message["tokens"]
+                    bar.advance(message["answers"], note=f"{tokens:,} tokens")
     finally:
         child.close()
 

@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rich.console import Console
+
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_file, disk_errors, sha256_file
+from drafthead.progress import progress
 from drafthead.states.format import StoreMeta
 from drafthead.states.index import load_unit, unit_numbers, unit_path
 
@@ -115,7 +118,7 @@ def publish_unit(store: Path, meta: StoreMeta, number: int, to: Location, folder
     to.put(path, index)
 
 
-def fetch_store(location: Location, folder: str, store: Path) -> dict[str, Any]:
+def fetch_store(location: Location, folder: str, store: Path, console: Console) -> dict[str, Any]:
     """Bring what a local copy of a store lacks; what is there already is kept.
 
     Returns:
@@ -131,18 +134,19 @@ def fetch_store(location: Location, folder: str, store: Path) -> dict[str, Any]:
     missing, size = sorted(units - set(unit_numbers(store))), 0
     aside = store / ".incoming"
     try:
-        for number in missing:
-            index = unit_path(store, number)
-            location.get(f"{folder}/{index.name}", aside / index.name)
-            with _broken_there(f"{location.url}/{folder}/{index.name}"):
-                shards = load_unit(aside, meta, number).shards
-            for shard in shards:
-                location.get(f"{folder}/{shard.file}", store / shard.file)
+        with progress(console, "fetching states", len(missing), unit="units") as bar:
+            for number in bar.each(missing):
+                index = unit_path(store, number)
+                location.get(f"{folder}/{index.name}", aside / index.name)
                 with _broken_there(f"{location.url}/{folder}/{index.name}"):
-                    if sha256_file(store / shard.file) != shard.sha256:
-                        raise DraftheadError(f"{shard.file}: its checksum is not the index's")
-                size += shard.bytes
-            os.replace(aside / index.name, index)
+                    shards = load_unit(aside, meta, number).shards
+                for shard in shards:
+                    location.get(f"{folder}/{shard.file}", store / shard.file)
+                    with _broken_there(f"{location.url}/{folder}/{index.name}"):
+                        if sha256_file(store / shard.file) != shard.sha256:
+                            raise DraftheadError(f"{shard.file}: its checksum is not the index's")
+                    size += shard.bytes
+                os.replace(aside / index.name, index)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {"units": len(missing), "bytes": size}
