@@ -2,9 +2,17 @@
 
 
 class DraftheadError(Exception):
-    """The input or the environment is wrong (exit code 2)."""
+    """The input or the environment is wrong (exit code 2).
+
+    field: the setting, tensor or column that is wrong, where there is one; for programs, since the
+    message names it too.
+    """
 
     exit_code = 2
+
+    def __init__(self, *message: str, field: str | None = None):
+        super().__init__(*message)
+        self.field = field
 
 
 class ClaimFailed(DraftheadError):

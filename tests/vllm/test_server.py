@@ -120,10 +120,7 @@ def test_a_good_server_and_each_fault(server, recipe, head, tmp_path):
     # layer lower than the head is served.
     plan = make_plan(recipe)
     chats = [chat for unit in plan.units for chat, split in unit if split == "heldout"]
-    said = {
-        chat.id: plan.template.encode(chat.opening)[0]
-        for chat in chats
-    }
+    said = {chat.id: plan.template.encode(chat.opening)[0] for chat in chats}
     bad = made_run(tmp_path / "bad", recipe, head, said, [0.7, 0.5])
     write_json(bad.states / "meta.json", {"aux_layers": [2, 3, 4]})
     facts = observe(server, recipe, bad.root.parent)

@@ -1,0 +1,219 @@
+"""The `config.json` of a DSpark head: vLLM's own and the speculators library's.
+
+Layers are counted in two ways: `eagle_aux_hidden_state_layer_ids` (and speculators'
+`aux_hidden_state_layer_ids`) mean the input of layer i, `target_layer_ids` the output of layer i,
+one lower for the same states. Others write less, or put it elsewhere: SpecForge nests Markov's
+settings, Liquid has names of its own. What could mean two things is refused.
+"""
+
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from drafthead.drafters.dspark.config import DSparkConfig
+from drafthead.errors import DraftheadError
+
+Format = Literal["vllm", "speculators"]
+ARCHITECTURE = "Qwen3DSparkModel"
+KNOWN = (ARCHITECTURE, "DSparkDraftModel", "DSparkSpeculator", "Lfm2DSparkDraftModel")
+
+
+def write_config(
+    config: DSparkConfig, format: Format, about: dict[str, Any], verifier: dict[str, Any]
+) -> dict[str, Any]:
+    """The `config.json` of a head. about: written under `drafthead`, which others ignore.
+    verifier: speculators' name and architectures of the target."""
+    rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    layer = {
+        "model_type": "qwen3",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "tie_word_embeddings": False,
+    }
+    common = {
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": True,
+        "markov_rank": config.markov_rank,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": config.confidence_head,
+        "confidence_head_with_markov": config.confidence_with_markov,
+        "dtype": "bfloat16",
+        "drafthead": about,
+    }
+    aux = list(config.aux_layer_ids)
+    if format == "speculators":
+        if config.causal or not config.is_neox_style:
+            raise DraftheadError(
+                "speculators' format cannot say that a head's blocks are causal or its RoPE "
+                "interleaved"
+            )
+        return {
+            "architectures": ["DSparkSpeculator"],
+            "speculators_model_type": "dspark",
+            "speculators_version": "0.9.0",
+            "speculators_config": {
+                "algorithm": "dspark",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [
+                    {"proposal_type": "greedy", "speculative_tokens": config.block_size}
+                ],
+                "verifier": verifier,
+            },
+            "transformer_layer_config": {"architectures": ["Qwen3ForCausalLM"], **layer},
+            "aux_hidden_state_layer_ids": aux,
+            "tie_word_embeddings": False,
+            **common,
+        }
+    outputs = [layer_id - 1 for layer_id in aux]
+    nested: dict[str, Any] = {
+        "target_layer_ids": outputs,
+        "mask_token_id": config.mask_token_id,
+        "use_aux_hidden_state": True,
+    }
+    causal: dict[str, Any] = {}
+    if config.causal:
+        nested["causal"] = causal["is_causal"] = True
+    return {
+        "architectures": [ARCHITECTURE],
+        **layer,
+        "is_neox_style": config.is_neox_style,
+        **causal,
+        "eagle_aux_hidden_state_layer_ids": aux,
+        "target_layer_ids": outputs,
+        "dflash_config": nested,
+        **common,
+    }
+
+
+def is_dspark(raw: Any) -> bool:
+    """Whether a `config.json` is of a DSpark head, in any dialect."""
+    if not isinstance(raw, dict):
+        return False
+    names = raw.get("architectures") or [None]
+    return raw.get("speculators_model_type") == "dspark" or names[0] in KNOWN
+
+
+def read_config(raw: Any, where: str) -> DSparkConfig:
+    """Understand a head's `config.json`. where: what errors call it.
+
+    Raises:
+        DraftheadError: no DSpark head, one that this network cannot compute, or one whose
+            settings contradict each other.
+    """
+    if not isinstance(raw, dict) or not is_dspark(raw):
+        raise DraftheadError(f"{where}: no configuration of a DSpark head ({', '.join(KNOWN)})")
+    speculators = "speculators_model_type" in raw
+    layer = raw.get("transformer_layer_config", {}) if speculators else raw
+    nested = raw.get("dflash_config") or {}
+    dspark = raw.get("dspark_config") or {}
+    for name, value in (("dflash_config", nested), ("dspark_config", dspark), ("layer", layer)):
+        if not isinstance(value, dict):
+            raise DraftheadError(f"{where}: {name} is {value!r:.80}, must be a mapping")
+
+    def given(name: str, *places: dict, default: Any = None) -> Any:
+        """A setting that may stand in several places, where it must be the same."""
+        values = [place[name] for place in (raw, *places) if place.get(name) is not None]
+        if any(value != values[0] for value in values[1:]):
+            raise DraftheadError(f"{where}: {name} is {' and '.join(map(repr, values))}: which?")
+        return values[0] if values else default
+
+    _refuse(raw, layer, nested, dspark, speculators, where)
+    hidden, heads = layer.get("hidden_size"), layer.get("num_attention_heads")
+    rope = layer.get("rope_parameters") or {}
+    vocab = layer.get("vocab_size")
+    draft = given("draft_vocab_size", dspark) or vocab
+    enabled = given("enable_confidence_head", dspark, default=False)
+    values = {
+        "hidden_size": hidden,
+        "intermediate_size": layer.get("intermediate_size"),
+        "num_hidden_layers": layer.get("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": layer.get("num_key_value_heads") or heads,
+        "head_dim": layer.get("head_dim") or (hidden // heads if hidden and heads else None),
+        "vocab_size": vocab,
+        "draft_vocab_size": draft,
+        "target_hidden_size": given("target_hidden_size", dspark) or hidden,
+        "aux_layer_ids": _aux_layers(raw, nested, dspark, speculators, where),
+        "max_position_embeddings": layer.get("max_position_embeddings"),
+        "block_size": given("block_size", nested, dspark),
+        "mask_token_id": given("mask_token_id", nested, dspark),
+        "markov_rank": given("markov_rank", nested, dspark),
+        "confidence_head": enabled,
+        "confidence_with_markov": given("confidence_head_with_markov", dspark, default=False),
+        "causal": bool(given("is_causal", default=nested.get("causal") or False)),
+        "rms_norm_eps": layer.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta") or layer.get("rope_theta") or 1e6,
+        "is_neox_style": given("is_neox_style", default=raw.get("rope_is_neox_style", True)),
+        "own_lm_head": True,
+    }
+    try:
+        return DSparkConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        value = f" is {first['input']!r:.80}" if field else ""
+        raise DraftheadError(f"{where}: {field}{value}: {first['msg']}", field=field) from None
+
+
+def _aux_layers(
+    raw: dict, nested: dict, dspark: dict, speculators: bool, where: str
+) -> tuple[int, ...]:
+    """The layers whose inputs the head reads, from all places that name them."""
+    inputs = [
+        place[name]
+        for place in (raw, dspark)
+        for name in ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+        if place.get(name)
+    ]
+    outputs = [
+        place["target_layer_ids"]
+        for place in (raw, nested, dspark)
+        if place.get("target_layer_ids")
+    ]
+    try:
+        found = [list(ids) for ids in inputs] + [[i + 1 for i in ids] for ids in outputs]
+    except TypeError:
+        raise DraftheadError(f"{where}: its layer ids are no lists of integers") from None
+    if not found:
+        raise DraftheadError(f"{where}: names no layers of the target to read")
+    if any(ids != found[0] for ids in found):
+        raise DraftheadError(
+            f"{where}: eagle_aux_hidden_state_layer_ids (inputs of layers) and target_layer_ids "
+            f"(outputs, one lower) name different states: {found}, as inputs"
+        )
+    return tuple(found[0])
+
+
+def _refuse(
+    raw: dict, layer: dict, nested: dict, dspark: dict, speculators: bool, where: str
+) -> None:
+    """Raise for what this network does not compute."""
+    kind = raw.get("markov_head_type") or dspark.get("markov_head_type") or "vanilla"
+    anchor = raw.get("sample_from_anchor", dspark.get("sample_from_anchor", not speculators))
+    rope = (layer.get("rope_parameters") or layer.get("rope_scaling") or {}).get("rope_type")
+    kinds = set(layer.get("layer_types") or ["full_attention"])
+    for wrong, what in (
+        (kind != "vanilla", f"markov_head_type {kind!r}: vLLM serves only 'vanilla'"),
+        (anchor is not True, "sample_from_anchor is false: its first slot drafts nothing"),
+        (rope not in (None, "default"), f"rope_type {rope!r}"),
+        (kinds != {"full_attention"} or nested.get("use_swa"), "sliding attention"),
+        (layer.get("attention_bias"), "attention_bias"),
+        (layer.get("hidden_act", "silu") != "silu", f"hidden_act {layer.get('hidden_act')!r}"),
+    ):
+        if wrong:
+            raise DraftheadError(f"{where}: unsupported: {what}; drafthead does not compute that")
