@@ -30,10 +30,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from drafthead.drafters.eagle3.packing import pack_row
 from drafthead.fsio import write_json
 from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
 from drafthead.train.batches import pack
-from drafthead.train.packing import pack_row
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.train.plain_packing import plain_row

@@ -17,6 +17,8 @@ from heads_of_a_store import unverified_task
 from rich.console import Console
 from turns import turn
 
+from drafthead.drafters.base import TargetSide
+from drafthead.drafters.eagle3.drafter import Eagle3
 from drafthead.fsio import read_json, write_json
 from drafthead.head.checkpoint import save_head
 from drafthead.head.config import HeadConfig
@@ -220,7 +222,7 @@ def _theirs(options: argparse.Namespace, job: Job, task: Task, folder: Path, war
             if (step + 1) % every == 0 or step + 1 == plan.steps:
                 seconds += wait() - start
                 head = as_head(model, config, task).to(dtype)
-                totals = evaluate(head, embedding, heldout, KS)
+                totals = evaluate(Eagle3(), head, TargetSide(embedding), heldout, KS)
                 curve.append((step + 1, seconds, totals[-1].accepted_length))
                 start = wait()
     batches.close()

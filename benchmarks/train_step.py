@@ -43,9 +43,10 @@ import torch
 from dspark_sides import DSPARK_SIDES
 from train_step_sides import SHAPES, SIDES, Ours, Shape, documents
 
+from drafthead.drafters.eagle3.operations import operations
+from drafthead.drafters.eagle3.step import Objective
 from drafthead.fsio import write_json
-from drafthead.train.operations import matmul_rate, operations
-from drafthead.train.step import Objective
+from drafthead.ops.ceiling import matmul_rate
 
 
 def synchronize(device) -> None:

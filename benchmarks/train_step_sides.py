@@ -6,17 +6,17 @@ import specforge_side
 import speculators_side
 import torch
 
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.graphed import GraphedStep, worth_replaying
+from drafthead.drafters.eagle3.operations import operations
+from drafthead.drafters.eagle3.packing import pack_row
+from drafthead.drafters.eagle3.step import Objective, TrainStep
 from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
+from drafthead.ops.graphs import Graphs
 from drafthead.ops.losses import Teacher
 from drafthead.states import Sample
-from drafthead.train.batches import Batch
-from drafthead.train.graphed import GraphedStep, worth_replaying
-from drafthead.train.graphs import Graphs
-from drafthead.train.operations import operations
 from drafthead.train.optimizer import AdamW, AdamWSettings
-from drafthead.train.packing import pack_row
-from drafthead.train.step import Objective, TrainStep
 
 DOCUMENTS = 8
 SUPERVISED = 0.8
@@ -125,7 +125,7 @@ class Ours:
 
     def run(self, number: int) -> torch.Tensor:
         batch = self.batches[number % len(self.batches)]
-        loss, _ = self.step.backward(batch)
+        loss, *_ = self.step.backward(batch)
         count = torch.full((), len(batch.labels), dtype=torch.float32, device=loss.device)
         self.optimizer.step(1e-4, count)
         return loss / count

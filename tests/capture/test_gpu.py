@@ -11,12 +11,14 @@ from rich.console import Console
 from drafthead.capture import stages
 from drafthead.capture.online import open_states
 from drafthead.capture.tap import Tap
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.packing import pack_row
+from drafthead.ops.vocabulary import draft_ids
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states.format import encode
 from drafthead.targets import recipe_target
-from drafthead.train.batches import Batch, draft_ids, prefetch
-from drafthead.train.packing import pack_row
+from drafthead.train.batches import prefetch
 from drafthead.train.plan import Plan
 from tests.capture.taker import Taker
 from tests.vllm.runs import recipe_for

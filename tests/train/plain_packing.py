@@ -1,12 +1,12 @@
-"""Packing done plainly, document by document: what `drafthead.train.packing` is held against."""
+"""Packing done plainly, document by document: what `eagle3/packing.py` is held against."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drafthead.drafters.eagle3.batch import Batch
 from drafthead.ops.attention import Documents
 from drafthead.states import Sample
-from drafthead.train.batches import Batch
 
 
 def plain_row(

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafthead.train.batches import OPEN_ROWS, Batch, draft_ids, made_ahead, pack, prefetch
-from drafthead.train.packing import pack_row
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.packing import pack_row
+from drafthead.ops.vocabulary import draft_ids
+from drafthead.train.batches import OPEN_ROWS, made_ahead, pack, prefetch
 from tests.train.samples import sample
 
 TO_DRAFT = draft_ids(torch.arange(0, 50, 2), 50)

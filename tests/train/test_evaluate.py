@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drafthead.drafters.base import TargetSide
+from drafthead.drafters.eagle3.drafter import Eagle3
 from drafthead.errors import DraftheadError
 from drafthead.head.acceptance import Acceptance
 from drafthead.head.drafting import draft_at
@@ -92,7 +94,7 @@ def test_evaluation_equals_serving_step_by_step():
                 ids[i + 2] = draft_at(head, embedding, aux, ids, i, 1)[0]
         samples.append(sample(ids, prompt, aux[: length - 1]))
     embedding = states(head, 1)[0]
-    one, three = evaluate(head, embedding, samples, [1, 3])
+    one, three = evaluate(Eagle3(), head, TargetSide(embedding), samples, [1, 3])
     for total in (one, three):
         expected = Acceptance.total(serve(head, embedding, held, total.k) for held in samples)
         assert total.drafts == expected.drafts
@@ -105,6 +107,6 @@ def test_missing_states_are_refused():
     head = small_head()
     embedding, aux, ids = states(head, 9)
     with pytest.raises(DraftheadError, match="8 needed"):
-        evaluate(head, embedding, [sample(ids, 3, aux[:7])], 2)
+        evaluate(Eagle3(), head, TargetSide(embedding), [sample(ids, 3, aux[:7])], 2)
     with pytest.raises(DraftheadError, match="no answer"):
-        evaluate(head, embedding, [sample(ids, 8, aux)], 2)
+        evaluate(Eagle3(), head, TargetSide(embedding), [sample(ids, 8, aux)], 2)

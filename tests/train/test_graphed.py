@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 
+from drafthead.drafters.eagle3 import graphed
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.graphed import COUNTED, GraphedStep, Places, Sizes
+from drafthead.drafters.eagle3.packing import pack_row
+from drafthead.drafters.eagle3.step import Objective, TrainStep
 from drafthead.ops.attention import Documents
+from drafthead.ops.graphs import Graphs
 from drafthead.ops.losses import Teacher
-from drafthead.train import graphed
-from drafthead.train.batches import Batch, draft_ids
-from drafthead.train.graphed import COUNTED, GraphedStep, Places, Sizes
-from drafthead.train.graphs import Graphs
-from drafthead.train.packing import pack_row
-from drafthead.train.step import Objective, TrainStep
+from drafthead.ops.vocabulary import draft_ids
 from tests.train.test_ttt import problem
 
 STEPS = 3
@@ -55,8 +56,7 @@ def test_padding_changes_no_gradient(loss, capture, monkeypatch):
     for batch in [*batches, *batches]:
         results = []
         for backward in ways:
-            found, correct = backward(batch)
-            results.append((found, correct, *(p.grad.clone() for p in head.parameters())))
+            results.append((*backward(batch), *(p.grad.clone() for p in head.parameters())))
             for p in head.parameters():
                 p.grad = None
         for plain, padded in zip(*results):
@@ -74,7 +74,7 @@ def test_pieces_are_compiled_once_whatever_the_rows(padded, monkeypatch):
         return module
 
     compiler = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=backend))
-    monkeypatch.setattr("drafthead.train.ttt.torch.compile", compiler)
+    monkeypatch.setattr("drafthead.drafters.eagle3.ttt.torch.compile", compiler)
     torch._dynamo.reset()
     head, tokens, batches = rows(last=3)
     sizes = {(len(b.live), len(b.labels), b.tokens) for b in batches}

@@ -18,17 +18,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from drafthead.drafters.eagle3.packing import pack_row
+from drafthead.drafters.eagle3.step import Objective, TrainStep
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head
+from drafthead.ops.vocabulary import draft_ids
 from drafthead.recipe import TrainSection
 from drafthead.train import checkpoint, loop
-from drafthead.train.batches import draft_ids
 from drafthead.train.log import Log, read_metrics
 from drafthead.train.loop import fit, learning_rate
-from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
 from drafthead.train.plan import beyond
-from drafthead.train.step import Objective, TrainStep
 from tests.train.toy import make_task, write_store
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -70,9 +70,9 @@ from pathlib import Path
 from rich.console import Console
 torch.set_num_threads(1)
 from drafthead.train import checkpoint, loop
-from drafthead.train.packing import pack_row
+from drafthead.drafters.eagle3.packing import pack_row
 from drafthead.train.parallel import World
-from drafthead.train.step import Objective, TrainStep
+from drafthead.drafters.eagle3.step import Objective, TrainStep
 from tests.train.toy import make_task
 loop.CHECKPOINT_SECONDS = 0.0  # one after every step
 loop.CHECKPOINT_SHARE = 1e9

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.packing import pack_row
+from drafthead.ops.vocabulary import draft_ids
 from drafthead.states.format import Encoding, encode
-from drafthead.train.batches import Batch, draft_ids
-from drafthead.train.packing import pack_row
 from tests.train.plain_packing import plain_row
 from tests.train.samples import sample
 

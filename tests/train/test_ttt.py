@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from drafthead.drafters.eagle3.packing import pack_row
+from drafthead.drafters.eagle3.ttt import TrainingTimeTest, take_rows
 from drafthead.head.model import Eagle3Head
-from drafthead.train.packing import pack_row
-from drafthead.train.ttt import TrainingTimeTest, take_rows
 from tests.heads import small_head
 from tests.train.samples import sample
 

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import torch
 
+from drafthead.drafters import DRAFTERS
+from drafthead.drafters.dspark.config import DSparkConfig
+from drafthead.drafters.dspark.model import DSparkHead
 from drafthead.head.config import HeadConfig
 from drafthead.head.formats import Provenance
 from drafthead.head.init import init_from_target
+from drafthead.head.model import Eagle3Head
 from drafthead.ops.losses import Teacher
 from drafthead.recipe import TrainSection
 from drafthead.states import Encoding, Sample, StateReader, StateWriter, StoreMeta
@@ -61,10 +65,7 @@ def write_store(path: Path, poison: int | None = None, encoding: Encoding = "fp3
     return StateReader(path)
 
 
-def make_task(store: Path, **settings) -> Task:
-    """A task on the store at `store` (written if it is not there)."""
-    reader = StateReader(store) if (store / "meta.json").exists() else write_store(store)
-    embedding, lm_head = target_weights()
+def eagle3_head(lm_head: torch.Tensor, d2t: torch.Tensor) -> Eagle3Head:
     config = HeadConfig(
         hidden_size=WIDTH,
         intermediate_size=48,
@@ -77,11 +78,44 @@ def make_task(store: Path, **settings) -> Task:
         aux_layer_ids=(1, 2),
         max_position_embeddings=256,
     )
+    return init_from_target(config, d2t, lm_head, torch.ones(WIDTH))
+
+
+def dspark_head(lm_head: torch.Tensor, d2t: torch.Tensor) -> DSparkHead:
+    config = DSparkConfig(
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=VOCAB,
+        draft_vocab_size=DRAFT,
+        target_hidden_size=WIDTH,
+        aux_layer_ids=(1, 2),
+        max_position_embeddings=256,
+        block_size=5,
+        mask_token_id=VOCAB - 1,
+        markov_rank=16,
+    )
+    torch.manual_seed(0)
+    head = DSparkHead(config)
+    head.d2t.copy_(d2t)
+    with torch.no_grad():
+        head.lm_head.weight.copy_(lm_head[head.target_ids()])
+    return head
+
+
+def make_task(store: Path, kind: str = "eagle3", **settings) -> Task:
+    """A task on the store at `store` (written if it is not there)."""
+    reader = StateReader(store) if (store / "meta.json").exists() else write_store(store)
+    embedding, lm_head = target_weights()
     d2t = torch.zeros(DRAFT, dtype=torch.int64)
     d2t[20:] = VOCAB - DRAFT
-    head = init_from_target(config, d2t, lm_head, torch.ones(WIDTH))
+    head = {"eagle3": eagle3_head, "dspark": dspark_head}[kind](lm_head, d2t)
     defaults = {"row_tokens": 64, "epochs": 4, "learning_rate": 5e-3, "rows_per_step": 2}
     return Task(
+        drafter=DRAFTERS[kind],
         head=head,
         embedding=embedding,
         teacher=Teacher(torch.ones(WIDTH), 1e-5, lm_head[head.target_ids()]),

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from drafthead.drafters.base import TargetSide
+from drafthead.drafters.eagle3.drafter import Eagle3
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import HeadConfig
 from drafthead.head.drafting import prefix_attention
@@ -129,7 +131,7 @@ def test_the_engine_counts_what_was_predicted(kind, request, tmp_path):
     made = Provenance(target=str(folder), target_fingerprint=target.fingerprint)
     save_head(head, tmp_path / "head", made)
     served = load_head(tmp_path / "head").head.float()
-    predicted = evaluate(served, embedding, held, [K])[0]
+    predicted = evaluate(Eagle3(), served, TargetSide(embedding), held, [K])[0]
 
     speculative = {
         "method": "eagle3",

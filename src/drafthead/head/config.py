@@ -154,7 +154,7 @@ def head_config(
         max_position_embeddings=target.max_position_embeddings,
         rms_norm_eps=target.rms_norm_eps,
         rope_theta=target.rope_theta,
-        num_hidden_layers=section.num_hidden_layers,
+        num_hidden_layers=section.layers,
         norm_before_residual=section.norm_before_residual,
         norm_before_fc=section.norm_before_fc,
         fc_norm=section.fc_norm,

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from drafthead.drafters import drafter_of
+from drafthead.drafters.base import TargetSide
 from drafthead.fsio import read_json
-from drafthead.head.checkpoint import load_head
-from drafthead.head.model import Eagle3Head
 from drafthead.head.prune import keep_tokens
 from drafthead.prove.costmodel import thinned
 from drafthead.prove.pairing import Point
@@ -82,8 +84,10 @@ class Rehearsal:
         """Whether the bench asks prompts of its own: nothing held out tells of those."""
         return self.recipe.bench.sources is not None
 
-    def head(self) -> Eagle3Head:
-        return load_head(existing_head(self.run.head), self.target).head.float()
+    def head(self) -> Any:
+        folder = Path(existing_head(self.run.head))
+        head, _ = drafter_of(folder).load(folder, self.target)
+        return head.float()
 
     def samples(self) -> list[Sample]:
         prompts = heldout_prompts(self.run, self.recipe.bench.prompts)
@@ -103,10 +107,13 @@ class Rehearsal:
                 )
         return samples
 
-    def acceptance(self, head: Eagle3Head, ks: Sequence[int]) -> list[list[float]]:
+    def acceptance(self, head: Any, ks: Sequence[int]) -> list[list[float]]:
         """Acceptance by position with each number of drafts a step."""
-        embedding = self.target.embedding().float()
-        return [total.by_position for total in evaluate(head, embedding, self.samples(), ks)]
+        lm_head = None if head.lm_head is not None else self.target.lm_head().float()
+        target = TargetSide(self.target.embedding().float(), lm_head=lm_head)
+        drafter = drafter_of(self.run.head)
+        totals = evaluate(drafter, head, target, self.samples(), ks)
+        return [total.by_position for total in totals]
 
 
 def predicted_curves(rehearsal: Rehearsal, most: int) -> list[list[float]] | None:

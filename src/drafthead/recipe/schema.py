@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-Loss = Literal["kl", "ce+smoothl1", "acceptance"]
+Loss = Literal["kl", "ce+smoothl1", "acceptance", "ce+tv"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what NumPy takes, and vLLM hands on to it
 
@@ -140,6 +140,9 @@ class HeadSection(Section):
     """The shape of the draft head. null takes the target's own figure. "The published head" is the
     one on the hub for LFM2.5-8B-A1B."""
 
+    kind: Literal["eagle3", "dspark"] = "eagle3"
+    """`eagle3`: one layer drafts token after token. `dspark`: a few layers draft a block in one
+    pass."""
     aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Which of the captured auxiliary layers the head reads; null is all. Capture more once, and
     heads that read different ones can be compared on the same states."""
@@ -166,12 +169,48 @@ class HeadSection(Section):
     norm_output: bool = True
     """Feed the state after the final norm, not before it, to the next draft step: positions beyond
     `train.ttt_steps` then stay useful."""
-    num_hidden_layers: Annotated[int, Field(ge=1, le=4)] = 1
-    """Decoder layers; each one more is read again at every draft step."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=8)] | None = None
+    """Decoder layers; null is 1 for `eagle3`, where each one more is read again at every draft, and
+    3 for `dspark`."""
+    block_size: Annotated[int, Field(ge=1, le=16)] = 8
+    """`dspark`: positions of a block, the most drafts a step."""
+    markov_rank: Annotated[int, Field(ge=1)] = 256
+    """`dspark`: width of the Markov head, which tells a draft of the one before; the paper's."""
+    causal: bool = False
+    """`dspark`: let a position of a block see only the earlier ones. Off, as in the paper."""
+    mask_token: Annotated[int, Field(ge=0)] | None = None
+    """`dspark`: the token id that stands for tokens not drafted yet, one that no text has. null
+    takes a row of the embedding behind the tokenizer's last token, or an unused special token."""
     layer_from_target: bool = False
     """Start the first layer from the target's last attention layer instead of at random; only
     for targets laid out as Llama."""
 
+    @property
+    def layers(self) -> int:
+        """`num_hidden_layers`, or what it is by default."""
+        return self.num_hidden_layers or {"eagle3": 1, "dspark": 3}[self.kind]
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> "HeadSection":
+        for kind, names in _HEAD_KEYS.items():
+            fields = type(self).model_fields
+            changed = sorted(n for n in names if getattr(self, n) != fields[n].default)
+            if kind != self.kind and changed:
+                raise ValueError(f"`{changed[0]}` is for heads of kind {kind}, this is {self.kind}")
+        return self
+
+
+_HEAD_KEYS = {
+    "eagle3": {
+        "norm_before_residual",
+        "norm_before_fc",
+        "fc_norm",
+        "norm_output",
+        "layer_from_target",
+    },
+    "dspark": {"block_size", "markov_rank", "causal", "mask_token"},
+}
+"""Keys of `head` that only one kind has."""
 
 ENOUGH_STEPS = 3
 """Of training-time test, for a head with `norm_output`: one trained for 5 drafts five no better."""
@@ -197,7 +236,11 @@ class TrainSection(Section):
     loss: Loss = "kl"
     """`kl`: against the target's distribution over the draft vocabulary. `acceptance`: the
     negative logarithm of how much of a draft speculative sampling would accept. `ce+smoothl1`:
-    the published head's loss."""
+    the published EAGLE-3 head's. `ce+tv`: 0.1 cross-entropy and 0.9 total variation, DSpark's."""
+    anchors: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """`dspark`: share of the supervised positions that get a block in an epoch, drawn anew."""
+    slot_decay: Annotated[float, Field(gt=0)] = 4.0
+    """`dspark`: slot j of a block weighs exp(-j / slot_decay); the paper's 4."""
     regression_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of SmoothL1 beside cross-entropy in `ce+smoothl1`; the published page names none."""
     optimizer: Literal["adamw", "muon"] = "muon"

@@ -20,12 +20,11 @@ walked the way vLLM decodes it, and counted the way its counters count
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 
+from drafthead.drafters.base import Drafter, TargetSide
 from drafthead.errors import DraftheadError
 from drafthead.head.acceptance import Acceptance
-from drafthead.head.drafting import ChainAttention, draft_chain, prefix_attention
-from drafthead.head.model import Eagle3Head
 from drafthead.states import Sample, Samples
 
 
@@ -74,20 +73,21 @@ def heldout(reader: Samples) -> list[int]:
 
 
 def evaluate(
-    head: Eagle3Head,
-    embedding: Tensor,
+    drafter: Drafter,
+    head: nn.Module,
+    target: TargetSide,
     samples: Iterable[Sample],
     k: int | Sequence[int],
-    attend: ChainAttention = prefix_attention,
 ) -> list[Acceptance]:
-    """Walk every sample, once for each k asked for (chains are drafted once, at the largest).
+    """Walk every sample, once for each k asked for.
 
-    embedding [V, H]: the target's. Raises `DraftheadError` if states are missing or no answer is
-    long enough for one step.
+    target: its embedding lies where drafts are to be embedded. Raises `DraftheadError` if states
+    are missing or no answer is long enough for one step.
     """
     ks = [k] if isinstance(k, int) else list(k)
     totals = [Acceptance.zeros(n) for n in ks]
-    drafted = head.t2d.cpu().numpy()
+    drafted = np.zeros(len(target.embedding), dtype=bool)
+    drafted[drafter.target_ids(head).numpy(force=True)] = True
     for sample in samples:
         length, start = len(sample.ids), sample.prompt_len
         if start < 1 or len(sample.aux) < length - 1:
@@ -99,11 +99,13 @@ def evaluate(
         if length - start < 2:
             continue
         rows = sample.ids.new_tensor(range(start - 1, length - 2)).long()
-        chains = draft_chain(head, embedding, sample.aux, sample.ids, max(ks), rows, attend).numpy(
-            force=True
-        )
         answer = sample.ids[start:].numpy(force=True)
-        walks = [walk(chains[:, :n], answer, drafted) for n in ks]
+        draft = lambda n: drafter.draft(head, target, sample.aux, sample.ids, n, rows)  # noqa: B023
+        longest = draft(max(ks)).numpy(force=True) if drafter.prefixes else None
+        walks = [
+            walk(draft(n).numpy(force=True) if longest is None else longest[:, :n], answer, drafted)
+            for n in ks
+        ]
         totals = [Acceptance.total(both) for both in zip(totals, walks, strict=True)]
     if not totals[0].drafts:
         raise DraftheadError("held-out evaluation: no answer has two tokens or more")

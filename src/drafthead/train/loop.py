@@ -9,33 +9,28 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
+from drafthead.drafters.base import Batch, Drafter, TargetSide
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint, write_json
 from drafthead.head.acceptance import Acceptance
-from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
-from drafthead.head.model import Eagle3Head
+from drafthead.ops.ceiling import matmul_rate
 from drafthead.ops.losses import Teacher
 from drafthead.progress import waiting
 from drafthead.recipe import TrainSection
 from drafthead.states import Samples
 from drafthead.states.format import decode
 from drafthead.train import checkpoint
-from drafthead.train.batches import Batch, draft_ids, prefetch
+from drafthead.train.batches import prefetch
 from drafthead.train.checks import check
 from drafthead.train.evaluate import evaluate, heldout
-from drafthead.train.graphed import GraphedStep, worth_replaying
-from drafthead.train.graphs import Graphs
 from drafthead.train.log import Log
 from drafthead.train.meter import Meter
-from drafthead.train.operations import matmul_rate
 from drafthead.train.optimizer import AdamW, AdamWSettings
-from drafthead.train.packing import pack_row
 from drafthead.train.parallel import World
 from drafthead.train.plan import Plan, beyond
-from drafthead.train.step import Objective, TrainStep
 
 LOG_EVERY = 10  # steps between two questions to the device; in between it is never waited for
 CHECKPOINT_SHARE = 0.02  # of the time may go into checkpoints
@@ -46,7 +41,8 @@ CHECKPOINT_SECONDS = 20.0  # and at least so much lies between two
 class Task:
     """What is trained on what. Tensors on the CPU, in the type they are stored in."""
 
-    head: Eagle3Head
+    drafter: Drafter
+    head: nn.Module
     """Where training starts; float32."""
     embedding: Tensor
     """[V, H]: the target's, frozen (or the head's own)."""
@@ -105,19 +101,11 @@ class _Fit:
             norm_weight=weight.to(device, self.dtype),
             head=rows.to(device, self.dtype),
         )
-        self.steps = settings.ttt_steps or task.k
-        objective = Objective(
-            settings.loss, self.steps, settings.ttt_decay, settings.regression_weight
-        )
-        self.step = TrainStep(self.head, teacher, objective, device.type == "cuda")
-        self.graphs, self.backward = Graphs(torch.device("cpu")), self.step.backward
         self.rate = matmul_rate(device, self.dtype)
-        replaying = worth_replaying(self.head, settings.row_tokens, self.rate)
-        if device.type == "cuda" and replaying:
-            self.graphs = Graphs(device)
-            self.backward = GraphedStep(self.step, settings.row_tokens, self.graphs).backward
+        self.target = TargetSide(self.embedding, teacher)
+        self.trainer = task.drafter.trainer(self.head, self.target, settings, task.k, self.rate)
         self.optimizer = AdamW(
-            self.head.named_parameters(),
+            [(name, p) for name, p in self.head.named_parameters() if p.requires_grad],
             AdamWSettings(
                 settings.optimizer == "muon",
                 *settings.betas,
@@ -125,9 +113,9 @@ class _Fit:
                 weight_decay=settings.weight_decay,
                 max_grad_norm=settings.max_grad_norm,
             ),
-            self.graphs,
+            self.trainer.graphs,
+            task.drafter.by_muon,
         )
-        self.to_draft = draft_ids(task.head.target_ids(), task.head.config.vocab_size)
         every = settings.eval_every or -(-self.plan.steps // 10)
         self.eval_steps = {*range(every, self.plan.steps, every), self.plan.steps}
         inputs = fingerprint(
@@ -153,9 +141,8 @@ class _Fit:
     def make(self, number: int) -> Batch | None:
         """Read and pack row `number` of the plan."""
         samples = [self.task.reader[index] for index in self.plan.rows[number]]
-        tokens, device = self.task.settings.row_tokens, self.world.device
-        pinned = device.type == "cuda"
-        row = pack_row(samples, self.steps, self.to_draft, tokens, self.embedding, pinned)
+        device = self.world.device
+        row = self.trainer.pack(samples, number, pinned=device.type == "cuda")
         return None if row is None else row.batch(device, self.dtype)
 
     def run(self) -> dict:
@@ -176,7 +163,7 @@ class _Fit:
         ]
         self.task.reader.expect(index for number in numbers for index in plan.rows[number])
         batches = prefetch(self.make, numbers, world.device)
-        meter = Meter(world, self.steps, self.rate)
+        meter = Meter(world, self.trainer.steps, self.rate)
         started = saved = time.monotonic()
         before, cost, aside = progress.seconds, 0.0, 0.0
         waited_before = progress.waited
@@ -220,9 +207,9 @@ class _Fit:
             with meter.waiting():
                 batch = next(batches)
             if batch is not None:
-                loss, correct = self.backward(batch)
-                supervised += len(batch.labels)
-                meter.add(loss, correct, batch, self.head)
+                loss, correct, counted = self.trainer.backward(batch)
+                supervised += self.trainer.supervised(batch)
+                meter.add(loss, correct, counted, batch, self.trainer)
         count = torch.full((), float(supervised), device=device)
         if self.world.size > 1:
             for p in self.optimizer.parameters.values():
@@ -287,7 +274,7 @@ class _Fit:
                 f"{total.k}: {length:.3f}" + (" (best)" if better else "")
             )
 
-    def acceptance(self, head: Eagle3Head, ks: list[int]) -> list[Acceptance]:
+    def acceptance(self, head: nn.Module, ks: list[int]) -> list[Acceptance]:
         """Counts over all held-out answers at each k, summed over processes."""
         reader, world = self.task.reader, self.world
         own = self.heldout[world.rank :: world.size]
@@ -297,7 +284,8 @@ class _Fit:
             what = "evaluating held-out answers"
             with waiting(self.console, what, len(own), unit="answers") as work:
                 samples = (reader[int(i)] for i in work.each(own))
-                totals = evaluate(head, self.embedding.to(world.device), samples, ks)
+                target = replace(self.target, embedding=self.embedding.to(world.device))
+                totals = evaluate(self.task.drafter, head, target, samples, ks)
         summed = []
         for total in totals:
             counts = {
@@ -314,10 +302,10 @@ class _Fit:
         longest = self.task.settings.row_tokens
         return sum(min(int(self.task.reader.tokens[i]) - 2, longest) for row in rows for i in row)
 
-    def _save_best(self, head: Eagle3Head) -> None:
+    def _save_best(self, head: nn.Module) -> None:
         about = {"step": self.progress.step, "accepted_length": self.progress.best_length}
         provenance = self.task.provenance
-        save_head(
+        self.task.drafter.save(
             head,
             self.folder / "best",
             Provenance(
@@ -326,7 +314,7 @@ class _Fit:
                 provenance.target_architectures,
                 trained={**about, "k": self.task.k},
             ),
-            speculative_tokens=self.task.k,
+            k=self.task.k,
             embedding=self.embedding if self.task.own_embedding else None,
         )
 
@@ -336,16 +324,19 @@ class _Fit:
             state = self.optimizer.state_dict()
             checkpoint.save(self.folder / "checkpoint", self.progress, state)
 
-    def _best(self) -> Eagle3Head:
+    def _best(self) -> nn.Module:
         """The best head so far, from its file."""
-        return load_head(self.folder / "best").head.to(self.world.device, self.dtype)
+        head, _ = self.task.drafter.load(self.folder / "best")
+        return head.to(self.world.device, self.dtype)
 
     def _finish(self, plan: Plan) -> dict:
         """Evaluate the best head once more, from its file and at every k up to 5."""
         self.world.barrier()  # until the first process has written it
         best = self._best()
-        ks = sorted({*range(1, 6), self.task.k})
+        most = self.task.drafter.most_drafts(best)
+        ks = sorted({*(k for k in range(1, 6) if k <= most), self.task.k})
         totals = self.acceptance(best, ks)
+        graphs = self.trainer.graphs
         at_k = totals[ks.index(self.task.k)]
         progress = self.progress
         summary = {
@@ -355,7 +346,7 @@ class _Fit:
             "tokens": self._positions(progress.step),
             "train_seconds": round(progress.seconds, 1),
             "waiting": progress.waited / progress.seconds,
-            "graphs": {"captured": self.graphs.captured, "seconds": round(self.graphs.seconds, 1)},
+            "graphs": {"captured": graphs.captured, "seconds": round(graphs.seconds, 1)},
             "best_step": progress.best_step,
             "k": self.task.k,
             "accepted_length": at_k.accepted_length,

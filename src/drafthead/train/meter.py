@@ -7,9 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from drafthead.head.model import Eagle3Head
-from drafthead.train.batches import Batch
-from drafthead.train.operations import operations
+from drafthead.drafters.base import Batch, Trainer
 from drafthead.train.parallel import World
 
 
@@ -55,13 +53,14 @@ class Meter:
         end.record()
         self._events.append((start, end))
 
-    def add(self, loss: Tensor, correct: Tensor, batch: Batch, head: Eagle3Head) -> None:
-        """Count one row: its summed loss, its correct predictions of each step [T]."""
+    def add(
+        self, loss: Tensor, correct: Tensor, counted: Tensor, batch: Batch, trainer: Trainer
+    ) -> None:
+        """Count one row: what `Trainer.backward` returned for it."""
         self.sums[0] += loss
-        self.sums[1:] += torch.cat([correct, batch.has_row.sum(-1)])
-        self.host += torch.tensor(
-            [len(batch.labels), batch.tokens, operations(head.config, batch)], dtype=torch.float64
-        )
+        self.sums[1:] += torch.cat([correct, counted])
+        row = trainer.supervised(batch), batch.tokens, trainer.operations(batch)
+        self.host += torch.tensor(row, dtype=torch.float64)
 
     def update(self, norm: Tensor, step: int) -> None:
         """Count one update, the `step`-th of the run, whose gradient had `norm`."""

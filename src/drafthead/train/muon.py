@@ -7,7 +7,7 @@ for all: a small head's step is mostly the host starting kernels.
 import torch
 from torch import Tensor
 
-from drafthead.train.graphs import Graphs
+from drafthead.ops.graphs import Graphs
 from drafthead.train.masters import join, keep
 
 

@@ -3,13 +3,13 @@
 A step of AdamW reads and writes each number once. fp32 weights (on a CPU) are their own masters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from drafthead.train.graphs import Graphs
+from drafthead.ops.graphs import Graphs
 from drafthead.train.masters import join, keep
 from drafthead.train.muon import Muon
 
@@ -38,7 +38,7 @@ class AdamWSettings:
     """Hyperparameters; the learning rate comes with each step."""
 
     muon: bool = False
-    """Step the matrices of the layers and `fc` by Muon; the LM head and vectors by AdamW."""
+    """Step matrices by Muon; the LM head, embeddings and vectors by AdamW."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -52,7 +52,7 @@ class AdamW:
     """Steps named parameters, clipped by global norm, without waiting for the device.
 
     parameters: (name, bf16 or fp32 parameter). Vectors (norm weights) get no weight decay.
-    graphs: what Muon's steps are replayed by.
+    graphs: what Muon's steps are replayed by. by_muon: whether it steps the matrix of that name.
     """
 
     def __init__(
@@ -60,13 +60,14 @@ class AdamW:
         parameters: Iterable[tuple[str, Tensor]],
         settings: AdamWSettings,
         graphs: Graphs | None = None,
+        by_muon: Callable[[str], bool] = lambda name: "lm_head" not in name,
     ):
         self.parameters = dict(parameters)
         self.settings = settings
         self.steps = 0
         zeros = lambda p, dtype: torch.zeros_like(p, dtype=dtype)
         named = self.parameters.items()
-        muon = {n: p for n, p in named if settings.muon and p.dim() == 2 and "lm_head" not in n}
+        muon = {n: p for n, p in named if settings.muon and p.dim() == 2 and by_muon(n)}
         self.muon = Muon(muon, graphs or Graphs(torch.device("cpu")))
         rest = {n: p for n, p in named if n not in muon}
         self.mean = {n: zeros(p, torch.float32) for n, p in rest.items()}

@@ -1,6 +1,7 @@
 """The stage `train` of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
@@ -8,12 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drafthead.capture.online import open_states
+from drafthead.drafters import DRAFTERS, Drafter, drafter_of
 from drafthead.errors import DraftheadError
-from drafthead.head.checkpoint import load_head, read_folder, trained_steps
-from drafthead.head.config import HeadConfig, head_config
+from drafthead.head.checkpoint import trained_steps
 from drafthead.head.formats import Provenance
-from drafthead.head.init import new_head
-from drafthead.head.model import Eagle3Head
 from drafthead.ops.losses import Teacher
 from drafthead.progress import waiting
 from drafthead.recipe import Recipe
@@ -64,6 +63,7 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
     weight, eps = target.final_norm()
     teacher = Teacher(weight, eps, target.lm_head()[head.target_ids()], target.logits)
     return Task(
+        drafter=_drafter(recipe),
         head=head,
         embedding=target.embedding() if embedding is None else embedding,
         teacher=teacher,
@@ -86,9 +86,16 @@ def check_shape(recipe: Recipe, run: RunDir) -> None:
     captured = target.check_aux_layers(recipe.capture.aux_layers)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     if start := recipe.train.start_from:
-        _check_given(Path(start), read_folder(Path(start), target).config, layers, target)
+        config = _drafter(recipe).read(Path(start), target)
+        _check_given(Path(start), config, layers, target)
     else:
-        head_config(recipe.head, target, layers, recipe.vocab.size)
+        _drafter(recipe).shape(recipe.head, target, layers, recipe.vocab.size)
+
+
+def _drafter(recipe: Recipe) -> Drafter:
+    """The kind of the head that training starts from, or of the one that the recipe asks for."""
+    start = recipe.train.start_from
+    return drafter_of(Path(start)) if start else DRAFTERS[recipe.head.kind]
 
 
 def check_start(recipe: Recipe, run: RunDir) -> None:
@@ -121,7 +128,7 @@ def _check_states(recipe: Recipe, run: RunDir) -> None:
 
 def _first_head(
     recipe: Recipe, run: RunDir, aux_layers: tuple[int, ...], target: Target
-) -> tuple[Eagle3Head, Tensor | None]:
+) -> tuple[Any, Tensor | None]:
     """The head that training starts from, and its own embedding if it has one."""
     embedding = None
     if recipe.train.start_from:
@@ -131,7 +138,9 @@ def _first_head(
                 f"{start}: is what this run makes and will replace; copy the head elsewhere and go "
                 "on from the copy"
             )
-        head, embedding = _given_head(start, aux_layers, target)
+        head, embedding = _drafter(recipe).load(start, target)
+        _check_given(start, head.config, aux_layers, target)
+        head = head.float()
     else:
         path = run.vocab / "vocab.safetensors"
         try:
@@ -141,7 +150,8 @@ def _first_head(
             raise DraftheadError(
                 f"{path}: no draft vocabulary ({error}); `drafthead vocab RECIPE` makes one"
             ) from None
-        head = new_head(recipe.head, target, aux_layers, d2t, recipe.train.seed)
+        new = _drafter(recipe).new
+        head = new(recipe.head, target, aux_layers, d2t, recipe.train.seed)
     if recipe.train.loss == "ce+smoothl1" and head.config.hidden_size != target.hidden_size:
         raise DraftheadError(
             f"recipe: train.loss ce+smoothl1 compares the states of head and target, which are "
@@ -150,18 +160,7 @@ def _first_head(
     return head, embedding
 
 
-def _given_head(
-    folder: Path, aux_layers: tuple[int, ...], target: Target
-) -> tuple[Eagle3Head, Tensor | None]:
-    """A head of either format to go on from, and its own embedding if it has one."""
-    loaded = load_head(folder, target)
-    _check_given(folder, loaded.head.config, aux_layers, target)
-    return loaded.head.float(), loaded.embedding
-
-
-def _check_given(
-    folder: Path, config: HeadConfig, aux_layers: tuple[int, ...], target: Target
-) -> None:
+def _check_given(folder: Path, config: Any, aux_layers: tuple[int, ...], target: Target) -> None:
     """Refuse a head for another target's states, or for those of other layers."""
     for name, found, wanted in (
         ("vocab_size", config.vocab_size, target.vocab_size),

@@ -10,8 +10,8 @@ from drafthead.drafters.dspark.packing import pack_blocks
 from drafthead.drafters.dspark.training import BlockObjective, BlockStep
 from drafthead.errors import DraftheadError
 from drafthead.ops.losses import Teacher, row_loss
+from drafthead.ops.vocabulary import draft_ids
 from drafthead.states import Sample
-from drafthead.train.batches import draft_ids
 from tests.drafters.dspark.heads import MASK, VOCAB, small_head
 
 WIDTH = 16

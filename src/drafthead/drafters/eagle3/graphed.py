@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.step import TrainStep
 from drafthead.head.model import Eagle3Head
 from drafthead.ops.attention import Documents
-from drafthead.train.batches import Batch
-from drafthead.train.graphs import Graphs
-from drafthead.train.step import TrainStep
+from drafthead.ops.graphs import Graphs
 
 SIZES = 16  # steps in which a padded size can grow: the finest lose 3 % of a full row's work
 CAPTURE = 30  # full rows that take as long as capturing a graph does: 0.15 s and 5 ms
@@ -173,10 +173,10 @@ class GraphedStep:
         self.places = Places(self.sizes.full)
         self.parameters = list(step.head.parameters())
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
-        self._made: dict[Size, tuple[Batch, Callable[[], tuple[Tensor, Tensor]]]] = {}
+        self._made: dict[Size, tuple[Batch, Callable[[], tuple[Tensor, Tensor, Tensor]]]] = {}
         self._batch: Batch | None = None
 
-    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """As `TrainStep.backward`; what is returned is overwritten by the next call."""
         if all(p.grad is None for p in self.parameters):
             torch._foreach_zero_(self.gradients)
@@ -197,11 +197,11 @@ class GraphedStep:
         self._batch = self.places.put(batch, place)
         return replayed()
 
-    def _backward(self) -> tuple[Tensor, Tensor]:
+    def _backward(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self._batch is not None
-        loss, correct = self.step.loss(self._batch)
+        loss, correct, counted = self.step.loss(self._batch)
         # Not `loss.backward()`, which adds to `grad` on a stream that a capture need not see.
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         used = [(mine, new) for mine, new in zip(self.gradients, found) if new is not None]
         torch._foreach_add_(*map(list, zip(*used)))
-        return loss.detach(), correct
+        return loss.detach(), correct, counted

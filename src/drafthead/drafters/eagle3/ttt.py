@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from drafthead.drafters.eagle3.batch import Batch
 from drafthead.head.model import Attention, DecoderLayer, Eagle3Head, rotate
 from drafthead.ops.attention import attention
 from drafthead.ops.gather import take_rows
-from drafthead.train.batches import Batch
 
 
 def project(

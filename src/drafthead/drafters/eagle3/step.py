@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.ttt import TrainingTimeTest
 from drafthead.head.model import Eagle3Head
 from drafthead.ops.losses import LossKind, Teacher, fused_loss, hidden_regression
 from drafthead.recipe import Loss
-from drafthead.train.batches import Batch
-from drafthead.train.ttt import TrainingTimeTest
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class TrainStep:
         device = teacher.head.device
         self.step_weights = objective.decay ** torch.arange(objective.steps, device=device).float()
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss summed over the row's tokens, and the correct predictions of each step [T]."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss summed over the row's tokens, and for each step how many predictions were
+        right and how many there were: int64 [T]."""
         objective = self.objective
         normed = self.states(batch)
         weights = self.step_weights[:, None] * batch.has_row
@@ -65,10 +66,10 @@ class TrainStep:
         if kind == "ce":
             target = self.teacher.normed(last)
             loss = loss + objective.regression_weight * hidden_regression(normed, target, weights)
-        return loss, correct
+        return loss, correct, batch.has_row.sum(-1)
 
-    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Accumulate gradients of the summed loss; returns (loss, correct [T]) detached."""
-        loss, correct = self.loss(batch)
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Accumulate gradients of the summed loss; returns what `loss` does, detached."""
+        loss, correct, counted = self.loss(batch)
         loss.backward()
-        return loss.detach(), correct
+        return loss.detach(), correct, counted

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drafthead.drafters.eagle3.batch import Batch
 from drafthead.ops.attention import Documents
 from drafthead.states import Sample, memory
 from drafthead.states.format import aux_layers, last_layer
 from drafthead.states.layout import Place, lay_out
-from drafthead.train.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,7 @@
-"""How many floating-point operations a training step needs, and how many the machine can do."""
+"""How many floating-point operations a training step needs."""
 
-import time
-
-import torch
-
+from drafthead.drafters.eagle3.batch import Batch
 from drafthead.head.config import HeadConfig
-from drafthead.train.batches import Batch
 
 
 def operations(config: HeadConfig, batch: Batch) -> float:
@@ -33,20 +29,3 @@ def operations(config: HeadConfig, batch: Batch) -> float:
         total += 3.5 * 4 * steps * pairs * q
     total += 3 * 2 * rows * h * config.draft_vocab_size
     return total + 2 * len(batch.labels) * ht * config.draft_vocab_size
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured operations per second of a large square matrix product: the ceiling for MFU."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, (time.perf_counter() - start) / 5)
-    return 2 * size**3 / best

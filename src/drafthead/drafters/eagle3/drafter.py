@@ -1,0 +1,124 @@
+"""EAGLE-3 behind the interface of all drafters."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafthead.drafters.base import TargetSide
+from drafthead.drafters.eagle3.batch import Batch
+from drafthead.drafters.eagle3.graphed import GraphedStep, worth_replaying
+from drafthead.drafters.eagle3.operations import operations
+from drafthead.drafters.eagle3.packing import Row, pack_row
+from drafthead.drafters.eagle3.step import Objective, TrainStep
+from drafthead.head.checkpoint import load_head, read_folder, save_head
+from drafthead.head.config import HeadConfig, head_config
+from drafthead.head.drafting import draft_chain
+from drafthead.head.formats import NATIVE_ARCHITECTURES, Provenance
+from drafthead.head.init import new_head
+from drafthead.head.model import Eagle3Head
+from drafthead.ops.graphs import Graphs
+from drafthead.ops.vocabulary import draft_ids
+from drafthead.recipe import HeadSection, Recipe, TrainSection
+from drafthead.states import Sample
+from drafthead.targets import Target
+
+
+class Eagle3Trainer:
+    """Training-time test on packed rows, replayed as CUDA graphs where the host would be late."""
+
+    def __init__(
+        self, head: Eagle3Head, target: TargetSide, settings: TrainSection, k: int, rate: float
+    ):
+        self.head, self.target, self.tokens = head, target, settings.row_tokens
+        self.steps = settings.ttt_steps or k
+        self.to_draft = draft_ids(head.target_ids(), head.config.vocab_size)
+        objective = Objective(
+            settings.loss, self.steps, settings.ttt_decay, settings.regression_weight
+        )
+        device = head.fc.weight.device
+        assert target.teacher is not None
+        step = TrainStep(head, target.teacher, objective, device.type == "cuda")
+        self.graphs, self.backward = Graphs(torch.device("cpu")), step.backward
+        if device.type == "cuda" and worth_replaying(head, self.tokens, rate):
+            self.graphs = Graphs(device)
+            self.backward = GraphedStep(step, self.tokens, self.graphs).backward
+
+    def pack(self, samples: list[Sample], number: int, pinned: bool) -> Row | None:
+        embedding = self.target.embedding
+        return pack_row(samples, self.steps, self.to_draft, self.tokens, embedding, pinned)
+
+    def supervised(self, batch: Batch) -> int:
+        return len(batch.labels)
+
+    def operations(self, batch: Batch) -> float:
+        return operations(self.head.config, batch)
+
+
+class Eagle3:
+    """Heads that draft token after token."""
+
+    kind = "eagle3"
+    prefixes = True
+
+    def matches(self, raw: dict[str, Any]) -> bool:
+        names = raw.get("architectures") or [None]
+        return raw.get("speculators_model_type") == "eagle3" or names[0] in NATIVE_ARCHITECTURES
+
+    def default_k(self, recipe: Recipe) -> Sequence[int]:
+        return recipe.serve.candidates
+
+    def shape(
+        self, section: HeadSection, target: Target, aux_layers: tuple[int, ...], vocab: int
+    ) -> HeadConfig:
+        return head_config(section, target, aux_layers, vocab)
+
+    def read(self, folder: Path, target: Target | None = None) -> HeadConfig:
+        return read_folder(folder, target).config
+
+    def new(
+        self,
+        section: HeadSection,
+        target: Target,
+        aux_layers: tuple[int, ...],
+        d2t: Tensor,
+        seed: int,
+    ) -> Eagle3Head:
+        return new_head(section, target, aux_layers, d2t, seed)
+
+    def trainer(
+        self, head: Eagle3Head, target: TargetSide, settings: TrainSection, k: int, rate: float
+    ) -> Eagle3Trainer:
+        return Eagle3Trainer(head, target, settings, k, rate)
+
+    def by_muon(self, name: str) -> bool:
+        return "lm_head" not in name
+
+    def draft(
+        self, head: Eagle3Head, target: TargetSide, aux: Tensor, ids: Tensor, k: int, rows: Tensor
+    ) -> Tensor:
+        return draft_chain(head, target.embedding, aux, ids, k, rows)
+
+    def most_drafts(self, head: Eagle3Head) -> float:
+        return math.inf
+
+    def target_ids(self, head: Eagle3Head) -> Tensor:
+        return head.target_ids()
+
+    def save(
+        self,
+        head: Eagle3Head,
+        folder: Path,
+        provenance: Provenance,
+        *,
+        k: int,
+        embedding: Tensor | None = None,
+    ) -> None:
+        save_head(head, folder, provenance, speculative_tokens=k, embedding=embedding)
+
+    def load(self, folder: Path, target: Target | None = None) -> tuple[Eagle3Head, Tensor | None]:
+        loaded = load_head(folder, target)
+        return loaded.head, loaded.embedding
