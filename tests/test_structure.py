@@ -10,7 +10,7 @@ import drafthead
 SOURCE = Path(drafthead.__file__).parent
 ORDER = (
     *("errors", "progress", "machine", "finding", "fsio", "recipe", "rundir", "targets", "data"),
-    *("ops", "states", "drafters", "head", "plan", "serve", "vocab", "init", "quantize", "capture"),
+    *("ops", "states", "head", "drafters", "plan", "serve", "vocab", "init", "quantize", "capture"),
     *("train", "prove"),
     *("report", "run", "hook", "doctor"),
     *("cli_options", "cli_prove", "cli", "__main__"),

@@ -153,5 +153,16 @@ class Drafter(Protocol):
     ) -> None:
         """Write `folder` as vLLM reads it, in bf16; embedding [V, H] if the head has its own."""
 
+    def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
+        """What vLLM is told to draft k tokens a step with a head, a folder or a hub id.
+
+        Raises:
+            DraftheadError: the head cannot draft so many.
+        """
+
+    def inspect(self, folder: Path, target: Target | None, deep: bool) -> dict[str, Any]:
+        """What the head in `folder` is and what is wrong with it, JSON-able; never raises. Without
+        `deep` no weights are read, as far as possible. See `drafters.inspect.inspect_head`."""
+
     def load(self, folder: Path, target: Target | None = None) -> tuple[Any, Tensor | None]:
         """The head in `folder` and its own embedding [V, H], if it has one."""

@@ -10,8 +10,8 @@ from drafthead.drafters.dspark.checkpoint import (
     load_head,
     mask_token,
     save_head,
-    speculative_config,
 )
+from drafthead.drafters.dspark.drafter import DSpark
 from drafthead.drafters.dspark.formats import read_config, write_config
 from drafthead.errors import DraftheadError
 from tests.drafters.dspark.heads import DRAFT, VOCAB, config, small_head
@@ -106,10 +106,12 @@ def test_broken_heads_are_refused(tmp_path, change, named):
 
 
 def test_more_drafts_than_the_block_are_refused(tmp_path):
-    assert speculative_config(tmp_path, config(), 4)["num_speculative_tokens"] == 4
+    folder = tmp_path / "h"
+    save_head(small_head(), folder, {})
+    assert DSpark().speculative_config(str(folder), 4)["num_speculative_tokens"] == 4
     with pytest.raises(DraftheadError) as error:
-        speculative_config(tmp_path, config(), 5)
-    assert error.value.field == "num_speculative_tokens"
+        DSpark().speculative_config(str(folder), 5)
+    assert error.value.field == "serve.num_speculative_tokens"
 
 
 class _Tokenizer:

@@ -145,20 +145,6 @@ def _offsets(d2t: Tensor, config: DSparkConfig, folder: Path) -> Tensor:
     return offsets
 
 
-def speculative_config(folder: Path, config: DSparkConfig, k: int) -> dict[str, Any]:
-    """What vLLM is told to draft k tokens a step with the head in `folder`.
-
-    Raises:
-        DraftheadError: k is more than the head's block; vLLM would draft beyond it all the same.
-    """
-    if k > config.block_size:
-        raise DraftheadError(
-            f"{folder}: {k} drafts a step, the head was trained for {config.block_size} at most",
-            field="num_speculative_tokens",
-        )
-    return {"method": "dspark", "model": str(folder), "num_speculative_tokens": k}
-
-
 def mask_token(tokenizer: Any, vocab_size: int, used: Callable[[int], bool]) -> int:
     """A row of the target's embedding that no text has: the highest behind the tokenizer's last
     token, else a special token that `used` says is in no prompt, answer or template.

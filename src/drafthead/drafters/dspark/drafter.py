@@ -14,6 +14,7 @@ from drafthead.drafters.dspark.config import DSparkConfig
 from drafthead.drafters.dspark.drafting import draft_blocks
 from drafthead.drafters.dspark.formats import is_dspark, read_config
 from drafthead.drafters.dspark.init import head_config, new_head
+from drafthead.drafters.dspark.inspect import inspect_dspark
 from drafthead.drafters.dspark.model import DSparkHead
 from drafthead.drafters.dspark.packing import BlockBatch, BlockRow, pack_blocks
 from drafthead.drafters.dspark.training import BlockObjective, BlockStep, operations
@@ -125,6 +126,18 @@ class DSpark:
         embedding: Tensor | None = None,
     ) -> None:
         save_head(head, folder, asdict(provenance), embedding=embedding)
+
+    def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
+        if Path(folder).is_dir() and k > (most := self.read(Path(folder)).block_size):
+            # vLLM does not look, and drafts what no training has seen.
+            raise DraftheadError(
+                f"{folder}: {k} drafts a step, the head was trained for blocks of {most}",
+                field="serve.num_speculative_tokens",
+            )
+        return {"method": "dspark", "model": folder, "num_speculative_tokens": k}
+
+    def inspect(self, folder: Path, target: Target | None, deep: bool) -> dict[str, Any]:
+        return inspect_dspark(folder, target)
 
     def load(self, folder: Path, target: Target | None = None) -> tuple[DSparkHead, Tensor | None]:
         loaded = load_head(folder)

@@ -19,6 +19,7 @@ from drafthead.head.config import HeadConfig, head_config
 from drafthead.head.drafting import draft_chain
 from drafthead.head.formats import NATIVE_ARCHITECTURES, Provenance
 from drafthead.head.init import new_head
+from drafthead.head.inspect import inspect_head
 from drafthead.head.model import Eagle3Head
 from drafthead.ops.graphs import Graphs
 from drafthead.ops.vocabulary import draft_ids
@@ -118,6 +119,19 @@ class Eagle3:
         embedding: Tensor | None = None,
     ) -> None:
         save_head(head, folder, provenance, speculative_tokens=k, embedding=embedding)
+
+    def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
+        # The reduction chooses the same drafts for less: among the ids that the head can draft, not
+        # over the target's whole vocabulary. vLLM has it for every class of EAGLE-3 heads.
+        return {
+            "method": "eagle3",
+            "model": folder,
+            "num_speculative_tokens": k,
+            "use_local_argmax_reduction": True,
+        }
+
+    def inspect(self, folder: Path, target: Target | None, deep: bool) -> dict[str, Any]:
+        return inspect_head(folder, target, deep=deep)
 
     def load(self, folder: Path, target: Target | None = None) -> tuple[Eagle3Head, Tensor | None]:
         loaded = load_head(folder, target)
