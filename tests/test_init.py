@@ -1,10 +1,12 @@
 """`drafthead init`: the recipe that it writes is a good recipe, and says why."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from drafthead.data.chats import load_chats
 from drafthead.errors import DraftheadError
 from drafthead.init import write_recipe
 from drafthead.recipe import Recipe, load_recipe
@@ -31,6 +33,18 @@ def test_written_recipe_loads_and_fits_the_target(tmp_path, lfm2_moe):
     assert recipe.generate == minimal.generate
     text = out.read_text()
     assert "# Peak learning rate, of all weights" in text
+
+
+@pytest.mark.parametrize(("prompts", "heldout"), [(2, 1), (40, 8), (500, 64)])
+def test_fewer_are_held_out_of_few_prompts(tmp_path, llama, prompts, heldout):
+    """64 were, of 40 too, which `doctor` then refused."""
+    file, out = tmp_path / "p.jsonl", tmp_path / "recipe.yaml"
+    lines = [json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(prompts)]
+    file.write_text("".join(lines + lines[:1]))
+    assert write_recipe(str(llama), str(file), out)["conversations"] == prompts
+    section = load_recipe(out).prompts
+    assert section.heldout == heldout
+    assert len(load_chats(section).train) == prompts - heldout
 
 
 def test_existing_recipe_is_kept(tmp_path, llama):

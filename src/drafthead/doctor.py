@@ -30,7 +30,7 @@ _OLDEST_TORCH = (2, 11)
 _VLLM = "0.32."
 _FEW_STEPS = 200
 _SAMPLE = 64
-_LEFT_OUT = "nothing, if so few are no loss; else change the records that the message names"
+_LEFT_OUT = "nothing to do if you can spare them; else correct the records named"
 _TOO_LONG = "raise engine.max_model_len, as far as the target reaches, or take shorter prompts"
 # As the plain registry has them they are CUDA builds, and `import vllm` fails on them on a CPU.
 _CUDA_WHEELS = ("torchvision", "torchaudio", "torchcodec")

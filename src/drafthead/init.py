@@ -8,13 +8,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from drafthead.data.chats import read_chats
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_bytes
-from drafthead.recipe import Recipe, parse_recipe
+from drafthead.recipe import PromptsSection, Recipe, Source, parse_recipe
 from drafthead.targets import Target, load_target
 
 # Share of the vocabulary that a head drafts from: 32,000 of 128,000 covered 99.8 % of tokens.
 _DRAFT_SHARE = 4
+# Of few prompts at most a fifth is held out; the rest is little enough to train on.
+_HELDOUT_SHARE = 5
 
 
 def _run_name(path_or_id: str) -> str:
@@ -23,13 +26,13 @@ def _run_name(path_or_id: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"
 
 
-def fit_recipe(target: Target, path_or_id: str, prompts: str) -> dict[str, Any]:
+def fit_recipe(target: Target, path_or_id: str, prompts: str, heldout: int) -> dict[str, Any]:
     """The fields whose best value follows from the target; all others keep their defaults."""
     vocab = min(32000, max(target.vocab_size // _DRAFT_SHARE, min(target.vocab_size, 4096)))
     return {
         "name": _run_name(path_or_id),
         "target": {"path": path_or_id, "trust_remote_code": target.trust_remote_code},
-        "prompts": {"sources": [{"path": prompts}]},
+        "prompts": {"sources": [{"path": prompts}], "heldout": heldout},
         "capture": {"aux_layers": list(target.default_aux_layers())},
         "vocab": {"size": vocab},
         "engine": {"max_model_len": min(target.max_position_embeddings, 8192)},
@@ -78,7 +81,7 @@ def write_recipe(
 
     Args:
         path_or_id: target folder or hub id.
-        prompts: the user's file of prompts.
+        prompts: the user's file of prompts, which need not be there yet.
         out: the recipe to write; an existing one is never replaced.
         trust_remote_code: run Python code that comes with the target, now and in the run.
 
@@ -86,12 +89,16 @@ def write_recipe(
         What was found out about the target, JSON-able.
 
     Raises:
-        DraftheadError: the target cannot be read, or ``out`` exists.
+        DraftheadError: target or prompts cannot be read, or ``out`` exists.
     """
     if out.exists():
         raise DraftheadError(f"{out}: exists already; choose another name with --out")
     target = load_target(path_or_id, trust_remote_code=trust_remote_code)
-    recipe = parse_recipe(fit_recipe(target, path_or_id, prompts), str(out))
+    conversations, heldout = None, PromptsSection.model_fields["heldout"].default
+    if Path(prompts).is_file():
+        conversations = len(read_chats([Source(path=prompts)])[0])
+        heldout = max(1, min(heldout, conversations // _HELDOUT_SHARE))
+    recipe = parse_recipe(fit_recipe(target, path_or_id, prompts, heldout), str(out))
     write_bytes(out, render(recipe).encode())
     kinds = {kind: target.layer_types.count(kind) for kind in sorted(set(target.layer_types))}
     return {
@@ -104,4 +111,6 @@ def write_recipe(
         "quantization": (target.quantization or {}).get("quant_method"),
         "aux_layers": list(target.default_aux_layers()),
         "draft_vocab_size": recipe.vocab.size,
+        "conversations": conversations,
+        "heldout": heldout,
     }

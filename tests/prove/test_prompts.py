@@ -95,7 +95,7 @@ def test_a_set_of_ones_own_is_asked_as_generate_asks_it(recipe, run, llama, tmp_
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert prompt.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     (left_out,) = counts.left_out.values()
-    assert left_out.examples == [f"{file}, line 3"]
+    assert f"{file}, line 3" in left_out.examples[0]
 
 
 def test_prompts_that_leave_no_room_are_no_proof(recipe, run, llama):

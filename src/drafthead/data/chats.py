@@ -65,6 +65,7 @@ _REFUSED = "refused by the target's chat template"
 _STAND_IN = "Yes."
 """Takes the place of the target's answers where only the form of a conversation matters."""
 _EXAMPLES = 3
+_WRITE = 'Write each conversation as a record: {"prompt": "…"} or {"messages": [{"role": …}, …]}'
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class SourceCounts:
             examples = [where.removeprefix(f"{self.place}, ") for where in left_out.examples]
             examples += ["…"] * (left_out.count > len(examples))
             notes.append(
-                f"{self.place}: left out {left_out.count} records: {reason} ({', '.join(examples)})"
+                f"{self.place}: left out {left_out.count} record{'s' * (left_out.count > 1)}: "
+                f"{reason} ({', '.join(examples)})"
             )
         if not self.conversations:
             notes.append(f"{self.place}: gave nothing new, every conversation was seen before")
@@ -186,8 +188,7 @@ def to_chat(record: Any, where: str, source: str) -> Chat | str:
     """
     if not isinstance(record, dict):
         raise DraftheadError(
-            f"{where}: a record is an object, found {type(record).__name__}; write each as "
-            '{"prompt": …} or {"messages": […]}'
+            f"{where}: a record is an object, found {type(record).__name__}. {_WRITE}"
         )
     if isinstance(record.get("body"), dict):  # a request of OpenAI's batches, vLLM's run-batch
         record = record["body"]
@@ -207,8 +208,7 @@ def _messages(record: dict, where: str) -> list[Any]:
             raise _NotAsked("empty message")
         raise DraftheadError(
             f"{where}: no `messages`, `conversations` or `prompt`; its keys are "
-            f"{', '.join(map(str, list(record)[:20])) or 'none'}. Rename the key that holds what "
-            "the user asks to `prompt`, or the list of messages to `messages`"
+            f"{', '.join(map(str, list(record)[:20])) or 'none'}. {_WRITE}"
         )
     value = record[key]
     if key == "turns" and isinstance(value, list) and all(isinstance(t, str) for t in value):
@@ -393,7 +393,6 @@ def read_chats(
     """
     chats: dict[str, Chat] = {}
     counts = []
-    refusal = ""
     for source in sources:
         place = str(source.path or source.dataset)
         name, given = source.name or Path(place).stem, SourceCounts(place)
@@ -405,8 +404,9 @@ def read_chats(
             elif chat.id in chats:
                 given.leave_out(_SEEN_BEFORE, where)
             elif template and (refused := _refusal(chat, template)):
-                given.leave_out(_REFUSED, where)
-                refusal = refusal or f"{where}: {refused}"
+                # What the template says stands beside the first example only.
+                named = where if _REFUSED in given.left_out else f"{where}: {refused}"
+                given.leave_out(_REFUSED, named)
             else:
                 chats[chat.id] = chat
                 given.conversations += 1
@@ -418,13 +418,13 @@ def read_chats(
             raise DraftheadError(
                 f"{place}: no prompt in it that can be asked ({reasons or 'it is empty'})"
                 + (f"; see {', '.join(examples)}" if examples else "")
-                + (f". {refusal}" if refusal else "")
             )
     total = count_left_out(counts).get(_REFUSED, 0)
     if total > len(chats):
+        first = next(c.left_out[_REFUSED].examples[0] for c in counts if _REFUSED in c.left_out)
         raise DraftheadError(
             f"{total} of {total + len(chats)} conversations are {_REFUSED}, so it is the "
-            f"template that is at fault, or the form of the prompts. The first: {refusal}"
+            f"template that is at fault, or the form of the prompts. The first: {first}"
         )
     return list(chats.values()), counts
 

@@ -114,7 +114,8 @@ def _array_records(path: Path) -> Iterator[tuple[str, Any]]:
                     more = file.read(max(_CHUNK, len(text) - at))
                     if not more:
                         raise DraftheadError(
-                            f"{where}: broken JSON, or the file ends before its array does: {error}"
+                            f"{where}: broken JSON, or the file ends before its array does: "
+                            f"{getattr(error, 'msg', error)}"
                         ) from None
                     text, at = text[at:] + more, 0
                     continue
@@ -140,7 +141,8 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
             for record in _rows(batch):
                 row += 1
                 yield f"{path}, row {row}", record
-    except (pa.ArrowException, OSError) as error:
+    # Values that Python has no place for, a date in the year 146,000 say, are of the last kinds.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DraftheadError(f"{path}: not a readable Parquet file: {error}") from None
 
 

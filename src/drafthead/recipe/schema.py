@@ -41,7 +41,8 @@ class Source(Section):
     """One place that prompts come from: exactly one of ``path`` and ``dataset``."""
 
     path: str | None = None
-    """A JSONL or Parquet file. Records hold `messages`, `conversations` or a plain `prompt`."""
+    """A JSONL or Parquet file, or a JSON array. Records hold `messages`, `conversations` or a plain
+    `prompt`, or are of another form of docs/your-own-model.md."""
     dataset: str | None = None
     """A data set on the hub (or a folder that `datasets` reads)."""
     split: str = "train"
@@ -65,7 +66,8 @@ class PromptsSection(Section):
     """Where the prompts come from. Use what your users ask: a head learns your traffic."""
     heldout: Annotated[int, Field(gt=0)] = 64
     """Conversations kept out of training, for evaluation, verify and bench. 64 gives the
-    acceptance a standard error of about one point with answers of 100 tokens."""
+    acceptance a standard error of about one point with answers of 100 tokens; of few prompts
+    `init` holds out a fifth."""
     seed: Seed = 0
     """Seed of the split. The split is by conversation, by a hash of its text: adding prompts
     later never moves an old one from training to the held-out side."""
