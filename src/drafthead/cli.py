@@ -237,7 +237,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what a head is, and what is wrong with a broken one."""
-    from drafthead.head.inspect import describe, inspect_head
+    from drafthead.drafters.inspect import describe, inspect_head
     from drafthead.targets import load_target
 
     loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None

@@ -379,7 +379,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
 
 def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
     """The run's head against the recipe's target, if it is exported."""
-    from drafthead.head.inspect import inspect_head
+    from drafthead.drafters.inspect import inspect_head
     from drafthead.targets import recipe_target
 
     if not (run.head / "config.json").exists():

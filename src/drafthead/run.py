@@ -25,7 +25,7 @@ from drafthead.head.checkpoint import trained_steps
 from drafthead.machine import torchrun_rank
 from drafthead.recipe import CaptureSection, Recipe, Source, without_secrets
 from drafthead.rundir import RunDir
-from drafthead.targets import recipe_target
+from drafthead.targets import captured_layers, recipe_target
 from drafthead.vocab import check_size
 
 _PROVES = ("verify", "bench", "report")
@@ -86,7 +86,7 @@ STAGES = (
     Stage(
         "export",
         "the folder that vLLM serves",
-        "drafthead.head.export:export",
+        "drafthead.drafters.export:export",
         ("export",),
         "train",
     ),
@@ -132,6 +132,8 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What each stage reads of the recipe, as far as it changes what the stage makes."""
     dumped = without_secrets(recipe.model_dump(mode="json"))  # a new token makes nothing stale
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
+    if recipe.head.kind == "dspark" and recipe.capture.aux_layers is None:
+        dumped["capture"]["aux_layers"] = "spread"  # others than without
     dumped["train"]["track"] = []  # who looks on does not change what is trained
     # … nor do the GPU that computes states online and the memory that they pass through.
     dumped["capture"] |= CaptureSection().model_dump(include={"online_bytes", "online_devices"})
@@ -190,7 +192,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
     target = recipe_target(recipe)
     if "vocab" in wanted:
         check_size(recipe.vocab.size, target.vocab_size)
-    target.check_aux_layers(recipe.capture.aux_layers)
+    captured_layers(recipe, target)
     _check_load(recipe, wanted)
 
     def hashes(sources: list[Source]) -> dict[str, str]:

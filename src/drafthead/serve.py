@@ -13,9 +13,10 @@ from typing import Any, NotRequired
 from transformers import AutoConfig, GenerationConfig
 from typing_extensions import TypedDict
 
+from drafthead.drafters import DRAFTERS, drafter_of
+from drafthead.drafters.inspect import refuse_unfit
 from drafthead.errors import DraftheadError
 from drafthead.fsio import Natural, read_json
-from drafthead.head.inspect import refuse_unfit
 from drafthead.machine import Machine, this_machine
 from drafthead.plan import Plan, Setting
 from drafthead.recipe import Recipe, load_recipe
@@ -205,19 +206,16 @@ def engine_plan(
     )
     if head is not None:
         head = os.path.expanduser(head)
+        drafter = DRAFTERS["eagle3"]
         if Path(head).is_dir():
             refuse_unfit(Path(head), target)
-        speculative_config = {
-            "method": "eagle3",
-            "model": head,
-            "num_speculative_tokens": k,
-            # vLLM's own, for every class of EAGLE-3 heads that it has.
-            "use_local_argmax_reduction": True,
-        }
-        why += (
-            "; use_local_argmax_reduction chooses the same drafts for less: among the ids that the "
-            "head can draft, not over the target's whole vocabulary"
-        )
+            drafter = drafter_of(Path(head))
+        speculative_config = drafter.speculative_config(head, k)
+        if "use_local_argmax_reduction" in speculative_config:
+            why += (
+                "; use_local_argmax_reduction chooses the same drafts for less: among the ids that "
+                "the head can draft, not over the target's whole vocabulary"
+            )
     add("speculative_config", speculative_config, why)
     if engine.dtype != "auto":
         add("dtype", engine.dtype, "the recipe's computation type")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from drafthead.drafters.inspect import describe, inspect_head, refuse_unfit
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import estimate_cost
 from drafthead.head.formats import Provenance
-from drafthead.head.inspect import describe, inspect_head, refuse_unfit
 from drafthead.targets import load_target
 from tests.heads import small_head
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from drafthead.drafters.export import export
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
-from drafthead.head.export import export
 from drafthead.head.formats import Provenance
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir

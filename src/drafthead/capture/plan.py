@@ -11,7 +11,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
 from drafthead.recipe import Recipe, without_secrets
 from drafthead.states import StoreMeta
-from drafthead.targets import Target, recipe_target
+from drafthead.targets import Target, captured_layers, recipe_target
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_plan(recipe: Recipe) -> WorkPlan:
     units = [work[i : i + size] for i in range(0, len(work), size)]
     inputs = _inputs(recipe, target, template, fingerprint([(c.id, split) for c, split in work]))
     meta = StoreMeta(
-        aux_layers=target.check_aux_layers(recipe.capture.aux_layers),
+        aux_layers=captured_layers(recipe, target),
         num_layers=target.num_layers,
         hidden_size=target.hidden_size,
         encoding=recipe.capture.format,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drafthead.head.formats import Provenance
+from drafthead.head.formats import Format, Provenance
 from drafthead.ops.graphs import Graphs
 from drafthead.ops.losses import Teacher
 from drafthead.recipe import HeadSection, Recipe, TrainSection
@@ -149,9 +149,12 @@ class Drafter(Protocol):
         provenance: Provenance,
         *,
         k: int,
+        format: Format = "vllm",
         embedding: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Write `folder` as vLLM reads it, in bf16; embedding [V, H] if the head has its own."""
+        """Write `folder`, as vLLM or as speculators reads it. k: what speculators' format proposes.
+        embedding [V, H] if the head has its own."""
 
     def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
         """What vLLM is told to draft k tokens a step with a head, a folder or a hub id.
@@ -166,3 +169,10 @@ class Drafter(Protocol):
 
     def load(self, folder: Path, target: Target | None = None) -> tuple[Any, Tensor | None]:
         """The head in `folder` and its own embedding [V, H], if it has one."""
+
+
+def architecture(raw: dict[str, Any]) -> str | None:
+    """The class that a `config.json` names first, if it names one."""
+    names = raw.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return first if isinstance(first, str) else None

@@ -236,7 +236,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     if recipe is None:
         return seen
     from drafthead.capture.plan import make_plan
-    from drafthead.head.inspect import inspect_head
+    from drafthead.drafters.inspect import inspect_head
 
     run = RunDir(runs / recipe.name)
     prompts = heldout_prompts(run, PROBES)

@@ -95,7 +95,7 @@ class CaptureSection(Section):
 
     aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Ids of the auxiliary layers: id i is the residual stream that enters layer i. null is
-    vLLM's own default (2, n//2, n-3)."""
+    vLLM's own default (2, n//2, n-3), for a `dspark` head with those half-way between."""
     format: Literal["bf16", "fp8-aux", "fp8", "fp32"] = "bf16"
     """How states lie on disk: bf16 (exact for a bf16 target), fp8-aux (the auxiliary layers in e4m3
     with a scale for each token and layer, the last one, which the teacher reads, in bf16; five

@@ -3,6 +3,6 @@
 Everything is read from the checkpoint's own files; nothing is guessed from a model's name.
 """
 
-from drafthead.targets.target import Target, load_target, recipe_target
+from drafthead.targets.target import Target, captured_layers, load_target, recipe_target
 
-__all__ = ["Target", "load_target", "recipe_target"]
+__all__ = ["Target", "captured_layers", "load_target", "recipe_target"]

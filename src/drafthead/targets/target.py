@@ -1,6 +1,7 @@
 """One target: its configuration, and the few of its tensors that a head needs."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -158,6 +159,13 @@ class Target:
         """vLLM's own choice (2, n//2, n-3), ascending, each once: what it reads when told none."""
         n = self.num_layers
         return tuple(sorted({min(2, n - 1), n // 2, max(n - 3, 0)}))
+
+    def spread_aux_layers(self) -> tuple[int, ...]:
+        """`default_aux_layers` and the layers half-way between them: five evenly spread ones, from
+        which heads of both kinds can be trained."""
+        usual = self.default_aux_layers()
+        between = {(a + b) // 2 for a, b in itertools.pairwise(usual)}
+        return tuple(sorted({*usual, *between}))
 
     def check_aux_layers(self, layers: list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
         """The auxiliary layers to capture, ascending as vLLM sorts them.
@@ -469,6 +477,17 @@ def load_target(
     target.logits  # noqa: B018 - raises now, not when something is computed
     target.check_files()
     return target
+
+
+def captured_layers(recipe: Recipe, target: Target) -> tuple[int, ...]:
+    """The auxiliary layers that the recipe asks to be captured, or that its head reads by default.
+
+    Raises:
+        DraftheadError: the target does not have them.
+    """
+    if recipe.capture.aux_layers is None and recipe.head.kind == "dspark":
+        return target.spread_aux_layers()
+    return target.check_aux_layers(recipe.capture.aux_layers)
 
 
 def recipe_target(recipe: Recipe) -> Target:

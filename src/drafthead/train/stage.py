@@ -19,7 +19,7 @@ from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
 from drafthead.states.samples import chosen_layers
-from drafthead.targets import Target, recipe_target
+from drafthead.targets import Target, captured_layers, recipe_target
 from drafthead.train.checks import check
 from drafthead.train.loop import Task, fit
 from drafthead.train.parallel import World
@@ -83,7 +83,7 @@ def check_shape(recipe: Recipe, run: RunDir) -> None:
         DraftheadError: there is no head to start from, or none of that shape can be made.
     """
     target = recipe_target(recipe)
-    captured = target.check_aux_layers(recipe.capture.aux_layers)
+    captured = captured_layers(recipe, target)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     if start := recipe.train.start_from:
         config = _drafter(recipe).read(Path(start), target)
@@ -106,7 +106,7 @@ def check_start(recipe: Recipe, run: RunDir) -> None:
             it so.
     """
     target = recipe_target(recipe)
-    captured = target.check_aux_layers(recipe.capture.aux_layers)
+    captured = captured_layers(recipe, target)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     _first_head(recipe, run, layers, target)
     world = World.of_environment()

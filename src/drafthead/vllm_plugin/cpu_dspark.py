@@ -49,7 +49,7 @@ class BlockProposer(DFlashProposer):
         """As vLLM's, for one query less of each request; all of them draft."""
         if not self.markov:
             return super().set_inputs_first_pass(*args, **named)
-        drafts: int = self.num_speculative_tokens
+        drafts: int = self.num_speculative_tokens  # type: ignore[has-type]
         self.num_speculative_tokens = drafts - 1
         try:
             queries, _, metadata = super().set_inputs_first_pass(*args, **named)

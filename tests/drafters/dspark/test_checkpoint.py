@@ -1,9 +1,12 @@
 """DSpark heads on disk: both formats, other people's dialects, and what is refused."""
 
+import contextlib
 import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from drafthead.drafters.dspark.checkpoint import (
@@ -11,10 +14,14 @@ from drafthead.drafters.dspark.checkpoint import (
     mask_token,
     save_head,
 )
+from drafthead.drafters.dspark.config import DSparkConfig
 from drafthead.drafters.dspark.drafter import DSpark
 from drafthead.drafters.dspark.formats import read_config, write_config
 from drafthead.errors import DraftheadError
 from tests.drafters.dspark.heads import DRAFT, VOCAB, config, small_head
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=3), SCALARS)
 
 
 @pytest.mark.parametrize("format", ["vllm", "speculators"])
@@ -138,3 +145,10 @@ def test_the_config_is_json_and_names_layers_in_both_ways():
     raw = json.loads(json.dumps(write_config(config(), "vllm", {}, {})))
     assert raw["eagle_aux_hidden_state_layer_ids"] == [1, 2]
     assert raw["target_layer_ids"] == raw["dflash_config"]["target_layer_ids"] == [0, 1]
+
+
+@given(st.sampled_from(sorted(write_config(config(), "vllm", {}, {}))), VALUES)
+def test_any_value_in_a_config_is_read_or_refused(name, value):
+    with contextlib.suppress(DraftheadError):
+        read = read_config(changed() | {name: value}, "c")
+        assert isinstance(read, DSparkConfig)

@@ -1,7 +1,6 @@
 """DSpark behind the interface of all drafters."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from drafthead.drafters.dspark.packing import BlockBatch, BlockRow, pack_blocks
 from drafthead.drafters.dspark.training import BlockObjective, BlockStep, operations
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json
-from drafthead.head.formats import Provenance
+from drafthead.head.formats import Format, Provenance
 from drafthead.ops.graphs import Graphs
 from drafthead.ops.vocabulary import draft_ids
 from drafthead.recipe import HeadSection, Recipe, TrainSection
@@ -123,9 +122,27 @@ class DSpark:
         provenance: Provenance,
         *,
         k: int,
+        format: Format = "vllm",
         embedding: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        save_head(head, folder, asdict(provenance), embedding=embedding)
+        p = provenance
+        about = {
+            "drafthead_version": p.drafthead_version,
+            "target": p.target,
+            "target_fingerprint": p.target_fingerprint,
+            "trained": p.trained,
+        }
+        verifier = {"name_or_path": p.target, "architectures": list(p.target_architectures)}
+        save_head(
+            head,
+            folder,
+            about,
+            format=format,
+            verifier=verifier,
+            embedding=embedding,
+            dtype=dtype,
+        )
 
     def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
         if Path(folder).is_dir() and k > (most := self.read(Path(folder)).block_size):

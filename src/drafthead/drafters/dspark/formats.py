@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from drafthead.drafters.base import architecture
 from drafthead.drafters.dspark.config import DSparkConfig
 from drafthead.errors import DraftheadError
 
@@ -104,8 +105,7 @@ def is_dspark(raw: Any) -> bool:
     """Whether a `config.json` is of a DSpark head, in any dialect."""
     if not isinstance(raw, dict):
         return False
-    names = raw.get("architectures") or [None]
-    return raw.get("speculators_model_type") == "dspark" or names[0] in KNOWN
+    return raw.get("speculators_model_type") == "dspark" or architecture(raw) in KNOWN
 
 
 def read_config(raw: Any, where: str) -> DSparkConfig:
@@ -118,12 +118,9 @@ def read_config(raw: Any, where: str) -> DSparkConfig:
     if not isinstance(raw, dict) or not is_dspark(raw):
         raise DraftheadError(f"{where}: no configuration of a DSpark head ({', '.join(KNOWN)})")
     speculators = "speculators_model_type" in raw
-    layer = raw.get("transformer_layer_config", {}) if speculators else raw
-    nested = raw.get("dflash_config") or {}
-    dspark = raw.get("dspark_config") or {}
-    for name, value in (("dflash_config", nested), ("dspark_config", dspark), ("layer", layer)):
-        if not isinstance(value, dict):
-            raise DraftheadError(f"{where}: {name} is {value!r:.80}, must be a mapping")
+    layer = _mapping(raw, "transformer_layer_config", where) if speculators else raw
+    nested, dspark = (_mapping(raw, name, where) for name in ("dflash_config", "dspark_config"))
+    rope = _mapping(layer, "rope_parameters", where) or _mapping(layer, "rope_scaling", where)
 
     def given(name: str, *places: dict, default: Any = None) -> Any:
         """A setting that may stand in several places, where it must be the same."""
@@ -132,9 +129,8 @@ def read_config(raw: Any, where: str) -> DSparkConfig:
             raise DraftheadError(f"{where}: {name} is {' and '.join(map(repr, values))}: which?")
         return values[0] if values else default
 
-    _refuse(raw, layer, nested, dspark, speculators, where)
+    _refuse(raw, layer, nested, dspark, rope, speculators, where)
     hidden, heads = layer.get("hidden_size"), layer.get("num_attention_heads")
-    rope = layer.get("rope_parameters") or {}
     vocab = layer.get("vocab_size")
     draft = given("draft_vocab_size", dspark) or vocab
     enabled = given("enable_confidence_head", dspark, default=False)
@@ -144,7 +140,7 @@ def read_config(raw: Any, where: str) -> DSparkConfig:
         "num_hidden_layers": layer.get("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": layer.get("num_key_value_heads") or heads,
-        "head_dim": layer.get("head_dim") or (hidden // heads if hidden and heads else None),
+        "head_dim": layer.get("head_dim") or _quotient(hidden, heads),
         "vocab_size": vocab,
         "draft_vocab_size": draft,
         "target_hidden_size": given("target_hidden_size", dspark) or hidden,
@@ -155,7 +151,7 @@ def read_config(raw: Any, where: str) -> DSparkConfig:
         "markov_rank": given("markov_rank", nested, dspark),
         "confidence_head": enabled,
         "confidence_with_markov": given("confidence_head_with_markov", dspark, default=False),
-        "causal": bool(given("is_causal", default=nested.get("causal") or False)),
+        "causal": given("is_causal", default=nested.get("causal") or False),
         "rms_norm_eps": layer.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta") or layer.get("rope_theta") or 1e6,
         "is_neox_style": given("is_neox_style", default=raw.get("rope_is_neox_style", True)),
@@ -186,34 +182,48 @@ def _aux_layers(
         if place.get("target_layer_ids")
     ]
     try:
-        found = [list(ids) for ids in inputs] + [[i + 1 for i in ids] for ids in outputs]
+        layers = [list(ids) for ids in inputs] + [[i + 1 for i in ids] for ids in outputs]
     except TypeError:
         raise DraftheadError(f"{where}: its layer ids are no lists of integers") from None
-    if not found:
+    if not layers:
         raise DraftheadError(f"{where}: names no layers of the target to read")
-    if any(ids != found[0] for ids in found):
+    if any(ids != layers[0] for ids in layers):
         raise DraftheadError(
             f"{where}: eagle_aux_hidden_state_layer_ids (inputs of layers) and target_layer_ids "
-            f"(outputs, one lower) name different states: {found}, as inputs"
+            f"(outputs, one lower) name different states: {layers!r:.200}, as inputs"
         )
-    return tuple(found[0])
+    return tuple(layers[0])
+
+
+def _mapping(place: dict, name: str, where: str) -> dict[str, Any]:
+    """A part of a configuration, empty if it is not there."""
+    value = place.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise DraftheadError(f"{where}: {name} is {value!r:.80}, must be a mapping", field=name)
+    return value or {}
+
+
+def _quotient(a: Any, b: Any) -> int | None:
+    """a // b of whole numbers; None of anything else, which is refused as such."""
+    return a // b if type(a) is int and type(b) is int and b else None
 
 
 def _refuse(
-    raw: dict, layer: dict, nested: dict, dspark: dict, speculators: bool, where: str
+    raw: dict, layer: dict, nested: dict, dspark: dict, rope: dict, speculators: bool, where: str
 ) -> None:
     """Raise for what this network does not compute."""
     kind = raw.get("markov_head_type") or dspark.get("markov_head_type") or "vanilla"
     anchor = raw.get("sample_from_anchor", dspark.get("sample_from_anchor", not speculators))
-    rope = (layer.get("rope_parameters") or layer.get("rope_scaling") or {}).get("rope_type")
-    kinds = set(layer.get("layer_types") or ["full_attention"])
+    rope_type = rope.get("rope_type")
+    kinds = layer.get("layer_types") or []
+    sliding = not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     for wrong, what in (
-        (kind != "vanilla", f"markov_head_type {kind!r}: vLLM serves only 'vanilla'"),
+        (kind != "vanilla", f"markov_head_type {kind!r:.80}: vLLM serves only 'vanilla'"),
         (anchor is not True, "sample_from_anchor is false: its first slot drafts nothing"),
-        (rope not in (None, "default"), f"rope_type {rope!r}"),
-        (kinds != {"full_attention"} or nested.get("use_swa"), "sliding attention"),
+        (rope_type not in (None, "default"), f"rope_type {rope_type!r:.80}"),
+        (sliding or nested.get("use_swa"), f"layer_types {kinds!r:.80}: sliding attention"),
         (layer.get("attention_bias"), "attention_bias"),
-        (layer.get("hidden_act", "silu") != "silu", f"hidden_act {layer.get('hidden_act')!r}"),
+        (layer.get("hidden_act", "silu") != "silu", f"hidden_act {layer.get('hidden_act')!r:.80}"),
     ):
         if wrong:
             raise DraftheadError(f"{where}: unsupported: {what}; drafthead does not compute that")

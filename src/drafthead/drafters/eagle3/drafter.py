@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafthead.drafters.base import TargetSide
+from drafthead.drafters.base import TargetSide, architecture
 from drafthead.drafters.eagle3.batch import Batch
 from drafthead.drafters.eagle3.graphed import GraphedStep, worth_replaying
 from drafthead.drafters.eagle3.operations import operations
@@ -17,7 +17,7 @@ from drafthead.drafters.eagle3.step import Objective, TrainStep
 from drafthead.head.checkpoint import load_head, read_folder, save_head
 from drafthead.head.config import HeadConfig, head_config
 from drafthead.head.drafting import draft_chain
-from drafthead.head.formats import NATIVE_ARCHITECTURES, Provenance
+from drafthead.head.formats import NATIVE_ARCHITECTURES, Format, Provenance
 from drafthead.head.init import new_head
 from drafthead.head.inspect import inspect_head
 from drafthead.head.model import Eagle3Head
@@ -66,8 +66,8 @@ class Eagle3:
     prefixes = True
 
     def matches(self, raw: dict[str, Any]) -> bool:
-        names = raw.get("architectures") or [None]
-        return raw.get("speculators_model_type") == "eagle3" or names[0] in NATIVE_ARCHITECTURES
+        kind = raw.get("speculators_model_type")
+        return kind == "eagle3" or architecture(raw) in NATIVE_ARCHITECTURES
 
     def default_k(self, recipe: Recipe) -> Sequence[int]:
         return recipe.serve.candidates
@@ -116,9 +116,19 @@ class Eagle3:
         provenance: Provenance,
         *,
         k: int,
+        format: Format = "vllm",
         embedding: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        save_head(head, folder, provenance, speculative_tokens=k, embedding=embedding)
+        save_head(
+            head,
+            folder,
+            provenance,
+            format=format,
+            speculative_tokens=k,
+            embedding=embedding,
+            dtype=dtype,
+        )
 
     def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
         # The reduction chooses the same drafts for less: among the ids that the head can draft, not

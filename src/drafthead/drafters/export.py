@@ -1,14 +1,16 @@
 """The stage `export`: from the best head of training to the folder that vLLM serves."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from drafthead.drafters import drafter_of
+from drafthead.drafters.inspect import inspect_head
 from drafthead.errors import DraftheadError
-from drafthead.head.checkpoint import load_head, save_head
+from drafthead.fsio import read_json
 from drafthead.head.formats import Format, Provenance
-from drafthead.head.inspect import inspect_head
 from drafthead.recipe import Recipe, without_paths
 from drafthead.rundir import RunDir
 from drafthead.targets import Target, recipe_target
@@ -58,8 +60,11 @@ def convert(source: Path, folder: Path, format: Format, target: Target, k: int) 
     """
     if problems := inspect_head(source, target)["problems"]:
         raise DraftheadError("\n".join(f"{source}: {problem}" for problem in problems))
-    loaded = load_head(source, target)
-    about = loaded.read.provenance or {}
+    drafter = drafter_of(source)
+    head, embedding = drafter.load(source, target)
+    raw: Any = read_json(source / "config.json", "a head's configuration")
+    about = raw.get("drafthead")
+    about = about if isinstance(about, dict) else {}
     name = str(about.get("target", target.path))
     made = Provenance(
         # vLLM's format is published; of speculators' vLLM loads the target by this name.
@@ -68,14 +73,6 @@ def convert(source: Path, folder: Path, format: Format, target: Target, k: int) 
         target_architectures=target.architectures,
         trained=about.get("trained") or {},
     )
-    dtype = loaded.head.fc.weight.dtype
-    save_head(
-        loaded.head,
-        folder,
-        made,
-        format=format,
-        speculative_tokens=k,
-        embedding=loaded.embedding,
-        dtype=dtype,
-    )
+    dtype = head.fc.weight.dtype
+    drafter.save(head, folder, made, k=k, format=format, embedding=embedding, dtype=dtype)
     return inspect_head(folder, target)
