@@ -54,15 +54,15 @@ class Job:
     evaluations: int = 1
     """Evaluations over the run, evenly spread; their time is not counted."""
     all_layers: bool = False
-    """Read all four captured auxiliary layers instead of the usual three."""
+    """Read all five captured auxiliary layers instead of the usual three."""
     random_fc: bool = False
     """Draw `fc` at random instead of passing the deepest state through."""
 
 
 def aux_layers(target_path: str) -> tuple[list[int], list[int]]:
-    """The usual auxiliary layers, and those with one more between the last two."""
-    usual = list(load_target(target_path).default_aux_layers())
-    return usual, sorted({*usual, (usual[-2] + usual[-1]) // 2})
+    """The usual auxiliary layers, and those with the ones half-way between."""
+    target = load_target(target_path)
+    return list(target.default_aux_layers()), list(target.spread_aux_layers())
 
 
 def make_recipe(options: argparse.Namespace, job: Job, target: str) -> Recipe:
@@ -90,7 +90,7 @@ def make_recipe(options: argparse.Namespace, job: Job, target: str) -> Recipe:
                 "gpu_memory_utilization": 0.05,
                 "dtype": "bfloat16" if cuda else "float32",
             },
-            "serve": {"num_speculative_tokens": 5},
+            "serve": {"num_speculative_tokens": 7 if job.head.get("kind") == "dspark" else 5},
         },
         "quality.py",
     )

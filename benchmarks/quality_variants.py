@@ -10,6 +10,7 @@ what was asked most first, for as long as there is time.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from quality_heads import BARE, Job, length
 
@@ -55,7 +56,7 @@ SHAPES = [
     Job("vocab-4000", vocab=4000),
     Job("vocab-8000", vocab=8000),
     Job("vocab-32000", vocab=32000),
-    Job("four-aux-layers", all_layers=True),
+    Job("five-aux-layers", all_layers=True),
     Job("mlp-2x", head={"intermediate_size": 1152}),
     Job("mlp-8x", head={"intermediate_size": 4608}),
     Job("two-layers", head={"num_hidden_layers": 2}),
@@ -176,7 +177,48 @@ def finalists(found: dict[str, dict], epochs: float) -> list[Job]:
     ]
 
 
+def block(name: str, epochs: float = 3, vocab: int = 16000, **changes: Any) -> Job:
+    """A DSpark head that reads all captured layers; `changes` by key of `train` or `head`."""
+    of_head = {"num_hidden_layers", "block_size", "markov_rank", "causal", "intermediate_size"}
+    head = {k: v for k, v in changes.items() if k in of_head}
+    train = {"row_tokens": 2048} | {k: v for k, v in changes.items() if k not in of_head}
+    return Job(f"dspark/{name}", train=train, head={"kind": "dspark"} | head, vocab=vocab,
+               epochs=epochs, all_layers=True)  # fmt: skip
+
+
+def dspark() -> list[Job]:
+    """DSpark's recipe, each part changed alone, and EAGLE-3 for as many epochs."""
+    eagle3 = [
+        Job(f"dspark/eagle3-epochs-{n}", train={"row_tokens": 2048}, epochs=n) for n in (3, 6, 10)
+    ]
+    return [
+        block("nothing"),
+        *eagle3,
+        block("epochs-10", epochs=10),
+        block("ce+tv", loss="ce+tv"),
+        block("acceptance", loss="acceptance"),
+        block("lm-head-frozen", lm_head_rate=0.0),
+        block("layers-2", num_hidden_layers=2),
+        block("layers-5", num_hidden_layers=5),
+        block("rate-4e-3", learning_rate=4e-3),
+        block("rate-8e-3", learning_rate=8e-3),
+        block("anchors-0.5", anchors=0.5),
+        block("anchors-1", anchors=1.0),
+        block("causal", causal=True),
+        block("block-5", block_size=5),
+        block("decay-8", slot_decay=8.0),
+        block("decay-2", slot_decay=2.0),
+        block("rank-64", markov_rank=64),
+        block("layers-1", num_hidden_layers=1),
+        block("ce+tv-epochs-10", epochs=10, loss="ce+tv"),
+        block("layers-5-epochs-10", epochs=10, num_hidden_layers=5),
+        block("anchors-1-epochs-10", epochs=10, anchors=1.0),
+        block("rate-1e-3", learning_rate=1e-3),
+    ]
+
+
 WAVES = {
+    "dspark": lambda found, epochs: dspark(),
     "rates": lambda found, epochs: rates(),
     "parts": lambda found, epochs: parts(found),
     "finalists": finalists,
