@@ -96,7 +96,7 @@ def test_wrong_recipes_are_refused_in_words(tmp_path, data, words):
         ({"name": 2026}, "name", '"2026"'),
         ({"name": "a b"}, "name", "-"),
         ({"publish": {"repo": "me"}}, "publish.repo", "OWNER/NAME"),
-        ({"train": {"shard": "maybe"}}, "train.shard", "true"),
+        ({"head": {"fc_norm": "maybe"}}, "head.fc_norm", "true"),
         ({"train": {"ttt_steps": 2.5}}, "train.ttt_steps", "2"),
         ({"train": {"epochs": "many"}}, "train.epochs", "0.5"),
     ],

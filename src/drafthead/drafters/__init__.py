@@ -21,6 +21,8 @@ def drafter_of(folder: Path) -> Drafter:
     Raises:
         DraftheadError: there is none, or it is of no kind that is known.
     """
+    if not folder.is_dir():
+        raise DraftheadError(f"{folder}: no such head; a head is a folder with config.json")
     path = folder / "config.json"
     raw: Any = read_json(path, "a head's configuration")
     for drafter in DRAFTERS.values():
