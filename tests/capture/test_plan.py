@@ -115,6 +115,21 @@ class Engine:
         ]
 
 
+def test_user_messages_in_a_row_are_asked_together(llama, tmp_path):
+    """They were two turns, with an answer of the target's between them."""
+    recipe = parse_recipe(recipe_for(llama, tmp_path, 8, 4), "test")
+    first, then, last = ({"role": "user", "content": text} for text in ("Hello", "Well?", "Bye"))
+    answer = {"role": "assistant", "content": "x"}
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": [first, then, answer, last]}) + "\n")
+    plan = make_plan(recipe)
+    pairs = [pair for unit in plan.units for pair in unit if pair[0].where.endswith("line 9")]
+    plain = [pair for unit in plan.units for pair in unit if len(pair[0].turns) == 1]
+    *_, asked = answer_unit(plan, Engine(plan), [plain[0], *pairs]).answers
+    said = {"role": "assistant", "content": "the city"}
+    assert asked.prompt_ids.tolist() == plan.template.encode([first, then, said, last])[0]
+
+
 def test_a_conversation_ends_at_the_answer_that_its_template_refuses(llama, tmp_path):
     """Mistral's newer templates raise on an empty answer: the run ended there, each time again."""
     shutil.copytree(llama, tmp_path / "target")

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ _MEDIA = re.compile(
     r"(input_)?(image|img|picture|video|audio)s?"
     r"(_(url|uri|path|file|filepath|filename|name|id|bytes|data|embed|pil)s?)?"
 )
-_MEDIA_WORDS = {"video": "video", "audio": "audio"}
+_MEDIA_WORDS = dict.fromkeys(("image", "img", "picture"), "images") | {
+    "video": "video",
+    "audio": "audio",
+}
 _MESSAGE_LIST = re.compile(
     r"""(?s)\s*\[\s*\{(?=.*['"](role|from)['"]\s*:)(?=.*['"](content|value)['"]\s*:).*\}\s*\]\s*"""
 )
@@ -350,11 +354,18 @@ def _refuse_more_than_text(fields: dict) -> None:
     """Refuse tools, images, video and audio under any of the keys that people use for them: the
     served prompt would hold them, and asked without them it is another conversation."""
     for key, value in fields.items():
-        name = str(key).lower()
-        if _TOOLS.fullmatch(name) and _holds(value):
-            raise _NotAsked("tools")
-        if (media := _MEDIA.fullmatch(name)) and _holds(value):
-            raise _NotAsked(_MEDIA_WORDS.get(media[2], "images"))
+        kind = _beyond_text(str(key))
+        if kind and _holds(value):
+            raise _NotAsked(kind)
+
+
+@lru_cache(maxsize=10_000)
+def _beyond_text(key: str) -> str | None:
+    """What a key's value adds to a conversation's text: tools, images, video, audio or nothing."""
+    if _TOOLS.fullmatch(key.lower()):
+        return "tools"
+    media = _MEDIA.fullmatch(key.lower())
+    return _MEDIA_WORDS[media[2]] if media else None
 
 
 def _holds(value: Any) -> bool:
