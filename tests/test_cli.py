@@ -92,7 +92,7 @@ TARGETS = {
     "binary config": (write("target/config.json", b"\xff\xfe\0"), "config.json: cannot be read"),
     "unknown model": (write("target/config.json", '{"model_type": "x"}'), "model type `x`"),
     "no chat template": (remove("target/chat_template.jinja"), "no chat template"),
-    "broken template": (write("target/chat_template.jinja", "{{ x "), "template refuses"),
+    "broken template": (write("target/chat_template.jinja", "{{ x "), "chat template"),
     "truncated": (truncate, "model.safetensors: not a whole safetensors file"),
     "missing shard": (
         write("target/model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}'),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -248,6 +249,22 @@ def _sources(sources: list["SourceCounts"], key: str) -> list[Finding]:
     return findings
 
 
+def _template(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> list[Finding]:
+    """What the chat template does that its user may not know of."""
+    found = []
+    for opening in [chat.opening for chat, _ in sample if chat.system][:1]:
+        system, *said = opening
+        other = [{**system, "content": "Other words."}, *said]
+        if plan.template.render(opening, prompt=True) == plan.template.render(other, prompt=True):
+            words = "it drops system messages, as it does in vLLM's server"
+            mend = "if they matter, name another one under target.chat_template"
+            found.append(Finding("chat template", "warning", words, mend))
+    if sample and plan.template.changes_within(timedelta(days=1), sample[0][0].opening):
+        words = "it prints the date: that of the day on which the run begins, in all its prompts"
+        found.append(Finding("chat template", "ok", words))
+    return found
+
+
 def _room(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> list[Finding]:
     """Whether prompts leave room for an answer: some of all, and those held out."""
     heldout = [chat for unit in plan.units for chat, split in unit if split == "heldout"]
@@ -292,6 +309,7 @@ def _enough_steps(recipe: Recipe, tokens: int) -> list[Finding]:
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
     """Target, prompts, drafts a step, fit into memory, and disk against the bytes of the states."""
     from drafthead.capture.plan import make_plan
+    from drafthead.data.template import recipe_template
     from drafthead.prove.prompts import own_prompts
     from drafthead.serve import engine_plan, refused_sampling
     from drafthead.targets import recipe_target
@@ -304,6 +322,11 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     except DraftheadError as error:
         mend = "target.path names a whole transformers checkpoint: a folder, or a hub id"
         return [Finding("target", "fault", str(error), mend)]
+    try:
+        recipe_template(recipe, target)
+    except DraftheadError as error:
+        mend = "target.chat_template names a Jinja file; null is the target's own template"
+        return [Finding("chat template", "fault", str(error), mend)]
     try:
         check_size(recipe.vocab.size, target.vocab_size)
         plan = make_plan(recipe)
@@ -341,7 +364,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
         found.append(Finding("sampling", "warning", words, mend))
     found += [*_sources(plan.sources, "prompts"), *_sources(timed, "bench.sources")]
     sample = _sample(plan)
-    found += [*_room(plan, sample), *_trained_steps(recipe)]
+    found += [*_template(plan, sample), *_room(plan, sample), *_trained_steps(recipe)]
     try:
         engine_plan(recipe, head=None, target=target, machine=machine)
     except DraftheadError as error:

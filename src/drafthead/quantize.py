@@ -151,7 +151,9 @@ def _quantize(
         target.path, dtype="auto", trust_remote_code=target.trust_remote_code
     )
     model.to(device).eval()
-    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    template = Template(
+        target.tokenizer(), target.eos_token_ids, str(target.path), text=target.chat_template
+    )
     torch.manual_seed(seed)
     texts, held = (
         _answered(model, template, side, max_new_tokens) for side in (calibration, heldout)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from drafthead.data.records import check_file
+from drafthead.data.template import given_template, recipe_template
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import (
     RunLock,
@@ -190,6 +191,8 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
             need: better now than hours later.
     """
     target = recipe_target(recipe)
+    if "generate" in wanted:
+        recipe_template(recipe, target)
     if "vocab" in wanted:
         check_size(recipe.vocab.size, target.vocab_size)
     captured_layers(recipe, target)
@@ -219,6 +222,8 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         if stage.after is None:
             own["target_files"] = target.fingerprint
             own["prompt_files"] = hashes(recipe.prompts.sources)
+            if recipe.target.chat_template is not None:
+                own["chat_template"] = fingerprint(given_template(recipe))
         else:
             own["after"] = fingerprint(inputs[stage.after])
         inputs[stage.name] = own

@@ -1,6 +1,7 @@
 """Where a run leaves what it makes. One folder, the same names in every run."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import clear, read_json, shortened, write_json
 
 RECORD_MEND = "delete it, and the stage is looked at again"
+_BEGAN = "began"
+"""Key of the time in a begun stage's record, beside its inputs."""
 
 
 class Done(TypedDict):
@@ -96,9 +99,12 @@ class RunDir:
         Raises:
             DraftheadError: there is such output and ``overwrite`` is off, or it cannot be deleted.
         """
-        path, before = self.record(stage, "begun"), inputs
+        path, before, now = self.record(stage, "begun"), inputs, datetime.now()
         if path.exists():
             before = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
+            before.pop(_BEGAN, None)
+            if before == inputs:
+                now = self.began(stage) or now
         if before != inputs:
             made = any(out.is_dir() and any(out.iterdir()) for out in self._outputs(stage))
             if made and not overwrite:
@@ -113,7 +119,18 @@ class RunDir:
                 self.forget("capture")
             for output in self._outputs(stage):
                 clear(output)
-        write_json(path, inputs)
+        write_json(path, {**inputs, _BEGAN: now.isoformat()})
+
+    def began(self, stage: str) -> datetime | None:
+        """When ``stage`` began, the first time if it was resumed since; None if it did not."""
+        path = self.record(stage, "begun")
+        if not path.exists():
+            return None
+        record = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
+        try:
+            return datetime.fromisoformat(record[_BEGAN])
+        except (KeyError, TypeError, ValueError):  # a record from before this was kept
+            return None
 
     def finish(self, stage: str, inputs: dict, summary: dict) -> None:
         """Record that ``stage`` ended with these ``inputs``."""

@@ -13,6 +13,7 @@ from typing import Any, NotRequired
 from transformers import AutoConfig, GenerationConfig
 from typing_extensions import TypedDict
 
+from drafthead.data.template import given_template, recipe_template
 from drafthead.drafters import DRAFTERS, drafter_of
 from drafthead.drafters.inspect import refuse_unfit
 from drafthead.errors import DraftheadError
@@ -60,31 +61,31 @@ _NO_SAMPLING = 1e-5
 """Up to here vLLM takes such a setting as off."""
 
 
-def chat_template(path: Path) -> str:
-    """The text of a checkpoint's chat template, empty if it has none."""
-    jinja = path / "chat_template.jinja"
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
-    config = path / "tokenizer_config.json"
-    if not config.exists():
-        return ""
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") or ""
-    if isinstance(template, list):  # several named templates
-        template = "\n".join(entry.get("template", "") for entry in template)
-    return template
+def reasoning_parser(recipe: Recipe, target: Target) -> str | None:
+    """vLLM's parser for the target's reasoning blocks.
 
-
-def reasoning_parser(target: Target) -> str | None:
-    """vLLM's parser for the target's reasoning blocks; None if its template knows none, or if its
-    tokenizer has no tokens for their ends: vLLM's parsers look for those and refuse to start."""
+    None if its template knows none, or if its tokenizer has no tokens for their ends: vLLM's
+    parsers look for those and refuse to start. deepseek_r1 takes an answer without `</think>` for
+    reasoning only, so it is not for a template that closes the block itself (thinking is off), nor
+    for special tokens, which the server drops from the text before it looks for them.
+    """
+    if "reasoning_parser" in recipe.engine.extra:
+        return recipe.engine.extra["reasoning_parser"]
     model_type = target.config.model_type
     if model_type == "gpt_oss":
         return _REASONING_PARSERS[model_type]
-    if "</think>" not in chat_template(target.path):
+    given = given_template(recipe)
+    if "</think>" not in ((target.chat_template if given is None else given) or ""):
         return None
-    if not {"<think>", "</think>"} <= target.tokenizer().get_vocab().keys():
+    template = recipe_template(recipe, target)
+    ids = [template.tokenizer.get_vocab().get(name) for name in ("<think>", "</think>")]
+    if None in ids:
         return None
-    return _REASONING_PARSERS.get(model_type, "deepseek_r1")
+    if model_type in _REASONING_PARSERS:
+        return _REASONING_PARSERS[model_type]
+    added = template.tokenizer.added_tokens_decoder
+    special = any(i in added and added[i].special for i in ids)
+    return None if special or template.closes_thinking() else "deepseek_r1"
 
 
 def refused_sampling(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
@@ -221,8 +222,12 @@ def engine_plan(
         add("dtype", engine.dtype, "the recipe's computation type")
     add("max_model_len", engine.max_model_len, "the recipe's longest sequence")
     add("max_num_seqs", engine.max_num_seqs, "sequences at once, from the recipe")
-    parser = reasoning_parser(target)
+    parser = reasoning_parser(recipe, target)
     add("reasoning_parser", parser, "the chat template has <think> blocks", server_only=True)
+    template, why = recipe.target.chat_template, "the recipe's chat template"
+    add("chat_template", template and os.path.expanduser(template), why, server_only=True)
+    arguments, why = recipe.target.chat_template_kwargs, "the recipe's arguments of the template"
+    add("default_chat_template_kwargs", arguments or None, why, server_only=True)
     if speculative_config and (refused := refused_sampling(target, engine.extra)):
         off = {name: _REFUSED_SAMPLING[name] for name in refused}
         found = ", ".join(f"{name} {value}" for name, value in refused.items())
@@ -378,7 +383,13 @@ def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
     """
     run = RunDir(runs / recipe.name)
     path = _whole(recipe.target.path)
-    whole = recipe.target.model_copy(update={"path": path})
+    template = os.path.expanduser(recipe.target.chat_template or "")
+    whole = recipe.target.model_copy(
+        update={
+            "path": path,
+            **({"chat_template": os.path.abspath(template)} if os.path.isfile(template) else {}),
+        }
+    )
     plan = engine_plan(
         recipe.model_copy(update={"target": whole}),
         head=_whole(existing_head(run.head)),

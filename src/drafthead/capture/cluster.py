@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +30,7 @@ from drafthead.capture.plan import WorkPlan, plan_elsewhere
 from drafthead.capture.work import answers_in, work
 from drafthead.data.answers import part_path
 from drafthead.data.chats import Chat
+from drafthead.data.template import given_template
 from drafthead.errors import DraftheadError
 from drafthead.machine import install_command
 from drafthead.progress import progress
@@ -250,8 +252,15 @@ def _order(stage: str, plan: WorkPlan, run: RunDir) -> dict[str, Any]:
     recipe = plan.recipe.model_dump(mode="json")
     if Path(target := os.path.expanduser(plan.recipe.target.path)).is_dir():
         recipe["target"]["path"] = os.path.abspath(target)
+    recipe["target"]["chat_template"] = given_template(plan.recipe)
     root = str(run.root.resolve())
-    return {"stage": stage, "recipe": recipe, "meta": asdict(plan.meta), "run": root}
+    return {
+        "stage": stage,
+        "recipe": recipe,
+        "meta": asdict(plan.meta),
+        "run": root,
+        "now": plan.template.now.isoformat(),
+    }
 
 
 @contextlib.contextmanager
@@ -368,7 +377,11 @@ _incoming: queue.SimpleQueue = queue.SimpleQueue()
 
 def _child(order: dict, report: Callable[[dict], None]) -> None:
     """The engine's process: asks for a unit, does it, asks for the next."""
-    plan = plan_elsewhere(parse_recipe(order["recipe"], "recipe"), StoreMeta.of(order["meta"]))
+    plan = plan_elsewhere(
+        parse_recipe(order["recipe"], "recipe"),
+        StoreMeta.of(order["meta"]),
+        datetime.fromisoformat(order["now"]),
+    )
 
     def asked() -> Iterator[int]:
         while True:

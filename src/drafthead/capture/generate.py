@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from drafthead.capture.engine import CaptureEngine, Wanted, Written
+from drafthead.capture.history import History
 from drafthead.capture.plan import WorkPlan
 from drafthead.data.answers import Answer, part_path, read_part, write_part
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
+from drafthead.serve import reasoning_parser
 from drafthead.states.index import unit_path
 
 # Tokens that a template puts around one more turn; more than any known one does.
 _TURN_MARGIN = 64
 _NO_ROOM = "later turns, which might not fit into engine.max_model_len"
 _REFUSED = "later turns, as the template refuses an answer before them"
+_NO_CONTENT = "later turns, as an answer before them is all thinking"
+_UNREADABLE = "later turns, as vLLM's reasoning parser cannot read an answer before them"
 
 
 @dataclass
@@ -54,14 +58,16 @@ def answer_unit(
 ) -> Unit:
     """Let the target answer each conversation of a unit, turn by turn.
 
-    Every turn is answered in the context of the target's own earlier answers, as its template
-    shows them. The last turn's prompt and answer are the sample; only its states are kept. A
-    conversation ends early where one more turn might not fit the model, or where the template
-    refuses what the target answered, as it comes (some raise on an empty one).
+    Every turn is answered in the context of the target's own earlier answers, as a chat client
+    sends them back and the template shows them. The last turn's prompt and answer are the sample;
+    only its states are kept. A conversation ends early where one more turn might not fit the model,
+    where an answer is all thinking, or where the template refuses an answer (some raise on an empty
+    one).
     """
     done: dict[str, tuple[Conversation, Written]] = {}
     left_out: dict[str, list[str]] = {}
     live = [Conversation(chat, split) for chat, split in chats]
+    history = History(plan.template, reasoning_parser(plan.recipe, plan.target))
     while live:
         asked = []
         for conversation in live:
@@ -93,7 +99,15 @@ def answer_unit(
                 done[conversation.chat.id] = (conversation, answer)
                 continue
             conversation.answered = answer
-            conversation.answers.append(plan.template.answer_text(answer.ids))
+            try:
+                content, reason = history.content(answer.ids), _NO_CONTENT
+            except DraftheadError:
+                content, reason = None, _UNREADABLE
+            if content is None:
+                left_out.setdefault(reason, []).append(conversation.chat.id)
+                done[conversation.chat.id] = (conversation, answer)
+                continue
+            conversation.answers.append(content)
             live.append(conversation)
     answers, wanted = [], []
     for chat, _ in chats:

@@ -3,10 +3,11 @@
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from drafthead.data.chats import Chat, SourceCounts, load_chats
-from drafthead.data.template import Template
+from drafthead.data.template import Template, recipe_template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
 from drafthead.recipe import Recipe, without_secrets
@@ -40,14 +41,18 @@ def vllm_version() -> str:
     return ""
 
 
-def make_plan(recipe: Recipe) -> WorkPlan:
+def make_plan(recipe: Recipe, now: datetime | None = None) -> WorkPlan:
     """Read target, template and prompts, and cut the work into units.
+
+    Args:
+        recipe: the run's recipe.
+        now: the time that a template reads that prints a date; None is now.
 
     Raises:
         DraftheadError: target, template, prompts or layers are not usable.
     """
     target = recipe_target(recipe)
-    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    template = recipe_template(recipe, target, now)
     chats = load_chats(recipe.prompts, template)
     work = chats.all()
     # A template that hides which tokens of earlier turns the target wrote shows here.
@@ -89,15 +94,15 @@ def _check_room(chats: list[Chat], side: str, template: Template, max_len: int) 
     )
 
 
-def plan_elsewhere(recipe: Recipe, meta: StoreMeta) -> WorkPlan:
-    """The plan that another machine made, on this one, which may lack the prompts: its units are
-    empty until they are filled.
+def plan_elsewhere(recipe: Recipe, meta: StoreMeta, now: datetime) -> WorkPlan:
+    """The plan that another machine made at ``now``, on this one, which may lack the prompts: its
+    units are empty until they are filled.
 
     Raises:
         DraftheadError: target, template or vLLM are not that machine's.
     """
     target = recipe_target(recipe)
-    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    template = recipe_template(recipe, target, now)
     own = _inputs(recipe, target, template, meta.inputs["prompts"])
     differing = [key for key in own if own[key] != meta.inputs.get(key)]
     if differing:
@@ -122,7 +127,7 @@ def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) ->
         "target": target.fingerprint,
         "quantization": (target.quantization or {}).get("quant_method"),
         "vllm": vllm_version(),
-        "template": fingerprint(template.tokenizer.chat_template),
+        "template": fingerprint(template.text),
         "prompts": prompts,
         "generate": recipe.generate.model_dump(mode="json"),
         "mode": recipe.capture.mode,
@@ -130,4 +135,5 @@ def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) ->
         "max_model_len": max_len,
         # Not where there is none: stores made before this was among their inputs stay good.
         **({"engine.extra": extra} if extra else {}),
+        **({"chat_template_kwargs": template.arguments} if template.arguments else {}),
     }

@@ -1,6 +1,7 @@
 """The stages `generate` and `capture` of a run, each with its engine in a process of its own."""
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -44,7 +45,7 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: wrong input, a failed check, a full disk, the engine died, or answers that
             lay there before are not to these prompts.
     """
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, run.began("generate"))
     for note in [note for source in plan.sources for note in source.notes()]:
         console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     if not all(part_path(run.answers, unit).exists() for unit in range(len(plan.units))):
@@ -148,7 +149,12 @@ def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
 
 def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     """Run ``work`` in a process of its own and show its progress."""
-    order = {"stage": stage, "recipe": plan.recipe.model_dump(mode="json"), "run": str(run.root)}
+    order = {
+        "stage": stage,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "run": str(run.root),
+        "now": plan.template.now.isoformat(),
+    }
     child = Child(stage, "drafthead.capture.stages", order, run.root / "logs" / f"{stage}.log")
     units, tokens = range(len(plan.units)), 0
     path_of, folder = (part_path, run.answers) if stage == "generate" else (unit_path, run.states)
@@ -172,7 +178,8 @@ def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None
 def _child(order: dict, report: Callable[[dict], None]) -> None:
     run = RunDir(Path(order["run"]))
     keep_hashes(run.root)
-    plan = make_plan(parse_recipe(order["recipe"], "recipe"))
+    now = datetime.fromisoformat(order["now"])
+    plan = make_plan(parse_recipe(order["recipe"], "recipe"), now)
     work(order["stage"], plan, run, range(len(plan.units)), report)
 
 

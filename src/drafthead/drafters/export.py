@@ -6,14 +6,18 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from drafthead.data.template import given_template
 from drafthead.drafters import drafter_of
 from drafthead.drafters.inspect import inspect_head
 from drafthead.errors import DraftheadError
-from drafthead.fsio import read_json
+from drafthead.fsio import read_json, write_bytes
 from drafthead.head.formats import Format, Provenance
 from drafthead.recipe import Recipe, without_paths
 from drafthead.rundir import RunDir
 from drafthead.targets import Target, recipe_target
+
+CHAT_TEMPLATE = "chat_template.jinja"
+"""File of the recipe's chat template in the head's folder, for who serves a published head."""
 
 
 def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -32,6 +36,8 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         raise DraftheadError(f"{best}: no trained head there; run `drafthead train` first")
     k = recipe.serve.k
     found = convert(best, run.head, "vllm", target, k)
+    if (template := given_template(recipe)) is not None:
+        write_bytes(run.head / CHAT_TEMPLATE, template.encode())
     paths = {"head": str(run.head)}
     if recipe.export.speculators:
         convert(best, run.head_speculators, "speculators", target, k)

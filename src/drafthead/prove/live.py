@@ -5,9 +5,12 @@ are read. That separates the causes: prompts given as ids bypass the server's ch
 they are prompts whose acceptance training has predicted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
+from drafthead.data.template import Message, Template
 from drafthead.finding import Finding
 from drafthead.fsio import read_json
 from drafthead.head.acceptance import Acceptance
@@ -49,7 +52,10 @@ class LiveFacts:
     predicted: list[float] | None = None
     """Acceptance by position that training predicts for them."""
     template_agrees: bool | None = None
-    """The server's chat template gives the token ids that the run's answers began with."""
+    """The server's chat template gives the token ids that the run's answers began with, or those of
+    today if it prints a date."""
+    needs_arguments: bool = False
+    """It does so only for requests that bring the recipe's `chat_template_kwargs`."""
     head_aux_layers: list[int] | None = None
     trained_aux_layers: list[int] | None = None
     """Layers that the states in the run were captured at."""
@@ -92,8 +98,20 @@ def conclude(facts: LiveFacts) -> list[Finding]:
                 "fault",
                 "the server's chat template gives other tokens than the one that the head was "
                 "trained with",
-                "serve with the target's own template (no --chat-template), and the same "
-                "thinking mode as in the recipe",
+                "serve with the recipe's target.chat_template and target.chat_template_kwargs, as "
+                "`drafthead serve RECIPE` does; in the recipe, null is the target's own template",
+            )
+        )
+    elif facts.needs_arguments:
+        found.append(
+            Finding(
+                "chat template",
+                "warning",
+                "the server has other default arguments of the chat template than the recipe's "
+                "target.chat_template_kwargs: only requests that bring them get the prompts that "
+                "the head was trained with",
+                "start it with `drafthead serve RECIPE`, or send chat_template_kwargs with each "
+                "request",
             )
         )
     counters = facts.probe or facts.traffic
@@ -253,17 +271,24 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     config = about.get("config") or {}
     by_id = {p.conversation: p.ids for p in prompts}
     chats = [chat for unit in plan.units for chat, _ in unit if chat.id in by_id]
-    agree = None
+    agree, needs_arguments = None, False
     for chat in chats:
-        if len(chat.turns) == 1:
-            said = client.tokenize_chat(chat.opening)
-            agree = said == by_id[chat.id]
+        # A prompt that prints the time of day is never the same again.
+        noon, a_minute = datetime(2026, 1, 1, 12), timedelta(minutes=1, seconds=1)
+        timed = plan.template.at(noon).changes_within(a_minute, chat.opening)
+        if len(chat.turns) == 1 and not timed:
+            arguments = recipe.target.chat_template_kwargs
+            expected = [by_id[chat.id], *dated_prompts(plan.template, chat.opening)]
+            agree = client.tokenize_chat(chat.opening, arguments) in expected
+            if arguments and agree:
+                needs_arguments = client.tokenize_chat(chat.opening) not in expected
             break
     return replace(
         seen,
         probe=probe,
         predicted=predicted_acceptance(run, served_k(recipe, run)),
         template_agrees=agree,
+        needs_arguments=needs_arguments,
         head_aux_layers=config.get("aux_layer_ids"),
         trained_aux_layers=sorted(recipe.head.aux_layers or []) or _captured_layers(run),
         head_problems=tuple(about["problems"]),
@@ -272,6 +297,17 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         base_tokens_per_s=_alone(bench),
         best_k=bench.get("recommended_num_speculative_tokens"),
     )
+
+
+def dated_prompts(template: Template, messages: Sequence[Message]) -> list[list[int]]:
+    """Token ids of a prompt whose template prints the date, for today; none if it prints no date.
+
+    The server's clock may be in another time zone, so the days around it are among them.
+    """
+    if not template.changes_within(timedelta(days=1), messages):
+        return []
+    days = [datetime.now() + timedelta(days=days) for days in (-1, 0, 1)]
+    return [template.at(day).encode(messages)[0] for day in days]
 
 
 def _alone(bench: dict) -> float | None:

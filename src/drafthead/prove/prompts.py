@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from drafthead.data.answers import read_answers
 from drafthead.data.chats import SourceCounts, read_chats
-from drafthead.data.template import Template
+from drafthead.data.template import Template, recipe_template
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
@@ -75,7 +75,7 @@ def timed_prompts(recipe: Recipe, run: RunDir, target: Target, console: Console)
     """
     section = recipe.bench
     if section.sources is not None:
-        template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+        template = recipe_template(recipe, target, run.began("generate"))
         prompts, counts = own_prompts(recipe, target, template)
         for note in [note for source in counts for note in source.notes()]:
             console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)

@@ -161,9 +161,17 @@ class Client:
         """The first model that it serves: ``id``, ``root``, ``max_model_len``."""
         return self.get("/v1/models").json()["data"][0]
 
-    def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids that the server's chat template makes of a conversation."""
-        body = {"model": self.model()["id"], "messages": messages, "add_generation_prompt": True}
+    def tokenize_chat(
+        self, messages: list[dict[str, str]], chat_template_kwargs: dict[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids that the server's chat template makes of a conversation, for a request with
+        these arguments of the template."""
+        body = {
+            "model": self.model()["id"],
+            "messages": messages,
+            "add_generation_prompt": True,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
         try:
             response = httpx.post(
                 f"{self.url}/tokenize", json=body, headers=_key(), timeout=30, trust_env=False

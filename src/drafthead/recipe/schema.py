@@ -6,7 +6,15 @@ Unknown or misspelt keys are refused, with the nearest right one.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
 
 Loss = Literal["kl", "ce+smoothl1", "acceptance", "ce+tv"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -35,6 +43,13 @@ class TargetSection(Section):
     """Hub revision; null is the default branch."""
     trust_remote_code: bool = False
     """Run Python code that comes with the target. Off: say so by name if you mean it."""
+    chat_template: str | None = None
+    """Jinja file (or the Jinja itself) that the target is served with, as in vLLM's
+    `--chat-template`; null is the target's own. Base models have none: name one."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template that the target is served with, such as
+    `{enable_thinking: false}`: vLLM's `--default-chat-template-kwargs`. The head learns what the
+    target writes with them."""
 
 
 class Source(Section):
@@ -306,6 +321,9 @@ _RECIPE_KEYS = {
     "spec_model": "serve.num_speculative_tokens",
     "spec_tokens": "serve.num_speculative_tokens",
     "num_speculative_tokens": "serve.num_speculative_tokens",
+    "chat_template": "target.chat_template",
+    "chat_template_kwargs": "target.chat_template_kwargs",
+    "default_chat_template_kwargs": "target.chat_template_kwargs",
 }
 
 

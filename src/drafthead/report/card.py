@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from drafthead.drafters.export import CHAT_TEMPLATE
 from drafthead.fsio import write_bytes
 from drafthead.machine import Gpu, Machine, repository, this_machine
 from drafthead.plan import Plan
@@ -135,7 +136,13 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
         )
         made = engine_plan(recipe, head=repo, target=target, machine=gpu_machine(count, False))
         general = ("max_num_seqs", "max_cudagraph_capture_size", "gpu_memory_utilization")
-        return replace(made, settings=[s for s in made.settings if s.name not in general]).public
+        template = {"value": CHAT_TEMPLATE, "why": f"{CHAT_TEMPLATE} of this repository"}
+        settings = [
+            replace(s, **template) if s.name == "chat_template" else s
+            for s in made.settings
+            if s.name not in general
+        ]
+        return replace(made, settings=settings).public
 
     count = next((n for n in _SEVERAL if target.num_attention_heads % n == 0), None)
     return plan(1), plan(count) if count else None

@@ -1,5 +1,6 @@
 """One target: its configuration, and the few of its tensors that a head needs."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -133,6 +134,21 @@ class Target:
         """Names the exact checkpoint: from the SHA-256 of its weights, configuration, tokenizer."""
         files = [*self.tensors.files, *self.path.glob("*.json"), *self.path.glob("*.jinja")]
         return fingerprint({file.name: file_hash(file) for file in sorted(set(files))})
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja template that vLLM's server takes for a request without tools: the processor's
+        of a multimodal checkpoint, else the tokenizer's; None if there is none."""
+        template = self.tokenizer().chat_template
+        if self.multimodal:
+            from transformers import ProcessorMixin
+
+            # vLLM takes the tokenizer's where the processor cannot be read.
+            with contextlib.suppress(OSError, ValueError):
+                settings, _ = ProcessorMixin.get_processor_dict(self.path)
+                if isinstance(settings.get("chat_template"), str):
+                    return settings["chat_template"]
+        return template.get("default") if isinstance(template, dict) else template
 
     def tokenizer(self) -> Any:
         """The target's own tokenizer.
