@@ -13,9 +13,11 @@ import yaml
 from rich.console import Console
 
 from drafthead import doctor, hook
+from drafthead.doctor import check_recipe
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import TargetSection, VocabSection, parse_recipe, with_options
 from drafthead.rundir import RunDir
+from tests import templates
 from tests.prove import crafted
 
 GIB = 1 << 30
@@ -359,3 +361,25 @@ def test_works_where_libraries_do_not(recipe, tmp_path, broken):
     assert fault["found"] == f"{name} cannot be imported: OSError: libcudart.so.13: cannot open"
     assert "pip install" in fault["mend"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_target_without_a_chat_template(recipe, tmp_path):
+    (tmp_path / "target" / "chat_template.jinja").unlink()
+    (only,) = check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
+    assert (only.what, only.state) == ("chat template", "fault")
+    assert "target.chat_template" in only.found
+
+
+def test_a_template_that_prints_the_date_or_drops_system_messages(recipe, tmp_path):
+    run = RunDir(tmp_path / "runs" / "r")
+    assert "chat template" not in {f.what for f in check_recipe(recipe, run, CPU)}
+    dated = with_options(recipe, "target", {"chat_template": templates.DATED})
+    assert ("chat template", "ok") in {(f.what, f.state) for f in check_recipe(dated, run, CPU)}
+    prompts = tmp_path / "prompts.jsonl"
+    records = [{"system": "Be brief.", "prompt": f"word {i}"} for i in range(40)]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    dropping = templates.CHATML.replace("in messages", "in messages if m.role != 'system'")
+    drops = with_options(recipe, "target", {"chat_template": dropping})
+    assert ("chat template", "warning") in {
+        (f.what, f.state) for f in check_recipe(drops, run, CPU)
+    }

@@ -1,5 +1,6 @@
 """The recipe: what it refuses, and how it says so."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,22 @@ def test_every_field_says_why():
 )
 def test_local_paths_are_shown_as_names(text, shown):
     assert without_paths({"a": [text, 1]}) == {"a": [shown, 1]}
+
+
+@pytest.mark.parametrize("section", ["generate", "prompts", "serve", "bench"])
+def test_arguments_of_the_chat_template_stand_under_target(tmp_path, section):
+    given = {"chat_template_kwargs": {"enable_thinking": False}}
+    recipe = _load(tmp_path, GOOD | {"target": GOOD["target"] | given})
+    assert recipe.target.chat_template_kwargs == {"enable_thinking": False}
+    with pytest.raises(DraftheadError, match=f"{section}.chat_template_kwargs"):
+        _load(tmp_path, GOOD | {section: GOOD.get(section, {}) | given})
+    with pytest.raises(DraftheadError, match=r"target\.chat_template_kwargs"):
+        extra = {"default_chat_template_kwargs": {"enable_thinking": False}}
+        _load(tmp_path, GOOD | {"engine": {"extra": extra}})
+
+
+def test_an_argument_of_the_chat_template_that_json_cannot_hold(tmp_path):
+    """YAML reads a date where text is meant."""
+    given = {"chat_template_kwargs": {"date": date(2026, 1, 2)}}
+    with pytest.raises(DraftheadError, match=r"target\.chat_template_kwargs"):
+        _load(tmp_path, GOOD | {"target": GOOD["target"] | given})

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 
 import pytest
 import yaml
@@ -12,11 +13,13 @@ from rich.console import Console
 from drafthead import fsio
 from drafthead import run as run_module
 from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.fsio import write_json
 from drafthead.head.checkpoint import read_folder
 from drafthead.recipe import load_recipe
 from drafthead.run import NAMES, execute
 from drafthead.rundir import RunDir
-from drafthead.targets import recipe_target
+from drafthead.targets import Target, recipe_target
+from tests import templates
 from tests.prove import crafted
 
 CONSOLE = Console(quiet=True)
@@ -402,3 +405,43 @@ def test_what_a_kill_left_half_made_is_swept_from_the_runs_folders(job, tmp_path
     assert list((tmp_path / "disk").iterdir()) == []
     assert list((job.root / "train" / "replaced").iterdir()) == []
     assert (job.root / "train" / "not replaced" / "old").exists()
+
+
+def test_answers_are_stale_when_the_template_or_its_arguments_change(job, llama, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text(templates.THINKING_OFF)
+    target = {"path": str(llama), "chat_template": str(own)}
+    job.execute(job.recipe(target=target), last="generate")
+    with pytest.raises(DraftheadError, match="chat_template_kwargs"):
+        off = target | {"chat_template_kwargs": {"enable_thinking": False}}
+        job.execute(job.recipe(target=off), last="generate")
+    own.write_text(templates.CHATML)
+    with pytest.raises(DraftheadError, match="chat_template"):
+        job.execute(job.recipe(target=target), last="generate")
+    job.execute(job.recipe(target=target), last="generate", overwrite=True)
+    assert job.ran == ["generate"]
+
+
+def test_a_target_without_a_template_is_refused_before_it_is_hashed(
+    job, llama, tmp_path, monkeypatch
+):
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    monkeypatch.setattr(Target, "fingerprint", property(lambda _: pytest.fail("hashed")))
+    with pytest.raises(DraftheadError, match=r"target\.chat_template"):
+        job.execute(job.recipe(target={"path": str(base)}))
+
+
+def test_a_stage_keeps_the_day_on_which_it_first_began(tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert run.began("generate") is None
+    run.begin("generate", {"a": 1}, overwrite=False)
+    began = run.began("generate")
+    run.begin("generate", {"a": 1}, overwrite=False)
+    assert run.began("generate") == began
+    run.begin("generate", {"a": 2}, overwrite=True)
+    assert run.began("generate") > began
+    write_json(run.record("generate", "begun"), {"a": 2})  # as runs before this kept no day
+    assert run.began("generate") is None
+    run.begin("generate", {"a": 2}, overwrite=False)
+    assert run.began("generate") > began

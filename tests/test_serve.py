@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 import drafthead
 from drafthead.errors import DraftheadError
@@ -23,11 +23,13 @@ from drafthead.serve import (
     engine_plan,
     example_request,
     existing_head,
+    reasoning_parser,
     refused_sampling,
     serve_plan,
     served_k,
 )
 from drafthead.targets import load_target
+from tests import templates
 from tests.prove import crafted
 
 GIB = 1 << 30
@@ -291,3 +293,39 @@ def test_the_module_that_serves_on_a_cpu_is_vllms_own(recipe):
     )
     assert done.returncode == 0, done.stderr[-1000:]
     assert "deprecated" not in done.stderr
+
+
+def test_the_recipes_template_and_its_arguments_are_the_servers(recipe, llama, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text(templates.THINKING_OFF)
+    off = {"enable_thinking": False}
+    target = {"path": str(llama), "chat_template": str(own), "chat_template_kwargs": off}
+    plan = engine_plan(recipe(target=target), head=None, machine=CPU)
+    assert not {"chat_template", "default_chat_template_kwargs"} & plan.args.keys()
+    command = plan.command
+    assert command[command.index("--chat-template") + 1] == str(own)
+    assert json.loads(command[command.index("--default-chat-template-kwargs") + 1]) == off
+    assert "--chat-template" not in engine_plan(recipe(), head=None, machine=CPU).command
+
+
+@pytest.mark.parametrize(
+    ("special", "arguments", "parser"),
+    [
+        (False, {}, "deepseek_r1"),
+        # With these vLLM's parser takes the whole answer for reasoning.
+        (False, {"enable_thinking": False}, None),
+        (True, {}, None),
+    ],
+)
+def test_no_reasoning_parser_that_would_leave_an_answer_without_content(
+    recipe, llama, tmp_path, special, arguments, parser
+):
+    folder = shutil.copytree(llama, tmp_path / "target")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(t, special=special) for t in ("<think>", "</think>")])
+    tokenizer.chat_template = templates.THINKING_OFF
+    tokenizer.save_pretrained(folder)
+    made = recipe(target={"path": str(folder), "chat_template_kwargs": arguments})
+    assert reasoning_parser(made, load_target(folder)) == parser
+    given = recipe(target=made.target.model_dump(), engine={"extra": {"reasoning_parser": "qwen3"}})
+    assert reasoning_parser(given, load_target(folder)) == "qwen3"

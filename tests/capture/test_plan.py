@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from drafthead.capture import stages
 from drafthead.capture.engine import Written
@@ -16,8 +17,10 @@ from drafthead.capture.work import answers_in
 from drafthead.data.answers import Answer, write_part
 from drafthead.data.chats import load_chats
 from drafthead.errors import DraftheadError
+from drafthead.fsio import write_json
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
+from tests import templates
 from tests.vllm.runs import recipe_for
 
 REFUSING = (
@@ -262,3 +265,51 @@ def test_answers_that_are_left_out_are_counted_too(llama, tmp_path):
     generate_units(plan, tmp_path / "a", None, units, lambda: Counting(plan), reports.append)
     answers = [report["answers"] for report in reports if "answers" in report]
     assert sum(answers) == answers_in("generate", plan, units) > len(answers)
+
+
+def test_a_conversation_ends_at_an_answer_that_is_all_thinking(llama, tmp_path):
+    """Its client got no content to send back, so it asks no further."""
+    shutil.copytree(llama, tmp_path / "target")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(tmp_path / "target")
+    # As long as vLLM's parser is told by name, the template need not show any thinking.
+    sections = recipe_for(tmp_path / "target", tmp_path)
+    sections["engine"]["extra"] = {"reasoning_parser": "deepseek_r1"}
+    plan = make_plan(parse_recipe(sections, "test"))
+    two_turns = [pair for unit in plan.units for pair in unit if len(pair[0].turns) == 2][:2]
+
+    class Thinks(Engine):
+        def generate(self, prompts, seeds, progress):
+            texts = ["<think>the city", "<think>the</think>the city"][: len(prompts)]
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            return [Written(key, [*i, self.end], "stop") for key, i in enumerate(ids)]
+
+    unit = answer_unit(plan, Thinks(plan), two_turns)
+    ((_, ended),) = unit.left_out.items()
+    assert ended == [two_turns[0][0].id]
+    shown = tokenizer.decode(unit.answers[1].prompt_ids)
+    assert "assistant\nthe city<|im_end|>" in shown
+    assert "think" not in shown
+
+
+def test_a_resumed_run_asks_as_on_its_first_day(llama, tmp_path, monkeypatch):
+    shutil.copytree(llama, tmp_path / "target")
+    (tmp_path / "target" / "chat_template.jinja").write_text(templates.DATED)
+    recipe = parse_recipe(recipe_for(tmp_path / "target", tmp_path), "test")
+    run = RunDir(tmp_path / "run")
+    write_json(run.record("generate", "begun"), {"began": "2026-02-03T04:05:06"})
+    asked = []
+
+    class Child:
+        def __init__(self, stage, module, order, log):
+            monkeypatch.setattr(stages, "work", lambda _, plan, *rest: asked.append(plan))
+            stages._child(order, None)
+            raise DraftheadError("asked")
+
+    monkeypatch.setattr(stages, "Child", Child)
+    with pytest.raises(DraftheadError, match="asked"):
+        stages.generate(recipe, run, console=Console(quiet=True))
+    (plan,) = asked
+    chat, _ = plan.units[0][0]
+    assert "03 Feb 2026" in plan.template.render(chat.opening, prompt=True)

@@ -1,12 +1,18 @@
 """The loss mask, right to the token, for templates as real models have them."""
 
+import shutil
+from datetime import datetime, timedelta
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from drafthead.data.template import Template
+from drafthead.data.template import Template, TemplateRefused, given_template, recipe_template
 from drafthead.errors import DraftheadError
+from drafthead.recipe import parse_recipe
+from drafthead.targets import load_target
+from tests import templates
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -198,3 +204,124 @@ def test_the_tokenizers_own_end_token_ends_an_answer_though_no_configuration_nam
     assert found.answer_text(fast("Hello<|im_end|>")["input_ids"]) == "Hello"
     runs, _, _ = written(found, HISTORY[2:])
     assert runs == ["Hello, world!<|im_end|>"]
+
+
+ASKED = [{"role": "user", "content": "Who?"}]
+
+
+def made(text, **options):
+    return Template(tokenizer(None), [1], "there", text=text, **options)
+
+
+def test_content_is_given_in_parts_where_the_template_loops_over_it():
+    found = made(templates.PARTS)
+    assert found.takes_parts
+    assert "user\nWho?<" in found.render(ASKED, prompt=True)
+    system = [{"role": "system", "content": "Be brief."}, *ASKED]
+    text = made(templates.SYSTEM_FIRST_PART).render(system, prompt=True)
+    assert "system\nBe brief.<" in text
+    assert "user\nWho?<" in text
+
+
+@pytest.mark.parametrize("said", ["user", "What does the fox say, and to whom?"])
+def test_a_prompt_without_the_users_words_is_refused(said):
+    """Also if they stand there by chance: a role's name is a user's word, too."""
+    dropping = made("{% for m in messages %}<|im_start|>{{ m.role }}\n<|im_end|>{% endfor %}")
+    with pytest.raises(TemplateRefused, match=r"target\.chat_template"):
+        dropping.encode([{"role": "user", "content": said}])
+    first_only = made("{{ messages[0].content }}")
+    with pytest.raises(TemplateRefused):
+        first_only.encode([{"role": "user", "content": "Who?"}, {"role": "user", "content": said}])
+    for rewrites in ("upper", "tojson", "trim", "replace(' ', '')"):
+        made(f"{{{{ messages[0].content | {rewrites} }}}}").encode(
+            [{"role": "user", "content": f" {said} "}]
+        )
+
+
+def test_markers_of_a_prompt_that_is_another_one_each_time_tell_nothing():
+    found = made(templates.KEEPS_THINKING + 2 * "{{ range(100000) | random }}")
+    with pytest.raises(DraftheadError, match="generation"):
+        found.encode(HISTORY)
+
+
+def test_a_template_reads_the_time_that_it_is_given():
+    found = made(templates.DATED, now=datetime(2026, 2, 3))
+    assert "03 Feb 2026" in found.render(ASKED, prompt=True)
+    assert "04 Feb 2026" in found.at(datetime(2026, 2, 4)).render(ASKED, prompt=True)
+    assert found.changes_within(timedelta(days=1), ASKED)
+    assert not found.changes_within(timedelta(hours=1), ASKED)
+    fixed = made(templates.DATED, arguments={"date": "26 Jul 2024"})
+    assert "26 Jul 2024" in fixed.render(ASKED, prompt=True)
+    assert not fixed.changes_within(timedelta(days=1), ASKED)
+
+
+def test_arguments_of_a_template():
+    on, off = (
+        made(templates.THINKING_OFF, arguments=arguments)
+        for arguments in (None, {"enable_thinking": False})
+    )
+    assert (
+        off.render(ASKED, prompt=True) == on.render(ASKED, prompt=True) + "<think>\n\n</think>\n\n"
+    )
+    assert off.closes_thinking()
+    assert not on.closes_thinking()
+    for name in ("enable_thinkng", "messages", "tools", "add_generation_prompt", "tokenize"):
+        with pytest.raises(DraftheadError, match=rf"target\.chat_template_kwargs: {name}\b"):
+            made(templates.THINKING_OFF, arguments={name: False})
+
+
+def test_of_several_templates_the_default_is_taken():
+    fast = tokenizer({"default": CHATML, "tool_use": LLAMA3})
+    assert Template(fast, [1], "there").text == CHATML
+    fast.chat_template = {"tool_use": CHATML}
+    with pytest.raises(DraftheadError, match=r"target\.chat_template"):
+        Template(fast, [1], "there")
+
+
+def test_no_jinja():
+    with pytest.raises(DraftheadError, match="there"):
+        made("{% for m in messages %}")
+
+
+def test_spaces_before_punctuation_stay_in_an_answer():
+    """As in vLLM: some tokenizers ask transformers to take them out."""
+    fast = tokenizer(CHATML)
+    fast.clean_up_tokenization_spaces = True
+    ids = fast("Hello , world ! it 's", add_special_tokens=False)["input_ids"]
+    assert Template(fast, [1], "there").answer_text(ids) == "Hello , world ! it 's"
+
+
+def named(folder, **target):
+    return parse_recipe(
+        {
+            "name": "r",
+            "target": {"path": str(folder), **target},
+            "prompts": {"sources": [{"path": "p.jsonl"}]},
+        },
+        "test",
+    )
+
+
+def test_a_recipe_names_a_template_by_file_or_text(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jinja").write_text(templates.THINKING_OFF)
+    target = load_target(llama)
+    assert recipe_template(named(llama), target).text == target.chat_template
+    off = {"enable_thinking": False}
+    for given in ("own.jinja", templates.THINKING_OFF):
+        found = recipe_template(named(llama, chat_template=given, chat_template_kwargs=off), target)
+        assert found.text == templates.THINKING_OFF
+        assert found.closes_thinking()
+    for wrong in ("other.jinja", ".", "own\0jinja"):
+        with pytest.raises(DraftheadError, match=r"target\.chat_template"):
+            given_template(named(llama, chat_template=wrong))
+
+
+def test_a_base_model_has_no_template(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    target = load_target(base)
+    assert target.chat_template is None
+    with pytest.raises(DraftheadError, match=r"target\.chat_template"):
+        recipe_template(named(base), target)
+    assert recipe_template(named(base, chat_template=CHATML), target).text == CHATML

@@ -1,16 +1,21 @@
 """A live server's figures, and what they are taken to mean."""
 
+import copy
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.head.acceptance import Acceptance
-from drafthead.prove.live import LiveFacts, _alone, conclude
+from drafthead.prove.live import LiveFacts, _alone, compare_templates, conclude
 from drafthead.prove.server import Client, connections, parse_metrics, spec_counters
+from drafthead.targets import load_target
+from tests import templates
 
 PAGE = """\
 # HELP vllm:spec_decode_num_drafts_total Number of drafts.
@@ -201,3 +206,56 @@ def test_one_request_at_a_time_is_held_against_one_at_a_time():
     assert _alone(crowd | {"grid": [crowd]}) is None
     assert _alone(crowd | {"grid": [crowd, cell(1, 0.7, 90.0), cell(1, 0.0, 100.0)]}) == 100.0
     assert _alone({}) is None
+
+
+class TemplateServer:
+    """Answers `/tokenize` by a template of its own."""
+
+    def __init__(self, template):
+        self.template = template
+
+    def tokenize_chat(self, messages, chat_template_kwargs=None):
+        asked = copy.copy(self.template)
+        asked.arguments = self.template.arguments | (chat_template_kwargs or {})
+        return asked.encode(messages)[0]
+
+
+ASKED = [{"role": "user", "content": "What does the fox say?"}]
+
+
+def of_run(llama, text, arguments=None, now=None):
+    target = load_target(llama)
+    return Template(target.tokenizer(), [4], "there", text=text, arguments=arguments, now=now)
+
+
+def test_a_prompt_that_prints_todays_date_is_the_servers_on_any_later_day(llama):
+    then = of_run(llama, templates.DATED, now=datetime(2026, 2, 3))
+    ids = then.encode(ASKED)[0]
+    today = TemplateServer(of_run(llama, templates.DATED))
+    assert today.tokenize_chat(ASKED) != ids
+    assert compare_templates(today, then, ASKED, ids) == (True, False)
+    for days in (-1, 1):  # in another time zone
+        elsewhere = of_run(llama, templates.DATED, now=datetime.now() + timedelta(days=days))
+        assert compare_templates(TemplateServer(elsewhere), then, ASKED, ids) == (True, False)
+    other = TemplateServer(of_run(llama, templates.DATED.replace("Today is", "It is")))
+    assert compare_templates(other, then, ASKED, ids) == (False, False)
+
+
+def test_a_prompt_that_prints_the_time_of_day_is_not_compared(llama):
+    timed = templates.DATED.replace("%d %b %Y", "%H:%M")
+    then = of_run(llama, timed, now=datetime(2026, 2, 3, 4, 5))
+    server = TemplateServer(of_run(llama, timed))
+    assert compare_templates(server, then, ASKED, then.encode(ASKED)[0]) == (None, False)
+
+
+def test_arguments_that_the_server_lacks_or_has_by_default(llama):
+    off = {"enable_thinking": False}
+    run = of_run(llama, templates.THINKING_OFF, off)
+    ids = run.encode(ASKED)[0]
+    plain = TemplateServer(of_run(llama, templates.THINKING_OFF))
+    assert compare_templates(TemplateServer(run), run, ASKED, ids) == (True, False)
+    assert compare_templates(plain, run, ASKED, ids) == (True, True)
+    thinking = of_run(llama, templates.THINKING_OFF)
+    ids = thinking.encode(ASKED)[0]
+    assert compare_templates(TemplateServer(run), thinking, ASKED, ids) == (False, False)
+    assert states(needs_arguments=True)["chat template"].state == "warning"

@@ -272,17 +272,10 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     by_id = {p.conversation: p.ids for p in prompts}
     chats = [chat for unit in plan.units for chat, _ in unit if chat.id in by_id]
     agree, needs_arguments = None, False
-    for chat in chats:
-        # A prompt that prints the time of day is never the same again.
-        noon, a_minute = datetime(2026, 1, 1, 12), timedelta(minutes=1, seconds=1)
-        timed = plan.template.at(noon).changes_within(a_minute, chat.opening)
-        if len(chat.turns) == 1 and not timed:
-            arguments = recipe.target.chat_template_kwargs
-            expected = [by_id[chat.id], *dated_prompts(plan.template, chat.opening)]
-            agree = client.tokenize_chat(chat.opening, arguments) in expected
-            if arguments and agree:
-                needs_arguments = client.tokenize_chat(chat.opening) not in expected
-            break
+    for chat in [chat for chat in chats if len(chat.turns) == 1][:1]:
+        agree, needs_arguments = compare_templates(
+            client, plan.template, chat.opening, by_id[chat.id]
+        )
     return replace(
         seen,
         probe=probe,
@@ -299,15 +292,32 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     )
 
 
-def dated_prompts(template: Template, messages: Sequence[Message]) -> list[list[int]]:
-    """Token ids of a prompt whose template prints the date, for today; none if it prints no date.
+def compare_templates(
+    client: Client, template: Template, messages: Sequence[Message], ids: list[int]
+) -> tuple[bool | None, bool]:
+    """Hold the server's chat template against the run's.
 
-    The server's clock may be in another time zone, so the days around it are among them.
+    Args:
+        client: the server.
+        template: the run's.
+        messages: of a conversation that the run asked.
+        ids: its prompt in the run.
+
+    Returns:
+        Whether the server makes the same prompt of it, None where every prompt is another one as it
+        prints the time of day; and whether only for requests that bring the template's arguments.
     """
-    if not template.changes_within(timedelta(days=1), messages):
-        return []
-    days = [datetime.now() + timedelta(days=days) for days in (-1, 0, 1)]
-    return [template.at(day).encode(messages)[0] for day in days]
+    noon = template.at(datetime(2026, 1, 1, 12))
+    if noon.changes_within(timedelta(minutes=1, seconds=1), messages):
+        return None, False
+    expected = [ids]
+    if noon.changes_within(timedelta(days=1), messages):
+        # The prompt that prints today's date. The server's clock may be in another time zone.
+        days = [datetime.now() + timedelta(days=days) for days in (-1, 0, 1)]
+        expected += [template.at(day).encode(messages)[0] for day in days]
+    if client.tokenize_chat(messages, template.arguments) not in expected:
+        return False, False
+    return True, bool(template.arguments) and client.tokenize_chat(messages) not in expected
 
 
 def _alone(bench: dict) -> float | None:

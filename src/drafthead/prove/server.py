@@ -162,13 +162,13 @@ class Client:
         return self.get("/v1/models").json()["data"][0]
 
     def tokenize_chat(
-        self, messages: list[dict[str, str]], chat_template_kwargs: dict[str, Any] | None = None
+        self, messages: Sequence[dict[str, str]], chat_template_kwargs: dict | None = None
     ) -> list[int]:
         """Token ids that the server's chat template makes of a conversation, for a request with
         these arguments of the template."""
         body = {
             "model": self.model()["id"],
-            "messages": messages,
+            "messages": list(messages),
             "add_generation_prompt": True,
             "chat_template_kwargs": chat_template_kwargs,
         }
