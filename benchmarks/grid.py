@@ -1,21 +1,17 @@
-"""The whole grid on one machine: k × requests at once × length of answers × temperature, and how
-far the cost model is off.
+"""The whole grid on one machine: k × requests at once × length of answers × temperature.
 
     python benchmarks/grid.py --out OUT --prompts chat=chat.jsonl --prompts code=code.jsonl \
         --case smollm2-nvfp4=TARGET,HEAD --case smollm2=TARGET,HEAD --lfm2
     python benchmarks/grid.py --out /tmp/g --tiny            # rehearsal on a CPU
-    python benchmarks/grid.py --refit benchmarks/results/grid.json
 
 Each --case is a target's folder and an EAGLE-3 head's; --lfm2 adds LFM2.5-8B-A1B's shapes with
 dummy weights (see lfm2_shapes.py), a random head and acceptance that is synthetic and so named:
-only its costs mean anything, and a second head of another draft vocabulary is there to hold the
-cost model's word on vocabularies against.
+only its costs mean anything.
 
 All engines of all cases start side by side; only then are they timed, one at work at a time, the
 target alone and every k in turn on the same prompts. The loads are gone through again and again, a
 few pairs of each, until --seconds are over: each point has about as many pairs as time allows.
-OUT/grid.json is written after every load. --refit fits the cost model to such a record anew, or
-to a run's bench.json, by the rules of today, and prints its errors.
+OUT/grid.json is written after every load.
 
 On a GPU machine where each process takes a minute to start, a case a call (four engines) is about
 two minutes of starting and one of timing; --in-process halves the processes, but then the host's
@@ -35,7 +31,6 @@ from pathlib import Path
 
 import lfm2_shapes
 import numpy as np
-import torch
 from rich.console import Console
 from turns import add_turn, turn
 
@@ -44,20 +39,15 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.plan import Plan, Setting
-from drafthead.prove.costerror import with_intervals
-from drafthead.prove.costmodel import Curves, analyse, load, model
 from drafthead.prove.grid import line, running, start
 from drafthead.prove.pairing import (
     METHOD,
     Block,
     Engine,
     Point,
-    judged_anew,
     run_pairs,
     summarize,
-    typical_steps,
 )
-from drafthead.prove.rowcost import row_seconds
 from drafthead.recipe import parse_recipe
 from drafthead.serve import engine_plan, largest_graph
 from drafthead.targets import load_target
@@ -77,8 +67,6 @@ class Case:
     drafted: dict[int, Plan]
     prompts: list[tuple[list[int], str]]
     about: dict
-    curves: Curves | None = None
-    """Acceptance with 1, 2, … drafts a step, where it is known beforehand."""
     engines: list[Engine] = field(default_factory=list)
 
 
@@ -129,12 +117,10 @@ def in_process(plan: Plan) -> Plan:
     return replace(plan, env=plan.env | IN_PROCESS)
 
 
-def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """LFM2.5-8B-A1B's shapes in NVFP4 with the whole draft vocabulary, and a quarter of it."""
+def lfm2_case(options: argparse.Namespace) -> Case:
+    """LFM2.5-8B-A1B's shapes in NVFP4."""
     tiny, work = options.tiny, options.out / "lfm2"
     lfm2_shapes.write_models(work, tiny)
-    whole = lfm2_shapes.draft_vocab(tiny)
-    lfm2_shapes.write_head(work / "head-small", tiny, whole // 4)
     common = {
         "model": str(work / ("bf16" if tiny else "nvfp4")),
         "load_format": "dummy",
@@ -151,19 +137,14 @@ def lfm2_cases(options: argparse.Namespace) -> Iterator[Case]:
         chosen = {**common, **more} | ({GRAPHS: graphs} if graphs and not tiny else {})
         return Plan([Setting(n, v, "") for n, v in chosen.items()], env)
 
-    def drafting(head: str, k: int) -> Plan:
-        speculative = lfm2_shapes.speculation(work / head, k, tiny)
+    def drafting(k: int) -> Plan:
+        speculative = lfm2_shapes.speculation(work / "head", k, tiny)
         return plan(k, speculative_config=speculative | {"use_local_argmax_reduction": True})
 
     rng = np.random.default_rng(0)
     prompts = [(rng.integers(8, 500, 64).tolist(), "random") for _ in range(options.count)]
     about = {"target": "LFM2.5-8B-A1B's shapes, dummy weights, NVFP4", "acceptance": "synthetic"}
-    # vLLM's CPU build has no synthetic acceptance.
-    curves = None if tiny else [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)]
-    heads = {"lfm2": ("head", whole, options.k), "lfm2-vocab": ("head-small", whole // 4, [3])}
-    for name, (head, size, ks) in heads.items():
-        drafted = {k: drafting(head, k) for k in ks}
-        yield Case(name, plan(), drafted, prompts, {**about, "draft_vocab_size": size}, curves)
+    return Case("lfm2", plan(), {k: drafting(k) for k in options.k}, prompts, about)
 
 
 def tiny_cases(options: argparse.Namespace) -> None:
@@ -256,77 +237,12 @@ def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -
             CONSOLE.print(f"{case.name}: {line(cell)}")
 
 
-def judge(cells: Sequence[dict], curves: Curves | None) -> dict:
-    """The cost model on a case's greedy cells, its error and that of noise alone."""
-    greedy = [cell for cell in cells if not cell["temperature"]]
-    known = {cell["max_new_tokens"]: curves for cell in greedy if curves}
-    fits, errors = with_intervals(greedy, analyse(greedy, known), known)
-    return {"cost_model": fits, "cost_model_error": errors}
-
-
-def refit(record: dict) -> dict[str, dict]:
-    """What :func:`judge` says today of every case of a record that kept its pairs, with the
-    acceptance as it was served; of a run's bench.json as one case."""
-    cases = record.get("cases") or {"bench": {"cells": record["grid"]}}
-    found = {}
-    for name, case in cases.items():
-        gpus = {cell.get("tensor_parallel_size") for cell in case["cells"][:1]}
-        cells = [
-            cell | {"pairs": pairs, "step_s": typical_steps(pairs)}
-            for cell in case["cells"]
-            if cell.get("tensor_parallel_size") in gpus
-            and (pairs := [judged_anew(pair) for pair in cell.get("pairs", [])])
-            and "base_answers" in pairs[0]
-        ]
-        synthetic = case.get("acceptance") == "synthetic"
-        curves = [lfm2_shapes.synthetic_acceptance(k) for k in range(1, 8)] if synthetic else None
-        if cells:
-            found[name] = judge(cells, curves)
-    return found
-
-
-def check_vocabulary(record: dict, options: argparse.Namespace) -> list[dict]:
-    """The step with a quarter of the draft vocabulary: predicted from the whole one's fit and what
-    a row costs by itself, against measured."""
-    whole, small = (record["cases"].get(name, {}) for name in ("lfm2", "lfm2-vocab"))
-    if not whole.get("cells") or not small.get("cells"):
-        return []
-    rows, fewer = whole["draft_vocab_size"], small["draft_vocab_size"] - whole["draft_vocab_size"]
-    hidden = lfm2_shapes.target_config(options.tiny, False)["hidden_size"]
-    device, dtype = this_machine().vllm_device, torch.float32 if options.tiny else torch.bfloat16
-    found = []
-    for cell in small["cells"]:
-        at, k, length = load(cell), cell["num_speculative_tokens"], cell["accepted_length"]
-        fitted = [c for c in whole["cells"] if load(c) == at]
-        if not fitted:
-            continue
-        row_s = row_seconds(hidden, rows, at[0], device=device, dtype=dtype)
-        cost = replace(model(fitted), row=row_s)
-        # Both in plain steps: the machine may have drifted between the two cases.
-        predicted = cost.step(k, length, fewer) / cost.plain
-        measured = cell["step_s"]["plain_steps"]
-        found.append(
-            {
-                "concurrency": at[0],
-                "max_new_tokens": at[1],
-                "num_speculative_tokens": k,
-                "per_row_s": row_s,
-                "predicted_plain_steps": predicted,
-                "predicted_with_the_whole": cost.step(k, length) / cost.plain,
-                "measured_plain_steps": measured,
-                "relative_error": predicted / measured - 1,
-            }
-        )
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--refit", type=Path, metavar="RECORD", help="time nothing")
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--case", action="append", default=[], help="NAME=TARGET,HEAD")
     parser.add_argument("--lfm2", action="store_true", help="also LFM2.5-8B-A1B's shapes")
     parser.add_argument("--prompts", action="append", default=[], help="NAME=FILE")
@@ -345,12 +261,6 @@ def main() -> None:
     parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    if options.refit:
-        for name, judged in refit(json.loads(options.refit.read_text())).items():
-            CONSOLE.print({name: judged["cost_model_error"]})
-        return
-    if options.out is None:
-        parser.error("--out or --refit is needed")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.tiny:
         tiny_cases(options)
@@ -359,7 +269,7 @@ def main() -> None:
         name, _, paths = entry.partition("=")
         cases.append(served_case(name, *paths.split(","), options))
     if options.lfm2:
-        cases += lfm2_cases(options)
+        cases.append(lfm2_case(options))
     record = {
         "benchmark": "grid",
         "command": " ".join(["python", *sys.argv]),
@@ -379,15 +289,7 @@ def main() -> None:
                 time_all([case for case in cases if case.name not in failed], options, record)
         except DraftheadError as error:
             record["died"] = str(error)[-1500:]
-    with turn(options.turn):
-        record["vocabulary"] = check_vocabulary(record, options)
     write_json(options.out / "grid.json", record)
-    for case in cases:
-        own = record["cases"][case.name]
-        own |= judge(own["cells"], case.curves)
-        CONSOLE.print({case.name: own["cost_model_error"]})
-    write_json(options.out / "grid.json", record)
-    CONSOLE.print({"vocabulary": record["vocabulary"]})
 
 
 if __name__ == "__main__":

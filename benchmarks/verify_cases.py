@@ -70,8 +70,9 @@ def judge(name: str, target: str, head: str, dtype: str, options: argparse.Names
             read_prompts(Path(target), options.prompts, options.count)
         )
     ]
-    plans = verify_plans(recipe, existing_head(head), load_target(target))
-    runs = prove_lossless(plans, asked, recipe, options.out / "logs" / name, CONSOLE).runs
+    loaded = load_target(target)
+    plans = verify_plans(recipe, existing_head(head), loaded)
+    runs = prove_lossless(plans, asked, recipe, loaded, options.out / "logs" / name, CONSOLE).runs
     names = ("prompts", "identical", "ties", "differences", "tokens")
     return {
         "lossless": all(run["lossless"] for run in runs),

@@ -131,6 +131,27 @@ def test_a_copy_in_mistrals_own_format_is_named(recipe, tmp_path):
     assert warned(told) == []
 
 
+@pytest.mark.parametrize(("gpus", "mend"), [(1, ""), (2, "serve.tensor_parallel_size: 2")])
+def test_a_bench_that_memory_holds_one_engine_for_is_told_of(
+    recipe, tmp_path, monkeypatch, gpus, mend
+):
+    def bench_of(recipe):
+        machine = dataclasses.replace(CUDA, gpus=(Gpu("H100", 80 * GIB),) * gpus)
+        findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), machine)
+        return [f for f in findings if f.what in ("bench", "memory")]
+
+    assert bench_of(recipe) == []
+    monkeypatch.setattr("drafthead.serve._weights", lambda target: 40 * GIB)
+    (finding,) = bench_of(recipe)
+    assert (finding.what, finding.state) == ("bench", "warning")
+    assert "16 engine starts" in finding.found  # six, twice, and the fastest k's and the target's
+    assert mend in finding.mend
+    one = with_options(recipe, "serve", {"num_speculative_tokens": 3})
+    assert "4 engine starts" in bench_of(one)[0].found
+    monkeypatch.setattr("drafthead.serve._weights", lambda target: 200 * GIB)
+    assert [f.what for f in bench_of(recipe)] == ["memory"]
+
+
 def test_sampling_that_every_request_would_be_refused_for_is_warned_of(recipe, tmp_path):
     def warned():
         findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)

@@ -26,7 +26,7 @@ def _load(tmp_path, data):
 def test_minimal_recipe_has_every_default(tmp_path):
     recipe = _load(tmp_path, GOOD)
     assert recipe.serve.k == 3
-    assert recipe.serve.candidates == [3, 1, 5]
+    assert recipe.serve.candidates == [1, 2, 3, 4, 5]
     assert recipe.prompts.sources[0].path == "prompts.jsonl"
 
 

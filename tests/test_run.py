@@ -33,7 +33,7 @@ def job(tmp_path, llama, monkeypatch):
 
     class Job:
         def __init__(self):
-            self.ran, self.fail = [], None
+            self.ran, self.fail, self.error = [], None, ClaimFailed("not lossless")
 
         def recipe(self, **sections):
             path = tmp_path / "recipe.yaml"
@@ -62,7 +62,7 @@ def job(tmp_path, llama, monkeypatch):
         def stage(recipe, run, *, console):
             job.ran.append(name)
             if job.fail == name:
-                raise ClaimFailed("not lossless")
+                raise job.error
             if name == "generate":
                 run.answers.mkdir(exist_ok=True)
                 (run.answers / "part").write_text("answers")
@@ -94,6 +94,30 @@ def test_who_ran_out_of_memory_goes_on_with_less(job):
     less = {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 8}
     job.execute(job.recipe(engine=less))
     assert job.ran == ["verify", "bench", "report"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DraftheadError("no engine")])
+def test_a_proved_head_has_its_report_when_bench_is_stopped(job, error):
+    job.fail, job.error = "bench", error
+    with pytest.raises(type(error)):
+        job.execute(job.recipe())
+    assert job.ran == list(NAMES)
+    job.fail = None
+    job.execute(job.recipe())
+    assert job.ran == ["bench", "report"]
+    job.fail = "train"
+    with pytest.raises(type(error)):
+        job.execute(job.recipe(train={"epochs": 1}), overwrite=True)
+    assert job.ran == ["train"]  # of what is not made there is no report
+
+
+def test_a_report_needs_no_bench(job):
+    recipe = job.recipe()
+    job.execute(recipe, last="verify")
+    job.execute(recipe, first="report")
+    assert job.ran == ["report"]
+    job.execute(recipe)
+    assert job.ran == ["bench", "report"]
 
 
 def test_states_online_may_be_computed_elsewhere_from_then_on(job):

@@ -14,19 +14,17 @@ from transformers import AddedToken, AutoTokenizer
 
 import drafthead
 from drafthead.errors import DraftheadError
-from drafthead.fsio import write_json
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe
 from drafthead.report.card import hub_id
-from drafthead.rundir import RunDir
 from drafthead.serve import (
     engine_plan,
+    engines_that_fit,
     example_request,
     existing_head,
     reasoning_parser,
     refused_sampling,
     serve_plan,
-    served_k,
 )
 from drafthead.targets import load_target
 from tests import templates
@@ -159,15 +157,47 @@ def test_missing_head_names_the_mend(recipe, tmp_path):
         drafthead.engine_args(recipe(), runs=tmp_path)
 
 
-def test_the_bench_recommends_k_and_the_recipe_overrules_it(recipe, tmp_path):
-    run, silent, explicit = RunDir(tmp_path), recipe(), recipe(serve={"num_speculative_tokens": 2})
-    assert served_k(silent, run) == 3
-    write_json(run.bench_json, {"num_speculative_tokens": 4})
-    assert served_k(silent, run) == 4  # one k measured: nothing to recommend
-    recommended = {"num_speculative_tokens": 4, "recommended_num_speculative_tokens": 5}
-    write_json(run.bench_json, recommended)
-    assert served_k(silent, run) == 5
-    assert served_k(explicit, run) == 2
+@pytest.mark.parametrize(
+    ("gib", "count", "tp", "engine", "fit"),
+    [
+        # Of 80 GiB an engine may take 72; of two 36 each, and 78 % of that for weights.
+        (27, 1, None, {}, 2),
+        (29, 1, None, {}, 1),
+        (54, 1, None, {}, 1),
+        (54, 2, 2, {}, 2),
+        (100, 2, None, {}, 1),
+        (27, 1, None, {"gpu_memory_utilization": 0.8}, 1),
+        (10, 1, None, {}, 2),  # the cache takes the rest: not more
+        (10, 1, None, {"kv_cache_memory_bytes": 4 * GIB}, 4),
+        (10, 1, None, {"kv_cache_memory_bytes": 60 * GIB}, 1),
+    ],
+)
+def test_bench_has_as_many_engines_as_memory_holds(
+    recipe, llama, monkeypatch, gib, count, tp, engine, fit
+):
+    monkeypatch.setattr("drafthead.serve._weights", lambda target: gib * GIB)
+    machine = gpus(count)
+    made = recipe(engine=engine, serve={"tensor_parallel_size": tp})
+    plan = engine_plan(made, head=None, machine=machine)
+    assert engines_that_fit(plan, load_target(llama), machine) == fit
+
+
+def test_on_a_cpu_engines_are_counted_by_its_memory(recipe, llama, monkeypatch):
+    target = load_target(llama)  # stored in float32
+    plan = engine_plan(recipe(), head=None, machine=CPU)
+    assert engines_that_fit(plan, target, CPU) == 10  # 21.6 GiB, 2 each of cache and process
+    monkeypatch.setattr("drafthead.serve._weights", lambda target: 4 * GIB)
+    assert engines_that_fit(plan, target, CPU) == 3
+    small = dataclasses.replace(CPU, memory_limit_bytes=6 * GIB)
+    assert engines_that_fit(plan, target, small) == 1
+
+
+def test_a_target_that_fits_no_engine_is_refused_by_its_share_of_the_gpu(recipe, monkeypatch):
+    monkeypatch.setattr("drafthead.serve._weights", lambda target: 50 * GIB)
+    engine_plan(recipe(), head=None, machine=gpus(1))
+    little = recipe(engine={"gpu_memory_utilization": 0.5})
+    with pytest.raises(DraftheadError, match="do not fit on 1 GPUs"):
+        engine_plan(little, head=None, machine=gpus(1))
 
 
 @pytest.mark.parametrize(

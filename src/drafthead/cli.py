@@ -266,13 +266,15 @@ def serve(
     """Serve target and head with vLLM. Unknown arguments are passed on to it; --json prints the
     plan as JSON and starts nothing: vLLM's log would follow it on stdout."""
     from drafthead.prove.proof import doubt
+    from drafthead.prove.served import served_k
     from drafthead.rundir import RunDir
     from drafthead.serve import example_request, serve_plan
 
     loaded = read_recipe(recipe)
-    plan = serve_plan(loaded, runs, extra=context.args)
-    k = plan.args["speculative_config"]["num_speculative_tokens"]
-    not_proved = doubt(RunDir(runs / loaded.name), k)
+    run = RunDir(runs / loaded.name)
+    k = served_k(loaded, run)
+    plan = serve_plan(loaded, runs, extra=context.args, k=k)
+    not_proved = doubt(run, k)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
     for setting in plan.settings:

@@ -25,6 +25,7 @@ from drafthead.rundir import RunDir
 if TYPE_CHECKING:
     from drafthead.capture.plan import WorkPlan
     from drafthead.data.chats import Chat, SourceCounts
+    from drafthead.plan import Plan
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
@@ -306,12 +307,28 @@ def _enough_steps(recipe: Recipe, tokens: int) -> list[Finding]:
     return [Finding("training", "warning", words, "lower train.row_tokens, or add prompts")]
 
 
+def _one_engine(engine: "Plan", machine: Machine, ks: list[int]) -> Finding:
+    """That bench, which compares two engines, has memory for one."""
+    # Twice the target alone and each k; where a k is chosen, twice more the target and that k.
+    starts = 2 * (1 + len(ks)) + (4 if len(ks) > 1 else 0)
+    gpus = engine.args.get("tensor_parallel_size", 1)
+    words = (
+        "memory holds one engine of the target, and bench compares two: they are timed one after "
+        f"the other (A B A B), with {starts} engine starts"
+    )
+    mend = "this works, only slower and less surely"
+    if len(machine.gpus) >= 2 * gpus:
+        mend += f"; with serve.tensor_parallel_size: {2 * gpus} both fit, and are served so"
+    return Finding("bench", "warning", words, mend)
+
+
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
     """Target, prompts, drafts a step, fit into memory, and disk against the bytes of the states."""
     from drafthead.capture.plan import make_plan
     from drafthead.data.template import recipe_template
     from drafthead.prove.prompts import own_prompts
-    from drafthead.serve import engine_plan, refused_sampling
+    from drafthead.prove.served import candidates
+    from drafthead.serve import engine_plan, engines_that_fit, refused_sampling
     from drafthead.targets import recipe_target
     from drafthead.train.stage import check_shape
     from drafthead.vocab import check_size
@@ -366,7 +383,9 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
     sample = _sample(plan)
     found += [*_template(plan, sample), *_room(plan, sample), *_trained_steps(recipe)]
     try:
-        engine_plan(recipe, head=None, target=target, machine=machine)
+        engine = engine_plan(recipe, head=None, target=target, machine=machine)
+        if engines_that_fit(engine, target, machine) == 1 and not recipe.bench.engines_at_once:
+            found.append(_one_engine(engine, machine, candidates(recipe)))
     except DraftheadError as error:
         mend = "change serve.tensor_parallel_size, or serve a smaller or quantized target"
         found.append(Finding("memory", "fault", str(error), mend))

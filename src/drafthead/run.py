@@ -110,7 +110,7 @@ STAGES = (
         "report and model card",
         "drafthead.report.page:report",
         ("verify", "publish"),
-        "bench",
+        "export",  # it tells what bench has not measured
         reads_all=True,
     ),
 )
@@ -268,7 +268,8 @@ def execute(
     """Run the stages from ``first`` to ``last``; what is finished is not done again.
 
     A claim that fails in verify or bench does not keep the later stages from running: the report
-    must show it. It is raised at the end.
+    must show it. It is raised at the end. So is what stops bench, Ctrl-C or an engine that fails: a
+    proved head gets its report and card, which say that speed was not measured.
 
     Args:
         recipe: the run's recipe.
@@ -306,12 +307,13 @@ def execute(
         own_prompts(recipe, target, template)  # … as well
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
+    stopped: BaseException | None = None
     anything_ran = False
     with RunLock(run.root) if first_process else contextlib.nullcontext():
         if first_process:
             sweep(run.root)
         for stage in STAGES:
-            if stage.name not in wanted:
+            if stage.name not in wanted or (stopped is not None and not stage.reads_all):
                 continue
             done = run.finished(stage.name, inputs[stage.name])
             redo = (again and not stage.costly) or (stage.reads_all and anything_ran)
@@ -334,6 +336,16 @@ def execute(
             except ClaimFailed as error:
                 console.print(f"[red]{stage.name}: {escape(str(error))}[/red]")
                 failed = error
+            except (DraftheadError, KeyboardInterrupt) as error:
+                if stopped is not None:  # a report cannot be made of what there is
+                    console.print(f"[red]{stage.name}: {escape(str(error))}[/red]")
+                elif stage.name == "bench" and NAMES[-1] in wanted:
+                    console.print("bench: stopped; points that were measured are kept")
+                    stopped = error
+                else:
+                    raise
+    if stopped is not None:
+        raise stopped
     if failed is not None:
         raise failed
     return summaries

@@ -8,19 +8,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from typing import Any, NotRequired
+from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
-from typing_extensions import TypedDict
 
 from drafthead.data.template import given_template, recipe_template
 from drafthead.drafters import DRAFTERS, drafter_of
 from drafthead.drafters.inspect import refuse_unfit
 from drafthead.errors import DraftheadError
-from drafthead.fsio import Natural, read_json
 from drafthead.machine import Machine, this_machine
 from drafthead.plan import Plan, Setting
-from drafthead.recipe import Recipe, load_recipe
+from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.targets import Target, recipe_target
 
@@ -41,9 +39,11 @@ _REASONING_PARSERS = {
     "seed_oss": "seed_oss",
 }
 _CPU_KV_CACHE_BYTES = 1 << 30
-# Share of a GPU that weights may take before the target is spread over more of them: the rest
-# is for KV cache, activations and CUDA graphs.
-_WEIGHT_SHARE = 0.7
+# Of the memory that an engine may take, the share that the target's weights may take: the rest is
+# for KV cache, activations and CUDA graphs. With `gpu_memory_utilization` 0.9, 0.7 of a GPU.
+_WEIGHT_SHARE = 0.78
+# A vLLM process on a CPU takes this besides weights and cache; and what of the machine it may take.
+_CPU_PROCESS_BYTES, _CPU_SHARE = 1 << 30, 0.9
 # Tokens of the largest CUDA graph that vLLM captures by itself, if `max_num_seqs` allows it, and of
 # the largest that it captures on Blackwell.
 _GRAPH_TOKENS, _MOST_GRAPH_TOKENS = 512, 1024
@@ -126,8 +126,16 @@ def refused_sampling(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tensor_parallel(target: Target, machine: Machine, asked: int | None) -> int:
+def tensor_parallel(
+    target: Target, machine: Machine, asked: int | None, utilization: float = 0.9
+) -> int:
     """GPUs to spread the target over: as asked, else the fewest that hold its weights.
+
+    Args:
+        target: to be spread.
+        machine: whose GPUs.
+        asked: the recipe's number; None leaves it open.
+        utilization: share of a GPU that an engine may take.
 
     Raises:
         DraftheadError: more than there are, a count that does not divide the attention heads,
@@ -135,7 +143,7 @@ def tensor_parallel(target: Target, machine: Machine, asked: int | None) -> int:
     """
     if machine.vllm_device == "cpu":
         return asked or 1
-    heads, weights = target.num_attention_heads, sum(f.stat().st_size for f in target.tensors.files)
+    heads, weights = target.num_attention_heads, _weights(target)
     if asked is not None:
         if asked > len(machine.gpus):
             raise DraftheadError(
@@ -149,12 +157,44 @@ def tensor_parallel(target: Target, machine: Machine, asked: int | None) -> int:
         return asked
     smallest = min(gpu.memory_bytes for gpu in machine.gpus)
     for count in range(1, len(machine.gpus) + 1):
-        if heads % count == 0 and weights <= count * smallest * _WEIGHT_SHARE:
+        if heads % count == 0 and weights <= count * smallest * utilization * _WEIGHT_SHARE:
             return count
     raise DraftheadError(
         f"{target.path}: {weights / 2**30:.0f} GiB of weights do not fit on {len(machine.gpus)} "
         f"GPUs of {smallest / 2**30:.0f} GiB; serve a quantized target, or use more GPUs"
     )
+
+
+def _weights(target: Target) -> int:
+    """Bytes of the target's weights on disk."""
+    return sum(file.stat().st_size for file in target.tensors.files)
+
+
+def engines_that_fit(plan: Plan, target: Target, machine: Machine) -> int:
+    """How many engines of a target memory holds at once; one at least.
+
+    On a GPU two at most, unless ``engine.kv_cache_memory_bytes`` says what a cache takes: vLLM
+    gives the cache all that is left, and the fewer engines share it the more sequences it holds.
+
+    Args:
+        plan: of one engine.
+        target: that it runs.
+        machine: where.
+    """
+    weights, cache = _weights(target), plan.args.get("kv_cache_memory_bytes")
+    if machine.vllm_device == "cpu":
+        # In memory as it is computed: float32 takes more than is stored, NVFP4 is expanded.
+        if plan.args.get("dtype") == "float32":
+            weights *= max(1, 4 // target.dtype.itemsize)
+        if target.quantization:
+            weights *= 4
+        memory = _CPU_SHARE * (machine.memory_limit_bytes or machine.memory_bytes)
+        return max(1, int(memory / (weights + cache + _CPU_PROCESS_BYTES)))
+    memory = plan.args["gpu_memory_utilization"] * min(gpu.memory_bytes for gpu in machine.gpus)
+    needed = weights / plan.args.get("tensor_parallel_size", 1) / _WEIGHT_SHARE
+    if cache is None:
+        return 2 if 2 * needed <= memory else 1
+    return max(1, int(memory / (needed + cache)))
 
 
 def engine_plan(
@@ -238,7 +278,7 @@ def engine_plan(
     asked = recipe.serve.tensor_parallel_size
     if asked is None and engine.tensor_parallel_size > 1:
         asked = engine.tensor_parallel_size
-    parallel = tensor_parallel(target, machine, asked)
+    parallel = tensor_parallel(target, machine, asked, engine.gpu_memory_utilization)
     if parallel > 1:
         add("tensor_parallel_size", parallel, f"the target is spread over {parallel} GPUs")
     if machine.vllm_device == "cpu":
@@ -315,26 +355,6 @@ def existing_head(head: Path | str) -> Path | str:
     return head
 
 
-def engine_args(
-    recipe: Recipe | Path | str, head: Path | str | None = None, runs: Path | str = "runs"
-) -> dict[str, Any]:
-    """Arguments for ``vllm.LLM(**…)`` that serve a recipe's target with its head.
-
-    Args:
-        recipe: a recipe, or the path of one.
-        head: the head's folder or hub id; None is the recipe's run's own.
-        runs: folder of all runs.
-
-    Raises:
-        DraftheadError: recipe, target or head cannot be read.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    run = RunDir(Path(runs) / recipe.name)
-    head = existing_head(head or run.head)
-    return engine_plan(recipe, head=head, num_speculative_tokens=served_k(recipe, run)).args
-
-
 def llm_class() -> type:
     """``vllm.LLM``, for an engine that this process starts and that may lie in a process of its
     own: vLLM would fork that from here, where other threads may hold locks (one that reads
@@ -350,24 +370,7 @@ def llm_class() -> type:
     return LLM
 
 
-class _Benched(TypedDict):
-    """What of ``bench.json`` decides k."""
-
-    num_speculative_tokens: Natural
-    recommended_num_speculative_tokens: NotRequired[Natural | None]
-
-
-def served_k(recipe: Recipe, run: RunDir) -> int:
-    """Tokens to draft a step: what the recipe says, else what the run's bench recommends, else
-    what it measured first."""
-    explicit = recipe.serve.num_speculative_tokens
-    if explicit is not None or not run.bench_json.exists():
-        return recipe.serve.k
-    bench = read_json(run.bench_json, "the figures of `drafthead bench`", _Benched)
-    return bench.get("recommended_num_speculative_tokens") or bench["num_speculative_tokens"]
-
-
-def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
+def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = (), k: int | None = None) -> Plan:
     """How to serve a recipe's target with the head of its run.
 
     Folders are named by their whole path, so that the printed command works anywhere. A target in a
@@ -377,6 +380,7 @@ def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
         recipe: the run's recipe.
         runs: folder of all runs.
         extra: arguments that vLLM gets as they are.
+        k: tokens to draft a step; None is the recipe's.
 
     Raises:
         DraftheadError: target or head cannot be read.
@@ -393,7 +397,7 @@ def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = ()) -> Plan:
     plan = engine_plan(
         recipe.model_copy(update={"target": whole}),
         head=_whole(existing_head(run.head)),
-        num_speculative_tokens=served_k(recipe, run),
+        num_speculative_tokens=k,
         extra=extra,
     )
     if os.path.isdir(path) and "served_model_name" not in plan.args:

@@ -8,17 +8,11 @@ import numpy as np
 from drafthead.fsio import write_json
 from drafthead.head.acceptance import Acceptance
 from drafthead.machine import Gpu, Machine
-from drafthead.prove.costerror import with_intervals
-from drafthead.prove.costmodel import (
-    Vocabularies,
-    analyse,
-    recommended_k,
-    thinned,
-)
 from drafthead.prove.pairing import Block, Point, summarize
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.proof import hash_folder, write_proof
 from drafthead.prove.sampled import TwoSample
+from drafthead.prove.served import fastest, top_level
 from drafthead.prove.steady import requests
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
@@ -51,10 +45,14 @@ def cell(k, concurrency, gain=1.0, temperature=0.0, seed=0, tokens=128):
         sources = [("code", "chat")[i % 2]] * len(prompts)
         blocks.append(Block(sources, concurrency, limits, base, fast, counters))
     point = Point(k, concurrency, temperature, tokens)
-    return summarize(point, blocks) | {"tensor_parallel_size": 1}
+    found = summarize(point, blocks)
+    more = {"tensor_parallel_size": 1, "engines_at_once": 2, "over": "engine"}
+    return found | more | {"compared_speedup": found["speedup"]}
 
 
-def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), tokens=(128,), publish=None):
+def make(
+    folder, gain=1.0, lossless=True, ks=(3, 1, 5), tokens=(128,), publish=None, proved=(1, 3, 5)
+):
     """Write the run and return recipe and run."""
     target = crafted.target(folder / "SmolLM2-135M-Instruct")
     recipe = parse_recipe(
@@ -69,18 +67,13 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), tokens=(128,), publish=N
     run = RunDir(folder / "runs" / "made")
     crafted.head(run.head, target)
     cells = [cell(k, c, gain, tokens=n) for k in ks for n in tokens for c in (1, 4, 16)]
+    best = fastest(cells, proved) or cells[0]
+    cells = [best, *(cell for cell in cells if cell is not best)]
     curve = [0.72, 0.49, 0.33, 0.21, 0.13, 0.08, 0.05][: max(ks)]
-    row_s = {c: 2e-9 * c**0.5 for c in (1, 4, 16)}
-    curves = [curve[:k] for k in range(1, len(curve) + 1)]
-    smaller = [thinned(one, 0.93) for one in curves]
-    others = Vocabularies(128, crafted.DRAFT_VOCAB, row_s, {75: smaller, 300: curves, 1200: curves})
-    known = dict.fromkeys(tokens, curves)
-    fits = analyse(cells, known, others)
-    fits, errors = with_intervals(cells, fits, known, resamples=10)
     bench = {
-        **{name: value for name, value in cells[0].items() if name not in ("pairs", "by_source")},
-        "predicted_acceptance_by_position": curve[: ks[0]],
-        "predicted_accepted_length": 1 + sum(curve[: ks[0]]),
+        **top_level(best),
+        "predicted_acceptance_by_position": curve[: best["num_speculative_tokens"]],
+        "predicted_accepted_length": 1 + sum(curve[: best["num_speculative_tokens"]]),
         "beside": {
             "heads/other": {"grid": [cell(ks[0], 1, 0.8 * gain)]},
             "ngram": {"grid": [cell(ks[0], 1, 0.62 * gain)]},
@@ -88,9 +81,7 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), tokens=(128,), publish=N
         "method": "made",
         "grid": cells,
         "head": {"sha256": hash_folder(run.head)},
-        "cost_model": fits,
-        "cost_model_error": errors,
-        "recommended_num_speculative_tokens": recommended_k(fits, (1, tokens[0])),
+        "commands": {str(k): f"vllm serve measured --k {k}" for k in ks},
         "command": "drafthead bench recipe.yaml",
         "machine": MACHINE.as_dict(),
         "date": "2026-11-24T06:00:00+00:00",
@@ -134,8 +125,9 @@ def make(folder, gain=1.0, lossless=True, ks=(3, 1, 5), tokens=(128,), publish=N
         "machine": MACHINE.as_dict(),
     }
     write_json(run.verify_json, verify)
+    served = {k: {"command": f"vllm serve proved --k {k}"} for k in proved}
     write_proof(
-        run, str(target), load_target(target), verify, {1: {}}, [Prompt([1, 2], "c", "chat")]
+        run, str(target), load_target(target), verify, served, [Prompt([1, 2], "c", "chat")]
     )
     heldout = [
         {"k": k, "accepted_length": 1 + sum(curve[:k]), "acceptance_by_position": curve[:k]}

@@ -2,25 +2,28 @@
 
 import io
 import re
-from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from drafthead.data.answers import Answer, write_part
-from drafthead.fsio import read_json
+from drafthead.errors import DraftheadError
+from drafthead.fsio import RunLock, read_json, write_json
 from drafthead.head.acceptance import Acceptance
 from drafthead.plan import Plan, Setting
-from drafthead.prove.bench import _on_each_number_of_gpus, _vocabularies, bench, contest
-from drafthead.prove.grid import measure, shared, time_grid
+from drafthead.prove.bench import _on_each_number_of_gpus, bench, contest
+from drafthead.prove.grid import ALL, FIRST, REST, How, measure, shared
 from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
+from drafthead.prove.proof import hash_folder, seal
+from drafthead.prove.served import recommended_k, served_k, with_headline
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
-from tests.prove import crafted, made_run
+from tests.prove import crafted
 from tests.prove.closed_loop import serve
+
+QUIET = Console(quiet=True)
 
 
 class Engine:
@@ -93,52 +96,130 @@ def test_a_disturbed_minute_counts_little():
     assert typical_steps([idle])["plain_steps"] is None
 
 
-def test_the_grid_is_every_k_at_every_load():
-    asked = []
-    base, one, three = (Engine(n, s, asked) for n, s in (("base", 0.2), ("k1", 0.1), ("k3", 0.4)))
-    points = [Point(k, c, 0.0, 5) for k in (1, 3) for c in (1, 2)]
-    found = list(time_grid(base, {1: one, 3: three}, PROMPTS, points, repeats=1, warmup=0))
-    assert sorted((p.num_speculative_tokens, p.concurrency) for p, _ in found) == [
-        (1, 1),
-        (1, 2),
-        (3, 1),
-        (3, 2),
-    ]
-    for point, cell in found:
-        assert cell["speedup"] == pytest.approx(2 if point.num_speculative_tokens == 1 else 0.5)
-        assert cell["verdict"] == ("faster" if point.num_speculative_tokens == 1 else "slower")
-        assert set(cell["by_source"]) == {"a", "b"}
-        latency = cell["latency"]["base"]
-        assert latency["between_outputs_s"] == pytest.approx({"p50": 0.2, "p99": 0.2})
-        assert latency["tokens_per_s_of_a_user"] == pytest.approx({"p50": 5, "p1": 5})
-
-
 class Started(Engine):
-    """An engine that the grid starts itself."""
+    """One that is started and ended; what happens to it is noted in ``asked`` too."""
 
     def start(self):
-        pass
+        self.asked.append((self.name, "start", None))
 
     def wait_ready(self):
         return self
 
-    def __exit__(self, *exc_info):
-        pass
+    def close(self):
+        self.asked.append((self.name, "end", None))
+
+    def __exit__(self, *_):
+        self.close()
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_every_pair_is_counted_where_people_watch(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(
-        "drafthead.prove.grid.running", lambda plan, over, log, name: Started(name, 0.1, [])
+SECONDS = {0: 0.2, 1: 0.16, 2: 0.1, 3: 0.12, 4: 0.25, 5: 0.3, 7: 0.05}
+"""What a token takes by the number of drafts."""
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Engines that take ``SECONDS`` a token, in the place of vLLM's; returns what they were asked:
+    name, prompts or start or end, and how."""
+    asked = []
+
+    def running(plan, over, log, name):
+        k = plan.args.get("speculative_config", {}).get("num_speculative_tokens", 0)
+        engine = Started(str(k), SECONDS[k], asked)
+        engine.share = plan.args.get("gpu_memory_utilization")
+        return engine
+
+    monkeypatch.setattr("drafthead.prove.grid.running", running)
+    return asked
+
+
+def plan_of(k):
+    drafting = [Setting("speculative_config", {"num_speculative_tokens": k}, "")] if k else []
+    return Plan([Setting("model", "m", ""), *drafting], {})
+
+
+def measured(points, at_once, tmp_path, share=ALL, console=None, prompts=PROMPTS):
+    how = How("engine", repeats=1, warmup=0, at_once=at_once, together=True, share=share)
+    drafted = {k: plan_of(k) for k in (1, 3)}
+    console = console or Console(quiet=True)
+    return measure(plan_of(0), drafted, prompts, points, how, logs=tmp_path, console=console)
+
+
+def events(asked):
+    return [f"{name} {what}" for name, what, _ in asked if what in ("start", "end")]
+
+
+POINTS = [Point(k, c, 0.0, 5) for k in (1, 3) for c in (1, 2)]
+ONCE = {
+    3: ["0 start", "1 start", "3 start", "3 end", "1 end", "0 end"],
+    2: ["0 start", "1 start", "1 end", "3 start", "3 end", "0 end"],
+    1: [f"{k} {what}" for _ in range(2) for k in (0, 1, 3) for what in ("start", "end")],
+}
+"""How engines come and go, by how many memory holds."""
+
+
+@pytest.mark.parametrize("at_once", ONCE)
+def test_the_grid_is_every_k_at_every_load(engines, tmp_path, at_once):
+    """However many engines memory holds, each pair is the same block of prompts on both."""
+    cells = dict(measured(POINTS, at_once, tmp_path))
+    assert set(cells) == set(POINTS)
+    assert events(engines) == ONCE[at_once]
+    for point, cell in cells.items():
+        k = point.num_speculative_tokens
+        assert cell["engines_at_once"] == at_once
+        assert cell["speedup"] == pytest.approx(SECONDS[0] / SECONDS[k])
+        assert cell["verdict"] == "faster"
+        assert set(cell["by_source"]) == {"a", "b"}
+        latency = cell["latency"]["base"]
+        assert latency["between_outputs_s"] == pytest.approx({"p50": 0.2, "p99": 0.2})
+        assert latency["tokens_per_s_of_a_user"] == pytest.approx({"p50": 5, "p1": 5})
+        # Every answer of a pair is to the same prompts, block by block.
+        assert cell["same_tokens"] == cell["answers"]
+        for pair in cell["pairs"]:
+            assert pair["base_tokens"] == pair["drafted_tokens"]
+
+
+def test_one_engine_at_a_time_meets_each_block_once(engines, tmp_path):
+    """A B A B: the first half of the blocks in the first turn, the others in the second, with the
+    seeds that they would have side by side."""
+
+    def seeds(name):
+        return [how["seed"] for who, _, how in engines if who == name and how is not None]
+
+    point = Point(1, 1, 0.7, 5)
+    ((_, cell),) = measured([point], 1, tmp_path)
+    turns = {name: seeds(name) for name in ("0", "1")}
+    assert turns["0"] == turns["1"]
+    assert len(turns["0"]) == cell["pairs_timed"]
+    assert len(set(turns["0"])) == len(turns["0"])
+    ends = [at for at, (who, what, _) in enumerate(engines) if (who, what) == ("0", "end")]
+    first_turn = sum(who == "0" and how is not None for who, _, how in engines[: ends[0]])
+    assert first_turn == -(-cell["pairs_timed"] // 2)
+    engines.clear()
+    ((_, cell),) = measured([point], 2, tmp_path)
+    assert {name: seeds(name) for name in ("0", "1")} == turns
+
+
+def test_the_chosen_k_is_timed_on_other_blocks(engines, tmp_path):
+    prompts = [([n], "ab"[n % 2]) for n in range(30)]
+
+    def asked_of(share):
+        engines.clear()
+        list(measured([Point(1, 1, 0.0, 5)], 2, tmp_path, share, prompts=prompts))
+        return [one for who, (one, *_), how in engines if who == "1" and how is not None]
+
+    first, rest = asked_of(FIRST), asked_of(REST)
+    assert len(first) == 8
+    assert not {*first} & {*rest}
+    assert {*first} | {*rest} == {(n,) for n in range(30)}
+
+
+@pytest.mark.parametrize("at_once", ONCE)
+def test_every_pair_is_counted_where_people_watch(engines, tmp_path, at_once):
+    console = Console(file=io.StringIO(), width=200)
+    pairs = sum(
+        cell["pairs_timed"] for _, cell in measured(POINTS, at_once, tmp_path, ALL, console)
     )
-    plan, console = Plan([], {}), Console(file=io.StringIO())
-    points = [Point(k, c, 0.0, 5) for k in (1, 3) for c in (1, 2)]
-    how = {"over": "engine", "repeats": 1, "warmup": 0, "at_once": at_once}
-    grid = measure(plan, {1: plan, 3: plan}, PROMPTS, points, **how, logs=tmp_path, console=console)
-    assert len(list(grid)) == 4
-    shown = re.findall(r"(\d+) of (\d+) pairs", console.file.getvalue())
-    assert shown[0][0] == "0"
-    assert shown[-1][0] == shown[-1][1]
+    assert f"{pairs} of {pairs} pairs" in console.file.getvalue()
 
 
 def test_engines_that_share_a_gpu_take_a_part_of_it_each():
@@ -146,75 +227,149 @@ def test_engines_that_share_a_gpu_take_a_part_of_it_each():
     assert shared(plan, 3).args == {"model": "m", "gpu_memory_utilization": pytest.approx(0.3)}
 
 
-def test_an_ended_bench_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+@pytest.fixture
+def benched(tmp_path):
+    """A recipe of other sections than the least, and its run with a head and one answer held
+    out."""
     target = crafted.target(tmp_path / "target")
     run = RunDir(tmp_path / "r")
     crafted.head(run.head, target)
-    none, ids = np.zeros(0, np.int32), np.array([1, 7], np.int32)
-    answer = Answer("c", "s", "heldout", ids, np.zeros(2, bool), none, "stop", "")
-    write_part(run.answers, 0, [answer], {})
-    recipe = parse_recipe(
-        {
-            "name": "r",
-            "target": {"path": str(target)},
-            "prompts": {"sources": [{"path": "p.jsonl"}]},
-            "bench": {"num_speculative_tokens": [1, 3], "concurrency": [1, 2, 4]},
-        },
-        "test",
-    )
-    asked = []
-    ended = iter([3, None])
-
-    def measure(base, drafted, prompts, points, **how):
-        left = next(ended)
-        for point in points:
-            if point.num_speculative_tokens == 1:
-                asked.append(point.concurrency)
-                for k in drafted:
-                    if left == 0:
-                        raise KeyboardInterrupt
-                    left = left and left - 1
-                    yield (
-                        replace(point, num_speculative_tokens=k),
-                        made_run.cell(k, point.concurrency),
-                    )
-
-    monkeypatch.setattr("drafthead.prove.bench.measure", measure)
-    console = Console(quiet=True)
-    with pytest.raises(KeyboardInterrupt):
-        bench(recipe, run, console=console)
-    assert asked == [1, 2]
-    assert not run.bench_json.exists()
-    bench(recipe, run, console=console)
-    assert asked == [1, 2, 2, 4]  # the second had only one of its two k
-    found = [
-        (c["concurrency"], c["num_speculative_tokens"])
-        for c in read_json(run.bench_json, "")["grid"]
+    none = np.zeros(0, np.int32)
+    answers = [
+        Answer(f"c{n}", "s", "heldout", np.array([1, n], np.int32), none > 0, none, "stop", "")
+        for n in range(24)
     ]
-    assert sorted(found) == [(c, k) for c in (1, 2, 4) for k in (1, 3)]
+    write_part(run.answers, 0, answers, {})
+
+    def make(**sections):
+        data = {"name": "r", "target": {"path": str(target)}} | sections
+        return parse_recipe(data | {"prompts": {"sources": [{"path": "p.jsonl"}]}}, "test"), run
+
+    return make
+
+
+def prove(run, ks):
+    proof = {"lossless": True, "served": {str(k): {"command": "c"} for k in ks}}
+    about = {"format": "", "date": "", "claim": "c", "outcome": {"tokens": 1}, "drafthead": ""}
+    record = {**about, **proof, "head": {"sha256": hash_folder(run.head)}}
+    write_json(run.root / "proof.json", record | {"seal": seal(record)})
+
+
+def test_where_none_is_named_five_k_are_timed_and_the_fastest_again(benched, engines):
+    recipe, run = benched(bench={"warmup": 0, "concurrency": [1, 4]})
+    summary = bench(recipe, run, console=QUIET)
+    assert summary["num_speculative_tokens"] == 2
+    result = read_json(run.bench_json, "")
+    headline, *others = result["grid"]
+    assert (headline["num_speculative_tokens"], headline["concurrency"]) == (2, 1)
+    assert headline["pairs_timed"] == 16
+    assert sorted((c["concurrency"], c["num_speculative_tokens"]) for c in others) == [
+        *((1, k) for k in (1, 3, 4, 5)),
+        *((4, k) for k in (1, 2, 3, 4, 5)),
+    ]
+    assert {cell["pairs_timed"] for cell in others} == {8}
+    assert set(result["commands"]) == set("12345")
+    # Nothing was proved yet: the default is served. Then the fastest of what is proved.
+    assert served_k(recipe, run) == 3
+    prove(run, [1, 2, 3, 4, 5])
+    assert served_k(recipe, run) == recommended_k(recipe, run) == 2
+    prove(run, [1, 3])
+    assert served_k(recipe, run) == recommended_k(recipe, run) == 3
+    assert with_headline(result, 3)["speedup"] == pytest.approx(0.2 / 0.12)
+    assert with_headline(result, 9) == result
+
+
+def test_the_headline_is_of_what_was_proved(benched, engines):
+    recipe, run = benched(bench={"warmup": 0})
+    prove(run, [4, 1])
+    assert bench(recipe, run, console=QUIET)["num_speculative_tokens"] == 1
+
+
+@pytest.mark.parametrize("ks", [[3, 1], [3]])
+def test_named_k_are_timed_on_all_prompts(benched, engines, ks):
+    recipe, run = benched(bench={"warmup": 0, "num_speculative_tokens": ks})
+    assert bench(recipe, run, console=QUIET)["num_speculative_tokens"] == 3
+    assert [cell["pairs_timed"] for cell in read_json(run.bench_json, "")["grid"]] == [24] * len(ks)
+
+
+def test_a_k_that_was_only_tried_is_not_served(benched, engines):
+    """`bench --k 7` is no candidate of the recipe, proved or not."""
+    recipe, run = benched(bench={"warmup": 0})
+    once = with_options(recipe, "bench", {"num_speculative_tokens": [7]})
+    prove(run, [1, 2, 3, 4, 5])
+    assert bench(once, run, console=QUIET)["num_speculative_tokens"] == 7
+    assert recommended_k(recipe, run) is None
+    assert served_k(recipe, run) == 3
+    prove(run, [3, 7])
+    assert served_k(recipe, run) == 3
+    assert served_k(once, run) == 7  # a recipe that names it, and it was proved
+    named = with_options(recipe, "serve", {"num_speculative_tokens": 6})
+    assert served_k(named, run) == 6  # as the user says; the command warns of it
+
+
+def test_an_earlier_versions_bench_is_refused_by_name(benched):
+    recipe, run = benched()
+    prove(run, [3])
+    write_json(run.bench_json, {"num_speculative_tokens": 3, "grid": [{"speedup": 1.2}]})
+    with pytest.raises(DraftheadError, match=r"bench\.json.*bench RECIPE --again"):
+        served_k(recipe, run)
+
+
+def test_figures_of_another_head_choose_nothing(benched, engines):
+    recipe, run = benched(bench={"warmup": 0})
+    bench(recipe, run, console=QUIET)
+    config = run.head / "config.json"
+    config.write_text(config.read_text() + " ")
+    prove(run, [1, 2, 3])
+    assert recommended_k(recipe, run) is None
+
+
+def test_an_ended_bench_goes_on_with_what_is_missing(benched, engines, monkeypatch):
+    recipe, run = benched(
+        bench={"num_speculative_tokens": [1, 3], "concurrency": [1, 2, 4], "warmup": 0}
+    )
+    timed = []
+
+    def stop_after_three(*arguments, **named):
+        for point, cell in measure(*arguments, **named):
+            if len(timed) == 3:
+                raise KeyboardInterrupt
+            timed.append(point)
+            yield point, cell
+
+    with monkeypatch.context() as patch:
+        patch.setattr("drafthead.prove.bench.measure", stop_after_three)
+        with pytest.raises(KeyboardInterrupt):
+            bench(recipe, run, console=QUIET)
+    assert not run.bench_json.exists()
+    engines.clear()
+    bench(recipe, run, console=QUIET)
+    again = {(who, how["concurrency"]) for who, _, how in engines if how is not None}
+    done = {(str(point.num_speculative_tokens), point.concurrency) for point in timed}
+    every = {(str(k), c) for k in (1, 3) for c in (1, 2, 4)}
+    assert {one for one in again if one[0] != "0"} == every - done
+    cells = read_json(run.bench_json, "")["grid"]
+    assert {(str(c["num_speculative_tokens"]), c["concurrency"]) for c in cells} == every
     assert not list(run.root.glob(".stages/cells-*"))
 
 
 def test_other_drafters_that_were_measured_are_not_again_once_a_later_one_is_ended(
-    tmp_path, monkeypatch
+    benched, engines, tmp_path, monkeypatch
 ):
-    recipe, run = made_run.make(tmp_path)
-    none, ids = np.zeros(0, np.int32), np.array([1, 7], np.int32)
-    answer = Answer("c", "s", "heldout", ids, np.zeros(2, bool), none, "stop", "")
-    write_part(run.answers, 0, [answer], {})
-    recipe = with_options(recipe, "bench", {"num_speculative_tokens": [3]})
-    other = str(crafted.head(tmp_path / "other", tmp_path / "SmolLM2-135M-Instruct"))
+    recipe, run = benched(bench={"num_speculative_tokens": [3], "warmup": 0})
+    bench(recipe, run, console=QUIET)
+    other = str(crafted.head(tmp_path / "other", tmp_path / "target"))
     asked, ended = [], [True]
 
-    def measure(base, drafted, prompts, points, **how):
+    def stop_in_ngram(base, drafted, *arguments, **named):
         method = drafted[3].args["speculative_config"]["method"]
         asked.append(method)
         if method == "ngram" and ended.pop():
             raise KeyboardInterrupt
-        yield points[0], made_run.cell(3, 1)
+        yield from measure(base, drafted, *arguments, **named)
 
-    monkeypatch.setattr("drafthead.prove.bench.measure", measure)
-    how = {"heads": [other], "ngram": True, "console": Console(quiet=True)}
+    monkeypatch.setattr("drafthead.prove.bench.measure", stop_in_ngram)
+    how = {"heads": [other], "ngram": True, "console": QUIET}
     with pytest.raises(KeyboardInterrupt):
         contest(recipe, run, **how)
     ended.append(False)
@@ -223,29 +378,17 @@ def test_other_drafters_that_were_measured_are_not_again_once_a_later_one_is_end
     assert not list(run.root.glob(".stages/cells-*"))
 
 
-def test_a_report_made_before_other_drafters_were_measured_is_made_anew(tmp_path, monkeypatch):
-    recipe, run = made_run.make(tmp_path)
+def test_other_drafters_are_measured_at_the_headlines_k(benched, engines):
+    recipe, run = benched(bench={"warmup": 0})
+    bench(recipe, run, console=QUIET)
     run.finish("report", {}, {})
-    monkeypatch.setattr("drafthead.prove.bench._measure", lambda *_: [made_run.cell(3, 1, 0.5)])
-    found = contest(recipe, run, heads=[], ngram=True, console=Console(quiet=True))
-    assert found["ngram"]["verdict"] == "slower"
-    assert run.finished("report", {}) is None
-
-
-def test_a_row_of_the_draft_vocabulary_is_one_gpus_of_several(tmp_path, llama, monkeypatch):
-    data = {"name": "r", "target": {"path": str(llama)}}
-    recipe = parse_recipe(data | {"prompts": {"sources": [{"path": "p.jsonl"}]}}, "test")
-    run = RunDir(tmp_path)
-    crafted.head(run.head, crafted.target(tmp_path / "target"))
-    monkeypatch.setattr("drafthead.prove.bench.by_vocabulary", lambda *_: {64: [[0.5]]})
-    asked = []
-    monkeypatch.setattr(
-        "drafthead.prove.bench.row_seconds", lambda _h, rows, _n, **_: asked.append(rows) or 1e-9
-    )
-    rehearsal = SimpleNamespace(run=run, point=Point(3, 1, 0.0, 64))
-    found = [_vocabularies(recipe, rehearsal, [[0.5]], gpus).row_s[1] for gpus in (1, 2)]
-    assert found == [1e-9, 5e-10]
-    assert asked == [crafted.DRAFT_VOCAB, crafted.DRAFT_VOCAB // 2]
+    found = contest(recipe, run, heads=[], ngram=True, console=QUIET)
+    assert found["ngram"]["verdict"] == "faster"
+    assert run.finished("report", {}) is None  # it lacks them
+    (cell,) = read_json(run.bench_json, "")["beside"]["ngram"]["grid"]
+    assert cell["num_speculative_tokens"] == 2
+    with RunLock(run.root), pytest.raises(DraftheadError, match=re.escape(str(run.root))):
+        contest(recipe, run, heads=[], ngram=True, console=QUIET)
 
 
 def test_each_number_of_gpus_has_plans_of_its_own(llama):

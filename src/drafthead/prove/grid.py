@@ -1,16 +1,35 @@
-"""A grid of points measured: engines started, pairs timed, each point summed up."""
+"""A grid of points measured: engines started, pairs timed, each point summed up.
+
+How many engines memory holds decides how they are run:
+
+- all of them: every block goes to every engine, the target alone is timed once for all k;
+- two: the target alone stays, the engines with a head come one by one;
+- one: each engine is started, timed on the first half of the blocks and ended, then all of them
+  again on the second half (A B A B). The pairs are the same blocks, minutes apart.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from drafthead.plan import Plan
-from drafthead.progress import progress, waiting
+from drafthead.progress import Work, progress, waiting
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.pairing import Engine, Point, blocks_of, run_pairs, summarize
+from drafthead.prove.pairing import (
+    MIN_PAIRS,
+    Engine,
+    Numbered,
+    Point,
+    Prompts,
+    Timed,
+    blocks_of,
+    pairs_of,
+    summarize,
+    time_blocks,
+)
 from drafthead.prove.server import ServerProcess
 
 Running = EngineProcess | ServerProcess
@@ -18,6 +37,8 @@ Running = EngineProcess | ServerProcess
 
 def shared(plan: Plan, engines: int) -> Plan:
     """The plan of one of several engines that share a GPU: a part of the memory each."""
+    if engines == 1:
+        return plan
     why = f"{engines} engines share the GPU"
     return replace(
         plan,
@@ -38,78 +59,89 @@ def running(plan: Plan, over: str, log: Path, name: str) -> Running:
 
 
 def start(
-    engines: Sequence[Running], stack: contextlib.ExitStack, console: Console
+    engines: Sequence[Running],
+    stack: contextlib.ExitStack,
+    console: Console,
+    *,
+    together: bool = True,
 ) -> list[Engine]:
-    """Start several engines at once and wait for all; ``stack`` ends them, at whatever moment."""
+    """Start several engines and wait for all; ``stack`` ends them, at whatever moment.
+
+    Args:
+        engines: to start.
+        stack: that they belong to.
+        console: where people see the wait.
+        together: start all at the same time. Where vLLM sizes its cache by the memory that is free,
+            it must not: with others loading it would misjudge.
+    """
     with waiting(console, f"starting {', '.join(engine.name for engine in engines)}"):
         for engine in engines:
             stack.push(engine)
             engine.start()
+            if not together:
+                engine.wait_ready()
         return [engine.wait_ready() for engine in engines]
 
 
-def time_grid(
-    base: Engine,
-    drafted: dict[int, Engine],
-    prompts: Sequence[tuple[list[int], str]],
-    points: Sequence[Point],
-    *,
-    repeats: int,
-    warmup: int,
-    on_pair: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Point, dict]]:
-    """Time the points of some k on engines that are running; only one of them works at a time.
+@dataclass(frozen=True)
+class Share:
+    """Which of a point's blocks to time."""
 
-    Args:
-        base: the target alone.
-        drafted: an engine for each k.
-        prompts: token ids and source of each.
-        points: those of other k are left out; what is timed is timed at every k of ``drafted``.
-        repeats: times the prompts are gone through.
-        warmup: prompts run first at each point and not counted.
-        on_pair: called once each pair is timed, at every k.
+    least: int = MIN_PAIRS
+    """Blocks at least, all parts together: a small set of prompts is gone through again."""
+    begin: int = 0
+    end: int | None = None
 
-    Yields:
-        Each point with its summary, as soon as it is timed.
-    """
-    for point in points:
-        if point.num_speculative_tokens != next(iter(drafted)):
-            continue
-        engines = list(drafted.values())
-        timed = run_pairs(
-            base, engines, prompts, point, repeats=repeats, warmup=warmup, on_pair=on_pair
-        )
-        for k, blocks in zip(drafted, timed, strict=True):
-            at = replace(point, num_speculative_tokens=k)
-            yield at, summarize(at, blocks)
+    def of(self, prompts: Prompts, point: Point, repeats: int) -> list[Numbered]:
+        """The blocks at a point, each with its number."""
+        sources = [source for _, source in prompts]
+        blocks = blocks_of(sources, point.concurrency, repeats, self.least)
+        return list(enumerate(blocks))[self.begin : self.end]
+
+
+ALL = Share()
+FIRST = Share(2 * MIN_PAIRS, end=MIN_PAIRS)
+"""The blocks that every k is timed on, to choose one."""
+REST = Share(2 * MIN_PAIRS, begin=MIN_PAIRS)
+"""The blocks that the chosen k is timed on, none of which it was chosen by."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How points are timed."""
+
+    over: str
+    """``engine`` or ``http``."""
+    repeats: int
+    """Times the prompts are gone through."""
+    warmup: int
+    """Prompts run first at each point and not counted."""
+    at_once: int
+    """Engines that memory holds."""
+    together: bool
+    """Engines may be started at the same time."""
+    share: Share = ALL
 
 
 def measure(
     base: Plan,
     drafted: dict[int, Plan],
-    prompts: Sequence[tuple[list[int], str]],
+    prompts: Prompts,
     points: Sequence[Point],
+    how: How,
     *,
-    over: str,
-    repeats: int,
-    warmup: int,
-    at_once: bool,
     logs: Path,
     console: Console,
 ) -> Iterator[tuple[Point, dict]]:
-    """Measure every point of a grid, the target alone and with a drafter side by side.
-
-    Only one engine works at a time.
+    """Measure points of a grid, the target alone and with a drafter. Only one engine works at a
+    time.
 
     Args:
         base: the plan of the target alone.
         drafted: a plan with the drafter for each number of tokens drafted a step.
         prompts: token ids and source of each.
-        points: what to measure, each of them at every k.
-        over: ``engine`` or ``http``.
-        repeats: times the prompts are gone through.
-        warmup: prompts run first at each point and not counted.
-        at_once: start all engines at the same time and keep them; else two at a time live.
+        points: what to measure.
+        how: engines or servers, how many of them at once, which blocks.
         logs: folder for what the engines print.
         console: where people read each point's figures.
 
@@ -119,45 +151,119 @@ def measure(
     Raises:
         DraftheadError: an engine does not run.
     """
-    together = 1 + (len(drafted) if at_once else 1)
+    ks = list(dict.fromkeys(point.num_speculative_tokens for point in points))
+    alive = 1 + len(ks) if how.at_once > len(ks) else min(how.at_once, 2)
 
     def engine(plan: Plan, name: str, log: str) -> Running:
-        return running(shared(plan, together), over, logs / f"bench-{log}.log", name)
+        return running(shared(plan, alive), how.over, logs / f"bench-{log}.log", name)
 
     alone = engine(base, "target alone", "target")
-    others = {k: engine(plan, f"drafted, k={k}", f"k{k}") for k, plan in drafted.items()}
+    others = {k: engine(drafted[k], f"drafted, k={k}", f"k{k}") for k in ks}
+    loads: dict[Point, _Load] = {}
+    for point in points:
+        at = replace(point, num_speculative_tokens=0)
+        loads.setdefault(at, _Load(at, how.share.of(prompts, at, how.repeats))).ks.append(
+            point.num_speculative_tokens
+        )
+    pairs = sum(len(load.ks) * len(load.blocks) for load in loads.values())
+    with progress(console, "bench", pairs, unit="pairs") as bar:
+        timing = _Timing([*loads.values()], prompts, how, bar, console)
+        timed = timing.side_by_side(alone, others) if alive > 1 else timing.in_turn(alone, others)
+        for load, k, base_blocks, drafted_blocks in timed:
+            point = replace(load.at, num_speculative_tokens=k)
+            both = pairs_of(prompts, point, load.blocks, base_blocks, drafted_blocks)
+            cell = summarize(point, both) | {"over": how.over, "engines_at_once": alive}
+            console.print(line(cell))
+            yield point, cell
 
-    sources = [source for _, source in prompts]
-    pairs = sum(
-        len(blocks_of(sources, point.concurrency, repeats))
-        for point in points
-        if not at_once or point.num_speculative_tokens == next(iter(drafted))
-    )
-    with contextlib.ExitStack() as stack, progress(console, "bench", pairs, unit="pairs") as bar:
 
-        def time_points(first: Engine, fast: dict[int, Engine]) -> Iterator[tuple[Point, dict]]:
-            timed = time_grid(
-                first,
-                fast,
-                prompts,
-                points,
-                repeats=repeats,
-                warmup=warmup,
-                on_pair=bar.advance,
-            )
-            for point, cell in timed:
-                console.print(line(cell))
-                yield point, {**cell, "over": over}
+@dataclass
+class _Load:
+    """A load to measure."""
 
-        if at_once:
-            first, *fast = start([alone, *others.values()], stack, console)
-            yield from time_points(first, dict(zip(others, fast, strict=True)))
-        else:
-            [first] = start([alone], stack, console)
+    at: Point
+    """The point whatever its k."""
+    blocks: list[Numbered]
+    ks: list[int] = field(default_factory=list)
+
+    def half(self, number: int) -> list[Numbered]:
+        """The first (0) or the second half of the blocks."""
+        middle = -(-len(self.blocks) // 2)
+        return self.blocks[middle:] if number else self.blocks[:middle]
+
+
+Measured = tuple[_Load, int, list[Timed], list[Timed]]
+"""A load, a k, and the load's blocks on the target alone and with the drafter."""
+
+
+@dataclass
+class _Timing:
+    """Starts and ends engines around the blocks that they are timed on."""
+
+    loads: list[_Load]
+    prompts: Prompts
+    how: How
+    bar: Work
+    console: Console
+
+    def side_by_side(self, alone: Running, others: dict[int, Running]) -> Iterator[Measured]:
+        """All engines together if memory holds them; else the target alone stays and the others
+        come one by one."""
+        with contextlib.ExitStack() as stack:
+            if self.how.at_once > len(others):
+                base, *drafted = self._start([alone, *others.values()], stack)
+                yield from self._each_load(base, dict(zip(others, drafted, strict=True)))
+                return
+            [base] = self._start([alone], stack)
             for k, other in others.items():
                 with contextlib.ExitStack() as only_now:
-                    [drafting] = start([other], only_now, console)
-                    yield from time_points(first, {k: drafting})
+                    [engine] = self._start([other], only_now)
+                    yield from self._each_load(base, {k: engine})
+
+    def in_turn(self, alone: Running, others: dict[int, Running]) -> Iterator[Measured]:
+        """One engine at a time, each twice: A B A B."""
+        base: list[list[Timed]] = [[] for _ in self.loads]
+        drafted: dict[int, list[list[Timed]]] = {k: [[] for _ in self.loads] for k in others}
+        for half in (0, 1):
+            with contextlib.ExitStack() as only_now:
+                [engine] = self._start([alone], only_now)
+                for load, timed in zip(self.loads, base):
+                    timed += self._time([engine], load, load.half(half), pairs=0)[0]
+            for k, other in others.items():
+                with contextlib.ExitStack() as only_now:
+                    [engine] = self._start([other], only_now)
+                    for load, timed in zip(self.loads, drafted[k]):
+                        if k in load.ks:
+                            timed += self._time([engine], load, load.half(half), pairs=1)[0]
+                if half == 1:
+                    for load, first, second in zip(self.loads, base, drafted[k]):
+                        if k in load.ks:
+                            yield load, k, first, second
+
+    def _each_load(self, base: Engine, drafted: dict[int, Engine]) -> Iterator[Measured]:
+        for load in self.loads:
+            ks = [k for k in drafted if k in load.ks]
+            engines = [base, *(drafted[k] for k in ks)]
+            if ks:
+                first, *rest = self._time(engines, load, load.blocks, pairs=len(ks))
+                for k, timed in zip(ks, rest, strict=True):
+                    yield load, k, first, timed
+
+    def _time(
+        self, engines: Sequence[Engine], load: _Load, blocks: list[Numbered], *, pairs: int
+    ) -> list[list[Timed]]:
+        """Time blocks of a load; so many pairs are complete with each block."""
+        return time_blocks(
+            engines,
+            self.prompts,
+            load.at,
+            blocks,
+            warmup=self.how.warmup,
+            on_block=lambda: self.bar.advance(pairs),
+        )
+
+    def _start(self, engines: Sequence[Running], stack: contextlib.ExitStack) -> list[Engine]:
+        return start(engines, stack, self.console, together=self.how.together)
 
 
 def line(cell: dict) -> str:

@@ -14,13 +14,13 @@ from drafthead.data.template import Message, Template
 from drafthead.finding import Finding
 from drafthead.fsio import read_json
 from drafthead.head.acceptance import Acceptance
-from drafthead.prove.prediction import predicted_acceptance
+from drafthead.prove.prediction import predicted_by_training
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.records import BENCH_AGAIN, Bench, Stored
+from drafthead.prove.served import recommended_k, served_k
 from drafthead.prove.server import Client, total
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
-from drafthead.serve import served_k
 
 PROBES = 16
 NEAR_ZERO = 0.1
@@ -227,7 +227,7 @@ def _speed(probe: float, base: float, best_k: int | None) -> Finding:
     words = f"{probe:.1f} tokens/s one at a time; the target alone made {base:.1f} in bench"
     if probe >= base:
         return Finding("speed", "ok", words)
-    k = f"serve.num_speculative_tokens: {best_k} is best by the cost model; " if best_k else ""
+    k = f"k = {best_k} was the fastest in bench; " if best_k else ""
     return Finding(
         "speed",
         "warning",
@@ -279,7 +279,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     return replace(
         seen,
         probe=probe,
-        predicted=predicted_acceptance(run, served_k(recipe, run)),
+        predicted=predicted_by_training(run, served_k(recipe, run)),
         template_agrees=agree,
         needs_arguments=needs_arguments,
         head_aux_layers=config.get("aux_layer_ids"),
@@ -288,7 +288,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         head_notes=tuple(about["notes"]),
         probe_tokens_per_s=answers.tokens / answers.wall_s,
         base_tokens_per_s=_alone(bench),
-        best_k=bench.get("recommended_num_speculative_tokens"),
+        best_k=recommended_k(recipe, run),
     )
 
 

@@ -2,12 +2,13 @@
 
 Machines drift (clocks, heat, neighbours). Timing one engine for a minute and then the other puts
 the drift into the ratio; a pair takes both within seconds, and which of the two goes first
-alternates from pair to pair. With several requests at once, what counts is what came while all
-places were taken (:mod:`drafthead.prove.steady`).
+alternates from pair to pair. Where memory holds one engine only, the two engines of a pair are
+minutes apart; the pairs are the same, block by block. With several requests at once, what counts is
+what came while all places were taken (:mod:`drafthead.prove.steady`).
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,21 +18,14 @@ from drafthead.head.acceptance import Acceptance
 from drafthead.prove.engine import Completion, EngineProcess, Generation
 from drafthead.prove.server import Client
 from drafthead.prove.stats import speedup
-from drafthead.prove.steady import (
-    Window,
-    packed,
-    requests,
-    unpacked,
-    waiting,
-    whole,
-    window,
-)
+from drafthead.prove.steady import Window, requests, whole, window
 
 MIN_PAIRS = 8
 """Fewer pairs give no interval worth printing: a small set is gone through again."""
 
 METHOD = (
-    "measured; the same prompts on both engines, alternating which goes first, warm-up left out; "
+    "measured; the same prompts on both engines, alternating which goes first (or, with one engine "
+    "in memory at a time, the engines in turn, twice), warm-up left out; "
     "one request at a time: all generated tokens over all seconds; several: each that ends is "
     "replaced at once, and tokens and seconds count while all places are taken; prefill included "
     "and never from a prefix cache; ratio over pairs with a 95 % bootstrap interval (expanded "
@@ -43,6 +37,15 @@ Engine = EngineProcess | Client
 """What answers prompts and counts its drafts, in process or over HTTP."""
 
 
+LOAD = ("tensor_parallel_size", "temperature", "max_new_tokens", "concurrency")
+"""What makes the load of a measured point."""
+
+
+def load(cell: Mapping) -> tuple:
+    """The load of a measured point."""
+    return tuple(cell[name] for name in LOAD)
+
+
 @dataclass(frozen=True)
 class Point:
     """One point of the grid."""
@@ -51,6 +54,20 @@ class Point:
     concurrency: int
     temperature: float
     max_new_tokens: int
+
+
+Prompts = Sequence[tuple[list[int], str]]
+"""Token ids and source of each."""
+Numbered = tuple[int, list[int]]
+"""A block's number, which its seeds follow from, and the indices of its prompts."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A block on one engine."""
+
+    generation: Generation
+    counters: Acceptance
 
 
 @dataclass(frozen=True)
@@ -93,34 +110,29 @@ def blocks_of(
     return [block for row in itertools.zip_longest(*columns) for block in row if block]
 
 
-def run_pairs(
-    base: Engine,
-    drafted: Sequence[Engine],
-    prompts: Sequence[tuple[list[int], str]],
+def time_blocks(
+    engines: Sequence[Engine],
+    prompts: Prompts,
     point: Point,
+    blocks: Sequence[Numbered],
     *,
-    repeats: int,
     warmup: int,
-    least: int = MIN_PAIRS,
-    on_pair: Callable[[], None] = lambda: None,
-) -> list[list[Block]]:
-    """Time a point of the grid. Each block of prompts goes to every engine within seconds; which
-    of them begins moves on from block to block.
+    on_block: Callable[[], None] = lambda: None,
+) -> list[list[Timed]]:
+    """Give each block of prompts to every engine within seconds; which of them begins moves on
+    from block to block.
 
     Args:
-        base: the target alone.
-        drafted: the target with the head, an engine for each k; all are paired with one ``base``.
+        engines: that are alive.
         prompts: token ids and source of each.
         point: concurrency, temperature and length; all engines get the same.
-        repeats: times the prompts are gone through.
+        blocks: of indices of prompts.
         warmup: prompts run first on every engine and not counted.
-        least: pairs at least.
-        on_pair: called once each block has been to every engine.
+        on_block: called once a block has been to every engine.
 
     Returns:
-        For each drafted engine its blocks.
+        For each engine its blocks.
     """
-    engines = [base, *drafted]
 
     def generate(
         engine: Engine, indices: list[int], limits: int | list[int], seed: int
@@ -135,27 +147,71 @@ def run_pairs(
             prefix_cache=False,
         )
 
-    if warmup:
+    if warmup and blocks:
         indices = [i % len(prompts) for i in range(max(warmup, point.concurrency))]
         for engine in engines:
             generate(engine, indices, point.max_new_tokens, seed=0)
-    found: list[list[Block]] = [[] for _ in drafted]
-    sources = [source for _, source in prompts]
-    for n, block in enumerate(blocks_of(sources, point.concurrency, repeats, least)):
+    timed: list[list[Timed]] = [[] for _ in engines]
+    for number, block in blocks:
         indices, limits = requests(block, point.concurrency, point.max_new_tokens)
-        before = [engine.counters() for engine in drafted]
-        written: dict[int, Generation] = {}
         for i in range(len(engines)):
-            at = (i + n) % len(engines)
-            seed = (n + 1) * len(prompts)
-            written[at] = generate(engines[at], indices, limits, seed)
-        for i, engine in enumerate(drafted):
-            counters = engine.counters().since(before[i])
-            own = [sources[j] for j in block]
-            both = written[0], written[i + 1]
-            found[i].append(Block(own, point.concurrency, limits, *both, counters))
-        on_pair()
-    return found
+            at = (i + number) % len(engines)
+            before = engines[at].counters()
+            written = generate(engines[at], indices, limits, (number + 1) * len(prompts))
+            timed[at].append(Timed(written, engines[at].counters().since(before)))
+        on_block()
+    return timed
+
+
+def pairs_of(
+    prompts: Prompts,
+    point: Point,
+    blocks: Sequence[Numbered],
+    base: Sequence[Timed],
+    drafted: Sequence[Timed],
+) -> list[Block]:
+    """The same blocks on the target alone and with the head, put together."""
+    return [
+        Block(
+            [prompts[i][1] for i in block],
+            point.concurrency,
+            requests(block, point.concurrency, point.max_new_tokens)[1],
+            alone.generation,
+            fast.generation,
+            fast.counters,
+        )
+        for (_, block), alone, fast in zip(blocks, base, drafted, strict=True)
+    ]
+
+
+def run_pairs(
+    base: Engine,
+    drafted: Sequence[Engine],
+    prompts: Prompts,
+    point: Point,
+    *,
+    repeats: int,
+    warmup: int,
+    least: int = MIN_PAIRS,
+) -> list[list[Block]]:
+    """Time a point of the grid on engines that are alive, all paired with one ``base``.
+
+    Args:
+        base: the target alone.
+        drafted: the target with the head, an engine for each k.
+        prompts: token ids and source of each.
+        point: concurrency, temperature and length.
+        repeats: times the prompts are gone through.
+        warmup: prompts run first on every engine and not counted.
+        least: pairs at least.
+
+    Returns:
+        For each drafted engine its blocks.
+    """
+    sources = [source for _, source in prompts]
+    blocks = list(enumerate(blocks_of(sources, point.concurrency, repeats, least)))
+    alone, *others = time_blocks([base, *drafted], prompts, point, blocks, warmup=warmup)
+    return [pairs_of(prompts, point, blocks, alone, timed) for timed in others]
 
 
 def figures(blocks: Sequence[Block]) -> dict:
@@ -231,7 +287,7 @@ def step_seconds(seen: Window, steps_a_token: float) -> float | None:
 def pair(block: Block) -> dict:
     """What a block gave while all places were taken, JSON-able: all that the figures of a point
     come from. Drafts and their acceptance are those of the whole block."""
-    counters, found = block.counters, dict[str, Any]()
+    counters, seconds = block.counters, dict[str, Any]()
     later = block.drafted.tokens - len(block.drafted.completions)
     drafts_a_token = counters.drafts / later if later else 0.0
     for name, generation, steps in (
@@ -239,32 +295,17 @@ def pair(block: Block) -> dict:
         ("drafted", block.drafted, drafts_a_token),
     ):
         seen = window(generation, block.concurrency)
-        found |= {
+        seconds |= {
             f"{name}_tokens": seen.tokens,
             f"{name}_s": seen.seconds,
-            f"{name}_answers": seen.answers,
             f"{name}_step_s": step_seconds(seen, steps),
-            f"{name}_waiting": waiting(seen.steps),
-            # One at a time no request waits while another is answered.
-            f"{name}_steps": packed(seen.steps) if block.concurrency > 1 else None,
-            f"{name}_first_token_s": seen.waiting_s / seen.answers,
         }
     return {
         "sources": sorted(set(block.sources)),
-        **found,
+        **seconds,
         "drafts": counters.drafts,
         "accepted_by_position": counters.accepted,
     }
-
-
-def judged_anew(pair: dict) -> dict:
-    """A recorded pair with its steps read by the rule of today; nothing is known of them if they
-    were not kept."""
-    anew = {}
-    for name in ("base", "drafted"):
-        kept, field = pair.get(f"{name}_steps"), f"{name}_waiting"
-        anew[field] = pair.get(field) if kept is None else waiting(unpacked(kept))
-    return {**pair, **anew}
 
 
 def typical_steps(pairs: Sequence[dict]) -> dict[str, float | None]:

@@ -9,15 +9,13 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, StrictBool
 from typing_extensions import TypedDict
 
-from drafthead.fsio import Amount, Count, Natural, Number
+from drafthead.fsio import Amount, Count, Natural
 
 Interval = Annotated[list[Amount], Field(min_length=2, max_length=2)]
 Curve = list[Amount]
 """Acceptance by position."""
 Digits = Annotated[str, Field(pattern="^[0-9]{1,6}$")]
 """A number as a key: JSON has none but text."""
-Gains = Annotated[dict[Digits, Number], Field(min_length=1)]
-"""Predicted speedup by number of drafts."""
 
 
 class Typical(TypedDict):
@@ -73,82 +71,23 @@ class Point(Headline):
     by_source: dict[str, Measured]
 
 
-Grid = Annotated[list[Point], Field(min_length=1)]
-
-
-class Waiting(TypedDict):
-    """How steps' seconds go with the requests that wait in them."""
-
-    requests: Amount
-    square: Amount
-    product: Number
-
-
-class Pair(TypedDict):
-    """Of blocks, with the head and without."""
-
-    base_tokens: Count
-    base_s: Amount
-    base_answers: Natural
-    base_step_s: Amount | None
-    base_first_token_s: Amount
-    drafted_tokens: Count
-    drafted_s: Amount
-    drafted_step_s: Amount | None
-    drafted_waiting: Waiting | None
-    drafted_first_token_s: Amount
-    drafts: Count
-    accepted_by_position: list[Count]
-    base_steps: NotRequired[str | None]
-    drafted_steps: NotRequired[str | None]
-
-
 class Cell(Point):
-    """A point with all that was timed."""
+    """A point of an unfinished bench."""
 
-    pairs: list[Pair]
+    pairs: list[dict[str, Any]]
+
+
+class Compared(Point):
+    """A point of the run's own head."""
+
+    compared_speedup: Amount
+    engines_at_once: Natural
 
 
 class Beside(TypedDict):
     """Another drafter."""
 
-    grid: Grid
-
-
-class FittedPoint(TypedDict):
-    num_speculative_tokens: Natural
-    measured: Number
-
-
-class Vocabulary(TypedDict):
-    """What the cost model says of a draft vocabulary."""
-
-    draft_vocab_size: Natural
-    best_num_speculative_tokens: Natural
-    predicted_speedup: Gains
-    accepted_length: Amount
-
-
-class Fit(TypedDict):
-    """The cost model at one load."""
-
-    concurrency: Natural
-    max_new_tokens: Natural
-    per_row_s: Number | None
-    points: list[FittedPoint]
-    predicted_speedup: Gains
-    best_num_speculative_tokens: Natural
-    median_relative_error: Amount | None
-    by_vocabulary: list[Vocabulary]
-
-
-class CostError(TypedDict):
-    median_error: Amount
-    of_noise_alone: Annotated[list[Amount], Field(min_length=3, max_length=3)]
-
-
-class CostErrors(TypedDict):
-    decoding: NotRequired[CostError]
+    grid: Annotated[list[Point], Field(min_length=1)]
 
 
 class Gpu(TypedDict):
@@ -169,28 +108,27 @@ class Machine(TypedDict):
     versions: dict[str, str]
 
 
+class ProvedHead(TypedDict):
+    sha256: dict[str, str]
+
+
 class Contest(TypedDict):
     """``bench.json`` as far as other drafters go."""
 
+    num_speculative_tokens: Natural
     beside: NotRequired[dict[str, Beside]]
-
-
-class ProvedHead(TypedDict):
-    sha256: dict[str, str]
 
 
 class Bench(Headline, Contest):
     """``bench.json``."""
 
-    head: NotRequired[ProvedHead]
+    head: ProvedHead
     pairs_timed: Count
     acceptance_by_position: Curve
     predicted_acceptance_by_position: Curve | None
     predicted_accepted_length: Amount | None
-    grid: Grid
-    cost_model: list[Fit]
-    cost_model_error: CostErrors
-    recommended_num_speculative_tokens: Natural | None
+    grid: Annotated[list[Compared], Field(min_length=1)]
+    commands: dict[Digits, str]
     command: str
     machine: Machine
     date: str
@@ -247,20 +185,29 @@ class Verified(Outcome):
     runs: list[Run]
     sampled: NotRequired[Sampled | None]
     command: str
+    machine: Machine
 
 
 class ProvedOutcome(TypedDict):
     tokens: Count
 
 
+class Served(TypedDict):
+    """How the head was served to be proved."""
+
+    command: str
+
+
 class Proof(TypedDict):
     """``proof.json``."""
+
+    date: str
 
     lossless: StrictBool
     claim: Annotated[str, Field(min_length=1)]
     outcome: ProvedOutcome
     head: ProvedHead
-    served: dict[Digits, Any]
+    served: dict[Digits, Served]
     drafthead: str
     seal: str
 

@@ -22,7 +22,7 @@ from drafthead.prove.proof import command_line, proof_path, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan, existing_head
+from drafthead.serve import engine_plan, engines_that_fit, existing_head
 from drafthead.targets import Target, recipe_target
 
 # Lengths that faults of speculation have hidden at: one-token prompts, a block's edge, chunks.
@@ -185,30 +185,39 @@ class Outcome:
 
 
 def prove_lossless(
-    plans: Plans, prompts: Sequence[Prompt], recipe: Recipe, logs: Path, console: Console
+    plans: Plans,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    target: Target,
+    logs: Path,
+    console: Console,
 ) -> Outcome:
     """Run each drafted engine, then the target alone, and compare.
 
-    Only one engine works at a time. Where they can share a GPU, its memory being given in bytes,
-    all are started at once: starting takes longer than answering. Else one lives at a time. The
-    target alone comes last and stays for the examination of what differs; it computes every greedy
-    answer anew, nothing of it comes out of a prefix cache.
+    Only one engine works at a time. Where they fit on a GPU together, their caches being given in
+    bytes, all are started at once: starting takes longer than answering. Else one lives at a time.
+    The target alone comes last and stays for the examination of what differs; it computes every
+    greedy answer anew, nothing of it comes out of a prefix cache.
 
     Args:
         plans: of the engines.
         prompts: what is asked.
         recipe: limits and load.
+        target: the recipe's.
         logs: folder for what the engines print.
         console: where people see how far it is.
 
     Raises:
         DraftheadError: an engine does not run, or drafts nothing with the head.
     """
-    cuda = this_machine().vllm_device == "cuda"
-    at_once = cuda and recipe.engine.kv_cache_memory_bytes is not None
-
     # An engine that drafts 0 tokens: the target alone, set as with the head.
     needed = plans.drafted | ({0: plans.twin} if plans.twin.args != plans.base.args else {})
+    machine = this_machine()
+    at_once = (
+        machine.vllm_device == "cuda"
+        and recipe.engine.kv_cache_memory_bytes is not None
+        and engines_that_fit(plans.base, target, machine) > len(needed)
+    )
 
     def engine_of(plan: Plan, name: str, log: str) -> EngineProcess:
         plan = shared(plan, len(needed) + 1) if at_once else plan
@@ -316,7 +325,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     prompts = many_prompts(run, recipe.verify.prompts)
     plans = verify_plans(recipe, head, target)
     console.print(f"verify: {len(prompts)} prompts, k = {', '.join(map(str, plans.drafted))}")
-    outcome = prove_lossless(plans, prompts, recipe, run.root / "logs", console)
+    outcome = prove_lossless(plans, prompts, recipe, target, run.root / "logs", console)
     runs, sampled = outcome.runs, outcome.sampled
     result = {
         "lossless": all(r["lossless"] for r in runs) and (sampled is None or sampled.same),

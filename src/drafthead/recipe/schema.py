@@ -372,8 +372,9 @@ class ServeSection(Section):
     """How the head is served."""
 
     num_speculative_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens drafted a step (k). null: verify and bench take 3, 1 and 5, and what bench then
-    recommends is served."""
+    """Tokens drafted a step (k). null: 1 to 5 are proved and measured, and the fastest of those is
+    served. More than five hardly ever pay, and each k is an engine to start twice. Name one to
+    prove, measure and serve that one alone."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] | None = None
     """GPUs to serve on; null is the engine's if it is above 1, else the fewest that hold the
     weights."""
@@ -385,9 +386,9 @@ class ServeSection(Section):
 
     @property
     def candidates(self) -> list[int]:
-        """Each k to prove and measure where neither section names any: the one that is said, else
-        the fewest that a cost model can choose from, 3 for the headline."""
-        return [self.num_speculative_tokens] if self.num_speculative_tokens else [3, 1, 5]
+        """Each k to prove and measure where verify and bench name none."""
+        named = self.num_speculative_tokens
+        return [named] if named else [1, 2, 3, 4, 5]
 
 
 class VerifySection(Section):
@@ -399,7 +400,7 @@ class VerifySection(Section):
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer."""
     num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
-    """Each k to prove; null is the one that serve names, else 3, 1 and 5."""
+    """Each k to prove; null is the one that serve names, else 1 to 5."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
     """Requests at once; null is the engine's `max_num_seqs`, so that the proof is under load."""
     prefix_cache: bool = False
@@ -435,8 +436,9 @@ class BenchSection(Section):
     repeats: Annotated[int, Field(ge=1)] = 1
     """Times each pair is run."""
     num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
-    """Each k to measure; null is the one that serve names, else 3, 1 and 5. The first is the
-    headline's."""
+    """Each k to measure, on all prompts. null is the one that serve names, else 1 to 5: each on 8
+    pairs, which is enough to choose by, then the fastest on the other prompts, by which it was not
+    chosen. The headline is the k to serve."""
     concurrency: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]
     """Requests at once, each that ends replaced by the next; each number is a row of the grid, the
     first is the headline's."""
@@ -446,6 +448,11 @@ class BenchSection(Section):
         Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None
     ) = None
     """Numbers of GPUs to spread the target over, each measured; null is the one that is served."""
+    engines_at_once: Annotated[int, Field(ge=1)] | None = None
+    """Engines held in memory while they are timed. 1: the target alone and with the head in turn,
+    each started twice (A B A B); what drifts in the minutes between is then in the ratio. 2: side
+    by side, one k after the other. One more than there are k: all side by side. null counts what
+    fits (on a GPU two at most, unless `engine.kv_cache_memory_bytes` says what a cache takes)."""
     over: Literal["engine", "http"] = "engine"
     """`engine`: vLLM's engine itself. `http`: two servers asked by streaming, so that what the
     server adds is in the times."""

@@ -17,6 +17,7 @@ from drafthead.recipe import without_secrets
 from drafthead.report.results import Results
 from drafthead.report.table import lossless_words
 from drafthead.report.words import (
+    NOT_MEASURED,
     environment,
     facts,
     load_words,
@@ -117,7 +118,7 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
 
     def plan(count: int) -> Plan:
         serve = r.recipe.serve.model_copy(
-            update={"num_speculative_tokens": r.recommended_k, "tensor_parallel_size": count}
+            update={"num_speculative_tokens": r.served_k, "tensor_parallel_size": count}
         )
         # What was fixed for this machine (dtype, cache, sequences) is no advice to another.
         given = r.recipe.engine
@@ -150,7 +151,32 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
 
 def limitations(r: Results) -> list[str]:
     """What the measurements show against the head, or do not show at all."""
-    bench, found = r.bench, []
+    found = _of_speed(r.bench) if r.bench else []
+    unseen = (r.coverage or {}).get("heldout_coverage")
+    if unseen is not None:
+        found.append(f"{1 - unseen:.2%} of held-out tokens are outside the draft vocabulary.")
+    if not r.proof["lossless"]:
+        found.append("Not lossless: with this head the target writes other text than alone.")
+    elif not (sampled := r.verify.get("sampled")):
+        found.append("Losslessness was proved for greedy decoding; sampling was not tested here.")
+    elif not sampled.get("detectable_shift"):
+        found.append(
+            "Losslessness was proved for greedy decoding; for sampling too few answers were drawn."
+        )
+    if r.verify["ties"] and r.proof["lossless"]:
+        found.append(
+            f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "
+            "within its numeric noise, as they do between any two batch shapes."
+        )
+    found += notes(r)
+    machine = (r.bench or r.verify)["machine"]["summary"]
+    what = "Measured" if r.bench else "Proved"
+    return [*found, f"{what} on one machine only: {machine}."]
+
+
+def _of_speed(bench: dict) -> list[str]:
+    """What the measured speed shows against the head."""
+    found = []
     rates = bench["acceptance_by_position"]
     if len(rates) > 1:
         found.append(
@@ -173,28 +199,10 @@ def limitations(r: Results) -> list[str]:
             found.append(
                 f"Least help on {worst}: {length:.2f} tokens a step against {overall:.2f} over all."
             )
-    unseen = (r.coverage or {}).get("heldout_coverage")
-    if unseen is not None:
-        found.append(f"{1 - unseen:.2%} of held-out tokens are outside the draft vocabulary.")
     if max(cell["concurrency"] for cell in cells) == 1:
         found.append("Measured one request at a time; under load the gain is not known.")
     if not any(cell["temperature"] for cell in cells):
         found.append("Speed was measured at temperature 0; sampling accepts fewer drafts.")
-    if not r.proof["lossless"]:
-        found.append("Not lossless: with this head the target writes other text than alone.")
-    elif not (sampled := r.verify.get("sampled")):
-        found.append("Losslessness was proved for greedy decoding; sampling was not tested here.")
-    elif not sampled.get("detectable_shift"):
-        found.append(
-            "Losslessness was proved for greedy decoding; for sampling too few answers were drawn."
-        )
-    if r.verify["ties"] and r.proof["lossless"]:
-        found.append(
-            f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "
-            "within its numeric noise, as they do between any two batch shapes."
-        )
-    found += notes(r)
-    found.append(f"Measured on one machine only: {bench['machine']['summary']}.")
     return found
 
 
@@ -230,7 +238,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
     """The card's text.
 
     Args:
-        r: a verified and benched run.
+        r: a verified run.
         target: its target.
         repo: hub id that the head is to have.
     """
@@ -245,12 +253,11 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "title": repo.split("/")[-1],
         "r": r,
         "bench": r.bench,
+        "machine": (r.bench or r.verify)["machine"],
         "base": base,
         "linked": f"[{base}](https://huggingface.co/{base})" if known else base,
         "quantized": quantization.get("quant_algo") or quantization.get("quant_method"),
-        "speed": speed_rows(r.bench),
-        "predicted": predicted_cells(r.bench),
-        "served": served_cells(r.bench),
+        "not_measured": NOT_MEASURED,
         "lossless": lossless_words(r.verify),
         "sampled": sampled_words(r.verify),
         "ks": ", ".join(sorted(r.proof["served"], key=int)),
@@ -261,11 +268,17 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "reasons": (several or one).explain(),
         "needs_plugin": not stock or bool(ARCHITECTURES & set(target.architectures)),
         "install": install_words(),
-        "vllm": r.bench["machine"]["versions"].get("vllm", "0.32"),
+        "vllm": (r.bench or r.verify)["machine"]["versions"].get("vllm", "0.32"),
         "facts": [("target", base), *facts(r)[1:]],  # not the folder of this machine
         "limitations": limitations(r),
         "licence_words": licence.words,
     }
+    if r.bench:
+        values |= {
+            "speed": speed_rows(r.bench),
+            "predicted": predicted_cells(r.bench),
+            "served": served_cells(r.bench),
+        }
     return environment().get_template("card.md.j2").render(values)
 
 

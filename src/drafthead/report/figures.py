@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from drafthead.prove.pairing import LOAD
 from drafthead.report import charts
 from drafthead.report.results import Results
-from drafthead.report.words import LOAD, headline_fit, load_words
+from drafthead.report.words import load_words
 
 
 def _figure(title: str, caption: str, svg: str, legend: Sequence = (), foot: str = "") -> dict:
@@ -67,24 +68,20 @@ def _step_time(r: Results) -> dict | None:
     if not cells:
         return None
     cells.sort(key=lambda cell: cell["num_speculative_tokens"])
-    fit = headline_fit(r.bench)
-    # A draft reads every row of the head's LM head; what a row costs was timed by itself.
-    row_s = fit["per_row_s"] if fit else None
-    lm_head = 1000 * (row_s or 0.0) * r.head_config["draft_vocab_size"]
     plain = 1000 * cells[0]["step_s"]["base"]
     rows: list[tuple[str, list[tuple[str, str, float]]]] = [
         ("plain step", [("target", "base", plain)])
     ]
     for cell in cells:
         k, step = cell["num_speculative_tokens"], 1000 * cell["step_s"]["drafted"]
-        extra = max(step - plain, 0.0)
-        reading = min(k * lm_head, extra)
-        parts = [("target", "base", min(plain, step)), ("LM head", "predicted", reading)]
-        rows.append((f"k = {k}", [*parts, ("drafting, checking", "head", extra - reading)]))
+        parts = [
+            ("target", "base", min(plain, step)),
+            ("drafting, checking", "head", max(step - plain, 0.0)),
+        ]
+        rows.append((f"k = {k}", parts))
     legend = [
         ("base", "as long as a plain step"),
-        ("predicted", "the head's LM head, timed by itself"),
-        ("head", "the rest of drafting, and checking more tokens"),
+        ("head", "drafting, and checking more tokens"),
     ]
     pays = ", ".join(
         f"{c['accepted_length'] * plain / (1000 * c['step_s']['drafted']):.2f}× at k = "
@@ -96,33 +93,8 @@ def _step_time(r: Results) -> dict | None:
         f"Milliseconds of one decoding step, {r.bench['concurrency']} at once. A plain "
         "step writes one token.",
         charts.stacks("Milliseconds of a decoding step", rows),
-        [entry for entry in legend if lm_head or entry[0] != "predicted"],
+        legend,
         f"Tokens a step over what a step takes: {pays} (decoding alone, prefill left out).",
-    )
-
-
-def _cost_model(r: Results) -> dict | None:
-    fit = headline_fit(r.bench)
-    if fit is None or len(points := fit["points"]) < 2:
-        return None
-    ks = [int(k) for k in fit["predicted_speedup"]]
-    line = charts.Series("model", "predicted", ks, list(fit["predicted_speedup"].values()))
-    dots = charts.Series(
-        "measured",
-        "head",
-        [p["num_speculative_tokens"] for p in points],
-        [p["measured"] for p in points],
-        joined=False,
-    )
-    error, trusted = fit["median_relative_error"], r.bench["recommended_num_speculative_tokens"]
-    best = f"Best: k = {trusted}." if trusted else "Too far off to choose k by."
-    return _figure(
-        "How many drafts pay",
-        f"Decoding speed with k drafts a step over without, {fit['concurrency']} at once.",
-        charts.lines("Decoding speedup by k", [line, dots], "drafts a step (k)"),
-        [("predicted", "cost model"), ("head", "measured")],
-        best
-        + (f" Median out-of-sample error of the model {error:.1%}." if error is not None else ""),
     )
 
 
@@ -170,5 +142,6 @@ def _training(r: Results) -> list[dict]:
 
 def figures(r: Results) -> list[dict]:
     """All figures that the run has results for, in the order of the page."""
-    made = [_acceptance(r), _speeds(r), _step_time(r), _cost_model(r), _coverage(r)]
+    of_speed = [_acceptance(r), _speeds(r), _step_time(r)] if r.bench else []
+    made = [*of_speed, _coverage(r)]
     return [figure for figure in made if figure] + _training(r)

@@ -25,7 +25,6 @@ from drafthead.report.words import (
     setting,
     speed_rows,
     tone,
-    vocabulary_rows,
 )
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
@@ -33,38 +32,54 @@ from drafthead.serve import engine_plan
 
 def render(r: Results, template: str) -> str:
     """Render ``report.html.j2`` or ``report.md.j2``."""
-    expected, served = (
-        r.bench["predicted_acceptance_by_position"],
-        r.bench["acceptance_by_position"],
-    )
-    gap = 100 * abs(expected[0] - served[0]) if expected and served else None
-    plan = engine_plan(r.recipe, head=r.run.head, num_speculative_tokens=r.recommended_k)
+    machine = (r.bench or r.verify)["machine"]
     values: dict[str, Any] = {
         "r": r,
         "bench": r.bench,
         "verify": r.verify,
-        "verdict": verdict_words(r),
-        "tone": tone(r.bench),
-        "setting": setting(r.bench),
         "lossless": lossless_words(r.verify),
         "noise": noise_words(r.verify),
         "sampled": sampled_words(r.verify),
         "sampling": sampled_summary(r.verify),
+        "figures": figures(r),
+        "notes": notes(r),
+        "facts": facts(r),
+        "machine": machine,
+        "machine_facts": machine_facts(machine),
+        "serve": serve_command(r),
+    }
+    if r.bench:
+        values |= _speed(r)
+    return environment().get_template(template).render(values)
+
+
+def _speed(r: Results) -> dict[str, Any]:
+    """What the templates show of the measured speed."""
+    expected = r.bench["predicted_acceptance_by_position"]
+    served = r.bench["acceptance_by_position"]
+    return {
+        "verdict": verdict_words(r),
+        "tone": tone(r.bench),
+        "setting": setting(r.bench),
         "predicted": predicted_cells(r.bench),
         "served": served_cells(r.bench),
-        "gap": gap,
+        "gap": 100 * abs(expected[0] - served[0]) if expected and served else None,
         "interval": interval(r),
-        "figures": figures(r),
         "speed": speed_rows(r.bench),
         "grid": grid_table(r.bench),
         "beside": beside_rows(r.bench),
-        "vocabularies": vocabulary_rows(r.bench),
-        "notes": notes(r),
-        "facts": facts(r),
-        "machine": machine_facts(r.bench["machine"]),
-        "serve": plan.public.shell(),
     }
-    return environment().get_template(template).render(values)
+
+
+def serve_command(r: Results) -> str:
+    """The command to serve with: as it was planned on the machine that was measured (or where only
+    the proof was made, on that one), which need not be the one that this page is made on."""
+    planned = {k: how["command"] for k, how in r.proof["served"].items()}
+    planned |= r.bench.get("commands", {})
+    if str(r.served_k) in planned:
+        return planned[str(r.served_k)]
+    plan = engine_plan(r.recipe, head=r.run.head, num_speculative_tokens=r.served_k)
+    return plan.public.shell()
 
 
 def report(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -72,14 +87,14 @@ def report(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
 
     Args:
         recipe: the run's recipe.
-        run: a run that has been verified and benched.
+        run: a run that has been verified; what bench has not measured is said to be so.
         console: where the table is printed.
 
     Returns:
         Paths of what was written.
 
     Raises:
-        DraftheadError: verify or bench has not been run, or was run on another head.
+        DraftheadError: verify has not been run, or was run on another head.
     """
     results = read_results(recipe, run)
     markdown = run.root / "report.md"

@@ -65,6 +65,10 @@ def publish(
 
 def _publish(recipe: Recipe, run: RunDir, repo: str, dry_run: bool, console: Console) -> dict:
     results = read_results(recipe, run)
+    if not results.bench:
+        raise DraftheadError(
+            f"{run.bench_json}: not of this head, or not there; `drafthead bench RECIPE` makes it"
+        )
     if not results.proof["lossless"]:
         raise ClaimFailed(f"{proof_path(run)}: not lossless; such a head is not published")
     write_bytes(run.report_html, render(results, "report.html.j2").encode())

@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json
 from drafthead.prove.proof import read_proof
 from drafthead.prove.records import (
@@ -24,9 +23,9 @@ from drafthead.prove.records import (
     Verified,
     WrittenHead,
 )
+from drafthead.prove.served import recommended_k, served_k, with_headline
 from drafthead.recipe import Recipe, without_paths, without_secrets
 from drafthead.rundir import RECORD_MEND, RunDir
-from drafthead.serve import served_k
 from drafthead.train.log import read_metrics
 
 
@@ -38,6 +37,7 @@ class Results:
     run: RunDir
     verify: dict
     bench: dict
+    """Its headline is the k to serve, if that was measured; empty if speed was not measured."""
     proof: dict
     training: dict | None
     """Training's own summary, its held-out evaluation with it."""
@@ -48,6 +48,8 @@ class Results:
     stages: dict[str, dict]
     """Each stage's summary."""
     head_config: dict
+    served_k: int
+    """Tokens to draft a step, measured or not."""
 
     @property
     def target_name(self) -> str:
@@ -56,17 +58,20 @@ class Results:
     @property
     def k(self) -> int:
         """Tokens drafted a step in the headline."""
-        return self.bench["num_speculative_tokens"]
+        return self.bench["num_speculative_tokens"] if self.bench else self.served_k
 
     @property
-    def recommended_k(self) -> int:
-        """The k to serve."""
-        return served_k(self.recipe, self.run)
+    def recommended(self) -> bool:
+        """The k to serve is the fastest of several that were proved and measured; else the recipe
+        names it, or there was nothing to choose from."""
+        ks = {cell["num_speculative_tokens"] for cell in self.bench.get("grid", [])}
+        named = self.recipe.serve.num_speculative_tokens is not None
+        return len(ks) > 1 and not named and self.served_k == recommended_k(self.recipe, self.run)
 
     @property
     def commands(self) -> list[tuple[str, str]]:
         """What was measured, and the command that did it; a command that did both is there once."""
-        verify, bench = self.verify["command"], self.bench["command"]
+        verify, bench = self.verify["command"], self.bench.get("command")
         if verify == bench:
             pairs = [("losslessness, speed and acceptance", verify)]
         else:
@@ -82,15 +87,15 @@ class Results:
 
 
 def read_results(recipe: Recipe, run: RunDir) -> Results:
-    """Read a run that has been verified and benched.
+    """Read a run that has been verified and, as a rule, benched.
 
     Raises:
-        DraftheadError: verify or bench has not been run, or on another head, or a file is not what
-            this version writes.
+        DraftheadError: verify has not been run, or on another head, or a file is not what this
+            version writes.
     """
 
-    def optional(path: Path, what: str, shape: Any) -> Any:
-        return read_json(path, what, shape) if path.exists() else None
+    def optional(path: Path, what: str, shape: Any, mend: str = "make it anew") -> Any:
+        return read_json(path, what, shape, mend) if path.exists() else None
 
     summaries = {}
     for path in sorted((run.root / ".stages").glob("*.done.json")):
@@ -98,18 +103,20 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
         done = read_json(path, f"the record of stage {stage}", ENDED.get(stage, Ended), RECORD_MEND)
         summaries[stage] = done["summary"]
     coverage = run.vocab / "coverage.json"
-    bench = read_json(run.bench_json, "the figures of `drafthead bench`", Bench, BENCH_AGAIN)
     proof = read_proof(run)
-    if "head" in bench and bench["head"]["sha256"] != proof["head"]["sha256"]:
-        raise DraftheadError(f"{run.bench_json}: of another head than lies there; {BENCH_AGAIN}")
+    bench = optional(run.bench_json, "the figures of `drafthead bench`", Bench, BENCH_AGAIN) or {}
+    if bench and bench["head"]["sha256"] != proof["head"]["sha256"]:
+        bench = {}  # of a head that is no longer there
+    k = served_k(recipe, run)
     return Results(
         recipe=recipe,
         run=run,
         verify=read_json(
             run.verify_json, "the outcome of `drafthead verify`", Verified, VERIFY_AGAIN
         ),
-        bench=bench,
+        bench=with_headline(bench, k) if bench else {},
         proof=proof,
+        served_k=k,
         training=optional(run.train / "best.json", "the held-out evaluation", Training),
         coverage=None
         if recipe.train.start_from

@@ -37,10 +37,23 @@ def results_table(results: Results) -> Table:
     """Target alone and with the head: speed, ratio with interval, acceptance, losslessness."""
     bench, run = results.bench, results.run
     title = f"{results.target_name}: EAGLE-3 head, {results.k} drafts a step"
-    table = Table(title=title, caption=f"measured on {bench['machine']['summary']}")
+    machine = (bench or results.verify)["machine"]["summary"]
+    table = Table(title=title, caption=f"{'measured' if bench else 'proved'} on {machine}")
     table.add_column("")
     table.add_column("predicted", justify="right")
     table.add_column("served", justify="right")
+    if bench:
+        _add_speed(table, results)
+    else:
+        table.add_row("speed", "", "not measured", end_section=True)
+    table.add_row("lossless", "", lossless_words(results.verify))
+    table.add_row("head", "", str(run.head))
+    table.add_row("report", "", str(run.report_html))
+    return table
+
+
+def _add_speed(table: Table, results: Results) -> None:
+    bench = results.bench
     table.add_row("target alone, tokens/s", "", f"{bench['base_tokens_per_s']:.1f}")
     table.add_row("with the head, tokens/s", "", f"{bench['drafted_tokens_per_s']:.1f}")
     low, high = bench["speedup_ci95"]
@@ -51,7 +64,3 @@ def results_table(results: Results) -> Table:
     for i, (predicted, served) in enumerate(rates, 1):
         table.add_row(f"accepted at position {i}", predicted, served)
     table.add_row("mean accepted length", *length, end_section=True)
-    table.add_row("lossless", "", lossless_words(results.verify))
-    table.add_row("head", "", str(run.head))
-    table.add_row("report", "", str(run.report_html))
-    return table

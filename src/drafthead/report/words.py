@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 
 from drafthead.head.checkpoint import trained_steps
-from drafthead.prove.costmodel import load
+from drafthead.prove.pairing import LOAD
 from drafthead.recipe import without_paths
 from drafthead.report.results import Results
 
@@ -29,10 +29,6 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-
-
-LOAD = ("tensor_parallel_size", "temperature", "max_new_tokens", "concurrency")
-"""What makes the load of a point."""
 
 
 def load_words(cell: dict, cells: Sequence[dict]) -> str:
@@ -68,7 +64,7 @@ def speed_row(name: str, cell: dict) -> dict:
 
 
 def speed_rows(bench: dict) -> list[dict]:
-    """Rows of the speed table: each point of the grid, then the sources of the first."""
+    """Rows of the speed table: each point of the grid, then the sources of the headline."""
     cells, order = bench["grid"], (*LOAD, "num_speculative_tokens")
 
     def name(cell: dict) -> str:
@@ -85,12 +81,18 @@ def speed_rows(bench: dict) -> list[dict]:
 
 def beside_rows(bench: dict) -> list[dict]:
     """The run's own head and every other drafter that was measured beside it, at the headline's
-    point; empty without others."""
+    point where they have it; empty without others."""
     others = bench.get("beside", {})
     if not others:
         return []
-    found = [speed_row("this head", bench["grid"][0])]
-    return found + [speed_row(name, other["grid"][0]) for name, other in others.items()]
+    at = (*LOAD, "num_speculative_tokens")
+    headline = [bench["grid"][0][name] for name in at]
+
+    def same_point(cells: list[dict]) -> dict:
+        return next((c for c in cells if [c[name] for name in at] == headline), cells[0])
+
+    rows = [speed_row("this head", bench["grid"][0])]
+    return rows + [speed_row(name, same_point(other["grid"])) for name, other in others.items()]
 
 
 def predicted_cells(bench: dict) -> list[str]:
@@ -117,8 +119,8 @@ def grid_table(bench: dict) -> dict | None:
     """The ratios of the grid: a row a load, a column a k; None if there is one of them only.
 
     Returns:
-        ``ks``, and ``rows`` with ``name`` and for each k its cell (or None), the largest ratio of
-        a row marked ``best`` if it is faster for certain.
+        ``ks``, and ``rows`` with ``name`` and for each k its cell (or None), the one that was
+        fastest over the pairs that all share marked ``best`` if it is faster for certain.
     """
     ks = sorted({cell["num_speculative_tokens"] for cell in bench["grid"]})
     loads: dict[tuple, dict[int, dict]] = {}
@@ -129,7 +131,7 @@ def grid_table(bench: dict) -> dict | None:
         return None
     rows = []
     for _, by_k in sorted(loads.items()):
-        best = max(by_k.values(), key=lambda cell: cell["speedup"])
+        best = max(by_k.values(), key=lambda cell: cell["compared_speedup"])
         faster = tone(best) == "good"
         cells = [
             by_k[k] | {"tone": tone(by_k[k]), "best": faster and by_k[k] is best}
@@ -139,17 +141,6 @@ def grid_table(bench: dict) -> dict | None:
         ]
         rows.append({"name": load_words(best, bench["grid"]), "cells": cells})
     return {"ks": ks, "rows": rows}
-
-
-def headline_fit(bench: dict) -> dict | None:
-    """What the cost model says of the headline's load; None of answers of one token."""
-    return next((fit for fit in bench["cost_model"] if load(fit) == load(bench)), None)
-
-
-def vocabulary_rows(bench: dict) -> list[dict]:
-    """What the cost model says of other draft vocabularies at the headline's load."""
-    rows = (headline_fit(bench) or {"by_vocabulary": []})["by_vocabulary"]
-    return [row | {"gain": max(row["predicted_speedup"].values())} for row in rows]
 
 
 def facts(r: Results) -> list[tuple[str, str]]:
@@ -217,28 +208,32 @@ def setting(bench: dict) -> str:
     return f"{requests}, {heat}, k = {k}, answers of {tokens} tokens at most"
 
 
+NOT_MEASURED = "Speed was not measured: `drafthead bench RECIPE` does it."
+
+
 def notes(r: Results) -> list[str]:
-    """What the recommendation rests on, and what it does not."""
-    found, error = [], r.bench["cost_model_error"].get("decoding")
-    if len({point["num_speculative_tokens"] for point in r.bench["grid"]}) == 1:
+    """What the choice of k rests on, and how the figures were taken where that matters."""
+    found = [] if r.bench else [NOT_MEASURED]
+    if r.recommended:
+        ks = sorted({cell["num_speculative_tokens"] for cell in r.bench["grid"]})
+        first = r.bench["grid"][0]
+        chosen = first["speedup"] != first["compared_speedup"]
         found.append(
-            "One k was measured: what a draft costs cannot be told from what its check does, so no "
-            "other k is recommended, and what is expected of other draft vocabularies is rough."
+            f"k = {r.served_k} is the fastest of k = {', '.join(map(str, ks))}, over the pairs "
+            "that all of them were timed on"
+            + ("; its own figures are of other pairs." if chosen else ".")
         )
-    if error:
+    if r.bench and r.bench["engines_at_once"] == 1:
         found.append(
-            "The cost model predicted points it had not seen with a median error of "
-            f"{error['median_error']:.1%}; an exact one would show "
-            f"{error['of_noise_alone'][1]:.1%} by the noise of so many pairs."
+            "Memory held one engine at a time: the target alone and with the head were timed in "
+            "turn, each started twice (A B A B). What drifts in the minutes between two engines is "
+            "in the ratio, and not in its interval."
         )
-    if error and r.bench["recommended_num_speculative_tokens"] is None:
-        found.append(
-            "At the headline's load it was too far off to choose k by: time more prompts, or on a "
-            "machine that does nothing else."
-        )
-    if r.proof["lossless"] and str(r.recommended_k) not in r.proof["served"]:
+    if r.served_k != r.k:
+        found.append(f"k = {r.served_k}, the one to serve, was not measured at this load.")
+    if r.proof["lossless"] and str(r.served_k) not in r.proof["served"]:
         proved = ", ".join(sorted(r.proof["served"], key=int))
-        found.append(f"k = {r.recommended_k}, the one to serve, was not proved; k = {proved} was.")
+        found.append(f"k = {r.served_k}, the one to serve, was not proved; k = {proved} was.")
     return found
 
 

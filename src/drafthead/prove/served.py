@@ -1,0 +1,133 @@
+"""Which k is served: what the recipe names, else the fastest that was proved and measured."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import Amount, Natural, read_json
+from drafthead.prove.pairing import load
+from drafthead.prove.proof import proof_path, read_proof
+from drafthead.prove.records import BENCH_AGAIN, ProvedHead
+from drafthead.recipe import Recipe, load_recipe
+from drafthead.rundir import RunDir
+from drafthead.serve import engine_plan, existing_head
+
+
+class _Cell(TypedDict):
+    num_speculative_tokens: Natural
+    concurrency: Natural
+    temperature: Amount
+    max_new_tokens: Natural
+    tensor_parallel_size: Natural
+    compared_speedup: Amount
+
+
+class _Benched(TypedDict):
+    """What of ``bench.json`` decides k."""
+
+    grid: Annotated[list[_Cell], Field(min_length=1)]
+    head: ProvedHead
+
+
+def candidates(recipe: Recipe) -> list[int]:
+    """Each k that the recipe measures."""
+    return recipe.bench.num_speculative_tokens or recipe.serve.candidates
+
+
+def fastest(cells: Sequence[dict], ks: Collection[int]) -> dict | None:
+    """The cell of the k in ``ks`` that was fastest at the load of the first cell, over the pairs
+    that all k share; None if none of them was measured there."""
+    rivals = [
+        cell
+        for cell in cells
+        if load(cell) == load(cells[0]) and cell["num_speculative_tokens"] in ks
+    ]
+    return max(rivals, key=lambda cell: cell["compared_speedup"], default=None)
+
+
+def top_level(cell: dict) -> dict:
+    """A measured point as the headline of ``bench.json``."""
+    return {name: value for name, value in cell.items() if name not in ("pairs", "by_source")}
+
+
+def with_headline(bench: dict, k: int) -> dict:
+    """``bench.json`` with another k as its headline, if that was measured at the first load."""
+    cell = fastest(bench["grid"], {k})
+    if cell is None or cell is bench["grid"][0]:
+        return bench
+    others = [other for other in bench["grid"] if other is not cell]
+    nothing = {"predicted_acceptance_by_position": None, "predicted_accepted_length": None}
+    return {**bench, **top_level(cell), **nothing, "grid": [cell, *others]}
+
+
+def lossless_proof(run: RunDir) -> dict | None:
+    """The proof that the run's head, as it lies there, is lossless; None without one."""
+    if not proof_path(run).exists():
+        return None
+    try:
+        proof = read_proof(run)
+    except DraftheadError:  # of another head, or altered
+        return None
+    return proof if proof["lossless"] else None
+
+
+def proved_ks(proof: dict | None) -> set[int]:
+    """Each k that a proof is of."""
+    return {int(k) for k in proof["served"]} if proof else set()
+
+
+def recommended_k(recipe: Recipe, run: RunDir) -> int | None:
+    """The fastest of the recipe's k that were proved *and* measured on the run's head; None if
+    there is none.
+
+    Raises:
+        DraftheadError: ``bench.json`` is not what this version writes.
+    """
+    proof = lossless_proof(run)
+    if proof is None or not run.bench_json.exists():
+        return None
+    what = "the figures of `drafthead bench`"
+    bench = read_json(run.bench_json, what, _Benched, BENCH_AGAIN)
+    if bench["head"]["sha256"] != proof["head"]["sha256"]:
+        return None
+    best = fastest(bench["grid"], proved_ks(proof) & set(candidates(recipe)))
+    return best and best["num_speculative_tokens"]
+
+
+def served_k(recipe: Recipe, run: RunDir) -> int:
+    """Tokens to draft a step: what the recipe names, else what is recommended, else of what was
+    proved the nearest to the default.
+
+    Raises:
+        DraftheadError: ``bench.json`` is not what this version writes.
+    """
+    if recipe.serve.num_speculative_tokens is not None:
+        return recipe.serve.num_speculative_tokens
+    if (best := recommended_k(recipe, run)) is not None:
+        return best
+    usual = recipe.serve.k
+    return min(proved_ks(lossless_proof(run)) or {usual}, key=lambda k: (abs(k - usual), k))
+
+
+def engine_args(
+    recipe: Recipe | Path | str, head: Path | str | None = None, runs: Path | str = "runs"
+) -> dict[str, Any]:
+    """Arguments for ``vllm.LLM(**…)`` that serve a recipe's target with its head.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        head: the head's folder or hub id; None is the recipe's run's own.
+        runs: folder of all runs.
+
+    Raises:
+        DraftheadError: recipe, target or head cannot be read.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    run = RunDir(Path(runs) / recipe.name)
+    head = existing_head(head or run.head)
+    return engine_plan(recipe, head=head, num_speculative_tokens=served_k(recipe, run)).args
