@@ -18,7 +18,7 @@ RECORDS = (
     *("bench.json", "proof.json", "verify.json", "train/best.json", "train/metrics.jsonl"),
     "vocab/coverage.json",
 )
-ALIKE = ("by_source", "beside", "sha256", "predicted_speedup")
+ALIKE = ("by_source", "beside", "sha256", "commands", "served")
 """What stands under a name in these is of one kind."""
 GONE = object()
 OTHERS = (
@@ -114,7 +114,7 @@ def test_a_record_cut_short_is_named(made, record):
 @pytest.mark.parametrize(
     ("record", "at", "value", "words"),
     [
-        ("bench.json", ("cost_model",), GONE, r"no `cost_model` in it; .*measure anew with"),
+        ("bench.json", ("commands",), GONE, r"no `commands` in it; .*measure anew with"),
         ("bench.json", ("grid",), [], "`grid`: List should have at least 1 item.*, found []"),
         ("bench.json", ("grid", 1, "step_s"), GONE, "no `grid.1.step_s` in it"),
         ("bench.json", ("speedup",), "fast", "`speedup`: Input should be a valid number, found 'f"),

@@ -16,6 +16,7 @@ from drafthead.report import charts
 from drafthead.report.page import report
 from drafthead.targets import load_target
 from tests.prove import made_run
+from tests.prove.made_run import MACHINE
 
 
 def written(recipe, run):
@@ -45,7 +46,7 @@ def test_page_is_self_contained_and_its_charts_are_well_formed(tmp_path):
     html, _, _ = written(recipe, run)
     assert not re.search(r"<script|<link|<img|<iframe|@import|url\(|src=|href=|https?://", html)
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(drawings) == 8
+    assert len(drawings) == 7
     for drawing in drawings:
         root = ET.fromstring(drawing)
         assert len(root.attrib["aria-label"]) > 20
@@ -122,6 +123,9 @@ def test_answers_of_one_token_have_a_report_too(tmp_path):
 
 def test_names_are_escaped_and_another_head_is_refused(tmp_path):
     recipe, run = made_run.make(tmp_path / "<b>&")
+    bench = read_json(run.bench_json, "")
+    bench["commands"]["3"] = "vllm serve '<b>&/target'"
+    write_json(run.bench_json, bench)
     html, _, _ = written(recipe, run)
     assert "<b>&" not in html
     assert "&lt;b&gt;&amp;" in html
@@ -155,13 +159,8 @@ def test_the_grid_and_what_stands_beside(tmp_path):
         assert text.count("spans 1") >= 2  # in the grid and in the table of speeds
         assert "other" in text
         assert "ngram" in text
-        assert (
-            f"median error of {bench['cost_model_error']['decoding']['median_error']:.1%}" in text
-        )
-        best = bench["recommended_num_speculative_tokens"]
-        assert f"k = {best}, the one to serve, was not proved" in text
-        for row in bench["cost_model"][0]["by_vocabulary"]:
-            assert f"{row['draft_vocab_size']:,}" in text
+        assert "k = 3 is the fastest of k = 1, 3, 5" in text
+        assert "not proved" not in text
     assert "p = 0.43" in html
 
 
@@ -214,22 +213,70 @@ def test_words_in_bars_can_be_read(tmp_path):
             assert (high + 0.05) / (low + 0.05) >= 4.5, (words, below)
 
 
-def test_a_cost_model_too_far_off_names_no_best(tmp_path):
+@pytest.mark.parametrize(
+    ("ks", "proved", "named", "served", "word"),
+    [
+        ((3, 1, 5), (1, 3, 5), None, 3, "recommended"),
+        ((3, 1, 5), (1, 5), None, 5, "recommended"),  # 3 is faster and was not proved
+        ((3, 1, 5), (1, 3, 5), 1, 1, "as served"),
+        ((2,), (2,), None, 2, "as served"),
+    ],
+)
+def test_the_report_is_of_the_k_to_serve(tmp_path, ks, proved, named, served, word):
+    recipe, run = made_run.make(tmp_path, ks=ks, proved=proved)
+    serve = recipe.serve.model_copy(update={"num_speculative_tokens": named})
+    bench = recipe.bench.model_copy(update={"num_speculative_tokens": list(ks)})
+    html, markdown, table = written(recipe.model_copy(update={"serve": serve, "bench": bench}), run)
+    cells = read_json(run.bench_json, "")["grid"]
+    (cell,) = (c for c in cells if (c["num_speculative_tokens"], c["concurrency"]) == (served, 1))
+    assert f"<b>{served}</b><span>drafts a step, {word}" in html
+    for text in (html, markdown, table):
+        assert f"{cell['speedup']:.2f}×" in text
+        assert f"{cell['accepted_length']:.2f}" in text
+    card = (run.head / "README.md").read_text()
+    for text in (html, markdown):
+        assert "was not proved" not in text
+        assert f"vllm serve measured --k {served}" in text
+    assert f'"num_speculative_tokens":{served}' in card
+    assert ("is the fastest of" in markdown) == (word == "recommended")
+
+
+def test_the_serve_command_is_that_of_the_measured_machine(tmp_path):
+    """Not of the one that the report is made on; without a bench it is the proved one."""
+    recipe, run = made_run.make(tmp_path)
+    assert "vllm serve measured --k 3" in written(recipe, run)[1]
+    run.bench_json.unlink()
+    assert "vllm serve proved --k 3" in written(recipe, run)[1]
+
+
+def test_a_proved_head_whose_speed_was_not_measured(tmp_path):
     recipe, run = made_run.make(tmp_path)
     bench = read_json(run.bench_json, "")
-    assert f"Best: k = {bench['recommended_num_speculative_tokens']}." in written(recipe, run)[0]
-    write_json(run.bench_json, bench | {"recommended_num_speculative_tokens": None})
-    html, _, _ = written(recipe, run)
-    assert "Best: k" not in html
-    assert "Too far off to choose k by." in html
+    run.bench_json.unlink()
+    (run.head / "README.md").unlink(missing_ok=True)
+    for _ in range(2):
+        html, text, table = written(recipe, run)
+        card = (run.head / "README.md").read_text()
+        for form in (html, text, card):
+            assert "Speed was not measured" in form
+            assert "63 of 64 answers identical" in form
+            assert MACHINE.as_dict()["summary"] in form
+            assert "tokens/s" not in form
+        assert "not measured" in table
+        assert "**Lossless**" in card
+        assert '"num_speculative_tokens":3' in card
+        # The figures of another head are not this one's.
+        write_json(run.bench_json, bench | {"head": {"sha256": {"model.safetensors": "0" * 64}}})
 
 
-@pytest.mark.parametrize(("ks", "word"), [((3, 1, 5), "recommended"), ((2,), "as served")])
-def test_one_k_recommends_nothing(tmp_path, ks, word):
-    html, markdown, _ = written(*made_run.make(tmp_path, ks=ks))
-    assert f"drafts a step, {word}" in html
-    for text in (html, markdown):
-        assert ("One k was measured" in text) == (len(ks) == 1)
+def test_engines_that_took_turns_are_told_of(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    assert "A B A B" not in written(recipe, run)[1]
+    bench = read_json(run.bench_json, "")
+    bench["grid"] = [cell | {"engines_at_once": 1} for cell in bench["grid"]]
+    write_json(run.bench_json, bench | {"engines_at_once": 1})
+    for text in written(recipe, run)[:2]:
+        assert "A B A B" in text
 
 
 def table_row(text, name):
@@ -239,7 +286,7 @@ def table_row(text, name):
 
 def test_a_prediction_of_fewer_drafts_than_were_served_keeps_its_columns(tmp_path):
     """Training may have evaluated three drafts where five are served."""
-    recipe, run = made_run.make(tmp_path, ks=(5, 3))
+    recipe, run = made_run.make(tmp_path, ks=(5, 3), proved=(5,))
     bench = read_json(run.bench_json, "")
     bench |= {"predicted_acceptance_by_position": [0.7, 0.5, 0.3], "predicted_accepted_length": 2.5}
     write_json(run.bench_json, bench)
@@ -281,12 +328,11 @@ def test_each_length_of_answers_has_its_rows(tmp_path):
     assert "| answers of 32, 128 tokens at most |" in card
     # Figures are of the headline's load: what was measured of other lengths adds nothing.
     bench["grid"] = [cell for cell in bench["grid"] if cell["max_new_tokens"] == 128]
-    bench["cost_model"] = [fit for fit in bench["cost_model"] if fit["max_new_tokens"] == 128]
     write_json(run.bench_json, bench)
     alone = written(recipe, run)[0]
     drawing = r'<svg[^>]*aria-label="(?:Milliseconds|Decoding|Speed).*?</svg>'
     both, one = (re.findall(drawing, page, re.DOTALL) for page in (html, alone))
-    assert len(one) == 4
+    assert len(one) == 3
     assert both == one
 
 
