@@ -161,9 +161,12 @@ def _contest(
     target = recipe_target(recipe)
     prompts = [(p.ids, p.source) for p in timed_prompts(recipe, run, target, console)]
     ks = recipe.bench.num_speculative_tokens or [result["num_speculative_tokens"]]
-    drafters: dict[str, dict[str, Any]] = {
-        _label(head): {"head": existing_head(head)} for head in heads
-    }
+    drafters: dict[str, dict[str, Any]] = {}
+    for head in dict.fromkeys(heads):
+        label = _label(head)
+        if label in drafters:  # of two folders that end alike
+            label += f" ({len(drafters) + 1})"
+        drafters[label] = {"head": existing_head(head)}
     if ngram:
         drafters["ngram"] = {"speculative_config": _NGRAM}
     beside = result.get("beside", {})

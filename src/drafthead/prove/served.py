@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from drafthead.drafters import DRAFTERS
 from drafthead.errors import DraftheadError
 from drafthead.fsio import Amount, Natural, read_json
 from drafthead.prove.pairing import load
@@ -33,9 +34,16 @@ class _Benched(TypedDict):
     head: ProvedHead
 
 
+def default_ks(recipe: Recipe) -> list[int]:
+    """Each k to prove and measure where verify and bench name none: the one that serve names, else
+    those that this kind of head is worth trying with."""
+    named = recipe.serve.num_speculative_tokens
+    return [named] if named else list(DRAFTERS[recipe.head.kind].default_k(recipe))
+
+
 def candidates(recipe: Recipe) -> list[int]:
-    """Each k that the recipe measures."""
-    return recipe.bench.num_speculative_tokens or recipe.serve.candidates
+    """Each k that bench measures."""
+    return recipe.bench.num_speculative_tokens or default_ks(recipe)
 
 
 def fastest(cells: Sequence[dict], ks: Collection[int]) -> dict | None:
@@ -109,8 +117,8 @@ def served_k(recipe: Recipe, run: RunDir) -> int:
         return recipe.serve.num_speculative_tokens
     if (best := recommended_k(recipe, run)) is not None:
         return best
-    usual = recipe.serve.k
-    return min(proved_ks(lossless_proof(run)) or {usual}, key=lambda k: (abs(k - usual), k))
+    ks = proved_ks(lossless_proof(run)) or default_ks(recipe)
+    return min(ks, key=lambda k: (abs(k - recipe.serve.k), k))
 
 
 def engine_args(

@@ -20,6 +20,7 @@ from drafthead.prove.noise import NOT_LOSSLESS, Control, noise_words
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, proof_path, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
+from drafthead.prove.served import default_ks
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan, engines_that_fit, existing_head
@@ -161,7 +162,7 @@ class Plans:
 
 def verify_plans(recipe: Recipe, head: str | Path, target: Target) -> Plans:
     """Plans for each k to prove; with a head engine steps are as small as verify asks for."""
-    ks = recipe.verify.num_speculative_tokens or recipe.serve.candidates
+    ks = recipe.verify.num_speculative_tokens or default_ks(recipe)
     size, chunked = recipe.verify.max_num_batched_tokens, recipe
     if size is not None:
         extra = {**recipe.engine.extra, "max_num_batched_tokens": size}
