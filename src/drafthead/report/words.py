@@ -223,7 +223,7 @@ def notes(r: Results) -> list[str]:
             "that all of them were timed on"
             + ("; its own figures are of other pairs." if chosen else ".")
         )
-    if r.bench and r.bench["engines_at_once"] == 1:
+    if r.bench and r.bench["grid"][0]["engines_at_once"] == 1:
         found.append(
             "Memory held one engine at a time: the target alone and with the head were timed in "
             "turn, each started twice (A B A B). What drifts in the minutes between two engines is "
