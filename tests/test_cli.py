@@ -58,7 +58,7 @@ def remove(pattern):
 def folder(name):
     def make():
         Path(name).unlink(missing_ok=True)
-        Path(name).mkdir()
+        Path(name).mkdir(parents=True)
 
     return make
 
@@ -131,7 +131,7 @@ RECIPES = {
     "negative": (edit("heldout: 4", "heldout: -4"), "`prompts.heldout`"),
     "not a number": (edit("epochs: 1", "learning_rate: .nan"), "`train.learning_rate`"),
     "infinite": (edit("epochs: 1", "learning_rate: .inf"), "`train.learning_rate`"),
-    "Python's None": (edit("max_model_len: 128", "max_model_len: None"), "word for it is `null`"),
+    "Python's None": (edit("max_model_len: 128", "max_model_len: None"), "should be `null`"),
     "list for a section": (edit("{epochs: 1}", "[1]"), "`train`: should be a mapping"),
     "no target": (edit("target: {path: target}", "target:"), "`target` is missing"),
     "vocabulary too large": (edit("size: 256", "size: 9999"), "only 512 tokens"),
@@ -168,9 +168,10 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
         (nothing, ("run", "r.yaml", "--from", "trian"), "they are, in order: generate"),
         (nothing, ("run", "r.yaml", "--form", "train"), "No such option"),
         (nothing, ("rnu", "r.yaml"), "Did you mean 'run'?"),
-        (nothing, ("train", "r.yaml"), "`drafthead run r.yaml --from generate`"),
-        (nothing, ("report", "r.yaml"), "`drafthead run r.yaml --from generate`"),
-        (nothing, ("train", "r.yaml", "--from", "nope"), "needs capture"),
+        (nothing, ("train", "r.yaml"), "`drafthead run r.yaml`"),
+        (nothing, ("report", "r.yaml", "--runs", "a b"), "`drafthead run r.yaml --runs 'a b'`"),
+        (folder("runs/r"), ("report", "r.yaml"), "`drafthead run r.yaml --from generate`"),
+        (folder("runs/r"), ("train", "r.yaml", "--from", "nope"), "train.start_from: nope"),
         (nothing, ("serve", "r.yaml", "--print"), "no head there"),
         (truncated_head, ("serve", "r.yaml", "--print"), "not a whole safetensors file"),
         (head_of_another_target, ("serve", "r.yaml", "--print"), "head of another target"),
@@ -189,8 +190,12 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
         (nothing, ("states", "check", "nope"), "nope/meta.json: not found"),
         (nothing, ("states", "check", "target"), "a run's is runs/NAME/states"),
         (nothing, ("bench", "r.yaml", "--head", "nope"), "nope: no such folder; a head is"),
-        (nothing, ("bench", "r.yaml", "--set", "code=no.jsonl"), "no.jsonl: no such file; a path"),
-        (nothing, ("publish", "r.yaml", "--repo", "a/b"), "bench.json: not found"),
+        (
+            folder("runs/r"),
+            ("bench", "r.yaml", "--set", "code=no.jsonl"),
+            "no.jsonl: no such file; a path",
+        ),
+        (nothing, ("publish", "r.yaml", "--repo", "a/b"), "`drafthead verify r.yaml`"),
         (nothing, ("quantize", "target", "target", "--prompts", "p.jsonl"), "would be replaced"),
         (nothing, ("quantize", "target", "out", "--prompts", "nope.jsonl"), "no such file"),
         (nothing, ("init", "target", "--out", "r.yaml"), "r.yaml: exists already"),
@@ -202,8 +207,10 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
 def test_wrong_use_is_one_message(place, drafthead, monkeypatch, change, args, words):
     monkeypatch.setattr("drafthead.doctor.check_imports", lambda _: [])
     change()
+    before = set(place.rglob("[!.]*"))
     code, _, err = drafthead(*args)
     assert code == 2
+    assert set(place.rglob("[!.]*")) == before, "a mistake leaves nothing behind"
     assert words in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
 
@@ -232,7 +239,7 @@ def test_a_further_process_of_torchruns_says_what_is_wrong(place, drafthead, mon
     code, out, err = drafthead("train", "r.yaml", "--json")
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
-    assert "needs capture" in err
+    assert "`drafthead run r.yaml`" in err
 
 
 @pytest.mark.parametrize("command", ["train", "run"])
@@ -314,7 +321,7 @@ def test_a_mistake_throws_nothing_away(place, drafthead, monkeypatch):
     folder("h")()
     code, _, err = drafthead("train", "r.yaml", "--from", "h", "--overwrite")
     assert code == 2
-    assert "h: no *.safetensors there" in err
+    assert "train.start_from: h" in err
     assert [path.read_text() for path in kept] == ["hours of work"] * 2
 
 

@@ -71,6 +71,7 @@ def test_misspelt_section_and_source_key(tmp_path):
         (GOOD | {"bench": {"max_new_tokens": "long"}}, "bench.max_new_tokens"),
         (GOOD | {"bench": {"tensor_parallel_size": []}}, "bench.tensor_parallel_size"),
         ({"name": "r"}, "`target` is missing"),
+        (GOOD | {"target": {"path": ""}}, "`target.path`"),
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
         (GOOD | {"train": {"seed": -1}}, "train.seed.*greater than or equal to 0"),
         (GOOD | {"generate": {"seed": 1 << 32}}, "generate.seed.*less than"),

@@ -146,6 +146,13 @@ def test_changed_prompts_or_target_make_answers_stale(job):
         job.execute(recipe)
 
 
+def test_a_target_that_has_moved_makes_nothing_stale(job, llama, tmp_path):
+    job.execute(job.recipe())
+    (tmp_path / "link").symlink_to(llama)
+    job.execute(job.recipe(target={"path": str(tmp_path / "link")}))
+    assert job.ran == []
+
+
 def test_a_target_is_hashed_once_in_a_process(job, monkeypatch):
     hashed, real = [], fsio.sha256_file
     monkeypatch.setattr(fsio, "_hashes", fsio._Hashes())
@@ -178,7 +185,7 @@ def test_a_changed_folder_of_prompts_makes_answers_stale(job, tmp_path):
         ({"head": {"num_attention_heads": 3}}, "not a multiple of num_attention_heads 3"),
         ({"head": {"hidden_size": 100}}, r"head\.hidden_size is 100"),
         ({"head": {"aux_layers": [0]}}, r"head\.aux_layers: \[0\].*set capture\.aux_layers"),
-        ({"train": {"start_from": "nowhere"}}, "nowhere/config.json: not found"),
+        ({"train": {"start_from": "nowhere"}}, "train.start_from: nowhere"),
     ],
 )
 def test_a_head_that_cannot_be_made_is_told_before_the_first_answer(job, sections, words):

@@ -25,12 +25,16 @@ class _Console(Console):
 
     recipe: Path | None = None
     """The file, once a command has read it."""
+    runs = Path("runs")
+    """What ``--runs`` names; commands in messages name it too, unless it is this."""
 
     def named(self, text: str, markup: bool = False) -> str:
-        """``text`` with the recipe's file, quoted for a shell, in place of each RECIPE."""
+        """``text`` with what a command takes in place of RECIPE: the file, and ``--runs``."""
         if self.recipe is None:
             return text
         file = shlex.quote(str(self.recipe))
+        if self.runs != Path("runs"):
+            file += f" --runs {shlex.quote(str(self.runs))}"
         file = escape(file) if markup else file
         return _PLACE.sub(lambda match: match[1] + file, text)
 
@@ -48,8 +52,15 @@ def _hide_progress(as_json: bool) -> bool:
     return as_json
 
 
+def _remember_runs(runs: Path) -> Path:
+    console.runs = runs
+    return runs
+
+
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
-RunsDir = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+RunsDir = Annotated[
+    Path, typer.Option("--runs", callback=_remember_runs, help="Folder of all runs.")
+]
 AsJson = Annotated[
     bool,
     typer.Option("--json", callback=_hide_progress, help="Print one JSON object on stdout."),

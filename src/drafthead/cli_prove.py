@@ -1,10 +1,12 @@
 """The commands verify and bench: their many options, as fields of the recipe."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from drafthead.cli_options import (
     Again,
@@ -35,9 +37,11 @@ def _with_options(recipe: Path, section: str, options: dict[str, Any]) -> "Recip
     changed = {name: value for name, value in options.items() if value is not None}
     found = with_options(read_recipe(recipe), section, changed)
     if changed:
+        given = json.dumps(changed)[1:-1].replace('"', "")
         console.print(
-            f"{section}: {', '.join(f'{n}={v}' for n, v in changed.items())} instead of the "
-            f"recipe's; run and report go by {recipe}: write the same into it to keep this"
+            f"{section}: {escape(given)}, for this once. run and report go by "
+            f"{escape(str(recipe))}: write the same into it to keep it",
+            soft_wrap=True,
         )
     return found
 

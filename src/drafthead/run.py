@@ -132,6 +132,8 @@ def stage_named(name: str) -> Stage:
 def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What each stage reads of the recipe, as far as it changes what the stage makes."""
     dumped = without_secrets(recipe.model_dump(mode="json"))  # a new token makes nothing stale
+    # The target's files count, by their hashes, and not where they lie.
+    dumped["target"] = {k: v for k, v in dumped["target"].items() if k not in ("path", "revision")}
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
     if recipe.head.kind == "dspark" and recipe.capture.aux_layers is None:
         dumped["capture"]["aux_layers"] = "spread"  # others than without
@@ -215,6 +217,8 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         if stage.name == "export" and recipe.export.speculators:
             own["k"] = recipe.serve.k  # which that format names
         if stage.name == "train" and (start := recipe.train.start_from):
+            if "train" in wanted and not (Path(start) / "config.json").is_file():
+                raise DraftheadError(f"train.start_from: {start}: no head there (no config.json)")
             files = [Path(start) / "config.json", *sorted(Path(start).glob("*.safetensors"))]
             own["start_files"] = {f.name: file_hash(f) for f in files if f.is_file()}
             if (steps := trained_steps(recipe)) != recipe.ttt_steps:
@@ -292,6 +296,11 @@ def execute(
         raise DraftheadError(f"--from {first} comes after --to {last}")
     first_process = torchrun_rank() == 0
     run = RunDir(runs_dir / recipe.name)
+    if NAMES[0] not in wanted and not run.root.is_dir():
+        raise DraftheadError(
+            f"{run.root}: no such run, and {wanted[0]} is not its first stage; start it with "
+            "`drafthead run RECIPE`, or name the folder that it lies in with --runs"
+        )
     keep_hashes(run.root)
     inputs = stage_inputs(recipe, wanted)
     if {"generate", "train"} <= set(wanted):

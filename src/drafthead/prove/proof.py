@@ -108,6 +108,8 @@ def read_proof(run: RunDir) -> dict:
         DraftheadError: missing, altered after it was signed off, or of another head.
     """
     path = proof_path(run)
+    if not path.exists():
+        raise DraftheadError(f"{path}: not there: nothing was proved; `drafthead verify RECIPE`")
     record = read_json(path, "the proof that verify signs off", Proof, VERIFY_AGAIN)
     if record["seal"] != seal(record):
         raise DraftheadError(f"{path}: altered after it was signed off; run verify again")

@@ -38,6 +38,7 @@ _PLAIN = {
     "float_type": "should be a number, such as `0.5`",
     "float_parsing": "should be a number, such as `0.5`",
     "too_short": "should have at least one entry",
+    "string_too_short": "should not be empty",
 }
 """What a field should be, by the type of pydantic's error, where pydantic's words are Python's."""
 _PATTERNS = {

@@ -37,7 +37,7 @@ class Section(BaseModel):
 class TargetSection(Section):
     """The model being sped up."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """Folder or hub id of the target, exactly as you serve it (quantized if you serve it so)."""
     revision: str | None = None
     """Hub revision; null is the default branch."""

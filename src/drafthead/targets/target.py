@@ -415,7 +415,8 @@ def _local_folder(path_or_id: str, revision: str | None, trust_remote_code: bool
         raise DraftheadError(f"{folder}: a target is a folder, this is a file")
     if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
         raise DraftheadError(
-            f"{path_or_id}: no such folder; a target is a checkpoint folder or a hub id, OWNER/NAME"
+            f"{path_or_id}: no such folder (looked in {os.getcwd()}); a target is a checkpoint "
+            "folder or a hub id, OWNER/NAME"
         )
     from huggingface_hub import snapshot_download
 
