@@ -47,6 +47,17 @@ def test_fewer_are_held_out_of_few_prompts(tmp_path, llama, prompts, heldout):
     assert len(load_chats(section).train) == prompts - heldout
 
 
+def test_a_target_without_a_chat_template_is_told_of(tmp_path, llama, drafthead):
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    code, _, err = drafthead("init", str(base), "--out", str(tmp_path / "base.yaml"))
+    assert code == 0
+    assert "target.chat_template" in err
+    assert not write_recipe(str(base), "chats.jsonl", tmp_path / "again.yaml")["chat_template"]
+    _, _, err = drafthead("init", str(llama), "--out", str(tmp_path / "llama.yaml"))
+    assert "target.chat_template" not in err
+
+
 def test_existing_recipe_is_kept(tmp_path, llama):
     out = tmp_path / "recipe.yaml"
     out.write_text("mine")

@@ -65,7 +65,11 @@ def init(
     """Look at a target and write a commented recipe fit for it."""
     from drafthead.init import write_recipe
 
-    emit(write_recipe(target, prompts, out, trust_remote_code=trust_remote_code), as_json)
+    about = write_recipe(target, prompts, out, trust_remote_code=trust_remote_code)
+    emit(about, as_json)
+    if not about["chat_template"]:
+        words = f"{target} has no chat template: name one under target.chat_template in {out}"
+        console.print(f"[yellow]{escape(words)}[/yellow]", soft_wrap=True)
     if not Path(prompts).is_file():
         console.print(f"[yellow]{escape(prompts)} is not there yet; the run will need it[/yellow]")
     words = f"wrote {out}; read it, then: drafthead doctor {out}, drafthead run {out}"

@@ -260,8 +260,9 @@ def _template(plan: "WorkPlan", sample: list[tuple["Chat", int]]) -> list[Findin
             words = "it drops system messages, as it does in vLLM's server"
             mend = "if they matter, name another one under target.chat_template"
             found.append(Finding("chat template", "warning", words, mend))
-    if sample and plan.template.changes_within(timedelta(days=1), sample[0][0].opening):
-        words = "it prints the date: that of the day on which the run begins, in all its prompts"
+    span = timedelta(days=1, minutes=1)
+    if sample and plan.template.changes_within(span, sample[0][0].opening):
+        words = "it prints the date or time: all prompts of a run have those at which it began"
         found.append(Finding("chat template", "ok", words))
     return found
 

@@ -111,6 +111,7 @@ def write_recipe(
         "quantization": (target.quantization or {}).get("quant_method"),
         "aux_layers": list(target.default_aux_layers()),
         "draft_vocab_size": recipe.vocab.size,
+        "chat_template": target.chat_template is not None,
         "conversations": conversations,
         "heldout": heldout,
     }
