@@ -279,3 +279,17 @@ def test_hashes_are_kept_for_the_next_process(tmp_path, hashed, monkeypatch, dam
     fsio.keep_hashes(run)
     assert fsio.file_hash(tmp_path / "target") == hashlib.sha256(b"target").hexdigest()
     assert hashed == ["target", "a", *(["target"] if damaged else [])]
+
+
+def test_hashes_are_kept_in_the_run_though_the_working_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(fsio, "_hashes", fsio._Hashes())
+    monkeypatch.setattr(fsio, "_WORTH_KEEPING", 1)
+    monkeypatch.setattr(fsio, "_TIME_STAMP_NS", -1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "target").write_text("target")
+    monkeypatch.chdir(tmp_path)
+    fsio.keep_hashes(Path("run"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    fsio.file_hash(tmp_path / "target")
+    assert (tmp_path / "run" / ".hashes.json").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -242,10 +242,13 @@ def inspect(
 ) -> None:
     """Say what a head is, and what is wrong with a broken one."""
     from drafthead.drafters.inspect import describe, inspect_head
+    from drafthead.progress import waiting, waiting_for_library
     from drafthead.targets import load_target
 
-    loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None
-    found = inspect_head(head, loaded)
+    with waiting_for_library(console, f"reading {target}"):
+        loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None
+    with waiting(console, f"reading {head}"):
+        found = inspect_head(head, loaded)
     if as_json:
         emit(found, as_json)
     else:
@@ -316,7 +319,7 @@ def states_check(
     """Verify every byte of a store; name what is broken."""
     from drafthead.states.check import check_command
 
-    found = check_command(store, fix=repair)
+    found = check_command(store, fix=repair, console=console)
     for fault in found["faults"]:
         console.print(f"[red]unit {fault['unit']}[/red]: {escape(fault['what'])}", soft_wrap=True)
     if as_json:

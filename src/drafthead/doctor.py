@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from drafthead.errors import DraftheadError
 from drafthead.finding import Finding
 from drafthead.hook import check_hook
 from drafthead.machine import Machine, install_command, this_machine
+from drafthead.progress import waiting
 from drafthead.recipe import ENOUGH_STEPS, Recipe
 from drafthead.rundir import RunDir
 
@@ -457,23 +459,32 @@ def diagnose(
         DraftheadError: the server does not answer.
     """
     machine = this_machine()
-    findings = check_installation(machine) + check_imports(machine)
+    findings: list[Finding] = []
+
+    def look(what: str, check: Callable[[], list[Finding]]) -> None:
+        with waiting(console, what):
+            new = check()
+        for finding in new:
+            words = f"{_MARKS[finding.state]} {finding.what}: {escape(finding.found)}"
+            console.print(words, soft_wrap=True)
+            if finding.mend:  # often a command, to be copied whole
+                console.print(f"   [bold]{escape(finding.mend)}[/bold]", soft_wrap=True)
+        findings.extend(new)
+
+    look("looking at the installation", lambda: check_installation(machine))
+    look("importing PyTorch and vLLM", lambda: check_imports(machine))
     if any(f.state == "fault" and f.what in ("PyTorch", "imports") for f in findings):
         console.print("[yellow]the rest is looked at once PyTorch and vLLM work[/yellow]")
         recipe = url = None
     if recipe is not None:
         run = RunDir(runs / recipe.name)
-        findings += check_recipe(recipe, run, machine)
-        findings += check_hook(recipe) + check_head(run, recipe)
+        look("reading target and prompts", lambda: check_recipe(recipe, run, machine))
+        look("asking vLLM for the target's hidden states", lambda: check_hook(recipe))
+        look("reading the head", lambda: check_head(run, recipe))
     if url is not None:
         from drafthead.prove.live import diagnose_server
 
-        findings += diagnose_server(url, recipe, runs)
-    for finding in findings:
-        words = f"{_MARKS[finding.state]} {finding.what}: {escape(finding.found)}"
-        console.print(words, soft_wrap=True)
-        if finding.mend:  # often a command, to be copied whole
-            console.print(f"   [bold]{escape(finding.mend)}[/bold]", soft_wrap=True)
+        look(f"asking {url}", lambda: diagnose_server(url, recipe, runs))
     return {
         "healthy": all(finding.state != "fault" for finding in findings),
         "findings": [dataclasses.asdict(finding) for finding in findings],

@@ -308,7 +308,7 @@ _hashes = _Hashes()
 def keep_hashes(folder: Path) -> None:
     """Let :func:`file_hash` remember large files' hashes in ``folder`` from now on: hashing a
     target of 60 GB takes a minute, and a run has several processes."""
-    _hashes.keep_in(folder / ".hashes.json")
+    _hashes.keep_in(folder.absolute() / ".hashes.json")  # wherever this process goes later
 
 
 def file_hash(path: Path | str) -> str:

@@ -153,6 +153,12 @@ def waiting(
         yield work
 
 
+def waiting_for_library(console: Console, what: str) -> contextlib.AbstractContextManager[object]:
+    """As :func:`waiting`, where a library shows a bar of its own in a terminal and nothing
+    elsewhere: the hub's downloads and uploads."""
+    return contextlib.nullcontext() if console.is_interactive else waiting(console, what)
+
+
 def hide(console: Console, hidden: bool = True) -> None:
     """Show no progress on this console from now on, or show it again."""
     _display(console).hidden = hidden

@@ -15,17 +15,19 @@ import math
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from drafthead.data.chats import Chat, load_chats
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, fingerprint, read_json, write_json
 from drafthead.machine import install_command
+from drafthead.progress import waiting
 from drafthead.recipe import PromptsSection, Source, load_recipe
 from drafthead.targets import Target, load_target, nvfp4
 
@@ -76,7 +78,7 @@ def quantize(
     max_new_tokens: int = 128,
     seed: int = 0,
     trust_remote_code: bool = False,
-    console: Any = None,
+    console: Console | None = None,
 ) -> dict:
     """Write the NVFP4 checkpoint of `target_path` to `out`; a finished one is left as it is.
 
@@ -88,7 +90,7 @@ def quantize(
         exclude: name components of the modules to leave unquantized.
         max_new_tokens: longest answer.
         trust_remote_code: run Python code that comes with the target.
-        console: prints the result when given (rich).
+        console: where people see how far it is, and the result.
 
     Returns:
         `perplexity` and `perplexity_w4a4` (as Blackwell's kernels run it) and
@@ -104,6 +106,7 @@ def quantize(
             "package nvidia-modelopt is not installed: it does the quantizing. "
             f"Install it: {install_command('quantize')}"
         )
+    console = console or Console(quiet=True)
     target = load_target(target_path, trust_remote_code=trust_remote_code)
     if target.quantization is not None:
         raise DraftheadError(f"{target.path}: quantized already; quantize the dense checkpoint")
@@ -129,7 +132,9 @@ def quantize(
         raise DraftheadError(f"{out}: holds a checkpoint made otherwise; remove it or name another")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise DraftheadError(f"{out}: exists already and would be replaced; name a new folder")
-    record = _quantize(target, out, calibration, heldout, exclude, max_new_tokens, seed, made_of)
+    record = _quantize(
+        target, out, calibration, heldout, exclude, max_new_tokens, seed, made_of, console
+    )
     _show(record, console)
     return record
 
@@ -143,6 +148,7 @@ def _quantize(
     max_new_tokens: int,
     seed: int,
     made_of: str,
+    console: Console,
 ) -> dict:
     from transformers import AutoModelForCausalLM
 
@@ -155,10 +161,18 @@ def _quantize(
         target.tokenizer(), target.eos_token_ids, str(target.path), text=target.chat_template
     )
     torch.manual_seed(seed)
-    texts, held = (
-        _answered(model, template, side, max_new_tokens) for side in (calibration, heldout)
-    )
-    before, argmax = _perplexity(model, held)
+    total = len(calibration) + len(heldout)
+    with waiting(console, "the target answers the prompts", total, unit="answers") as work:
+        texts, held = (
+            _answered(model, template, side, max_new_tokens, work.advance)
+            for side in (calibration, heldout)
+        )
+
+    def perplexity(of_what: str) -> tuple[float, torch.Tensor]:
+        with waiting(console, f"perplexity {of_what}", len(held), unit="answers") as work:
+            return _perplexity(model, work.each(held))
+
+    before, argmax = perplexity("of the dense target")
     with _quiet():
         import modelopt
         import modelopt.torch.quantization as mtq
@@ -174,22 +188,23 @@ def _quantize(
 
         @torch.no_grad()
         def calibrate(model: torch.nn.Module) -> None:
-            for ids, _ in texts:
-                model(ids[None])
+            with waiting(console, "calibrating", len(texts), unit="answers") as work:
+                for ids, _ in work.each(texts):
+                    model(ids[None])
 
         model = mtq.quantize(model, config, calibrate)
         # the export gives q/k/v and gate/up one scale; done now, so that it is what is measured
         requantize_resmooth_fused_llm_layers(model)
         with _simulated(), mtq.temporarily_fold_weights(model):
-            w4a4, argmax_w4a4 = _perplexity(model, held)
+            w4a4, argmax_w4a4 = perplexity("in NVFP4 (W4A4)")
             inputs = [m for n, m in model.named_modules() if n.endswith("input_quantizer")]
             inputs = [quantizer for quantizer in inputs if quantizer.is_enabled]
             for quantizer in inputs:
                 quantizer.disable()
-            w4a16, _ = _perplexity(model, held)
+            w4a16, _ = perplexity("with NVFP4 weights (W4A16)")
             for quantizer in inputs:
                 quantizer.enable()  # their scales are exported
-        with atomic_dir(out) as fresh:
+        with waiting(console, "writing the checkpoint"), atomic_dir(out) as fresh:
             export_hf_checkpoint(model, export_dir=fresh)
             for file in _beside_weights(target.path):
                 if not (fresh / file.name).exists():
@@ -226,9 +241,14 @@ def _beside_weights(folder: Path) -> list[Path]:
 
 @torch.no_grad()
 def _answered(
-    model: Any, template: Template, chats: Sequence[Chat], max_new_tokens: int
+    model: Any,
+    template: Template,
+    chats: Sequence[Chat],
+    max_new_tokens: int,
+    on_answers: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[torch.Tensor, int]]:
-    """For each chat, ids [T] of its first turn with the target's answer, and where that starts."""
+    """For each chat, ids [T] of its first turn with the target's answer, and where that starts.
+    ``on_answers`` is called with how many answers a batch brought."""
     prompts = []
     for chat in chats:
         ids, _ = template.encode(chat.opening)
@@ -254,12 +274,13 @@ def _answered(
             ends = [i for i, token in enumerate(answer) if token in template.eos]
             answer = answer[: ends[0] + 1] if ends else answer
             answered.append((torch.tensor(prompt + answer, device=model.device), len(prompt)))
+        on_answers(len(batch))
     return answered
 
 
 @torch.no_grad()
 def _perplexity(
-    model: Any, texts: Sequence[tuple[torch.Tensor, int]]
+    model: Any, texts: Iterable[tuple[torch.Tensor, int]]
 ) -> tuple[float, torch.Tensor]:
     """exp of the mean negative log-likelihood of the answers' tokens, and the model's most likely
     token at each of them."""
@@ -299,9 +320,7 @@ def _simulated() -> Iterator[None]:
         tensor_quant.dynamic_block_quantize_op = stock
 
 
-def _show(record: dict, console: Any) -> None:
-    if console is None:
-        return
+def _show(record: dict, console: Console) -> None:
     console.print(
         f"perplexity over {record['heldout_tokens']} held-out answer tokens: "
         f"{record['perplexity']:.3f} before, {record['perplexity_w4a4']:.3f} in NVFP4 (W4A4), "

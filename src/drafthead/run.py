@@ -24,6 +24,7 @@ from drafthead.fsio import (
 )
 from drafthead.head.checkpoint import trained_steps
 from drafthead.machine import torchrun_rank
+from drafthead.progress import waiting, waiting_for_library
 from drafthead.recipe import CaptureSection, Recipe, Source, without_secrets
 from drafthead.rundir import RunDir
 from drafthead.targets import captured_layers, recipe_target
@@ -302,7 +303,10 @@ def execute(
             "`drafthead run RECIPE`, or name the folder that it lies in with --runs"
         )
     keep_hashes(run.root)
-    inputs = stage_inputs(recipe, wanted)
+    with waiting_for_library(console, f"reading {recipe.target.path}"):
+        recipe_target(recipe)  # comes from the hub if it is not here
+    with waiting(console, "hashing target and prompts"):
+        inputs = stage_inputs(recipe, wanted)
     if {"generate", "train"} <= set(wanted):
         from drafthead.train.stage import check_shape
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from drafthead.data.answers import read_answers
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, write_json
+from drafthead.progress import waiting
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.targets import recipe_target
@@ -139,13 +140,17 @@ def vocab(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     """
     target = recipe_target(recipe)
     always = always_in(target.tokenizer(), target.eos_token_ids)
-    counts, heldout = (
-        count_tokens(
-            (answer.ids[answer.loss_mask] for answer in read_answers(run.answers, split)),
-            target.vocab_size,
+    with waiting(console, "counting tokens", unit="answers") as work:
+        counts, heldout = (
+            count_tokens(
+                (
+                    answer.ids[answer.loss_mask]
+                    for answer in work.each(read_answers(run.answers, split))
+                ),
+                target.vocab_size,
+            )
+            for split in ("train", "heldout")
         )
-        for split in ("train", "heldout")
-    )
     about = save_vocab(run.vocab, counts, recipe.vocab.size, always, heldout)
     unseen = about["heldout_coverage"]
     console.print(

@@ -11,7 +11,7 @@ import pytest
 
 from drafthead.capture.child import Child
 from drafthead.errors import DraftheadError
-from tests.processes import PATIENCE, ended, wait_for
+from tests.processes import ended, wait_for
 
 MODULE = """
 import os, signal, subprocess, time
@@ -22,7 +22,7 @@ from drafthead.capture.child import child_main
 
 def work(order, report):
     memory = SharedMemory(create=True, size=4096)
-    started = subprocess.Popen(["sleep", "600"])
+    started = subprocess.Popen(["sleep", "86400"])
     report({"started": started.pid, "memory": memory.name})
     if order["then"] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -75,6 +75,6 @@ def test_a_parent_that_is_killed_amid_a_message_takes_its_child_along(tmp_path):
     made = json.loads(child.stdout.readline())
     started = psutil.Process(made["started"])
     child.stdin.close()
-    child.wait(PATIENCE)
+    child.wait()
     wait_for(lambda: ended([started]))
     wait_for(lambda: not Path("/dev/shm", made["memory"]).exists())

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from drafthead.capture import captured, writer_process
 from drafthead.capture.pages import SharedPages
@@ -20,9 +21,10 @@ from drafthead.states import StateReader, StoreMeta, memory
 from drafthead.states.check import check_store
 from drafthead.states.index import shard_name, unit_path
 from tests import disk
-from tests.processes import PATIENCE, ended, wait_for
+from tests.processes import ended, wait_for
 
 L, H, CAPACITY = 3, 64, 32
+QUIET = Console(quiet=True)
 META = StoreMeta((1, 3), 4, H, "fp32", 4, {})
 OPTIONS = {
     "shard_bytes": 1 << 20,
@@ -172,7 +174,7 @@ def test_a_process_that_stands_still_holds_the_engine_up_and_loses_nothing(engin
     running.start()
     wait_for(lambda: engine.process.waits)
     child.resume()
-    running.join(PATIENCE)
+    running.join()
     engine.save(1, 1)
     assert engine.process.flush() is None
     assert torch.equal(StateReader(tmp_path, partial=True)[0].states, states_of(1, 40))
@@ -195,8 +197,7 @@ def test_a_disk_that_stands_still_holds_the_engine_up_and_its_death_frees_it(lla
     wait_for(lambda: engine.process.waits)
     assert running.is_alive()
     os.kill(engine.process._process.pid, signal.SIGKILL)
-    running.join(PATIENCE)
-    assert not running.is_alive()
+    running.join()
     for said in (engine.save(3, 3), engine.process.flush()):
         assert "died (exit code -9, killed: out of memory?)" in said
 
@@ -221,7 +222,7 @@ def test_it_dies_with_an_engine_that_is_killed_whatever_it_waits_for(llama, tmp_
     parent.kill()
     parent.wait()
     wait_for(lambda: ended([child]))
-    assert {fault.unit for fault in check_store(tmp_path)} == {0}  # only missing ones
+    assert {fault.unit for fault in check_store(tmp_path, QUIET)} == {0}  # only missing ones
     assert torch.equal(StateReader(tmp_path, partial=True)[0].states, states_of(0, 40))
 
 

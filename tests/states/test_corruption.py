@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from drafthead.cli import app
@@ -23,6 +24,7 @@ from drafthead.states.format import StoreMeta as Meta
 from drafthead.states.index import _digest
 from tests.states.test_store import make_sample
 
+QUIET = Console(quiet=True)
 META = StoreMeta((1, 2), 4, 16, "fp8-aux", 3, {"target": "tiny"})  # all kinds of tensors in it
 
 
@@ -65,7 +67,7 @@ def same(a, b):
 def refused_or_the_same(path, whole):
     """Reads a damaged store; the check must agree with the reader on whether it is whole."""
     read, refusal = attempt(content, path)
-    faults, no_check = attempt(check_store, path)
+    faults, no_check = attempt(lambda path: check_store(path, QUIET), path)
     if refusal is None:
         assert same(read, content(whole))
         assert faults == []
@@ -280,7 +282,7 @@ def test_check_names_what_is_broken_and_repair_throws_just_that_out(whole, tmp_p
         for unit in (1, 2):
             writer.submit(unit, [make_sample(unit * 4 + i, 6 + i) for i in range(4)])
     assert same(content(path), content(whole))
-    assert check_store(path) == []
+    assert check_store(path, QUIET) == []
     repair(path, [])
 
 
@@ -295,9 +297,12 @@ def test_a_run_is_told_of_a_repair_from_inside_its_store(whole, tmp_path, monkey
     done.write_text("{}")
     monkeypatch.chdir(path)
     with RunLock(tmp_path), pytest.raises(DraftheadError, match="another drafthead run"):
-        check_command(store, fix=True)
-    assert check_command(store, fix=False)["mend"] == f"drafthead states check {store} --repair"
-    check_command(store, fix=True)
+        check_command(store, fix=True, console=QUIET)
+    assert (
+        check_command(store, fix=False, console=QUIET)["mend"]
+        == f"drafthead states check {store} --repair"
+    )
+    check_command(store, fix=True, console=QUIET)
     assert not done.exists()
 
 
@@ -316,7 +321,7 @@ def test_states_that_are_not_finite_are_found(tmp_path):
     sample.states[2, 1, 3] = float("nan")
     with StateWriter(tmp_path, meta) as writer:
         writer.submit(0, [sample])
-    assert "not finite" in check_store(tmp_path)[0].what
+    assert "not finite" in check_store(tmp_path, QUIET)[0].what
 
 
 def test_a_shard_that_the_disk_no_longer_gives_back_is_one_more_fault(whole, monkeypatch):
@@ -328,7 +333,7 @@ def test_a_shard_that_the_disk_no_longer_gives_back_is_one_more_fault(whole, mon
         return real(path)
 
     monkeypatch.setattr(check, "sha256_file", read)
-    (fault,) = check_store(whole)
+    (fault,) = check_store(whole, QUIET)
     assert fault.unit == 1
     assert "unit-000001-00.safetensors: not a readable" in fault.what
     assert "Input/output error" in fault.what
@@ -340,6 +345,6 @@ def test_nothing_is_thrown_out_while_a_run_is_at_work(whole, tmp_path):
     (path / "unit-000001.json").unlink()  # as of a unit whose shards are being written
     shards = sorted(path.glob("unit-000001-*"))
     with RunLock(tmp_path), pytest.raises(DraftheadError, match="another drafthead run"):
-        check_command(path, fix=True)
+        check_command(path, fix=True, console=QUIET)
     assert sorted(path.glob("unit-000001-*")) == shards
-    assert check_command(path, fix=True)["repaired"]
+    assert check_command(path, fix=True, console=QUIET)["repaired"]

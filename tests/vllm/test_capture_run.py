@@ -28,6 +28,8 @@ from tests import disk
 from tests.processes import below, ended, wait_for, writers
 from tests.vllm.runs import WORDS, recipe_for
 
+QUIET = Console(quiet=True)
+
 
 def run_dir_files(root):
     return {
@@ -145,11 +147,11 @@ def test_repaired_unit_is_captured_again_by_prefill(ran):
     body = bytearray(shard.read_bytes())
     body[-1] ^= 1
     shard.write_bytes(body)
-    faults = check_store(run.states)
+    faults = check_store(run.states, QUIET)
     assert [fault.unit for fault in faults] == [1]
     repair(run.states, faults)
     prefill_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
-    assert check_store(run.states) == []
+    assert check_store(run.states, QUIET) == []
     reader = StateReader(run.states)
     for i, states in enumerate(before):
         assert (reader[i].states - states).abs().max() < 1e-3
@@ -174,7 +176,7 @@ def test_full_disk_stops_the_stage_and_what_is_there_counts(ran):
     assert (run.answers / "part-000001.parquet").exists()
     assert not (run.answers / "part-000002.parquet").exists()
     generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
-    assert check_store(run.states) == []
+    assert check_store(run.states, QUIET) == []
 
 
 def test_prompts_longer_than_the_model_are_named_and_left_out(ran, tmp_path):
@@ -197,7 +199,7 @@ def test_prompts_longer_than_the_model_are_named_and_left_out(ran, tmp_path):
 def test_stage_errors_come_out_of_the_engines_process(llama, tmp_path):
     recipe = parse_recipe(recipe_for(llama, tmp_path, engine={"extra": {"block_size": 7}}), "test")
     with pytest.raises(DraftheadError, match=r"vLLM does not start|process died"):
-        stages.generate(recipe, RunDir(tmp_path / "t"), console=Console(quiet=True))
+        stages.generate(recipe, RunDir(tmp_path / "t"), console=QUIET)
 
 
 def test_bad_targets_and_settings_are_refused_before_an_engine_starts(llama, tmp_path):
@@ -257,5 +259,5 @@ def test_the_writing_processs_death_ends_the_stage(ran):
         writer.kill()
     with pytest.raises(DraftheadError, match="the process that writes the states died"):
         generate_units(plan, run.answers, run.states, range(3), lambda: engine, lambda _: None)
-    assert [fault.unit for fault in check_store(run.states)] == [1]
+    assert [fault.unit for fault in check_store(run.states, QUIET)] == [1]
     assert (run.answers / "part-000000.parquet").exists()

@@ -17,7 +17,7 @@ from drafthead.capture.plan import make_plan
 from drafthead.capture.work import work
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
-from tests.processes import PATIENCE, below, ended, wait_for
+from tests.processes import below, ended, wait_for
 from tests.vllm.runs import recipe_for
 
 QUIET = Console(quiet=True)
@@ -78,7 +78,7 @@ def test_the_store_is_the_same_though_a_worker_is_killed(cluster, llama, tmp_pat
     killer = threading.Thread(target=kill_a_worker_that_works, args=(location, killed), daemon=True)
     killer.start()
     summary = stages.generate(recipe, many, console=QUIET)
-    killer.join(PATIENCE)
+    killer.join()
     assert summary["conversations"] == UNITS * 4
     assert killed
     wait_for(lambda: ended(killed))  # the engine dies with its worker

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from rich.console import Console
 
 from drafthead.capture.child import Child
 from drafthead.capture.engine import CaptureEngine
@@ -19,6 +20,8 @@ from drafthead.states.writer import open_store
 from tests import disk
 from tests.processes import wait_for, writers
 from tests.vllm.runs import recipe_for
+
+QUIET = Console(quiet=True)
 
 UNITS, MOST = 20, 10
 
@@ -65,7 +68,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(captured):
     assert 0 in done
     assert max(done) < MOST
     first = min(set(range(UNITS)) - set(done))  # two are written at a time, and either may be first
-    assert {fault.unit for fault in check_store(run.states)} == {first}  # only missing ones
+    assert {fault.unit for fault in check_store(run.states, QUIET)} == {first}  # only missing ones
     sweep(run.root)  # as a run does before it goes on
     written = {name: (run.states / name).stat().st_mtime_ns for name in files(run)}
     prefill(plan, run, engine)

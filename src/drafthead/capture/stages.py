@@ -45,12 +45,14 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         DraftheadError: wrong input, a failed check, a full disk, the engine died, or answers that
             lay there before are not to these prompts.
     """
-    plan = make_plan(recipe, run.began("generate"))
+    with waiting(console, "reading prompts"):
+        plan = make_plan(recipe, run.began("generate"))
     for note in [note for source in plan.sources for note in source.notes()]:
         console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     if not all(part_path(run.answers, unit).exists() for unit in range(len(plan.units))):
         _do("generate", plan, run, console)
-    answers = list(read_answers(run.answers))
+    with waiting(console, "reading the answers", unit="answers") as reading:
+        answers = list(reading.each(read_answers(run.answers)))
     split = {chat.id: side for unit in plan.units for chat, side in unit}
     if strange := [a.conversation for a in answers if split.get(a.conversation) != a.split]:
         raise DraftheadError(
@@ -91,7 +93,8 @@ def capture(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     Raises:
         DraftheadError: as ``generate``.
     """
-    plan = make_plan(recipe)
+    with waiting(console, "reading prompts"):
+        plan = make_plan(recipe)
     if recipe.capture.mode == "online":
         tokens = [len(answer.ids) - 1 for answer in read_answers(run.answers)]
         return _summary(plan.meta, samples=len(tokens), tokens=sum(tokens), bytes_=0)

@@ -12,6 +12,7 @@ from drafthead.drafters.inspect import inspect_head
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, write_bytes
 from drafthead.head.formats import Format, Provenance
+from drafthead.progress import waiting
 from drafthead.recipe import Recipe, without_paths
 from drafthead.rundir import RunDir
 from drafthead.targets import Target, recipe_target
@@ -35,13 +36,14 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         run.forget("train")  # deleted since: or the command named here would find nothing to do
         raise DraftheadError(f"{best}: no trained head there; run `drafthead train` first")
     k = recipe.serve.k
-    found = convert(best, run.head, "vllm", target, k)
-    if (template := given_template(recipe)) is not None:
-        write_bytes(run.head / CHAT_TEMPLATE, template.encode())
     paths = {"head": str(run.head)}
-    if recipe.export.speculators:
-        convert(best, run.head_speculators, "speculators", target, k)
-        paths["speculators"] = str(run.head_speculators)
+    with waiting(console, "writing the head"):
+        found = convert(best, run.head, "vllm", target, k)
+        if (template := given_template(recipe)) is not None:
+            write_bytes(run.head / CHAT_TEMPLATE, template.encode())
+        if recipe.export.speculators:
+            convert(best, run.head_speculators, "speculators", target, k)
+            paths["speculators"] = str(run.head_speculators)
     console.print(
         f"{escape(str(run.head))}: {found['parameters'] / 1e6:.1f} M parameters, "
         f"{found['cost']['bytes_per_draft_step'] / 1e6:.1f} MB read for each drafted token"

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from drafthead.fsio import write_bytes
+from drafthead.progress import waiting
 from drafthead.prove.noise import noise_words
 from drafthead.recipe import Recipe
 from drafthead.report.card import write_card
@@ -96,7 +97,8 @@ def report(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     Raises:
         DraftheadError: verify has not been run, or was run on another head.
     """
-    results = read_results(recipe, run)
+    with waiting(console, "reading records and hashing the head"):
+        results = read_results(recipe, run)
     markdown = run.root / "report.md"
     write_bytes(run.report_html, render(results, "report.html.j2").encode())
     write_bytes(markdown, render(results, "report.md.j2").encode())

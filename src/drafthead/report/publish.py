@@ -7,6 +7,7 @@ from rich.console import Console
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock, sha256_file, write_bytes
+from drafthead.progress import waiting, waiting_for_library
 from drafthead.prove.proof import proof_path, read_proof
 from drafthead.recipe import Recipe
 from drafthead.report.card import hub_id, write_card
@@ -64,7 +65,8 @@ def publish(
 
 
 def _publish(recipe: Recipe, run: RunDir, repo: str, dry_run: bool, console: Console) -> dict:
-    results = read_results(recipe, run)
+    with waiting(console, "reading records and hashing the head"):
+        results = read_results(recipe, run)
     if not results.bench:
         raise DraftheadError(
             f"{run.bench_json}: not of this head, or not there; `drafthead bench RECIPE` makes it"
@@ -87,7 +89,9 @@ def _publish(recipe: Recipe, run: RunDir, repo: str, dry_run: bool, console: Con
     if dry_run:
         console.print(f"dry run: nothing was uploaded to {repo}")
         return {"repo": repo, "files": listed, "url": None}
-    return {"repo": repo, "files": listed, "url": _upload(repo, files, recipe.publish.private)}
+    with waiting_for_library(console, f"uploading to {repo}"):
+        url = _upload(repo, files, recipe.publish.private)
+    return {"repo": repo, "files": listed, "url": url}
 
 
 def _upload(repo: str, files: dict[str, Path], private: bool) -> str:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from drafthead.errors import DraftheadError
 from drafthead.fsio import RunLock, sha256_file
+from drafthead.progress import progress
 from drafthead.rundir import RunDir
 from drafthead.states.format import StoreMeta, decode
 from drafthead.states.index import load_unit, missing_units, unit_numbers, unit_path
@@ -26,7 +29,7 @@ class Fault:
     """The samples of the unit, as far as its index still tells."""
 
 
-def check_store(path: Path | str) -> list[Fault]:
+def check_store(path: Path | str, console: Console) -> list[Fault]:
     """Read every byte of a store and say what is not as it was written.
 
     Raises:
@@ -40,7 +43,8 @@ def check_store(path: Path | str) -> list[Fault]:
     if missing > 0:
         what = f"{unit_path(path, first)}: missing: {missing} of {meta.units} are not captured yet"
         faults.append(Fault(first, what, []))
-    faults += [fault for unit in found for fault in _unit_faults(path, meta, unit)]
+    with progress(console, f"checking {path}", len(found), unit="units") as bar:
+        faults += [fault for unit in bar.each(found) for fault in _unit_faults(path, meta, unit)]
     return sorted(faults, key=lambda fault: fault.unit)
 
 
@@ -92,7 +96,7 @@ def _mend(path: Path, faults: list[Fault]) -> str | None:
     return "drafthead capture RECIPE" if faults else None
 
 
-def check_command(path: Path | str, *, fix: bool) -> dict[str, Any]:
+def check_command(path: Path | str, *, fix: bool, console: Console) -> dict[str, Any]:
     """What `drafthead states check` prints: JSON-able, with one entry a faulty unit.
 
     Raises:
@@ -100,7 +104,7 @@ def check_command(path: Path | str, *, fix: bool) -> dict[str, Any]:
     """
     lock = RunLock(_run(Path(path)).root)
     with lock if fix and lock.path.exists() else contextlib.nullcontext():
-        faults = check_store(path)
+        faults = check_store(path, console)
         if fix:
             repair(path, faults)
     return {

@@ -67,6 +67,7 @@ class Log:
         if not self.quiet:
             shown = progress(self.console, "train", self.total, self.step, unit="steps")
             self.bar = self._open.enter_context(shown)
+            self.bar.advance(0, note="waiting for the first figures")
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
