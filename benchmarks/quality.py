@@ -244,6 +244,9 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")
     parser.add_argument("--explore-seconds", type=float, default=240)
+    parser.add_argument("--serve-heads", default="", help="of explore, by name, besides the duel's")
+    parser.add_argument("--serve-ks", type=int, default=3, help="how many k of each head")
+    parser.add_argument("--loads", default="1", help="requests at once when served")
     parser.add_argument("--serve-seconds", type=float, default=300)
     add_turn(parser)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier OUT")
@@ -289,10 +292,12 @@ def main() -> None:
         save()
     if "serve" in stages:
         targets = (options.served_targets or options.target).split(",")
-        sides = record["duel"]
+        sides = record.get("duel") or {}
         of = {side: [n for n in sides if sides[n]["side"] == side] for side in ("ours", "theirs")}
         theirs = sorted(of["theirs"], key=lambda name: length(sides[name]))[-1:]
         heads = {name: Path(sides[name]["head_folder"]) for name in (*of["ours"], *theirs)}
+        for name in filter(None, options.serve_heads.split(",")):
+            heads[name] = Path(trained(options)[name]["head_folder"])
         serve(options, targets, heads, record.setdefault("served", []), save, CONSOLE.print)
     save()
 

@@ -13,13 +13,14 @@ import torch
 from quality_heads import Job, make_recipe, run_of
 from turns import turn
 
+from drafthead.drafters import drafter_of
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.pairing import Point, run_pairs, summarize
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.serve import engine_plan
 
-KS = (5, 3, 1)
+KS = {"eagle3": (5, 3, 1), "dspark": (7, 5, 3)}  # the most worth having first
 
 
 def serve(
@@ -30,16 +31,43 @@ def serve(
     save: Callable[[], None],
     say: Callable[[str], None],
 ) -> None:
-    """Add a cell to `cells` for each target, head and k that it lacks; no target is begun once
-    `options.serve_seconds` are over. All engines of a target are timed against one of the target
-    alone, prompt by prompt. `save` is called after each target."""
+    """Add a cell to `cells` for each target, head, k and load that it lacks; no target or load is
+    begun once `options.serve_seconds` are over. All engines of a target are timed against one of
+    the target alone, prompt by prompt. `save` is called after each load."""
     deadline = time.monotonic() + options.serve_seconds
-    done = {(c["target"], c["head"], c["k"]) for c in cells}
-    wanted = [(t, h, k) for k in KS for t in targets for h in heads if (t, h, k) not in done]
+    loads = [int(part) for part in options.loads.split(",")]
+    done = [(c["target"], c["head"], c["k"]) for c in cells]
+    ks = {name: KS[drafter_of(folder).kind] for name, folder in heads.items()}
+    places = range(options.serve_ks)
+    every_key = [(t, h, ks[h][place]) for place in places for t in targets for h in heads]
+    wanted = [key for key in every_key if done.count(key) < len(loads)]
     prompts = [(p.ids, p.source) for p in heldout_prompts(run_of(options), options.timed)]
     every = [p.ids for p in heldout_prompts(run_of(options), None)]
     tokens = 16 if options.tiny else options.answer
     cuda = torch.cuda.is_available()
+
+    def add(target: str, keys: list, counts: list, found: list, point: Point) -> None:
+        """A cell for each engine's blocks."""
+        for (_, head, k), count, blocks in zip(keys, counts, found):
+            timed = summarize(replace(point, num_speculative_tokens=k), blocks)
+            cells.append(
+                {
+                    "target": target,
+                    "head": head,
+                    "k": k,
+                    "concurrency": point.concurrency,
+                    "accepted_length": count.accepted_length,
+                    "acceptance_by_position": count.by_position,
+                    "drafts": count.drafts,
+                    "timed": timed,
+                }
+            )
+            say(
+                f"{Path(target).name} {head} k={k}, {point.concurrency} at once: "
+                f"{count.accepted_length:.3f}, "
+                f"{timed['speedup']:.2f}x {timed['speedup_ci95']}"
+            )
+
     with contextlib.ExitStack() as stack:
         engines: dict[tuple, EngineProcess] = {}
         for target, head, k in [*((t, None, 0) for t in targets), *wanted]:
@@ -73,25 +101,13 @@ def serve(
                 before = engines[key].counters()
                 engines[key].generate(every, max_tokens=tokens, concurrency=64)
                 counts.append(engines[key].counters().since(before))
-            point = Point(0, 1, 0.0, tokens)
             drafted = [engines[key] for key in keys]
-            with turn(options.turn):
-                found = run_pairs(engines[base], drafted, prompts, point, repeats=1, warmup=2)
-            for (_, head, k), count, blocks in zip(keys, counts, found):
-                timed = summarize(replace(point, num_speculative_tokens=k), blocks)
-                cells.append(
-                    {
-                        "target": target,
-                        "head": head,
-                        "k": k,
-                        "accepted_length": count.accepted_length,
-                        "acceptance_by_position": count.by_position,
-                        "drafts": count.drafts,
-                        "timed": timed,
-                    }
-                )
-                say(
-                    f"{Path(target).name} {head} k={k}: {count.accepted_length:.3f}, "
-                    f"{timed['speedup']:.2f}x {timed['speedup_ci95']}"
-                )
-            save()
+            for load in loads:
+                if time.monotonic() > deadline:
+                    break
+                point = Point(0, load, 0.0, tokens)
+                with turn(options.turn):
+                    asked = prompts * -(-2 * load // len(prompts))
+                    found = run_pairs(engines[base], drafted, asked, point, repeats=1, warmup=2)
+                add(target, keys, counts, found, point)
+                save()
