@@ -14,6 +14,7 @@ from drafthead.head.formats import Provenance
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.targets import load_target
+from tests import templates
 from tests.heads import small_head
 
 
@@ -82,3 +83,12 @@ def test_nothing_trained_and_another_target(tmp_path, llama):
     with pytest.raises(DraftheadError, match="another target"):
         export(recipe(llama), run, console=Console(quiet=True))
     assert not run.head.exists()
+
+
+def test_the_recipes_chat_template_is_published_with_the_head(tmp_path, llama):
+    run = RunDir(tmp_path / "run")
+    trained(llama, run)
+    target = {"path": str(llama), "chat_template": templates.CHATML}
+    export(recipe(llama, target=target), run, console=Console(quiet=True))
+    assert (run.head / "chat_template.jinja").read_text() == templates.CHATML
+    assert load_head(run.head)

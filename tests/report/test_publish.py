@@ -20,6 +20,7 @@ from drafthead.report.page import report
 from drafthead.report.publish import files_to_publish, publish
 from drafthead.report.results import read_results
 from drafthead.targets import load_target
+from tests import templates
 from tests.prove import made_run
 from tests.report import hub
 
@@ -110,6 +111,16 @@ def test_the_card_says_what_the_target_needs_to_be_served(made):
         assert not plan.args.keys() & {*here, "dtype"}
     write_card(read_results(given, run))
     assert "--no-enable-prefix-caching" in card_of(run)[1]
+
+
+def test_the_card_serves_with_the_template_beside_it(made):
+    recipe, run = made
+    arguments = {"enable_thinking": False}
+    keys = {"chat_template": templates.THINKING_OFF, "chat_template_kwargs": arguments}
+    given = with_options(recipe, "target", keys)
+    write_card(read_results(given, run))
+    assert "--chat-template chat_template.jinja" in card_of(run)[1]
+    assert """--default-chat-template-kwargs '{"enable_thinking":false}'""" in card_of(run)[1]
 
 
 def test_card_follows_the_figures(made):
