@@ -56,6 +56,18 @@ def test_the_tokenizer_is_the_one_with_the_chat_template(mistral):
     assert load_target(mistral).tokenizer().chat_template
 
 
+def test_the_processors_template_is_the_servers(mistral):
+    """Of old checkpoints it lies in a file that the tokenizer does not read."""
+    own = load_target(mistral).chat_template
+    assert own == load_target(mistral).tokenizer().chat_template
+    legacy = mistral / "chat_template.json"
+    legacy.write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    assert load_target(mistral).chat_template == "{{ messages[0].content }}"
+    for unread in ("{}", "{"):
+        legacy.write_text(unread)
+        assert load_target(mistral).chat_template == own
+
+
 def test_a_towers_tensors_of_the_same_names_are_not_taken(mistral):
     def add(tensors):
         for name in ("embed_tokens", "norm"):

@@ -144,7 +144,7 @@ class Target:
             from transformers import ProcessorMixin
 
             # vLLM takes the tokenizer's where the processor cannot be read.
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 settings, _ = ProcessorMixin.get_processor_dict(self.path)
                 if isinstance(settings.get("chat_template"), str):
                     return settings["chat_template"]
