@@ -239,6 +239,8 @@ def test_a_prompt_that_prints_todays_date_is_the_servers_on_any_later_day(llama)
         assert compare_templates(TemplateServer(elsewhere), then, ASKED, ids) == (True, False)
     other = TemplateServer(of_run(llama, templates.DATED.replace("Today is", "It is")))
     assert compare_templates(other, then, ASKED, ids) == (False, False)
+    # The run's prompts were made with another recipe's template.
+    assert compare_templates(today, then, ASKED, ids[1:]) == (False, False)
 
 
 def test_a_prompt_that_prints_the_time_of_day_is_not_compared(llama):

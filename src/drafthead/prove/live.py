@@ -263,7 +263,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     limits = [min(recipe.bench.max_new_tokens[0], longest - len(p)) for p in ids]
     answers = client.generate(ids, max_tokens=limits, prefix_cache=False)
     probe = client.counters().since(traffic)
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, run.began("generate"))
     about = inspect_head(run.head, plan.target)
     bench = {}
     if run.bench_json.exists():
@@ -299,7 +299,7 @@ def compare_templates(
 
     Args:
         client: the server.
-        template: the run's.
+        template: the recipe's, at the time at which the run began.
         messages: of a conversation that the run asked.
         ids: its prompt in the run.
 
@@ -311,7 +311,7 @@ def compare_templates(
     if noon.changes_within(timedelta(minutes=1, seconds=1), messages):
         return None, False
     expected = [ids]
-    if noon.changes_within(timedelta(days=1), messages):
+    if noon.changes_within(timedelta(days=1), messages) and template.encode(messages)[0] == ids:
         # The prompt that prints today's date. The server's clock may be in another time zone.
         days = [datetime.now() + timedelta(days=days) for days in (-1, 0, 1)]
         expected += [template.at(day).encode(messages)[0] for day in days]
