@@ -1,12 +1,15 @@
 """What people see while a stage works; the clock is the test's own, so nothing here waits."""
 
 import io
+import json
 import re
 
 import pytest
 from rich.console import Console
 
 from drafthead.progress import _display, hide, progress, span, waiting
+from drafthead.states import StateWriter
+from tests.states.test_store import META, make_sample
 
 
 class Clock:
@@ -204,3 +207,43 @@ def test_bytes_are_shown_in_their_units(clock):
 )
 def test_times_are_short(seconds, text):
     assert span(seconds) == text
+
+
+@pytest.fixture
+def store(tmp_path):
+    with StateWriter(tmp_path / "states", META) as writer:
+        for unit in range(META.units):
+            writer.submit(unit, [make_sample(unit)])
+    return tmp_path / "states"
+
+
+def test_json_hides_progress_for_that_command_only(store, drafthead):
+    command = ("states", "check", str(store))
+    _, _, err = drafthead(*command)
+    assert "0 of 3 units" in err
+    _, out, err = drafthead(*command, "--json")
+    assert json.loads(out)
+    assert "of 3 units" not in err
+    _, _, err = drafthead(*command)
+    assert "0 of 3 units" in err
+
+
+def test_waits_before_the_first_stage_and_of_doctor_say_what_they_do(
+    llama, tmp_path, monkeypatch, drafthead
+):
+    monkeypatch.setattr("drafthead.progress.SHORT_SECONDS", 0.0)
+    monkeypatch.setattr("drafthead.doctor.check_imports", lambda _: [])
+    monkeypatch.setattr("drafthead.doctor.check_hook", lambda _: [])
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hello"}\n' * 4)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\ntarget: {{path: {llama}}}\nvocab: {{size: 64}}\n"
+        f"prompts: {{heldout: 1, sources: [{{path: {tmp_path}/p.jsonl}}]}}\n"
+    )
+    runs = ("--runs", str(tmp_path / "runs"))
+    _, _, err = drafthead("doctor", str(recipe), *runs)
+    for what in ("importing PyTorch and vLLM", "reading target and prompts"):
+        assert f"{what}: done" in err
+    monkeypatch.setattr("drafthead.run._load", lambda _: lambda *_, **__: {})
+    _, _, err = drafthead("run", str(recipe), "--to", "generate", *runs)
+    assert "hashing target and prompts: done" in err
