@@ -198,9 +198,31 @@ def test_the_check_of_keys_finds_what_is_wrong():
         check_key("serve", "num_spec")
 
 
-def test_reference_pages_read_well():
-    for page in (docs_pages.cli_page(), docs_pages.recipe_page()):
-        assert not re.search(r"annotation=|typing\.|Pydantic|<class|Ellipsis", page)
+def meanings(page):
+    """What a reference page says of each command or section: the cells after each name."""
+    found, part = {}, None
+    for line in page.splitlines():
+        if line.startswith("## "):
+            part = found.setdefault(line.removeprefix("## ").strip("`"), {})
+        elif part is not None and line.startswith("| `"):
+            name, *cells = re.split(r"(?<!\\)\|", line.strip("| "))
+            part[name.strip(" `")] = [cell.strip() for cell in cells]
+    return found
+
+
+def test_the_reference_has_every_option_with_its_meaning():
+    page = meanings(docs_pages.cli_page())
     for full, command in docs_pages.commands().items():
-        undocumented = [p.name for p in command.params if not getattr(p, "help", "x")]
-        assert undocumented == [], full
+        options = [p for p in command.params if p.name != "help"]
+        assert len(page[full]) == len(options), full
+        assert all(meaning for meaning, *_ in page[full].values()), full
+
+
+def test_the_reference_has_every_key_with_type_default_and_meaning():
+    page = meanings(docs_pages.recipe_page())
+    for section, model in docs_pages.sections().items():
+        assert page[section].keys() == model.model_fields.keys()
+        for key, cells in page[section].items():
+            assert all(cells), f"{section}.{key}"
+            # A type that the page has no words for would be Python's own.
+            assert not re.search(r"annotation=|typing\.|Pydantic|<class|Ellipsis", " ".join(cells))

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from drafthead.errors import DraftheadError
 from drafthead.finding import Finding
-from drafthead.hook import check_hook
+from drafthead.hook import IMPORT_SECONDS, check_hook
 from drafthead.machine import Machine, install_command, this_machine
 from drafthead.progress import waiting
 from drafthead.recipe import ENOUGH_STEPS, Recipe
@@ -136,11 +136,15 @@ def check_imports(machine: Machine) -> list[Finding]:
         return []
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _IMPORTS], capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", _IMPORTS],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_SECONDS,
         )
     except subprocess.TimeoutExpired:
         mend = "look whether the disk that holds the environment is slow, or the machine overloaded"
-        return [Finding("imports", "fault", "importing vLLM takes over five minutes", mend)]
+        words = f"importing vLLM takes over {IMPORT_SECONDS // 60} minutes"
+        return [Finding("imports", "fault", words, mend)]
     seen = done.stdout.split()
     if done.returncode != 0:
         broken = "vLLM" if "torch" in seen else "PyTorch"

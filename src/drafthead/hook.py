@@ -20,6 +20,10 @@ print("hook", model.__module__.split(".")[0] if supports_eagle3(model) else "nob
 """
 
 
+IMPORT_SECONDS = 1200
+"""Seconds that importing vLLM may take: a minute on two cores, many times that on busy ones."""
+
+
 def check_hook(recipe: Recipe) -> list[Finding]:
     """Whether vLLM can hand out the target's hidden states, which capture and every head need.
 
@@ -31,7 +35,10 @@ def check_hook(recipe: Recipe) -> list[Finding]:
     try:
         (architecture,) = recipe_target(recipe).architectures
         done = subprocess.run(
-            [sys.executable, "-c", _HOOK, architecture], capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", _HOOK, architecture],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_SECONDS,
         )
     except (DraftheadError, ValueError, subprocess.TimeoutExpired):
         return []

@@ -356,19 +356,29 @@ def test_hostile_header_sizes(tmp_path, whole, length, body):
 
 @FUZZ
 @given(st.data())
-def test_changed_header_bytes_never_crash(tmp_path, whole, data):
+def test_a_changed_header_is_refused_or_changes_nothing(tmp_path, whole, data):
     config, weights = whole
     size = struct.unpack("<Q", weights[:8])[0]
     changed = bytearray(weights)
     for _ in range(data.draw(st.integers(1, 4))):
         changed[data.draw(st.integers(0, 8 + size - 1))] = data.draw(st.integers(0, 255))
-    check_survives(tmp_path / "h", config, bytes(changed))
+    if not check_survives(tmp_path / "h", config, bytes(changed))["ok"]:
+        return
+    read = load_head(tmp_path / "h").head.state_dict()
+    check_survives(tmp_path / "h", config, weights)
+    for name, tensor in load_head(tmp_path / "h").head.state_dict().items():
+        assert torch.equal(read[name], tensor), name
 
 
-@pytest.mark.parametrize("layers", [5, True, {"0": "sliding_attention"}])
-def test_layer_types_that_are_no_list(tmp_path, whole, layers):
+@pytest.mark.parametrize(
+    "layers", [5, True, {"0": "full_attention"}, ["sliding_attention"], [["full_attention"]]]
+)
+def test_layer_types_other_than_full_attention(tmp_path, whole, layers):
     config = json.dumps(json.loads(whole[0]) | {"layer_types": layers})
-    check_survives(tmp_path / "h", config.encode(), whole[1])
+    (problem,) = check_survives(tmp_path / "h", config.encode(), whole[1])["problems"]
+    assert "layer_types" in problem
+    config = json.dumps(json.loads(whole[0]) | {"layer_types": ["full_attention"]})
+    assert check_survives(tmp_path / "h", config.encode(), whole[1])["ok"]
 
 
 JSON = st.recursive(
@@ -378,13 +388,31 @@ JSON = st.recursive(
 )
 
 
+PINNED = {
+    *("architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "vocab_size", "draft_vocab_size"),
+    *("eagle_aux_hidden_state_layer_ids", "norm_before_fc", "fc_norm"),
+}
+"""Keys of the configuration that have one right value, given the weights."""
+FREE = {"rope_theta", "tie_word_embeddings", "num_aux_hidden_states", "dtype", "drafthead"}
+"""Keys that the head does not depend on."""
+
+
 @FUZZ
 @given(st.data())
-def test_any_value_in_the_config_never_crashes(tmp_path, whole, data):
-    config = json.loads(whole[0])
-    for key in data.draw(st.sets(st.sampled_from(sorted(config)), min_size=1, max_size=3)):
+def test_any_value_in_the_config_is_refused_or_harmless(tmp_path, whole, data):
+    config, right = json.loads(whole[0]), json.loads(whole[0])
+    keys = data.draw(st.sets(st.sampled_from(sorted(config)), min_size=1, max_size=3))
+    for key in keys:
         config[key] = data.draw(JSON)
-    check_survives(tmp_path / "h", json.dumps(config).encode(), whole[1])
+    found = check_survives(tmp_path / "h", json.dumps(config).encode(), whole[1])
+    if any(config[key] != right[key] for key in keys & PINNED):
+        assert not found["ok"]
+    if keys <= FREE:
+        assert found["ok"]
+        read = load_head(tmp_path / "h").head.config
+        check_survives(tmp_path / "h", *whole)
+        assert read == load_head(tmp_path / "h").head.config
 
 
 @FUZZ

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from drafthead.prove import server
-from drafthead.prove.server import Client, Stream
+from drafthead.prove.server import Client, Stream, parse_metrics
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -69,6 +69,7 @@ def test_what_the_targets_own_configuration_samples_by_is_left_out(monkeypatch, 
 
     monkeypatch.setattr(Client, "stream", stream)
     monkeypatch.setattr(Client, "model", lambda self: {"id": "m"})
+    monkeypatch.setattr(Client, "metrics", lambda self: [])
     Client("http://nowhere").generate([[1, 2]], max_tokens=3, temperature=temperature, seed=5)
     of_its_own = {"repetition_penalty": 1.05, "presence_penalty": 1.5, "frequency_penalty": 0.1}
     of_its_own |= {"temperature": 0.3, "min_p": 0.15, "top_k": 20, "top_p": 0.8}
@@ -77,3 +78,24 @@ def test_what_the_targets_own_configuration_samples_by_is_left_out(monkeypatch, 
     plain = SamplingParams(temperature=temperature)
     for name in of_its_own:
         assert getattr(asked, name) == getattr(plain, name), name
+
+
+def test_counters_wait_until_every_token_is_counted(monkeypatch):
+    """A step is counted after its tokens are sent; how long after, depends on the machine."""
+    pages = iter([(100, 10), (100, 10), (102, 10), (103, 11)])
+
+    def metrics(self):
+        tokens, drafts = next(pages)
+        return parse_metrics(
+            f"vllm:generation_tokens_total {tokens}\nvllm:spec_decode_num_drafts_total {drafts}\n"
+        )
+
+    async def stream(self, http, body):
+        return Stream(0.0, ids=[1, 2, 3], outputs=[(0.1, 3)])
+
+    monkeypatch.setattr(Client, "stream", stream)
+    monkeypatch.setattr(Client, "model", lambda self: {"id": "m"})
+    monkeypatch.setattr(Client, "metrics", metrics)
+    client = Client("http://nowhere")
+    client.generate([[1]], max_tokens=3)
+    assert client.counters().drafts == 11

@@ -16,7 +16,7 @@ from drafthead.serve import engine_plan, llm_class
 from drafthead.states import StoreMeta
 from drafthead.targets import Target
 
-_SETTLE_SECONDS = 10.0
+_SETTLE_SECONDS = 600.0
 """With asynchronous scheduling a last step may still be under way for sequences that have ended."""
 
 

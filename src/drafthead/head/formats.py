@@ -221,8 +221,9 @@ def _refuse_unknown(layer: dict[str, Any], nested: dict[str, Any], where: str) -
         raise DraftheadError(f"{where}: use_aux_hidden_state is off: that is EAGLE-1, not EAGLE-3")
     if layer.get("mlp_bias"):
         raise DraftheadError(f"{where}: mlp_bias is set; drafthead's MLP has no biases")
-    if "sliding_attention" in str(layer.get("layer_types")):
-        raise DraftheadError(f"{where}: sliding_attention in layer_types; only full attention")
+    kinds = layer.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise DraftheadError(f"{where}: layer_types is {kinds!r:.80}; only full attention")
     if layer.get("quantization_config"):
         raise DraftheadError(f"{where}: the head is quantized; drafthead reads bf16, fp16 and fp32")
 

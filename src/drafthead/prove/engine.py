@@ -266,7 +266,7 @@ class EngineProcess(Startable["EngineProcess"]):
     def _death(self, failure: str) -> DraftheadError:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=120)  # its memory may be long in being given back
         code = self._process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         cause = memory_fault(self.log, self._log_start)
