@@ -1,1 +1,1 @@
-"""Losslessness and speed: engines started, answers compared, blocks timed, a cost model fitted."""
+"""Losslessness and speed: engines started, answers compared, blocks timed, a k chosen."""
