@@ -181,7 +181,7 @@ def engines_that_fit(plan: Plan, target: Target, machine: Machine) -> int:
         target: that it runs.
         machine: where.
     """
-    weights, cache = _weights(target), plan.args.get("kv_cache_memory_bytes")
+    weights, cache = _weights(target), plan.args.get("kv_cache_memory_bytes", 0)
     if machine.vllm_device == "cpu":
         # In memory as it is computed: float32 takes more than is stored, NVFP4 is expanded.
         if plan.args.get("dtype") == "float32":
@@ -192,7 +192,7 @@ def engines_that_fit(plan: Plan, target: Target, machine: Machine) -> int:
         return max(1, int(memory / (weights + cache + _CPU_PROCESS_BYTES)))
     memory = plan.args["gpu_memory_utilization"] * min(gpu.memory_bytes for gpu in machine.gpus)
     needed = weights / plan.args.get("tensor_parallel_size", 1) / _WEIGHT_SHARE
-    if cache is None:
+    if not cache:
         return 2 if 2 * needed <= memory else 1
     return max(1, int(memory / (needed + cache)))
 

@@ -158,7 +158,7 @@ def measure(
         return running(shared(plan, alive), how.over, logs / f"bench-{log}.log", name)
 
     alone = engine(base, "target alone", "target")
-    others = {k: engine(drafted[k], f"drafted, k={k}", f"k{k}") for k in ks}
+    others = {k: engine(drafted[k], f"with head, k={k}", f"k{k}") for k in ks}
     loads: dict[Point, _Load] = {}
     for point in points:
         at = replace(point, num_speculative_tokens=0)

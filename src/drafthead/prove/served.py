@@ -103,7 +103,7 @@ def recommended_k(recipe: Recipe, run: RunDir) -> int | None:
     if bench["head"]["sha256"] != proof["head"]["sha256"]:
         return None
     best = fastest(bench["grid"], proved_ks(proof) & set(candidates(recipe)))
-    return best and best["num_speculative_tokens"]
+    return None if best is None else best["num_speculative_tokens"]
 
 
 def served_k(recipe: Recipe, run: RunDir) -> int:

@@ -228,7 +228,7 @@ def prove_lossless(
 
     alone = engine_of(plans.base, "target alone", "target")
     others = {
-        k: engine_of(plan, f"head, k={k}" if k else "set as with the head", f"k{k}")
+        k: engine_of(plan, f"with head, k={k}" if k else "target alone, set as with head", f"k{k}")
         for k, plan in needed.items()
     }
     work: list[Workload] = []
