@@ -5,7 +5,7 @@ import pytest
 
 from drafthead.prove.engine import Completion, Generation
 from drafthead.prove.lossless import BATCHES, Examiner, once_more, other_concurrencies
-from drafthead.prove.noise import NOT_LOSSLESS, TIE, WIDE, Control
+from drafthead.prove.noise import NOT_LOSSLESS, TIE, WIDE, Control, noise_words
 
 VOCAB, TOKENS, JUMP = 12, 40, 0.5
 
@@ -79,6 +79,18 @@ def test_noise_that_shows_at_one_position_in_a_hundred_explains_ties():
     assert found["p_value"] > 0.4
     examiner.compare(alone, drafted)
     assert target.measured == 1
+
+
+@pytest.mark.parametrize("answered", [1, 20])
+def test_where_no_answer_differs_nothing_is_said_of_noise(answered):
+    """It was not measured; the power is that of the answers alone."""
+    target, limits = Target(jumps=0.0), LIMITS[:answered]
+    alone = target.generate(PROMPTS[:answered], max_tokens=limits).completions
+    found = Examiner(target, PROMPTS[:answered], limits, 8).compare(alone, alone)
+    assert (found["identical"], found["noise"]) == (answered, None)
+    (words,) = noise_words({"runs": [found | {"workload": "prompts"}]})
+    assert "noise" not in words
+    assert ("too few" in words) == (answered == 1)
 
 
 @pytest.mark.parametrize("jumps", [0.0, 0.01])
