@@ -137,9 +137,9 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
         )
         made = engine_plan(recipe, head=repo, target=target, machine=gpu_machine(count, False))
         general = ("max_num_seqs", "max_cudagraph_capture_size", "gpu_memory_utilization")
-        template = {"value": CHAT_TEMPLATE, "why": f"{CHAT_TEMPLATE} of this repository"}
+        why = f"{CHAT_TEMPLATE} of this repository"
         settings = [
-            replace(s, **template) if s.name == "chat_template" else s
+            replace(s, value=CHAT_TEMPLATE, why=why) if s.name == "chat_template" else s
             for s in made.settings
             if s.name not in general
         ]
