@@ -141,6 +141,7 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     dumped["train"]["track"] = []  # who looks on does not change what is trained
     # … nor do the GPU that computes states online and the memory that they pass through.
     dumped["capture"] |= CaptureSection().model_dump(include={"online_bytes", "online_devices"})
+    del dumped["capture"]["max_unusable"]  # … nor how many conversations may be left out
     found = {stage.name: {name: dumped[name] for name in stage.sections} for stage in STAGES}
     # How much memory the engine may take does not change what the target writes: who ran out of it
     # goes on with less.

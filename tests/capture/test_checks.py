@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from drafthead.capture import checks
-from drafthead.capture.checks import Checker, check_agreement, check_values, teacher_argmax
+from drafthead.capture.checks import (
+    ALL_ZERO,
+    MISSING,
+    NOT_FINITE,
+    Checker,
+    check_agreement,
+    check_share,
+    teacher_argmax,
+    unusable,
+)
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StoreMeta
 from drafthead.states.format import encode
@@ -30,7 +39,8 @@ def greedy_sample(target, seed=0, tokens=12, prompt=4):
 
 def run(checker, samples):
     checks = {}
-    return list(checker.watch(samples, len(samples), META, checks)), checks
+    named = [(sample.conversation, sample) for sample in samples]
+    return list(checker.watch(named, len(samples), META, checks)), checks
 
 
 @pytest.mark.parametrize("block", [4096, 100, 3])
@@ -90,13 +100,55 @@ def test_silent_zeros_and_what_is_not_finite(encoding, block, monkeypatch):
         change(states)
         ids, about = torch.zeros(6, dtype=torch.int32), (2, 1, "c7", "train")
         sample = Sample(ids, ids.bool(), states, *about)
-        check_values(replace(sample, **encode(states, encoding)), META)
+        return unusable(replace(sample, **encode(states, encoding)), META)
 
-    check(lambda s: None)
-    check(lambda s: s[3, 0].zero_())  # an embedding may be zero
-    check(lambda s: s[3, 1, :63].zero_())
-    with pytest.raises(DraftheadError, match="c7 are all zero at position 3, layer 2"):
-        check(lambda s: s[3, 1].zero_())
+    assert check(lambda s: None) is None
+    assert check(lambda s: s[3, 0].zero_()) is None  # an embedding may be zero
+    assert check(lambda s: s[3, 1, :63].zero_()) is None
+    assert check(lambda s: s[3, 1].zero_()) == ALL_ZERO
+    assert check(lambda s: s.zero_()) == ALL_ZERO
     for value in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(DraftheadError, match="not finite at position 1, layer 4"):
-            check(lambda s, v=value: s[1, 2, 9].fill_(v))
+        assert check(lambda s, v=value: s[1, 2, 9].fill_(v)) == NOT_FINITE  # the last layer
+        assert check(lambda s, v=value: s[1, 1, 9].fill_(v)) == NOT_FINITE  # an auxiliary one
+
+
+def test_unusable_samples_are_left_out_and_the_others_stay(target):
+    samples = [greedy_sample(target, seed) for seed in range(5)]
+    samples[1].states[3] = float("nan")
+    samples[4].states[:] = 0
+    given = [(s.conversation, s) for s in samples]
+    given[2] = ("c2", None)
+    checks = {}
+    passed = list(Checker(target, True).watch(given, 5, META, checks))
+    assert [sample.conversation for sample in passed] == ["c0", "c3"]
+    assert checks["samples"] == 2
+    assert checks["left_out"] == {NOT_FINITE: ["c1"], MISSING: ["c2"], ALL_ZERO: ["c4"]}
+    assert checks["greedy_agree"] == checks["greedy_checked"] == 16
+
+
+@pytest.mark.parametrize(
+    ("count", "conversations", "share", "more", "stops"),
+    [
+        (1, 3, 0.05, False, False),  # one is none too many
+        (1, 3, 0.0, False, True),
+        (5, 100, 0.05, False, False),
+        (6, 100, 0.05, False, True),
+        (6, 100, 0.05, True, False),  # by chance: more samples are to come
+        (100, 100, 0.05, True, True),
+        (16, 32, 0.05, True, True),
+        (100, 100, 1.0, False, False),
+    ],
+)
+def test_more_unusable_samples_than_the_recipe_allows_stop_the_work(
+    count, conversations, share, more, stops
+):
+    unusable = {NOT_FINITE: [f"c{i}" for i in range(count)]}
+    labels = {"c0": "chats.jsonl, line 7: 'Hello'"}
+    if not stops:
+        check_share(unusable, conversations, share, labels, more_to_come=more)
+        return
+    with pytest.raises(DraftheadError) as stopped:
+        check_share(unusable, conversations, share, labels, more_to_come=more)
+    for words in ("capture.max_unusable", f"{count} of {conversations}", "line 7: 'Hello'"):
+        assert words in str(stopped.value)
+    assert "engine.dtype" in str(stopped.value)

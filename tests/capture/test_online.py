@@ -29,6 +29,8 @@ def states_of(ids, meta):
 class FakeEngine:
     """Fills pages as the engine's process does, a few requests at a time."""
 
+    unusable: tuple[int, ...] = ()
+
     def __init__(self, what, module, order, log, environment):
         self.pages = SharedPages.open(order["pages"])
         self.inbox, self.log, self.under_way = queue.Queue(), [], set()
@@ -51,6 +53,8 @@ class FakeEngine:
                 if index == self.broken:
                     raise DraftheadError("captured states are all zero")
                 self.pages.put(pages, [states_of(self.answers[index].ids, self.meta)])
+                if index in self.unusable:
+                    self.pages.clear(pages)
                 self.under_way -= set(pages)
             yield {"ready": [number for number, _, _ in batch]}
 
@@ -157,6 +161,20 @@ def test_an_engines_fault_reaches_who_waits(made):
         reader[7]
     with pytest.raises(DraftheadError, match="all zero"):
         reader[3]
+
+
+def test_a_sample_without_usable_states_teaches_nothing_and_is_named(made, monkeypatch):
+    reader, store = made
+    monkeypatch.setattr(FakeEngine, "unusable", (3,))
+    for _ in range(2):
+        assert not reader[3].loss_mask.any()
+    assert same(reader[4], store[4])
+    (note,) = reader.notes()
+    assert "1 conversations" in note
+    assert "prompts.jsonl, line" in note
+    monkeypatch.setattr(FakeEngine, "unusable", (3, 5))  # of 18
+    with pytest.raises(DraftheadError, match=r"max_unusable .* 2 of 18 .*prompts.jsonl, line"):
+        reader[5]
 
 
 def test_layers_can_be_chosen(made):

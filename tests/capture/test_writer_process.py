@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from drafthead.capture import captured, writer_process
-from drafthead.capture.pages import SharedPages
+from drafthead.capture.checks import ALL_ZERO, MISSING, NOT_FINITE
+from drafthead.capture.pages import PAGE, SharedPages
 from drafthead.capture.tap import Tap
 from drafthead.capture.writer_process import WriterProcess
 from drafthead.states import StateReader, StoreMeta, memory
@@ -43,16 +44,20 @@ class Engine:
         self.tap = Tap(torch.float32, torch.device("cpu"), self.process)
         self.trouble = self.process.open(sink, asdict(meta), str(target), OPTIONS)
 
-    def run(self, key, tokens=40, *, zero=False):
+    def run(self, key, tokens=40, *, factor=1.0):
         """A sequence, two rows a step."""
-        states = states_of(key, tokens) * (not zero)
+        states = states_of(key, tokens) * factor
         for start in range(0, len(states), 2):
             rows = states[start : start + 2]
             self.tap.record(list(rows.unbind(1)), [(key, start, len(rows))])
 
     def save(self, key, place, tokens=40):
+        return self.save_all([key], place, tokens)
+
+    def save_all(self, keys, place, tokens=40):
         self.tap.end_unit()
-        self.process.send_unit(place, {key: list(range(tokens))}, [wanted(key, 5)])
+        sequences = {key: list(range(tokens)) for key in keys}
+        self.process.send_unit(place, sequences, [wanted(key, 5) for key in keys])
         return self.process.trouble()
 
 
@@ -103,9 +108,10 @@ def test_a_smaller_unit_lies_in_the_memory_of_a_larger_one(monkeypatch):
             rows.note(np.array([[key, rows.rows, 0, tokens - 1]]))
             rows.append(states_of(key, tokens))
         found = list(writer_process._samples(rows, sequences, [*map(wanted, sequences)], META))
-        assert all(torch.equal(s.states, states_of(k, tokens)) for k, s in enumerate(found))
+        states = [sample.states for _, sample in found]
+        assert all(torch.equal(s, states_of(k, tokens)) for k, s in enumerate(states))
         sizes.append(len(made))
-        del found
+        del found, states
     assert sizes[0] == sizes[-1]
 
 
@@ -120,10 +126,42 @@ def test_states_reach_pages(process, llama):
     pages.close()
 
 
+def test_unusable_samples_are_left_out_of_their_unit(engine, tmp_path):
+    engine.run(0, factor=float("nan"))
+    engine.run(1)
+    engine.run(2, factor=0)
+    engine.run(3, 20)  # the other half was computed elsewhere
+    assert engine.save_all([3, 2, 1, 0], 1) is None
+    assert engine.save(0, 0) is None  # of no row at all
+    assert engine.process.flush() is None
+    reader = StateReader(tmp_path, partial=True)
+    assert [sample.conversation for sample in map(reader.__getitem__, range(len(reader)))] == ["c1"]
+    assert torch.equal(reader[0].states, states_of(1, 40))
+    left_out = [unit.checks["left_out"] for unit in reader.units]
+    assert left_out == [
+        {MISSING: ["c0"]},
+        {MISSING: ["c3"], ALL_ZERO: ["c2"], NOT_FINITE: ["c0"]},
+    ]
+
+
+def test_pages_of_an_unusable_sample_are_zero(process, llama):
+    pages = SharedPages.create(3)
+    pages.put([0, 1, 2], [torch.ones(3 * PAGE, dtype=torch.uint8)])
+    engine = Engine(process, {"pages": pages.path}, llama)
+    engine.run(0, factor=float("inf"))
+    engine.run(1)
+    engine.save_all([0, 1], [[2], [0]])
+    assert engine.process.flush() is None
+    assert not pages.take([2], PAGE).any()
+    assert pages.take([0], PAGE).any()
+    pages.close()
+
+
 def test_what_is_wrong_with_a_unit_is_said_once_and_the_next_one_counts(engine, tmp_path):
-    engine.run(0, zero=True)
+    disk.fill_for_children(tmp_path / shard_name(0, 0))
+    engine.run(0)
     engine.save(0, 0)
-    assert "c0 are all zero at position 0, layer 1" in engine.process.flush()
+    assert "the disk is full" in engine.process.flush()
     disk.fill_for_children(tmp_path / shard_name(1, 0))
     engine.run(1)
     engine.save(1, 1)
@@ -137,8 +175,9 @@ def test_what_is_wrong_with_a_unit_is_said_once_and_the_next_one_counts(engine, 
     assert unit_path(tmp_path, 2).exists()
 
 
-def test_a_fault_is_told_to_an_engine_that_only_goes_on(engine):
-    engine.run(0, zero=True)
+def test_a_fault_is_told_to_an_engine_that_only_goes_on(engine, tmp_path):
+    disk.fill_for_children(tmp_path / shard_name(0, 0))
+    engine.run(0)
     engine.save(0, 0)
     key = 1
 
@@ -146,7 +185,7 @@ def test_a_fault_is_told_to_an_engine_that_only_goes_on(engine):
         nonlocal key
         engine.run(key)
         key += 1
-        return "all zero" in (engine.process.trouble() or "")
+        return "disk is full" in (engine.process.trouble() or "")
 
     wait_for(told)
 

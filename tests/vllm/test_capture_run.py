@@ -22,7 +22,7 @@ from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
 from drafthead.states.check import check_store, repair
-from drafthead.states.index import shard_name
+from drafthead.states.index import shard_name, unit_numbers, unit_path
 from drafthead.states.writer import open_store
 from tests import disk
 from tests.processes import below, ended, wait_for, writers
@@ -69,19 +69,23 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(llama, tmp_path):
         engines = lambda: below(process.pid, "drafthead.capture.stages")
         wait_for(lambda: engines() or not alive())
         disk.stop(root / "answers" / "part-000003.parquet", engines()[0].pid)
-        wait_for(lambda: (root / "answers" / "part-000001.parquet").exists() or not alive())
+        wait_for(lambda: unit_path(root / "states", 1).exists() or not alive())
         assert alive(), log.read_text()
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
     assert len(children) > 1
     wait_for(lambda: ended(children))  # no engine outlives the run that was killed
+    captured = [unit_path(root / "states", n) for n in unit_numbers(root / "states")]
+    written = {path: path.stat().st_mtime_ns for path in captured}
+    assert len(written) >= 2
     for half in ("answers/.part-000001.parquet.1.tmp", "states/.unit-000001-00.safetensors.1.tmp"):
         (root / half).write_bytes(b"half")  # as a kill amid a write leaves it
     again = subprocess.run(
         command(recipe_file, tmp_path / "killed"), capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # not made twice
     whole, killed = run_dir_files(tmp_path / "whole" / "t"), run_dir_files(root)
     assert whole.keys() == killed.keys()
     assert [name for name in whole if whole[name] != killed[name]] == []

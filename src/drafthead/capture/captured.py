@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from drafthead.errors import DraftheadError
 from drafthead.states import memory
 
 SEGMENT_ROWS = 8192
@@ -49,10 +48,8 @@ class Captured:
         first tokens: those rows are that one's.
 
         Returns:
-            For each sequence of T tokens int64 [T - 1]: the last token is never an input.
-
-        Raises:
-            DraftheadError: a position was never computed for any of them.
+            For each sequence of T tokens int64 [T - 1]: the last token is never an input. -1 where
+            a position was computed for none of them.
         """
         found = self._own_rows({key: len(ids) - 1 for key, ids in sequences.items()})
         lacking = {key: int((rows < 0).sum()) for key, rows in found.items()}
@@ -76,11 +73,6 @@ class Captured:
             for position in range(count):
                 if rows[position] < 0:
                     rows[position] = row_of.get(paths[key][position], -1)
-            if len(rows) and rows.min() < 0:
-                raise DraftheadError(
-                    f"sequence {key}: the engine computed no states at position "
-                    f"{int(rows.argmin())} of {len(rows)}, nor for a sequence that begins alike"
-                )
         return found
 
     def _own_rows(self, lengths: Mapping[int, int]) -> dict[int, np.ndarray]:

@@ -1,6 +1,7 @@
-"""Every capture is checked before it counts: silent zeros have cost others weeks."""
+"""Check every sample before it counts. Samples without usable states are left out; states that do
+not explain the served tokens stop the work."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,13 +65,60 @@ def teacher_argmax(
     return token
 
 
+NOT_FINITE = "the target's states are not finite"
+ALL_ZERO = "the target's states are all zero at some position"
+MISSING = "vLLM computed no states for a part"
+FIXES = {
+    NOT_FINITE: "Numbers overflow in the target: if engine.dtype is float16, set bfloat16 or "
+    "float32; else look for NaN in its weights",
+    ALL_ZERO: "A layer of the engine hands out nothing: let `drafthead doctor` look at it",
+    MISSING: "Something else than the engine computed it: take KV connectors out of engine.extra, "
+    "or set `enable_prefix_caching: false` there",
+}
+"""Reason why a sample's states are of no use -> what to do if it concerns many."""
+
+
+def check_share(
+    unusable: Mapping[str, Sequence[str]],
+    conversations: int,
+    share: float,
+    labels: Mapping[str, str],
+    *,
+    more_to_come: bool,
+) -> None:
+    """Whether few enough samples have unusable states.
+
+    Args:
+        unusable: reason -> conversations.
+        conversations: in all, usable or not.
+        share: ``capture.max_unusable``.
+        labels: of conversations, for the error.
+        more_to_come: these are the first ones only: more of them may be unusable by chance.
+
+    Raises:
+        DraftheadError: above ``share``; one conversation is none too many, unless it is 0.
+    """
+    count = sum(map(len, unusable.values()))
+    allowed = max(1.0, share * conversations) if share else 0.0
+    if more_to_come:
+        allowed += 3 * (share * conversations) ** 0.5
+    if count > allowed:
+        reason, names = max(unusable.items(), key=lambda item: len(item[1]))
+        examples = "; ".join(labels.get(name, name) for name in names[:3])
+        raise DraftheadError(
+            f"capture.max_unusable is {share:g}, and {count} of {conversations} conversations have "
+            f"unusable states: {reason} ({examples}). {FIXES[reason]}"
+        )
+
+
 class Checker:
     """Checks the samples of a unit on their way to the store.
 
     Args:
         target: whose final norm and LM head are the teacher.
         greedy: whether the answers are greedy, so that teacher and answer must agree.
-        strict: whether a failed check raises; else it is counted as ``faults``.
+        strict: whether unusable samples are left out and a failed comparison with the served
+            tokens raises; else both are counted as ``faults``.
     """
 
     def __init__(self, target: Target, greedy: bool, strict: bool = True):
@@ -79,24 +127,41 @@ class Checker:
         self._lm_head, self._rule = target.lm_head(), target.logits
 
     def watch(
-        self, samples: Iterable[Sample], count: int, meta: StoreMeta, checks: dict[str, Any]
+        self,
+        samples: Iterable[tuple[str, Sample | None]],
+        count: int,
+        meta: StoreMeta,
+        checks: dict[str, Any],
     ) -> Iterator[Sample]:
-        """The same samples, of which there are ``count``; after the last, ``checks`` says what was
-        found: ``samples``, ``tokens`` (of states), ``greedy_checked``, ``greedy_agree``.
+        """The usable ones of ``count`` samples, given with their conversations. After the last,
+        ``checks`` holds ``samples``, ``tokens`` (of states), ``greedy_checked``, ``greedy_agree``,
+        and ``left_out`` (reason -> conversations) if there are any.
 
         Raises:
-            DraftheadError: states that are not finite, zero, or not those of the served tokens.
+            DraftheadError: the states are not those of the served tokens.
         """
         picked = []
         checks.update(samples=0, tokens=0, greedy_checked=0, greedy_agree=0)
-        for sample in samples:
-            self._attempt(check_values, checks, sample, meta)
+        for conversation, sample in samples:
+            fault = unusable(sample, meta)
+            if fault and self.strict:
+                checks.setdefault("left_out", {}).setdefault(fault, []).append(conversation)
+                continue
+            if fault:
+                checks["faults"] = checks.get("faults", 0) + 1
+            assert sample is not None
             picked.append(self.pick(sample, count))
             checks["samples"] += 1
             checks["tokens"] += len(sample.states)
             yield sample
-        if self.greedy and picked:
-            self._attempt(self.agreement, checks, picked, checks)
+        if not (self.greedy and picked):
+            return
+        try:
+            self.agreement(picked, checks)
+        except DraftheadError:
+            if self.strict:
+                raise
+            checks["faults"] = checks.get("faults", 0) + 1
 
     def pick(self, sample: Sample, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the teacher needs of one of ``count`` samples: last-layer states [n, Ht] at some
@@ -122,14 +187,6 @@ class Checker:
             checks.update(greedy_checked=len(predicted), greedy_agree=agree)
         check_agreement(agree, len(predicted))
 
-    def _attempt(self, check: Callable[..., None], checks: dict[str, Any], *args: Any) -> None:
-        try:
-            check(*args)
-        except DraftheadError:
-            if self.strict:
-                raise
-            checks["faults"] = checks.get("faults", 0) + 1
-
 
 def _spread(sample: Sample, most: int) -> torch.Tensor:
     """Positions whose next token the target wrote last, at most ``most``, ascending."""
@@ -150,17 +207,17 @@ def check_agreement(agree: int, positions: int) -> None:
     if agree < int(mean - 3 * variance**0.5):
         raise DraftheadError(
             f"captured states explain only {agree} of {positions} tokens that the target served "
-            "greedily: rows or layers are mixed up, or the final norm or LM head differ from the "
-            "engine's. Nothing of this unit was kept"
+            "greedily: final norm and LM head, applied to them, predict others. drafthead does not "
+            "compute this target's logits as vLLM does: report it with the target's config.json. "
+            "Nothing of this unit was kept"
         )
 
 
-def check_values(sample: Sample, meta: StoreMeta) -> None:
-    """Every state finite, and none zero.
-
-    Raises:
-        DraftheadError: names the layer and position of the first that is not.
-    """
+def unusable(sample: Sample | None, meta: StoreMeta) -> str | None:
+    """Why a sample's states are of no use, as ``FIXES`` names it; None if every state is finite and
+    none zero."""
+    if sample is None:
+        return MISSING
     rows = []  # (finite, zero) bool [T', layers]
     if sample.scale is not None:
         rows.append((sample.scale.isfinite(), _largest(sample.states) == 0))
@@ -171,13 +228,9 @@ def check_values(sample: Sample, meta: StoreMeta) -> None:
     finite, zero = (torch.cat(parts, dim=1) for parts in zip(*rows))
     if meta.layers[0] == 0:
         zero[:, 0] = False  # what enters layer 0 is the embedding; a padding token's may be zero
-    for bad, what in ((~finite, "not finite"), (zero, "all zero")):
-        if bad.any():
-            position, layer = bad.nonzero()[0].tolist()
-            raise DraftheadError(
-                f"captured states of {sample.conversation} are {what} at position {position}, "
-                f"layer {meta.layers[layer]} ({int(bad.sum())} of {bad.numel()} rows)"
-            )
+    if not finite.all():
+        return NOT_FINITE
+    return ALL_ZERO if zero.any() else None
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

@@ -3,23 +3,35 @@
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from drafthead.capture.checks import check_share
 from drafthead.capture.engine import CaptureEngine, Wanted, Written
 from drafthead.capture.history import History
 from drafthead.capture.plan import WorkPlan
-from drafthead.data.answers import Answer, part_path, read_part, write_part
+from drafthead.data.answers import (
+    Answer,
+    part_left_out,
+    part_path,
+    pending_path,
+    read_part,
+    write_part,
+)
 from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
+from drafthead.fsio import shortened
 from drafthead.serve import reasoning_parser
-from drafthead.states.index import unit_path
+from drafthead.states.index import load_unit, unit_path
 
 # Tokens that a template puts around one more turn; more than any known one does.
 _TURN_MARGIN = 64
+# Answers by which a target that ends every one at once is known.
+_ENOUGH_ANSWERS = 32
+_TOO_LONG = "prompt longer than the model"
 _NO_ROOM = "later turns, which might not fit into engine.max_model_len"
 _REFUSED = "later turns, as the template refuses an answer before them"
 _NO_CONTENT = "later turns, as an answer before them is all thinking"
@@ -60,9 +72,9 @@ def answer_unit(
 
     Every turn is answered in the context of the target's own earlier answers, as a chat client
     sends them back and the template shows them. The last turn's prompt and answer are the sample;
-    only its states are kept. A conversation ends early where one more turn might not fit the model,
-    where an answer is all thinking, or where the template refuses an answer (some raise on an empty
-    one).
+    only its states are kept. A conversation ends early, with the turns so far, where one more might
+    not fit the model, where an answer is all thinking, or where the template refuses an answer
+    (some raise on an empty one).
     """
     done: dict[str, tuple[Conversation, Written]] = {}
     left_out: dict[str, list[str]] = {}
@@ -72,16 +84,20 @@ def answer_unit(
         asked = []
         for conversation in live:
             messages = conversation.chat.messages(conversation.answers)
+            reason = None
             try:
                 ids, mask = plan.template.encode(messages)
             except DraftheadError:
                 if conversation.answered is None:
                     raise
-                left_out.setdefault(_REFUSED, []).append(conversation.chat.id)
-                done[conversation.chat.id] = (conversation, conversation.answered)
-                continue
-            if len(ids) >= plan.max_len:
-                left_out.setdefault("prompt longer than the model", []).append(conversation.chat.id)
+                reason = _REFUSED
+            else:
+                if len(ids) >= plan.max_len:
+                    reason = _TOO_LONG if conversation.answered is None else _NO_ROOM
+            if reason is not None:
+                left_out.setdefault(reason, []).append(conversation.chat.id)
+                if conversation.answered is not None:
+                    done[conversation.chat.id] = (conversation, conversation.answered)
                 continue
             conversation.prompt_ids, conversation.prompt_mask = ids, mask
             conversation.turn += 1
@@ -185,8 +201,9 @@ def generate_units(
 ) -> None:
     """Answer, and with ``states`` capture, the given units; those finished before are skipped.
 
-    A unit's answers are written once its states are on disk, so an answer on disk says that the
-    unit is whole.
+    With ``states`` the answers of a unit first go to a hidden file. They count once the states are
+    on disk, which say which of the answers are left out: an answer on disk says that the unit is
+    whole, and a kill loses the unit in flight only.
 
     Args:
         plan: the run's work.
@@ -199,22 +216,42 @@ def generate_units(
             ``{"unit": n}`` for each unit, ``{"doing": text}`` for the rest.
 
     Raises:
-        DraftheadError: a check of the states failed, or the disk is full; finished units stay.
+        DraftheadError: a check of the states failed, too many of them are unusable, the answers
+            teach nothing, or the disk is full; finished units stay.
     """
     engine: CaptureEngine | None = None
-    waiting: deque[tuple[int, Unit]] = deque()
+    waiting: deque[int] = deque()
+    unusable = Unusable(plan)
+    length = AnswerLength(plan)
 
-    def settle(everything: bool) -> None:
-        while waiting and (
-            everything or states is None or unit_path(states, waiting[0][0]).exists()
-        ):
-            number, done = waiting.popleft()
-            write_part(answers, number, done.answers, done.left_out)
-            report({"unit": number})
+    def planned(number: int) -> int:
+        return sum(len(chat.turns) for chat, _ in plan.units[number])
+
+    def captured(number: int) -> bool:
+        assert states is not None
+        return pending_path(answers, number).exists() and unit_path(states, number).exists()
+
+    def commit(number: int) -> None:
+        assert states is not None
+        pending = pending_path(answers, number)
+        left_out = unusable.of_unit(states, number)
+        names = {name for reason in left_out.values() for name in reason}
+        kept = [answer for answer in read_part(pending) if answer.conversation not in names]
+        write_part(answers, number, kept, part_left_out(pending) | left_out)
+        pending.unlink()
+        report({"unit": number})
+
+    def settle() -> None:
+        while waiting and captured(waiting[0]):
+            commit(waiting.popleft())
 
     try:
         for number in units:
             if part_path(answers, number).exists():
+                continue
+            if states is not None and captured(number):
+                commit(number)
+                report({"answers": planned(number), "tokens": 0})
                 continue
             engine = engine or start()
             if states is not None:
@@ -222,26 +259,80 @@ def generate_units(
                 unit_path(states, number).unlink(missing_ok=True)
             counter = _AnswerCounter(report)
             unit = answer_unit(plan, engine, plan.units[number], counter.add)
-            counter.skip_to(sum(len(chat.turns) for chat, _ in plan.units[number]))
-            if states is not None:
-                engine.save(number, unit.wanted)
-            waiting.append((number, unit))
-            settle(False)
+            counter.skip_to(planned(number))
+            length.check(unit.answers)
+            write_part(answers, number, unit.answers, unit.left_out, pending=states is not None)
+            if states is None:
+                report({"unit": number})
+                continue
+            engine.save(number, unit.wanted)
+            waiting.append(number)
+            settle()
         if engine and states is not None:
             report({"doing": "writing the last states"})
             engine.flush()
-        settle(True)
+        settle()
     except DraftheadError:
         if engine and states is not None:
             # The other of two units under way may yet be finished, and then it counts.
             with contextlib.suppress(DraftheadError):
                 engine.flush()
-            settle(False)
+                settle()
         raise
     finally:
         if engine:
             report({"doing": "ending the engine"})
             engine.close()
+
+
+class Unusable:
+    """Counts conversations without usable states, and stops the work when they are too many."""
+
+    def __init__(self, plan: WorkPlan):
+        self.plan, self.conversations = plan, 0
+        self.left_out: dict[str, list[str]] = {}
+
+    def of_unit(self, states: Path, number: int) -> dict[str, list[str]]:
+        """Reason -> conversations of a captured unit whose states are not in the store.
+
+        Raises:
+            DraftheadError: as ``check_share``, of all units so far.
+        """
+        checks = load_unit(states, self.plan.meta, number).checks
+        left_out: dict[str, list[str]] = checks.get("left_out", {})
+        for reason, names in left_out.items():
+            self.left_out.setdefault(reason, []).extend(names)
+            self.conversations += len(names)
+        self.conversations += checks["samples"]
+        if left_out:
+            share = self.plan.recipe.capture.max_unusable
+            labels = self.plan.labels
+            check_share(self.left_out, self.conversations, share, labels, more_to_come=True)
+        return left_out
+
+
+class AnswerLength:
+    """Notices a target whose answers end with their first token."""
+
+    def __init__(self, plan: WorkPlan):
+        self.plan, self.answers, self.teaching = plan, 0, 0
+
+    def check(self, answers: Sequence[Answer]) -> None:
+        """Count a unit's answers.
+
+        Raises:
+            DraftheadError: of ``_ENOUGH_ANSWERS`` none has two tokens.
+        """
+        self.answers += len(answers)
+        self.teaching += sum(answer.teaches for answer in answers)
+        if not self.teaching and self.answers >= _ENOUGH_ANSWERS:
+            ends = sorted(self.plan.template.eos)
+            raise DraftheadError(
+                f"{self.plan.target.path}: all {self.answers} answers so far are of a single "
+                "token: they teach a head nothing, and after them nothing can be drafted. Look at "
+                f"the chat template, and at `eos_token_id` in generation_config.json: {len(ends)} "
+                f"tokens end an answer ({shortened(ends, 40)})"
+            )
 
 
 def prefill_units(
@@ -260,9 +351,11 @@ def prefill_units(
     """
     engine: CaptureEngine | None = None
     waiting: deque[int] = deque()
+    unusable = Unusable(plan)
 
-    def settle(everything: bool) -> None:
-        while waiting and (everything or unit_path(states, waiting[0]).exists()):
+    def settle() -> None:
+        while waiting and unit_path(states, waiting[0]).exists():
+            unusable.of_unit(states, waiting[0])
             report({"unit": waiting.popleft()})
 
     try:
@@ -276,11 +369,11 @@ def prefill_units(
             counter.skip_to(len(plan.units[number]))
             engine.save(number, [as_wanted(key, a) for key, a in zip(keys, written, strict=True)])
             waiting.append(number)
-            settle(False)
+            settle()
         if engine:
             report({"doing": "writing the last states"})
             engine.flush()
-        settle(True)
+        settle()
     finally:
         if engine:
             report({"doing": "ending the engine"})

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from drafthead.capture.checks import NOT_FINITE, check_share
 from drafthead.capture.child import Child, child_main
 from drafthead.capture.engine import CaptureEngine
 from drafthead.capture.generate import as_wanted
@@ -87,6 +88,8 @@ class OnlineReader(Samples):
         self._unclaimed: dict[int, deque[int]] = {}  # index -> numbers of requests, oldest first
         self._sent = 0
         self._failed: DraftheadError | None = None
+        self._labels, self._max_unusable = plan.labels, recipe.capture.max_unusable
+        self._unusable: set[str] = set()  # conversations
         self._change = threading.Condition()
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         order = {
@@ -121,19 +124,31 @@ class OnlineReader(Samples):
             while not request.arrived:
                 self._wait()
         stored = self._copy(request)
+        # The pages of a sample with unusable states are zero (`PageWriter`); no state is.
+        usable = any(bool(tensor[-1].any()) for tensor in stored.values())
         with self._change:
             self._free += request.pages
             self._pump()
             self._change.notify_all()
+            if not usable:
+                self._unusable.add(answer.conversation)
+                unusable, share = {NOT_FINITE: sorted(self._unusable)}, self._max_unusable
+                check_share(unusable, len(self), share, self._labels, more_to_come=False)
         return Sample(
             ids=torch.from_numpy(answer.ids.astype(np.int32)),
-            loss_mask=torch.from_numpy(answer.loss_mask),
+            loss_mask=torch.from_numpy(answer.loss_mask & usable),
             num_aux=len(self.aux_layers),
             prompt_len=len(answer.prompt_ids),
             conversation=answer.conversation,
             split=answer.split,
             **self.chosen(stored),
         )
+
+    def notes(self) -> list[str]:
+        labels = [self._labels.get(name, name) for name in sorted(self._unusable)]
+        examples = "; ".join(labels[:3]) + "; …" * (len(labels) > 3)
+        note = f"left out {len(labels)} conversations: their states are not usable ({examples})"
+        return [note] if labels else []
 
     def close(self) -> None:
         """End the engine."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from drafthead.capture.checks import CHECKED, Checker, check_values
+from drafthead.capture.checks import CHECKED, Checker, unusable
 from drafthead.states import Sample, StoreMeta
 
 PAGE = 1 << 18
@@ -53,6 +53,10 @@ class SharedPages:
             piece = data[start : start + PAGE]
             self._pages[number, : len(piece)] = piece
 
+    def clear(self, places: Sequence[int]) -> None:
+        """Zero the pages ``places``."""
+        self._pages[list(places)] = 0
+
     def take(self, places: Sequence[int], size: int) -> torch.Tensor:
         """uint8 [size]: a copy of what ``put`` left there."""
         data = torch.empty(size, dtype=torch.uint8)
@@ -85,15 +89,20 @@ class PageWriter:
         self._believed = not checker.greedy
 
     def submit(
-        self, places: Sequence[Sequence[int]], samples: Iterable[Sample], count: int
+        self,
+        places: Sequence[Sequence[int]],
+        samples: Iterable[tuple[str, Sample | None]],
+        count: int,
     ) -> None:
-        """Copy each of ``count`` samples into the pages at its place.
+        """Copy each of ``count`` samples into the pages at its place; zeros if it is unusable.
 
         Raises:
-            DraftheadError: it failed a check.
+            DraftheadError: the states are not those of the served tokens.
         """
-        for place, sample in zip(places, samples, strict=True):
-            check_values(sample, self.meta)
+        for place, (_, sample) in zip(places, samples, strict=True):
+            if sample is None or unusable(sample, self.meta):
+                self.pages.clear(place)
+                continue
             if not self._believed:
                 self._picked.append(self.checker.pick(sample, count))
             self.pages.put(place, sample.stored.values())

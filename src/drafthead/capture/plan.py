@@ -30,6 +30,11 @@ class WorkPlan:
     max_len: int
     """Longest sequence in tokens, prompt and answer."""
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Conversation -> its file, row and first words, for messages."""
+        return {chat.id: chat.label for unit in self.units for chat, _ in unit}
+
 
 def vllm_version() -> str:
     """Version of the installed vLLM, whichever build; empty without one."""

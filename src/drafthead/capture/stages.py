@@ -1,5 +1,6 @@
 """The stages `generate` and `capture` of a run, each with its engine in a process of its own."""
 
+import itertools
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from drafthead.capture.checks import FIXES, check_share
 from drafthead.capture.child import Child, child_main
 from drafthead.capture.cluster import spread
 from drafthead.capture.plan import WorkPlan, make_plan
 from drafthead.capture.work import answers_in, work
-from drafthead.data.answers import part_path, read_answers, read_left_out
+from drafthead.data.answers import Answer, part_path, read_answers, read_left_out
 from drafthead.data.chats import count_left_out
 from drafthead.errors import DraftheadError
 from drafthead.fsio import keep_hashes
@@ -60,17 +62,10 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
             "the recipe's, or held out otherwise; delete that folder, or give this run another name"
         )
     left_out = read_left_out(run.answers)
-    where = {chat.id: chat.where for unit in plan.units for chat, _ in unit}
-    for reason, names in left_out.items():
-        examples = "; ".join(where.get(name, name) for name in names[:3]) + "; …" * (len(names) > 3)
-        note = f"left out {len(names)} conversations: {reason} ({examples})"
-        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
-    if not any(answer.split == "train" for answer in answers):
-        reasons = ", ".join(f"{len(names)}: {reason}" for reason, names in left_out.items())
-        raise DraftheadError(
-            f"{run.answers}: no answer to train on, every prompt was left out ({reasons}); raise "
-            "engine.max_model_len, or take shorter prompts"
-        )
+    _print_left_out(left_out, plan, console)
+    unusable = {reason: names for reason, names in left_out.items() if reason in FIXES}
+    _check_unusable(unusable, len(answers), plan)
+    _check_lengths(answers, left_out, run)
     return {
         "conversations": len(answers),
         "heldout": sum(answer.split == "heldout" for answer in answers),
@@ -102,6 +97,10 @@ def capture(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     if not all(unit_path(run.states, unit).exists() for unit in range(len(plan.units))):
         _do("capture", plan, run, console)
     reader = StateReader(run.states)
+    answered = {answer.conversation for answer in read_answers(run.answers)}
+    unusable = _unusable(reader, answered)
+    _print_left_out(unusable, plan, console)
+    _check_unusable(unusable, len(reader), plan)
     checked = sum(unit.checks.get("greedy_checked", 0) for unit in reader.units)
     agree = sum(unit.checks.get("greedy_agree", 0) for unit in reader.units)
     return _summary(
@@ -110,6 +109,51 @@ def capture(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         tokens=int(reader.states.sum()),
         bytes_=sum(shard.bytes for shard in reader.shards),
     ) | {"greedy_checked": checked, "greedy_agreement": agree / checked if checked else None}
+
+
+def _print_left_out(left_out: dict[str, list[str]], plan: WorkPlan, console: Console) -> None:
+    """Name the conversations that are left out, by reason."""
+    labels = plan.labels
+    for reason, names in left_out.items():
+        examples = "; ".join(labels.get(name, name) for name in names[:3])
+        examples += "; …" * (len(names) > 3)
+        note = f"left out {len(names)} conversations: {reason} ({examples})"
+        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
+
+
+def _unusable(reader: StateReader, answered: set[str]) -> dict[str, list[str]]:
+    """Reason -> conversations that have an answer and no usable states."""
+    left_out: dict[str, list[str]] = {}
+    for unit in reader.units:
+        for reason, names in unit.checks.get("left_out", {}).items():
+            left_out.setdefault(reason, []).extend(name for name in names if name in answered)
+    return {reason: names for reason, names in left_out.items() if names}
+
+
+def _check_unusable(unusable: dict[str, list[str]], usable: int, plan: WorkPlan) -> None:
+    conversations = usable + sum(map(len, unusable.values()))
+    share = plan.recipe.capture.max_unusable
+    check_share(unusable, conversations, share, plan.labels, more_to_come=False)
+
+
+def _check_lengths(answers: list[Answer], left_out: dict[str, list[str]], run: RunDir) -> None:
+    """Both sides have an answer that is long enough.
+
+    Raises:
+        DraftheadError: one has none.
+    """
+    sides = {
+        "to train on": (answer.teaches for answer in answers if answer.split == "train"),
+        "held out": (len(a.answer_ids) > 1 for a in answers if a.split == "heldout"),
+    }
+    for side, long_enough in sides.items():
+        if not any(long_enough):
+            reasons = ", ".join(f"{len(names)}: {reason}" for reason, names in left_out.items())
+            raise DraftheadError(
+                f"{run.answers}: no answer of two tokens or more {side} ({len(answers)} answers; "
+                f"left out: {reasons or 'none'}); take other prompts, raise prompts.heldout, or "
+                "look at what ends the target's answers (`eos_token_id`, the chat template)"
+            )
 
 
 def _summary(meta: StoreMeta, *, samples: int, tokens: int, bytes_: int) -> dict:
@@ -164,10 +208,11 @@ def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None
     done = [unit for unit in units if path_of(folder, unit).exists()]
     total = answers_in(stage, plan, units)
     try:
-        messages = child.messages()
+        messages, finished = child.messages(), answers_in(stage, plan, done)
         with waiting(console, "starting the engine"):
-            next(messages, None)  # that it is ready
-        with progress(console, stage, total, answers_in(stage, plan, done), unit="answers") as bar:
+            for message in itertools.takewhile(lambda message: "ready" not in message, messages):
+                finished += message.get("answers", 0)  # of units that a kill had left captured
+        with progress(console, stage, total, finished, unit="answers") as bar:
             for message in messages:
                 if "doing" in message:
                     bar.advance(0, note=message["doing"])

@@ -209,7 +209,9 @@ class _Sink(Protocol):
 
     meta: StoreMeta
 
-    def submit(self, place: Any, samples: Iterator[Sample], count: int) -> None: ...
+    def submit(
+        self, place: Any, samples: Iterator[tuple[str, Sample | None]], count: int
+    ) -> None: ...
     def check(self) -> None: ...
     def flush(self) -> None: ...
 
@@ -222,7 +224,7 @@ class _Store:
         self._writer = StateWriter(path, meta, shard_bytes)
         self.check, self.flush = self._writer.check, self._writer.flush
 
-    def submit(self, unit: int, samples: Iterator[Sample], count: int) -> None:
+    def submit(self, unit: int, samples: Iterator[tuple[str, Sample | None]], count: int) -> None:
         checks: dict[str, Any] = {}
         self._writer.submit(unit, self._checker.watch(samples, count, self.meta, checks), checks)
 
@@ -238,21 +240,28 @@ def _open(sink: dict, meta: dict, target: str, options: dict) -> _Sink:
 
 def _samples(
     captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], meta: StoreMeta
-) -> Iterator[Sample]:
-    if not wanted:
+) -> Iterator[tuple[str, Sample | None]]:
+    """The wanted conversations, each with its sample; None where some of its states are missing."""
+    resolved = captured.resolve(sequences) if wanted else {}
+    rows = [resolved[item["key"]] for item in wanted]
+    whole = [bool((positions >= 0).all()) for positions in rows]
+    if not any(whole):
+        yield from ((item["conversation"], None) for item in wanted)
         return
-    rows = captured.resolve(sequences)
-    own = [rows[item["key"]] for item in wanted]
+    kept = [positions if ok else positions[:0] for positions, ok in zip(rows, whole, strict=True)]
     taken: list[tuple[torch.Tensor, ...]] = []
-    for group in grouped(own, len, SEGMENT_ROWS):
-        whole = captured.take(np.concatenate(group))
-        taken += zip(*(tensor.split([len(r) for r in group]) for tensor in whole), strict=True)
+    for group in grouped(kept, len, SEGMENT_ROWS):
+        tensors = captured.take(np.concatenate(group))
+        taken += zip(*(tensor.split([len(r) for r in group]) for tensor in tensors), strict=True)
     captured.segments.clear()
-    for item, stored in zip(wanted, taken, strict=True):
+    for item, stored, ok in zip(wanted, taken, whole, strict=True):
+        if not ok:
+            yield item["conversation"], None
+            continue
         ids = torch.tensor(sequences[item["key"]], dtype=torch.int32)
         mask = torch.ones(len(ids), dtype=torch.bool)
         mask[: item["prompt_len"]] = torch.tensor(item["prompt_mask"], dtype=torch.bool)
-        yield Sample(
+        sample = Sample(
             ids=ids,
             loss_mask=mask,
             num_aux=len(meta.aux_layers),
@@ -261,6 +270,7 @@ def _samples(
             split=item["split"],
             **dict(zip(meta.stored, stored, strict=True)),
         )
+        yield sample.conversation, sample
 
 
 def _listen(pipe: Connection, messages: queue.SimpleQueue) -> None:

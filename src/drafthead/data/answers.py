@@ -51,6 +51,12 @@ class Answer:
         return np.concatenate([self.prompt_ids, self.answer_ids])
 
     @property
+    def teaches(self) -> bool:
+        """Whether a head can learn from it: two tokens of the target's own in a row."""
+        mask = self.loss_mask
+        return bool((mask[1:] & mask[:-1]).any())
+
+    @property
     def loss_mask(self) -> np.ndarray:
         """bool [T]: True where the target wrote the token."""
         return np.concatenate([self.prompt_mask, np.ones(len(self.answer_ids), bool)])
@@ -60,11 +66,22 @@ def part_path(folder: Path, unit: int) -> Path:
     return folder / f"part-{unit:06d}.parquet"
 
 
+def pending_path(folder: Path, unit: int) -> Path:
+    """Where a unit's answers wait for its states."""
+    return folder / f".part-{unit:06d}.parquet"
+
+
 def write_part(
-    folder: Path, unit: int, answers: Sequence[Answer], left_out: dict[str, list[str]]
+    folder: Path,
+    unit: int,
+    answers: Sequence[Answer],
+    left_out: dict[str, list[str]],
+    *,
+    pending: bool = False,
 ) -> None:
     """Write one unit's answers, whole or not at all; ``left_out`` names, by reason, the
-    conversations of the unit that have none, or not to all their turns.
+    conversations of the unit that have none, or not to all their turns. ``pending``: its states
+    are not on disk yet.
 
     Raises:
         DraftheadError: the disk is full or refuses.
@@ -75,7 +92,8 @@ def write_part(
     sink = pa.BufferOutputStream()
     schema = _SCHEMA.with_metadata({"left_out": json.dumps(left_out)})
     pq.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
-    write_bytes(part_path(folder, unit), sink.getvalue().to_pybytes())
+    path = (pending_path if pending else part_path)(folder, unit)
+    write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def read_part(path: Path) -> list[Answer]:
@@ -102,14 +120,19 @@ def read_part(path: Path) -> list[Answer]:
     return rows
 
 
+def part_left_out(path: Path) -> dict[str, list[str]]:
+    """Reason -> the conversations of a part that have no answer, or not to all their turns."""
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata.get(b"left_out", b"{}"))
+
+
 def read_left_out(folder: Path) -> dict[str, list[str]]:
-    """Reason -> the conversations of a run that have no answer, or not to all their turns."""
-    found: dict[str, list[str]] = {}
+    """As :func:`part_left_out`, of all parts of a run."""
+    left_out: dict[str, list[str]] = {}
     for path in sorted(folder.glob("part-*.parquet")):
-        metadata = pq.read_schema(path).metadata or {}
-        for reason, names in json.loads(metadata.get(b"left_out", b"{}")).items():
-            found.setdefault(reason, []).extend(names)
-    return found
+        for reason, names in part_left_out(path).items():
+            left_out.setdefault(reason, []).extend(names)
+    return left_out
 
 
 def read_answers(folder: Path, split: str | None = None) -> Iterator[Answer]:

@@ -18,6 +18,7 @@ from typing import Any
 from drafthead.data.records import read_records
 from drafthead.data.template import Message, Template
 from drafthead.errors import DraftheadError
+from drafthead.fsio import shortened
 from drafthead.recipe import PromptsSection, Source
 
 _LISTS = ("messages", "conversations", "conversation")
@@ -90,6 +91,11 @@ class Chat:
         """Names the conversation by its text: 16 hex digits."""
         turns = [turn[0] if len(turn) == 1 else turn for turn in self.turns]
         return hashlib.sha256(json.dumps([self.system, *turns]).encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """File, row and first words, for messages."""
+        return f"{self.where}: {shortened(self.turns[0][0], 60)}"
 
     def messages(self, answers: Sequence[str] = ()) -> list[Message]:
         """The conversation after these answers, up to where the next one is due."""

@@ -122,6 +122,11 @@ class CaptureSection(Section):
     """`generate`: one pass writes answers and states, the states are those of decoding.
     `prefill`: a second pass over the finished answers; use it for answers you already have.
     `online`: no store; an engine computes states, by prefill, while training asks for them."""
+    max_unusable: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Largest share of the conversations whose states may be unusable (not finite, or all zero);
+    above it the run stops. Those below it are named, counted and left out: a token that makes a
+    target overflow is in a few prompts of a thousand, more says that the target or its
+    `engine.dtype` is wrong."""
     online_bytes: Annotated[int, Field(gt=0)] = 2 << 30
     """Shared memory for states on their way to training, for each training process: some ten rows
     of 8192 tokens of a target 2048 wide."""

@@ -49,6 +49,10 @@ class Samples:
     def expect(self, order: Iterable[int]) -> None:
         """Says which samples will be asked for next, in order; who has to make them can begin."""
 
+    def notes(self) -> list[str]:
+        """What people should know once the samples were used."""
+        return []
+
     def close(self) -> None:
         """Give back what the samples are made with."""
 

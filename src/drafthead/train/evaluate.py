@@ -96,7 +96,7 @@ def evaluate(
                 f"{start}, states of {len(sample.aux)} positions, {length - 1} needed; capture it "
                 "again"
             )
-        if length - start < 2:
+        if length - start < 2 or not sample.loss_mask.any():  # of no use: capture said why
             continue
         rows = sample.ids.new_tensor(range(start - 1, length - 2)).long()
         answer = sample.ids[start:].numpy(force=True)

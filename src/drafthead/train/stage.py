@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -40,7 +41,10 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         with waiting(console, "reading states, target and the head to start from"):
             task = make_task(recipe, run, target)
         try:
-            return fit(task, run.train, world, console)
+            result = fit(task, run.train, world, console)
+            for note in task.reader.notes():
+                console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
+            return result
         finally:
             task.reader.close()
     finally:
