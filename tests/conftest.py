@@ -60,6 +60,14 @@ def gradients():
 
 
 @pytest.fixture
+def quick_doctor(monkeypatch):
+    """Doctor's process imports nothing, and finds nothing wrong."""
+    imports = "print('torch ', flush=True)\ninput()\nprint('vllm', flush=True)\n"
+    monkeypatch.setattr("drafthead.doctor.engine._IMPORTS", imports)
+    monkeypatch.setattr("drafthead.doctor.engine._HOOK", "")
+
+
+@pytest.fixture
 def drafthead(monkeypatch, capsys):
     """Run a command in this process, to its exit code, stdout and stderr."""
 

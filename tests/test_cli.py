@@ -204,8 +204,7 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
         (nothing, ("doctor", "--url", "http://127.0.0.1:9"), "is a vLLM server there?"),
     ],
 )
-def test_wrong_use_is_one_message(place, drafthead, monkeypatch, change, args, words):
-    monkeypatch.setattr("drafthead.doctor.check_imports", lambda _: [])
+def test_wrong_use_is_one_message(place, drafthead, quick_doctor, change, args, words):
     change()
     before = set(place.rglob("[!.]*"))
     code, _, err = drafthead(*args)

@@ -46,7 +46,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def place(made, monkeypatch):
+def place(made, monkeypatch, quick_doctor):
     """Stages, imports and ModelOpt do no work here; all else is the real thing."""
 
     def stage(recipe, run, *, console):
@@ -55,7 +55,6 @@ def place(made, monkeypatch):
 
     monkeypatch.chdir(made)
     monkeypatch.setattr("drafthead.run._load", lambda _: stage)
-    monkeypatch.setattr("drafthead.doctor.check_imports", lambda _: [])
     monkeypatch.setattr("os.execvpe", lambda *_: pytest.fail("vLLM's log follows on stdout"))
     monkeypatch.setattr("drafthead.quantize.quantize", lambda *_a, **_o: {"perplexity": 2.0})
     monkeypatch.setattr("drafthead.capture.compare.compare_stores", lambda *_: {"layers": []})

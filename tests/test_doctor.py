@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -12,10 +13,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from drafthead import doctor, hook
-from drafthead.doctor import check_recipe
+from drafthead import doctor
+from drafthead.capture.plan import make_plan
+from drafthead.data.chats import load_chats
+from drafthead.data.estimate import estimate
+from drafthead.doctor import check_recipe, engine, installation
+from drafthead.doctor import recipe as checks
+from drafthead.doctor.engine import EngineCheck
 from drafthead.machine import Gpu, Machine
-from drafthead.recipe import TargetSection, VocabSection, parse_recipe, with_options
+from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from tests import templates
 from tests.prove import crafted
@@ -66,7 +72,7 @@ def test_plugin_left_out_by_the_environment(monkeypatch):
     assert found(CPU)["vLLM plugin"].state == "ok"
     monkeypatch.setenv("DRAFTHEAD_SKIP_MENDS", "all")
     assert found(CPU)["vLLM plugin"].state == "warning"
-    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda **_: ())
+    monkeypatch.setattr(installation.importlib.metadata, "entry_points", lambda **_: ())
     assert found(CPU)["vLLM plugin"].state == "fault"
 
 
@@ -91,10 +97,10 @@ def test_a_cuda_torchvision_beside_the_cpu_build(monkeypatch):
 
     def version(name):
         if name not in versions:
-            raise doctor.importlib.metadata.PackageNotFoundError(name)
+            raise installation.importlib.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(installation.importlib.metadata, "version", version)
     finding = found(CPU)["vLLM for CPU"]
     assert (finding.state, finding.mend) == ("fault", "pip uninstall -y torchvision")
     assert "vLLM for CPU" not in found(CUDA)
@@ -168,58 +174,110 @@ def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypa
     run = RunDir(tmp_path / "runs" / "r")
     usage = namedtuple("usage", "total used free")
     # 3 layers (2 auxiliary, the last) of 64 numbers of 2 bytes, 40 answers of 100 tokens at most
-    # and prompts of a few, template and all: between 40 * 100 and 40 * 140 tokens.
-    low, high = 40 * 100 * 3 * 64 * 2, 40 * 140 * 3 * 64 * 2
-    for free, state in ((low, "fault"), (high, "ok")):
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
+    # and prompts of a few, template and all: between 40 * 100 and 40 * 140 tokens. The prompts
+    # alone are certain to come; only they are a fault.
+    prompts, low, high = (40 * n * 3 * 64 * 2 for n in (4, 100, 140))
+    for free, state in ((prompts, "fault"), (low, "warning"), (high, "ok")):
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
         (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
         assert disk.state == state
         assert "40 conversations" in disk.found
+        expected, most = (
+            float(n) for n in re.findall(r"(?:about|at most) ([\d.]+) GB", disk.found)
+        )
+        assert expected <= most
     # The states may lie on another disk.
     (tmp_path / "large").mkdir()
     run.root.mkdir(parents=True)
     run.states.symlink_to(tmp_path / "large")
     disks = {run.states: usage(0, 0, high), run.root: usage(0, 0, 0)}
-    monkeypatch.setattr(doctor.shutil, "disk_usage", disks.__getitem__)
+    monkeypatch.setattr(checks.shutil, "disk_usage", disks.__getitem__)
     (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
     assert disk.state == "ok"
     run.states.unlink()
     # What is on the disk already need not fit again.
     run.states.mkdir(parents=True)
     (run.states / "unit").write_bytes(bytes(high))
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage(0, 0, 0))
     (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
     assert disk.state == "ok"
 
 
 def test_what_the_template_adds_is_counted(recipe):
-    from drafthead.capture.plan import make_plan
-
     plan = make_plan(recipe)
     (unit,) = plan.units
-    exact = [len(plan.template.encode(chat.opening)[0]) + 100 for chat, _ in unit]
-    sample = doctor._sample(plan)
-    assert doctor._longest_mean(plan, sample) == sum(exact) / len(exact)
+    openings = [len(plan.template.encode(chat.opening)[0]) for chat, _ in unit]
+    chats = load_chats(recipe.prompts, plan.template)
+    guess = estimate(chats, plan.template, 100, plan.max_len)
+    assert guess.prompts == sum(openings)
+    assert guess.expected == sum(n + 50 for n in openings)
+    assert guess.most == sum(n + 100 for n in openings)
+    assert estimate(chats, plan.template, 100, 20).most == 40 * 20
 
 
-def test_a_recipe_that_does_not_fit_is_a_fault_with_its_mend(recipe, tmp_path):
-    run = RunDir(tmp_path / "runs" / "r")
-    too_many = recipe.model_copy(update={"vocab": VocabSection(size=9999)})
-    (finding,) = doctor.check_recipe(too_many, run, CPU)[-1:]
-    assert (finding.what, finding.state) == ("recipe", "fault")
-    assert "only 512 tokens" in finding.found
-    for section, values, words in (
-        ("head", {"num_attention_heads": 3}, "not a multiple of num_attention_heads 3"),
-        ("train", {"start_from": "nowhere"}, "nowhere/config.json: not found"),
-        ("bench", {"sources": [{"path": "no.jsonl"}]}, "no.jsonl: no such file"),
-    ):
-        (finding,) = doctor.check_recipe(with_options(recipe, section, values), run, CPU)[-1:]
-        assert (finding.what, finding.state) == ("recipe", "fault")
-        assert words in finding.found
-    nowhere = recipe.model_copy(update={"target": TargetSection(path=str(tmp_path / "no"))})
-    (finding,) = doctor.check_recipe(nowhere, run, CPU)
-    assert (finding.what, finding.state) == ("target", "fault")
-    assert "target.path" in finding.mend
+def faults(recipe, folder):
+    """What is wrong with a recipe, as (what, found)."""
+    findings = check_recipe(recipe, RunDir(folder / "runs" / "r"), CPU)
+    return [(f.what, f.found) for f in findings if f.state == "fault"]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "what", "words"),
+    [
+        ("vocab", {"size": 9999}, "recipe", "only 512 tokens"),
+        ("head", {"num_attention_heads": 3}, "recipe", "not a multiple of num_attention_heads 3"),
+        ("train", {"start_from": "nowhere"}, "recipe", "nowhere"),
+        ("bench", {"sources": [{"path": "no.jsonl"}]}, "bench.sources", "no.jsonl: no such file"),
+        ("prompts", {"sources": [{"path": "no.jsonl"}]}, "prompts", "no.jsonl: no such file"),
+        ("prompts", {"heldout": 40}, "prompts", "prompts.heldout is 40"),
+        ("engine", {"max_model_len": 99999}, "recipe", "engine.max_model_len"),
+        ("engine", {"max_model_len": 8}, "prompts", "engine.max_model_len"),
+        ("capture", {"aux_layers": [99]}, "recipe", "capture.aux_layers"),
+        ("target", {"path": "nowhere"}, "target", "nowhere"),
+        ("target", {"chat_template": "{{ x "}, "chat template", "not valid Jinja"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_a_fault(recipe, tmp_path, section, values, what, words):
+    ((found_what, found),) = faults(with_options(recipe, section, values), tmp_path)
+    assert found_what == what
+    assert words in found
+
+
+def test_one_mistake_hides_no_other(recipe, tmp_path, monkeypatch):
+    wrong = with_options(recipe, "vocab", {"size": 9999})
+    wrong = with_options(wrong, "head", {"num_attention_heads": 3})
+    wrong = with_options(wrong, "prompts", {"sources": [{"path": "no.jsonl"}]})
+    wrong = with_options(wrong, "bench", {"sources": [{"path": "gone.jsonl"}]})
+    monkeypatch.setattr(checks.os, "access", lambda path, _: path != tmp_path)
+    (tmp_path / "target" / "chat_template.jinja").unlink()
+    expected = ["chat template", "recipe", "recipe", "prompts", "bench.sources", "disk"]
+    assert [what for what, _ in faults(wrong, tmp_path)] == expected
+    gone = with_options(wrong, "target", {"path": "nowhere"})
+    expected = ["target", "prompts", "bench.sources", "disk"]
+    assert [what for what, _ in faults(gone, tmp_path)] == expected
+
+
+def test_the_recipe_is_looked_at_without_vllm(recipe, tmp_path):
+    """vLLM takes half a minute of processor time to import."""
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    code = """
+import sys
+from pathlib import Path
+from drafthead.doctor import check_head, check_recipe
+from drafthead.machine import this_machine
+from drafthead.recipe import load_recipe
+from drafthead.rundir import RunDir
+recipe, run = load_recipe("r.yaml"), RunDir(Path("runs/r"))
+findings = check_recipe(recipe, run, this_machine()) + check_head(run, recipe)
+assert findings
+print(*sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & {"vllm", "datasets", "tensorboard", "modelopt", "ray"}
 
 
 def test_records_left_out_are_told_by_source_and_reason(recipe, tmp_path):
@@ -259,7 +317,7 @@ def test_prompts_that_leave_no_room_are_told(recipe, tmp_path):
         RunDir(tmp_path / "runs/r"),
         CPU,
     )
-    told = [f for f in findings if f.what == "prompts" and f.mend == doctor._TOO_LONG]
+    told = [f for f in findings if f.what == "prompts" and f.mend == checks._TOO_LONG]
     assert [f.state for f in told] == ["warning", "warning"]
     assert "held-out" in told[1].found
 
@@ -275,9 +333,6 @@ def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
 
     assert "drafts" not in findings()
     assert findings()["prompts"].state == "ok"
-    few = findings(engine={"max_model_len": 8})["recipe"]
-    assert few.state == "fault"
-    assert "engine.max_model_len" in few.found
     drafting = {"serve": {"num_speculative_tokens": 7}, "train": {"ttt_steps": 3}}
     assert "drafts" not in findings(**drafting)
     assert "drafts" in findings(**drafting, head={"norm_output": False})
@@ -287,10 +342,10 @@ def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
     assert "train.ttt_steps" in poor.mend
     (tmp_path / "config.json").write_text('{"norm_output": false}')
     started = {"train": {"ttt_steps": 3, "start_from": str(tmp_path)}, "serve": drafting["serve"]}
-    assert doctor._trained_steps(parse_recipe(recipe.model_dump(mode="json") | started, "test"))
+    assert checks._trained_steps(parse_recipe(recipe.model_dump(mode="json") | started, "test"))
 
 
-@pytest.mark.parametrize(("rows", "warned"), [({}, True), ({"row_tokens": 64, "epochs": 4}, False)])
+@pytest.mark.parametrize(("rows", "warned"), [({}, True), ({"row_tokens": 32, "epochs": 4}, False)])
 def test_few_steps_are_said(recipe, tmp_path, rows, warned):
     data = recipe.model_dump(mode="json")  # 40 answers of 100 tokens
     changed = parse_recipe(data | {"train": rows}, "test")
@@ -299,7 +354,7 @@ def test_few_steps_are_said(recipe, tmp_path, rows, warned):
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.os, "access", lambda path, _: path != tmp_path)
+    monkeypatch.setattr(checks.os, "access", lambda path, _: path != tmp_path)
     findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
     assert f"{tmp_path} cannot be written to" in [f.found for f in findings if f.state == "fault"]
 
@@ -307,46 +362,64 @@ def test_a_folder_that_cannot_be_written_is_a_fault(recipe, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("machine", "code", "found", "mend"),
     [
-        (CPU, "print('torch', '', flush=True)", "ok", ""),
-        (CUDA, "print('torch', 'cuda', flush=True)", "ok", ""),
+        (CPU, "print('torch ')\nprint('vllm')", "ok", ""),
+        (CUDA, "print('torch cuda')\nprint('vllm')", "ok", ""),
         (CPU, "import no_such_torch", "PyTorch cannot be imported: ModuleNotFound", "[cpu]"),
         (CUDA, "print('torch cuda', flush=True); import no_vllm", "vLLM cannot be", "[cuda]"),
         (CUDA, "import os; os.abort()", "PyTorch cannot be imported: exit code -6", "[cuda]"),
-        (CUDA, "print('torch', '', flush=True)", "cannot use the GPU (driver None)", "driver"),
+        (CUDA, "print('torch ')\nprint('vllm')", "cannot use the GPU (driver None)", "driver"),
     ],
 )
 def test_libraries_that_are_there_and_broken(monkeypatch, machine, code, found, mend):
-    monkeypatch.setattr(doctor, "_IMPORTS", code)
-    (finding,) = doctor.check_imports(machine)
+    monkeypatch.setattr(engine, "_IMPORTS", code)
+    monkeypatch.setattr(engine, "_HOOK", "")
+    with EngineCheck(machine) as check:
+        assert check.torch_works() == ("PyTorch cannot be" not in found)
+        (finding,) = check.findings(None)
     assert (finding.state == "ok") == (found == "ok")
     assert found == "ok" or found in finding.found
     assert mend in finding.mend
     nothing = dataclasses.replace(machine, versions={})  # said already, by check_installation
-    assert doctor.check_imports(nothing) == []
+    with EngineCheck(nothing) as check:
+        assert not check.torch_works()
+        assert check.findings(None) == []
+
+
+def test_an_import_that_takes_too_long_is_ended(monkeypatch):
+    monkeypatch.setattr(
+        engine, "_IMPORTS", "print('torch ', flush=True)\nimport time\ntime.sleep(99)"
+    )
+    monkeypatch.setattr(engine, "_SECONDS", 0.5)
+    with EngineCheck(CPU) as check:
+        (finding,) = check.findings("LlamaForCausalLM")
+    assert (finding.what, finding.state) == ("imports", "fault")
 
 
 @pytest.mark.parametrize(
     ("printed", "states"),
     [("drafthead", ["ok"]), ("vllm", ["ok"]), ("nobody", ["fault"]), ("", [])],
 )
-def test_who_hands_out_hidden_states(recipe, monkeypatch, printed, states):
+def test_who_hands_out_hidden_states(quick_doctor, monkeypatch, printed, states):
     """tests/vllm/test_any_target.py has what the process really prints."""
-    monkeypatch.setattr(hook, "_HOOK", f"print('noise\\nhook {printed}')")
-    assert [finding.state for finding in hook.check_hook(recipe)] == states
+    monkeypatch.setattr(engine, "_HOOK", f"print('noise\\nhook {printed}')")
+    with EngineCheck(CPU) as check:
+        check.torch_works()
+        _, *findings = check.findings("LlamaForCausalLM")
+    assert [finding.state for finding in findings] == states
 
 
-def test_a_class_that_lacks_a_package_is_a_fault(recipe, monkeypatch):
-    monkeypatch.setattr(hook, "_HOOK", "import no_torchvision")
-    (finding,) = hook.check_hook(recipe)
+def test_a_class_that_lacks_a_package_is_a_fault(quick_doctor, monkeypatch):
+    monkeypatch.setattr(engine, "_HOOK", "import no_torchvision")
+    with EngineCheck(CPU) as check:
+        _, finding = check.findings("LlamaForCausalLM")
     assert finding.state == "fault"
     assert "cannot be imported: ModuleNotFoundError: No module named 'no_" in finding.found
-    monkeypatch.setattr(hook, "_HOOK", "{}['Unlisted']")
-    assert hook.check_hook(recipe) == []
+    monkeypatch.setattr(engine, "_HOOK", "{}['Unlisted']")
+    with EngineCheck(CPU) as check:
+        assert [f.what for f in check.findings("Unlisted")] == ["imports"]
 
 
-def test_head_of_another_target_is_a_fault(recipe, tmp_path, monkeypatch):
-    for check in ("check_imports", "check_hook"):
-        monkeypatch.setattr(doctor, check, lambda _: [])
+def test_head_of_another_target_is_a_fault(recipe, tmp_path, quick_doctor):
     runs = tmp_path / "runs"
     run = RunDir(runs / "r")
     crafted.head(run.head, tmp_path / "target")
@@ -366,7 +439,7 @@ def test_works_where_libraries_do_not(recipe, tmp_path, broken):
     stub = tmp_path / "stubs" / broken
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')\n")
-    sources = Path(doctor.__file__).parent.parent
+    sources = Path(doctor.__file__).parents[2]
     path = os.pathsep.join([str(stub.parent), str(sources)])
     (tmp_path / "r.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
     done = subprocess.run(
@@ -382,13 +455,16 @@ def test_works_where_libraries_do_not(recipe, tmp_path, broken):
     assert fault["found"] == f"{name} cannot be imported: OSError: libcudart.so.13: cannot open"
     assert "pip install" in fault["mend"]
     assert "Traceback" not in done.stderr
+    # The recipe needs PyTorch, and no vLLM.
+    looked_at = {f["what"] for f in json.loads(done.stdout)["findings"]}
+    assert ("target" in looked_at) == (broken == "vllm")
 
 
 def test_a_target_without_a_chat_template(recipe, tmp_path):
     (tmp_path / "target" / "chat_template.jinja").unlink()
-    (only,) = check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
-    assert (only.what, only.state) == ("chat template", "fault")
-    assert "target.chat_template" in only.found
+    ((what, words),) = faults(recipe, tmp_path)
+    assert what == "chat template"
+    assert "target.chat_template" in words
 
 
 def test_a_template_that_prints_the_date_or_drops_system_messages(recipe, tmp_path):

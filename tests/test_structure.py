@@ -12,7 +12,7 @@ ORDER = (
     *("errors", "progress", "machine", "finding", "fsio", "recipe", "rundir", "targets", "data"),
     *("ops", "states", "head", "drafters", "plan", "serve", "vocab", "init", "quantize", "capture"),
     *("train", "prove"),
-    *("report", "run", "hook", "doctor"),
+    *("report", "run", "doctor"),
     *("cli_options", "cli_prove", "cli", "__main__"),
 )
 """The rooms and files of the package in the way of the data. `vllm_plugin` stands aside: it runs

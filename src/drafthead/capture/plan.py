@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from drafthead.data.chats import Chat, SourceCounts, load_chats
+from drafthead.data.chats import Chat, Chats, SourceCounts, load_chats
 from drafthead.data.template import Template, recipe_template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
@@ -58,34 +58,75 @@ def make_plan(recipe: Recipe, now: datetime | None = None) -> WorkPlan:
     """
     target = recipe_target(recipe)
     template = recipe_template(recipe, target, now)
-    chats = load_chats(recipe.prompts, template)
+    chats = conversations(recipe, template)
     work = chats.all()
-    # A template that hides which tokens of earlier turns the target wrote shows here.
-    for chat in [chat for chat, _ in work if len(chat.turns) > 1][:1]:
-        template.encode(chat.whole)
     size = recipe.generate.chunk
     units = [work[i : i + size] for i in range(0, len(work), size)]
     inputs = _inputs(recipe, target, template, fingerprint([(c.id, split) for c, split in work]))
-    meta = StoreMeta(
+    max_len = inputs["max_model_len"]
+    check_room(chats, template, max_len)
+    meta = store_meta(recipe, target, len(units), inputs)
+    return WorkPlan(recipe, target, template, units, chats.sources, meta, max_len)
+
+
+def conversations(recipe: Recipe, template: Template | None) -> Chats:
+    """The recipe's conversations. ``template``: the target's; None asks no template.
+
+    Raises:
+        DraftheadError: a source cannot be read, or the template takes none of a kind.
+    """
+    chats = load_chats(recipe.prompts, template)
+    # A template that hides which tokens of earlier turns the target wrote shows here.
+    for chat in [chat for chat, _ in chats.all() if len(chat.turns) > 1][:1]:
+        if template is not None:
+            template.encode(chat.whole)
+    return chats
+
+
+def longest(recipe: Recipe, target: Target) -> int:
+    """Tokens of the longest sequence, prompt and answer.
+
+    Raises:
+        DraftheadError: the target does not reach that far.
+    """
+    max_len = recipe.engine.max_model_len or target.max_position_embeddings
+    if max_len > target.max_position_embeddings:
+        raise DraftheadError(
+            f"engine.max_model_len: {max_len}, but {target.path} reaches only "
+            f"{target.max_position_embeddings} tokens"
+        )
+    return max_len
+
+
+def store_meta(
+    recipe: Recipe, target: Target, units: int = 0, inputs: dict[str, Any] | None = None
+) -> StoreMeta:
+    """What the recipe's store of states is of.
+
+    Raises:
+        DraftheadError: the target has not the layers that the recipe captures.
+    """
+    return StoreMeta(
         aux_layers=captured_layers(recipe, target),
         num_layers=target.num_layers,
         hidden_size=target.hidden_size,
         encoding=recipe.capture.format,
-        units=len(units),
-        inputs=inputs,
+        units=units,
+        inputs=inputs or {},
     )
-    max_len = inputs["max_model_len"]
-    for side, name in ((chats.train, "training"), (chats.heldout, "held-out")):
-        _check_room(side, name, template, max_len)
-    return WorkPlan(recipe, target, template, units, chats.sources, meta, max_len)
 
 
-def _check_room(chats: list[Chat], side: str, template: Template, max_len: int) -> None:
-    """Check that a prompt of this side leaves room for an answer: all would be left out.
+def check_room(chats: Chats, template: Template, max_len: int) -> None:
+    """Check that a prompt of each side leaves room for an answer: all would be left out.
 
     Raises:
         DraftheadError: none does.
     """
+    for side, name in ((chats.train, "training"), (chats.heldout, "held-out")):
+        _check_side(side, name, template, max_len)
+
+
+def _check_side(chats: list[Chat], side: str, template: Template, max_len: int) -> None:
     shortest: int | None = None
     for chat in chats:
         length = len(template.encode(chat.opening)[0])
@@ -121,12 +162,7 @@ def plan_elsewhere(recipe: Recipe, meta: StoreMeta, now: datetime) -> WorkPlan:
 
 def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) -> dict[str, Any]:
     """What the content of a run's store follows from; ``prompts`` is their fingerprint."""
-    max_len = recipe.engine.max_model_len or target.max_position_embeddings
-    if max_len > target.max_position_embeddings:
-        raise DraftheadError(
-            f"engine.max_model_len: {max_len}, but {target.path} reaches only "
-            f"{target.max_position_embeddings} tokens"
-        )
+    max_len = longest(recipe, target)
     extra = without_secrets(recipe.engine.model_dump(mode="json")["extra"])
     return {
         "target": target.fingerprint,
