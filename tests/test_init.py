@@ -2,37 +2,124 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from drafthead.data.chats import load_chats
+from drafthead.data.estimate import Estimate
+from drafthead.data.template import recipe_template
 from drafthead.errors import DraftheadError
-from drafthead.init import write_recipe
+from drafthead.init import fit_recipe, write_recipe
+from drafthead.machine import Gpu, Machine
 from drafthead.recipe import Recipe, load_recipe
+from drafthead.targets import load_target
+
+CPU = Machine("Linux", "a processor", 2, 16 << 30, (), True, None, {})
+LARGE = replace(CPU, gpus=(Gpu("H100", 80 << 30),))
+SMALL = replace(CPU, gpus=(Gpu("T4", 16 << 30),))
+EIGHT = {
+    *("name", "target.path", "prompts.sources", "prompts.heldout", "generate.max_new_tokens"),
+    *("vocab.size", "train.row_tokens", "engine.max_model_len"),
+}
 
 
-def test_written_recipe_loads_and_fits_the_target(tmp_path, lfm2_moe):
+def keys(text):
+    """The keys that a recipe's text names, as `section.key`."""
+    data = yaml.safe_load(text)
+    return {
+        f"{name}.{key}" if isinstance(value, dict) else name
+        for name, value in data.items()
+        for key in (value if isinstance(value, dict) else [None])
+    }
+
+
+def questions(path, count, words=3):
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"question {i}" + " word" * words}) + "\n" for i in range(count)
+        )
+    )
+    return str(path)
+
+
+def test_the_recipe_holds_the_eight_keys_that_matter_with_their_reasons(tmp_path, lfm2_moe):
     out = tmp_path / "recipe.yaml"
-    found = write_recipe(str(lfm2_moe), "chats.jsonl", out)
-    recipe = load_recipe(out)
-    assert found["layer_kinds"] == {"conv": 4, "full_attention": 2}
-    assert recipe.capture.aux_layers == [2, 3]
+    prompts = questions(tmp_path / "chats.jsonl", 50)
+    about = write_recipe(str(lfm2_moe), prompts, out)
+    recipe, text = load_recipe(out), out.read_text()
+    assert about["layer_kinds"] == {"conv": 4, "full_attention": 2}
+    assert keys(text) == EIGHT
+    lines = text.splitlines()
+    for key in EIGHT:
+        (at,) = [i for i, line in enumerate(lines) if line.strip().startswith(key.split(".")[-1])]
+        assert lines[at - 1].strip().startswith("#"), key
+    assert len(lines) < 50
     assert recipe.vocab.size == 512
     assert recipe.engine.max_model_len == 512
-    assert recipe.prompts.sources[0].path == "chats.jsonl"
-    # What was not fitted is the default, unchanged by writing and reading.
-    minimal = Recipe.model_validate(
-        {
-            "name": recipe.name,
-            "target": {"path": str(lfm2_moe)},
-            "prompts": {"sources": [{"path": "chats.jsonl"}]},
-        }
-    )
-    assert recipe.train == minimal.train
-    assert recipe.generate == minimal.generate
-    text = out.read_text()
-    assert "# Peak learning rate, of all weights" in text
+    assert recipe.prompts.sources[0].path == prompts
+    # All else is the default.
+    minimal = {
+        "name": recipe.name,
+        "target": {"path": str(lfm2_moe)},
+        "prompts": {"sources": [{"path": prompts}]},
+    }
+    default = Recipe.model_validate(minimal).model_dump()
+    for section, values in recipe.model_dump().items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            assert f"{section}.{key}" in EIGHT or value == default[section][key]
+
+
+def test_every_key_is_written_on_request(tmp_path, llama):
+    prompts = questions(tmp_path / "chats.jsonl", 50)
+    write_recipe(str(llama), prompts, tmp_path / "few.yaml")
+    write_recipe(str(llama), prompts, tmp_path / "all.yaml", every_key=True)
+    assert load_recipe(tmp_path / "all.yaml") == load_recipe(tmp_path / "few.yaml")
+    sections = {n: f for n, f in Recipe.model_fields.items() if isinstance(f.annotation, type)}
+    for name, field in sections.items():
+        for key in getattr(field.annotation, "model_fields", ()):
+            assert f"{name}.{key}" in keys((tmp_path / "all.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("machine", "prompts", "row"),
+    [
+        (CPU, 300, 512),  # 2048 would be a few dozen steps
+        (CPU, 100_000, 2048),
+        (SMALL, 100_000, 2048),
+        (LARGE, 300, 512),
+        (LARGE, 3_000, 4096),
+        (LARGE, 100_000, 8192),
+    ],
+)
+def test_rows_leave_enough_steps_and_fit_the_machine(llama, machine, prompts, row):
+    tokens = Estimate(prompts, 20 * prompts, 280 * prompts, 530 * prompts, 600)
+    fitted = fit_recipe(load_target(llama), [{"path": "p.jsonl"}], tokens, machine)
+    assert fitted["train"]["row_tokens"][0] == row
+    limit = fitted["generate"]["max_new_tokens"][0]
+    assert limit < 512 if machine is CPU else limit == 512
+
+
+def test_sequences_are_long_enough_for_the_prompts(llama):
+    target = load_target(llama)
+    target.config.max_position_embeddings = 40_000
+    for longest, max_len in ((600, 8192), (20_000, 20_000), (50_000, 40_000)):
+        tokens = Estimate(100, 1000, 2000, 3000, longest)
+        fitted = fit_recipe(target, [{"path": "p.jsonl"}], tokens, LARGE)
+        assert fitted["engine"]["max_model_len"][0] == max_len
+
+
+def test_prompts_that_cannot_be_read_are_refused_and_nothing_is_written(tmp_path, llama):
+    out, file = tmp_path / "recipe.yaml", tmp_path / "p.jsonl"
+    for content in ("", "no JSON", '{"prompt": "only one"}\n'):
+        file.write_text(content)
+        with pytest.raises(DraftheadError, match=r"prompts|p\.jsonl"):
+            write_recipe(str(llama), str(file), out)
+    with pytest.raises(DraftheadError, match="is a folder"):
+        write_recipe(str(llama), str(tmp_path), out)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(("prompts", "heldout"), [(2, 1), (40, 8), (500, 64)])
@@ -47,15 +134,20 @@ def test_fewer_are_held_out_of_few_prompts(tmp_path, llama, prompts, heldout):
     assert len(load_chats(section).train) == prompts - heldout
 
 
-def test_a_target_without_a_chat_template_is_told_of(tmp_path, llama, drafthead):
+def test_a_target_without_a_chat_template_needs_one(tmp_path, llama, drafthead):
     base = shutil.copytree(llama, tmp_path / "base")
-    (base / "chat_template.jinja").unlink()
-    code, _, err = drafthead("init", str(base), "--out", str(tmp_path / "base.yaml"))
-    assert code == 0
-    assert "target.chat_template" in err
-    assert not write_recipe(str(base), "chats.jsonl", tmp_path / "again.yaml")["chat_template"]
-    _, _, err = drafthead("init", str(llama), "--out", str(tmp_path / "llama.yaml"))
-    assert "target.chat_template" not in err
+    template = (base / "chat_template.jinja").rename(tmp_path / "chat.jinja")
+    out = tmp_path / "base.yaml"
+    code, _, err = drafthead("init", str(base), "--out", str(out))
+    assert code == 2
+    assert "--chat-template" in err
+    assert not out.exists()
+    init = ("init", str(base), "--chat-template", str(template), "--out", str(out))
+    code, _, err = drafthead(*init)
+    assert code == 0, err
+    recipe = load_recipe(out)
+    assert recipe.target.chat_template == str(template)
+    assert recipe_template(recipe, load_target(base)).text == template.read_text()
 
 
 def test_existing_recipe_is_kept(tmp_path, llama):

@@ -229,11 +229,9 @@ def test_json_hides_progress_for_that_command_only(store, drafthead):
 
 
 def test_waits_before_the_first_stage_and_of_doctor_say_what_they_do(
-    llama, tmp_path, monkeypatch, drafthead
+    llama, tmp_path, monkeypatch, drafthead, quick_doctor
 ):
     monkeypatch.setattr("drafthead.progress.SHORT_SECONDS", 0.0)
-    monkeypatch.setattr("drafthead.doctor.check_imports", lambda _: [])
-    monkeypatch.setattr("drafthead.doctor.check_hook", lambda _: [])
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hello"}\n' * 4)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
@@ -242,7 +240,7 @@ def test_waits_before_the_first_stage_and_of_doctor_say_what_they_do(
     )
     runs = ("--runs", str(tmp_path / "runs"))
     _, _, err = drafthead("doctor", str(recipe), *runs)
-    for what in ("importing PyTorch and vLLM", "reading target and prompts"):
+    for what in ("importing PyTorch", "reading target and prompts", "importing vLLM"):
         assert f"{what}: done" in err
     monkeypatch.setattr("drafthead.run._load", lambda _: lambda *_, **__: {})
     _, _, err = drafthead("run", str(recipe), "--to", "generate", *runs)

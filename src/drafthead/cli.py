@@ -59,21 +59,37 @@ def init(
     target: Annotated[str, typer.Argument(help="Target folder or hub id.")],
     prompts: Annotated[str, typer.Option(help="Your prompts: JSONL or Parquet.")] = "prompts.jsonl",
     out: Annotated[Path, typer.Option(help="Where to write the recipe.")] = Path("recipe.yaml"),
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja file, for a target without a chat template.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    every_key: Annotated[
+        bool, typer.Option("--all", help="Write every key, not only the eight that matter.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at a target and write a commented recipe fit for it."""
-    from drafthead.init import write_recipe
+    """Look at a target, your prompts and this machine; write a commented recipe for them."""
+    from drafthead.init import describe, write_recipe
 
-    about = write_recipe(target, prompts, out, trust_remote_code=trust_remote_code)
-    emit(about, as_json)
-    if not about["chat_template"]:
-        words = f"{target} has no chat template: name one under target.chat_template in {out}"
+    about = write_recipe(
+        target,
+        prompts,
+        out,
+        chat_template=chat_template,
+        trust_remote_code=trust_remote_code,
+        every_key=every_key,
+    )
+    if as_json:
+        emit(about, as_json)
+    console.print(escape(describe(about)), soft_wrap=True)
+    if not Path(prompts).exists():
+        words = f"{prompts} is not there yet: the recipe is not fitted to it, and the run needs it"
         console.print(f"[yellow]{escape(words)}[/yellow]", soft_wrap=True)
-    if not Path(prompts).is_file():
-        console.print(f"[yellow]{escape(prompts)} is not there yet; the run will need it[/yellow]")
-    words = f"wrote {out}; read it, then: drafthead doctor {out}, drafthead run {out}"
-    console.print(escape(words), soft_wrap=True)
+    console.recipe = out
+    console.print(
+        f"wrote {escape(str(out))}; read it, then: drafthead doctor RECIPE, drafthead run RECIPE",
+        soft_wrap=True,
+    )
 
 
 @app.command(epilog="Example: drafthead run recipe.yaml --from train --to export")

@@ -20,6 +20,8 @@ class Estimate:
     """With answers half as long as they may be."""
     most: int
     """With answers as long as they may be."""
+    longest: int
+    """Of the longest conversation that was looked at, with its answers as long as they may be."""
 
 
 def opening_lengths(chats: Sequence[Chat], template: Template) -> list[int]:
@@ -43,14 +45,22 @@ def estimate(chats: Chats, template: Template, max_new_tokens: int, max_len: int
         for chat, opening in zip(sample, opening_lengths(sample, template), strict=True)
     ]
 
-    def total(answer: int) -> int:
-        lengths = [
+    def lengths(answer: int) -> list[int]:
+        return [
             min(max_len, prompt + answer * len(chat.turns))
             for chat, prompt in zip(sample, prompts, strict=True)
         ]
-        return round(len(everyone) * sum(lengths) / len(lengths))
 
-    return Estimate(len(everyone), total(0), total(max_new_tokens // 2), total(max_new_tokens))
+    def total(answer: int) -> int:
+        return round(len(everyone) * sum(lengths(answer)) / len(sample))
+
+    return Estimate(
+        conversations=len(everyone),
+        prompts=total(0),
+        expected=total(max_new_tokens // 2),
+        most=total(max_new_tokens),
+        longest=max(lengths(max_new_tokens)),
+    )
 
 
 def _later_turns(chat: Chat, opening: int, template: Template) -> int:
