@@ -348,3 +348,13 @@ def test_nothing_is_thrown_out_while_a_run_is_at_work(whole, tmp_path):
         check_command(path, fix=True, console=QUIET)
     assert sorted(path.glob("unit-000001-*")) == shards
     assert check_command(path, fix=True, console=QUIET)["repaired"]
+
+
+def test_a_broken_shard_names_the_commands_for_its_store(whole, tmp_path):
+    (tmp_path / "a b").mkdir()
+    path = copy_of(whole, tmp_path / "a b")
+    shard = next(iter(sorted(path.glob("*.safetensors"))))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    _, refusal = attempt(content, path)
+    assert f"`drafthead states check '{path}' --repair`" in refusal
+    assert "`drafthead capture RECIPE`" in refusal

@@ -34,7 +34,7 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     best = run.train / "best"
     if not best.is_dir():
         run.forget("train")  # deleted since: or the command named here would find nothing to do
-        raise DraftheadError(f"{best}: no trained head there; run `drafthead train` first")
+        raise DraftheadError(f"{best}: no trained head there; `drafthead train RECIPE` makes one")
     k = recipe.serve.k
     paths = {"head": str(run.head)}
     with waiting(console, "writing the head"):

@@ -1,5 +1,6 @@
 """Reads a state store: random access by sample, memory-mapped, checked before it is believed."""
 
+import shlex
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -152,11 +153,9 @@ def check_size(store: Path, shard: Shard) -> None:
     try:
         found = path.stat().st_size
     except OSError:
-        raise DraftheadError(f"{path}: the shard is missing; {MEND}") from None
+        raise _broken(path, "the shard is missing") from None
     if found != shard.bytes:
-        raise DraftheadError(
-            f"{path}: {found:,} bytes where the index says {shard.bytes:,} (truncated?); {MEND}"
-        )
+        raise _broken(path, f"{found:,} bytes where the index says {shard.bytes:,} (truncated?)")
 
 
 def open_shard(
@@ -172,19 +171,25 @@ def open_shard(
     check_size(store, shard)
     try:
         if checksum is not None and checksum(path) != shard.sha256:
-            raise DraftheadError(f"{path}: altered: its checksum is not the index's; {MEND}")
+            raise _broken(path, "altered: its checksum is not the index's")
         handle = safe_open(path, framework="pt")
         found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
         shapes = {key: (part.get_dtype(), part.get_shape()) for key, part in found.items()}
         name = (handle.metadata() or {}).get("drafthead")
     except (SafetensorError, OSError, ValueError) as error:
-        raise DraftheadError(f"{path}: not a readable safetensors file: {error}; {MEND}") from None
+        raise _broken(path, f"not a readable safetensors file: {error}") from None
     if name != f"{meta.fingerprint}/{shard.file}":
-        raise DraftheadError(f"{path}: is another shard ({name}), swapped or renamed; {MEND}")
+        raise _broken(path, f"is another shard ({name}), swapped or renamed")
     expected = shard_tensors(meta, sum(shard.tokens), sum(shard.states))
     if shapes != expected:
-        raise DraftheadError(f"{path}: holds {shapes}, the index says {expected}; {MEND}")
+        raise _broken(path, f"holds {shapes}, the index says {expected}")
     return handle
 
 
-MEND = "`drafthead states check DIR --repair`, then `drafthead capture`, redoes what is broken"
+def _broken(path: Path, fault: str) -> DraftheadError:
+    """The error for a shard, with the commands that make its unit again."""
+    folder = shlex.quote(str(path.parent))
+    return DraftheadError(
+        f"{path}: {fault}; `drafthead states check {folder} --repair`, then `drafthead capture "
+        "RECIPE`, redoes what is broken"
+    )
