@@ -19,7 +19,6 @@ cd "$dir" && python3 - <<'PY'
 import ast, glob, zipfile
 from types import SimpleNamespace as Stub
 
-
 def function(path, name, **names):
     """The function `name` of the file `path` in one of the wheels, with `names` as its globals."""
     source = zipfile.ZipFile(glob.glob(f"{path.split('/')[0]}*.whl")[0]).read(path).decode()
@@ -42,12 +41,12 @@ newer = function("vllm/v1/worker/gpu/spec_decode/eagle/eagle3_utils.py", "get_ea
 def layers(**config):
     """The layers of a target of 24 by SGLang and vLLM's older and newer runner (None: its default)."""
     head.hf_config, read = Stub(**config), Stub(draft_kv_num_layers=None)
-    method = Stub(is_eagle=lambda: True, is_eagle3=lambda: True)
-    sglang_read(config=read, server_args=0, model_config=0, spec_algorithm=method, is_draft_worker=False)
+    eagle = Stub(is_eagle=lambda: True, is_eagle3=lambda: True)
+    sglang_read(config=read, server_args=0, model_config=0, spec_algorithm=eagle, is_draft_worker=False)
     target = Stub(pp_group=Stub(is_last_rank=True), config=Stub(num_hidden_layers=24), model=Stub())
     sglang_set(target, read.eagle_aux_hidden_state_layer_ids)
-    vllm = Stub(draft_model_config=head)
-    taken = target.model.layers_to_capture, older(Stub(speculative_config=vllm)), newer(vllm)
+    in_vllm = [older(Stub(speculative_config=Stub(draft_model_config=head))), newer(Stub(draft_model_config=head))]
+    taken = target.model.layers_to_capture, *in_vllm
     print(f"{str(config):68}", *taken)
     return taken
 
