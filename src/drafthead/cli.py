@@ -25,7 +25,7 @@ from drafthead.cli_options import (
     read_recipe,
 )
 from drafthead.cli_prove import bench, verify
-from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.errors import ClaimFailed, DraftheadError, UnsupportedHead
 
 app = typer.Typer(
     name="drafthead",
@@ -169,8 +169,8 @@ _add_stage("vocab", "Choose the draft vocabulary from what the target wrote.")
 def train(
     recipe: RecipeFile,
     start: Annotated[
-        Path | None,
-        typer.Option("--from", help="Head to go on from, vLLM or speculators format."),
+        str | None,
+        typer.Option("--from", help="Head to go on from: a folder or a hub id."),
     ] = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
@@ -251,26 +251,30 @@ def quantize(
     rich_help_panel=TOOLS,
 )
 def inspect(
-    head: Annotated[Path, typer.Argument(help="Head folder, vLLM or speculators format.")],
+    head: Annotated[str, typer.Argument(help="Head folder or hub id.")],
     target: Annotated[str | None, typer.Option(help="Target to hold the head against.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a head is, and what is wrong with a broken one."""
+    """Say what a head is, and what is wrong with a broken one (exit code 2), or that vLLM may
+    serve it but drafthead cannot compute it (3)."""
     from drafthead.drafters.inspect import describe, inspect_head
+    from drafthead.head.checkpoint import head_folder
     from drafthead.progress import waiting, waiting_for_library
     from drafthead.targets import load_target
 
     with waiting_for_library(console, f"reading {target}"):
         loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None
     with waiting(console, f"reading {head}"):
-        found = inspect_head(head, loaded)
+        found = inspect_head(head_folder(head), loaded)
     if as_json:
         emit(found, as_json)
     else:
         console.print(describe(found))
     if found["problems"]:
         raise typer.Exit(DraftheadError.exit_code)
+    if found["unsupported"]:
+        raise typer.Exit(UnsupportedHead.exit_code)
 
 
 @app.command(
@@ -300,18 +304,21 @@ def serve(
     not_proved = doubt(run, k)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
+    for notice in plan.notices:
+        console.print(f"[yellow]{escape(notice)}[/yellow]", soft_wrap=True)
     for setting in plan.settings:
         if setting.notable:
             console.print(f"[yellow]{escape(setting.why)}[/yellow]", soft_wrap=True)
     request = example_request(plan)
     if as_json:
         emit(plan.as_dict() | {"not_proved": not_proved, "example_request": request}, as_json)
-        return
-    if print_only:
+    elif print_only:
         print(f"{plan.text()}\n\n# Once it is up:\n# {request}")
     else:
         console.print(f"once it is up: {escape(request)}", soft_wrap=True, highlight=False)
         os.execvpe(plan.command[0], plan.command, os.environ | plan.environment)
+    if plan.unsupported:
+        raise typer.Exit(UnsupportedHead.exit_code)
 
 
 states_app = typer.Typer(
@@ -436,6 +443,8 @@ def main() -> None:
         _fail("error", error.format_message(), error.exit_code)
     except ClaimFailed as error:
         _fail("claim failed", str(error), error.exit_code)
+    except UnsupportedHead as error:
+        _fail("unsupported", str(error), error.exit_code)
     except DraftheadError as error:
         _fail("error", str(error), error.exit_code)
     except (ImportError, OSError) as error:

@@ -20,6 +20,7 @@ from drafthead.cli_options import (
     read_recipe,
     run_stage,
 )
+from drafthead.errors import UnsupportedHead
 
 if TYPE_CHECKING:
     from drafthead.recipe import Recipe
@@ -146,11 +147,14 @@ def bench(
         "over": over and over.value,
     }
     found = _with_options(recipe, "bench", options)
+    unsupported = False
     if heads:
-        from drafthead.serve import existing_head
+        from drafthead.serve import existing_head, look_at
+        from drafthead.targets import recipe_target
 
-        for head in heads:  # looked for now, not after hours of measuring
-            existing_head(head)
+        # Looked at now, not after hours of measuring.
+        for folder in [head for head in map(existing_head, heads) if Path(head).is_dir()]:
+            unsupported |= bool(look_at(found, folder, recipe_target(found))[0])
     summary = run_stage("bench", found, runs, overwrite, again)
     if heads or baseline:
         from drafthead.prove.bench import contest
@@ -160,3 +164,5 @@ def bench(
         beside = contest(found, run, heads=heads or [], ngram=ngram, console=console)
         summary = {**summary, "beside": beside}
     emit(summary, as_json)
+    if unsupported:
+        raise typer.Exit(UnsupportedHead.exit_code)

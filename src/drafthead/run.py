@@ -22,7 +22,7 @@ from drafthead.fsio import (
     sweep,
     visible_files,
 )
-from drafthead.head.checkpoint import trained_steps
+from drafthead.head.checkpoint import head_folder, trained_steps
 from drafthead.machine import torchrun_rank
 from drafthead.progress import waiting, waiting_for_library
 from drafthead.recipe import CaptureSection, Recipe, Source, without_secrets
@@ -219,9 +219,10 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         if stage.name == "export" and recipe.export.speculators:
             own["k"] = recipe.serve.k  # which that format names
         if stage.name == "train" and (start := recipe.train.start_from):
-            if "train" in wanted and not (Path(start) / "config.json").is_file():
+            folder = head_folder(start)
+            if "train" in wanted and not (folder / "config.json").is_file():
                 raise DraftheadError(f"train.start_from: {start}: no head there (no config.json)")
-            files = [Path(start) / "config.json", *sorted(Path(start).glob("*.safetensors"))]
+            files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
             own["start_files"] = {f.name: file_hash(f) for f in files if f.is_file()}
             if (steps := trained_steps(recipe)) != recipe.ttt_steps:
                 own["ttt_steps"] = steps  # follows that head and how many tokens may be drafted

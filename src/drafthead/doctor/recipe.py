@@ -271,7 +271,7 @@ def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
         target = recipe_target(recipe)
     except DraftheadError:
         return []
-    about = inspect_head(run.head, target)
+    about = inspect_head(run.head, target, length=recipe.engine.max_model_len)
     words = ["drafthead", "inspect", str(run.head), "--target", recipe.target.path]
     look = shlex.join(words)
     return [
@@ -279,5 +279,6 @@ def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
             Finding("head", "fault", p, "train it again: drafthead run RECIPE --from train")
             for p in about["problems"]
         ),
+        *(Finding("head", "warning", f"unsupported: {x}", look) for x in about["unsupported"]),
         *(Finding("head", "warning", note, look) for note in about["notes"]),
     ] or [Finding("head", "ok", f"{run.head} fits the target")]

@@ -15,29 +15,69 @@ from drafthead.targets import Target
 
 
 def inspect_head(
-    path: Path | str, target: Target | None = None, *, deep: bool = True
+    path: Path | str,
+    target: Target | None = None,
+    *,
+    deep: bool = True,
+    length: int | None = None,
 ) -> dict[str, Any]:
     """Look at a head without running it; see `head.inspect.inspect_head` for what is returned. A
-    folder that is of no known kind is looked at as an EAGLE-3 head, which says what is missing."""
+    folder that is of no known kind is looked at as an EAGLE-3 head, which says what is missing.
+    length: the longest sequence of the engine; None is the target's own."""
     folder = Path(path)
     try:
         drafter = drafter_of(folder)
     except DraftheadError:
         drafter = DRAFTERS["eagle3"]
-    return drafter.inspect(folder, target, deep)
+    about = drafter.inspect(folder, target, deep)
+    if target is not None:
+        about["notes"] += beyond_reach(about, length or target.max_position_embeddings)
+    return about
 
 
-def refuse_unfit(folder: Path, target: Target) -> None:
-    """Look at a head before an engine is started with it.
+def beyond_reach(about: dict[str, Any], length: int) -> list[str]:
+    """What happens to sequences longer than a head is made for, if there can be any.
+
+    Args:
+        about: what `inspect_head` found.
+        length: the longest sequence of the engine (`max_model_len`).
+    """
+    if "config" not in about:
+        return []
+    config = about["config"]
+    scaling = config.get("rope_scaling") or {}
+    stretch = scaling["factor"] if scaling.get("rope_type") == "linear" else 1
+    reach = int(config["max_position_embeddings"] * stretch)  # as vLLM derives max_model_len
+    if reach >= length:
+        return []
+    return [
+        f"max_position_embeddings: the head ends at {reach} positions, the engine goes to "
+        f"{length}. In every step with a longer sequence, vLLM's V1 model runner drafts token 0 "
+        "for all sequences, which costs time and gains nothing; its V2 runner drafts from "
+        f"positions that the head was not made for. Serve with engine.max_model_len: {reach}, or "
+        "train on from the head (train.start_from) with longer conversations"
+    ]
+
+
+def check_fit(folder: Path, target: Target, length: int) -> tuple[list[str], list[str]]:
+    """Look at a head before an engine is started with it: no weights, no hashes.
+
+    Args:
+        folder: the head.
+        target: the model that it is served with.
+        length: the longest sequence of the engine (`max_model_len`).
+
+    Returns:
+        Why drafthead cannot compute the head, though vLLM may; and what to know before it is
+        served.
 
     Raises:
-        DraftheadError: it is broken or of another target. Heads of a kind that drafthead cannot
-            compute itself, but vLLM may, pass if their files are whole.
+        DraftheadError: it is broken or of another target.
     """
-    found = inspect_head(folder, target, deep=False)
-    understood, whole = "format" in found, "tensors" in found
-    if found["problems"] and (understood or not whole):
-        raise DraftheadError("\n".join(f"{folder}: {problem}" for problem in found["problems"]))
+    about = inspect_head(folder, target, deep=False)
+    if about["problems"]:
+        raise DraftheadError("\n".join(f"{folder}: {problem}" for problem in about["problems"]))
+    return about["unsupported"], beyond_reach(about, length)
 
 
 def describe(found: dict[str, Any]) -> Group:
@@ -69,7 +109,9 @@ def describe(found: dict[str, Any]) -> Group:
         table.add_row("weights", f"{found['parameters']:,} in {found['bytes'] / 1e6:.1f} MB")
     lines: list[Table | Text] = [table]
     lines += [Text(f"note: {note}", style="yellow") for note in found["notes"]]
+    lines += [Text(f"unsupported: {reason}", style="yellow") for reason in found["unsupported"]]
     lines += [Text(f"broken: {problem}", style="red") for problem in found["problems"]]
     if found["ok"]:
-        lines.append(Text("nothing wrong found", style="green"))
+        words = "no fault, but read the notes" if found["notes"] else "nothing wrong found"
+        lines.append(Text(words, style="green"))
     return Group(*lines)

@@ -1,13 +1,15 @@
 """A head on disk: `config.json` and bf16 `model.safetensors`, in two formats, whole or not at all.
 
-Reading is tolerant in names (`midlayer.`, `model.`) and strict in everything that would make a
-head draft nonsense without a word: shapes, the draft vocabulary, missing tensors.
+Reading is tolerant in names (`midlayer.`, a trainer's prefixes) and strict in everything that would
+make a head draft nonsense without a word: shapes, the draft vocabulary, missing tensors.
 """
 
 import contextlib
+import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import NotRequired
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +21,24 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, read_json, write_json
 from drafthead.head.config import HeadConfig
 from drafthead.head.formats import Format, Provenance, ReadConfig, read_config, write_config
-from drafthead.head.model import Eagle3Head, check_d2t
+from drafthead.head.model import ABSOLUTE, Eagle3Head, check_d2t
 from drafthead.recipe import Recipe, with_options
 from drafthead.targets import Target
 from drafthead.targets.safetensors_folder import SafetensorsFolder
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-IGNORED = ("verifier_norm.", "verifier_lm_head.", "rotary_emb.")  # leftovers of trainers
+LM_HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+# Put before every name by DataParallel, torch.compile and transformers.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+# Leftovers of trainers that vLLM skips, too: rotary buffers, and P-EAGLE's mask.
+SKIPPED = (
+    *("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "rotary_emb.cos_cached"),
+    *("rotary_emb.sin_cached", "mask_hidden"),
+)
+# Leftovers that vLLM stumbles over.
+LEFTOVERS = ("verifier_norm.", "verifier_lm_head.")
+# Problems of one kind that are told one by one.
+MOST = 6
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ def save_head(
     if head.config.draft_vocab_size < head.config.vocab_size:  # else vLLM refuses d2t
         tensors |= {"d2t": head.d2t.cpu(), "t2d": head.t2d.cpu()}
     if embedding is not None:
-        tensors["embed_tokens.weight"] = embedding.detach().to("cpu", dtype)
+        tensors[EMBEDDING] = embedding.detach().to("cpu", dtype)
     config = write_config(head.config, format, provenance, speculative_tokens)
     config["dtype"] = str(dtype).removeprefix("torch.")
     with atomic_dir(folder) as temporary:
@@ -70,7 +83,7 @@ def expected_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (h, aux * config.target_hidden_size),
         "norm.weight": (h,),
-        "lm_head.weight": (config.draft_vocab_size, h),
+        LM_HEAD: (config.draft_vocab_size, h),
     }
     if config.norm_before_fc:
         shapes["input_norm.weight"] = (aux * config.target_hidden_size,)
@@ -108,20 +121,25 @@ class HeadFiles:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise DraftheadError(f"{folder}: no such head; a head is a folder with config.json")
-        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        if pickled and not any(folder.glob("*.safetensors")):
-            raise DraftheadError(
-                f"{pickled[0]}: a pickle, which can run code when it is read; convert it to "
-                "safetensors first"
-            )
+        if not any(folder.glob("*.safetensors")):
+            _refuse_pickles(folder, [file.name for file in folder.iterdir()])
         self.files = SafetensorsFolder(folder)
         self.names: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self.refused: list[str] = []
+        """Names in the file that vLLM does not load."""
         for stored, file in self.files.where.items():
-            name = stored.removeprefix("model.").replace("midlayer.", "layers.0.")
-            if name.startswith(IGNORED):
+            name = stored
+            while name.startswith(PREFIXES):
+                name = name.partition(".")[2]
+            if name.endswith(SKIPPED):
                 continue
+            if name != stored or name.startswith(LEFTOVERS):
+                self.refused.append(stored)
+            if name.startswith(LEFTOVERS):
+                continue
+            name = name.replace("midlayer.", "layers.0.")
             if name in self.names:
                 raise DraftheadError(f"{folder}: {stored} and {self.names[name]} are the same")
             try:
@@ -140,67 +158,163 @@ class HeadFiles:
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise DraftheadError(f"{self.files.where[self.names[name]]}: {error}") from error
 
+    def shares_lm_head(self, config: HeadConfig) -> bool:
+        """Whether the head leaves its LM head to the target: vLLM then takes the target's."""
+        whole = config.draft_vocab_size == config.vocab_size
+        return (
+            LM_HEAD not in self.shapes
+            and whole
+            and config.hidden_size == (config.target_hidden_size)
+        )
+
     def problems(self, config: HeadConfig) -> list[str]:
         """What does not fit the configuration, in names, shapes and types."""
-        expected, found = expected_shapes(config), []
-        wanted = {**expected, "d2t": (config.draft_vocab_size,), "t2d": (config.vocab_size,)}
-        wanted["embed_tokens.weight"] = (config.vocab_size, config.hidden_size)
-        for name in expected:
-            if name not in self.shapes:
-                found.append(f"{name} is missing")
-        for name, shape in self.shapes.items():
-            if name not in wanted:
-                found.append(f"{name} {list(shape)} is not part of such a head")
-            elif shape != wanted[name]:
-                found.append(
-                    f"{name} is {list(shape)}, must be {list(wanted[name])}{_hint(name, config)}"
-                )
-            elif name in ("d2t", "t2d"):
-                allowed = ("I64", "I32") if name == "d2t" else ("BOOL", "U8", "I64")
-                if self.dtypes[name] not in allowed:
-                    found.append(f"{name} is {self.dtypes[name]}, must be {allowed[0]}")
-            elif self.dtypes[name] not in FLOATS:
-                found.append(f"{name} is {self.dtypes[name]}, must be one of {', '.join(FLOATS)}")
+        expected = expected_shapes(config)
+        allowed = expected | {
+            "d2t": (config.draft_vocab_size,),
+            "t2d": (config.vocab_size,),
+            EMBEDDING: (config.vocab_size, config.hidden_size),
+        }
+        missing = [name for name in expected if name not in self.shapes]
+        if LM_HEAD in missing and self.shares_lm_head(config):
+            missing.remove(LM_HEAD)
+        unknown = [f"{n} {list(shape)}" for n, shape in self.shapes.items() if n not in allowed]
+        found = []
+        if layers := self._layers(config):
+            found.append(layers)
+        if missing:
+            found.append(f"missing: {some(missing)}")
+        if unknown:
+            found.append(f"not part of such a head: {some(unknown)}")
+        wrong = [
+            f"{name} is {list(shape)}, must be {list(allowed[name])}{_hint(name, config)}"
+            for name, shape in self.shapes.items()
+            if name in allowed and shape != allowed[name]
+        ]
+        found += wrong[:MOST]
+        if len(wrong) > MOST:
+            found.append(f"{len(wrong) - MOST} more tensors have other shapes")
+        types = [
+            f"{name} {dtype}"
+            for name, dtype in self.dtypes.items()
+            if name in allowed and name not in ("d2t", "t2d") and dtype not in FLOATS
+        ]
+        if types:
+            found.append(f"must be one of {', '.join(FLOATS)}: {some(types)}")
         if "d2t" not in self.shapes and config.draft_vocab_size < config.vocab_size:
             found.append(
                 f"d2t is missing: vLLM would take zeros without a word and draft only the first "
                 f"{config.draft_vocab_size} ids"
+                + (
+                    "; d2t = t2d.nonzero().flatten() - torch.arange(n)"
+                    if "t2d" in self.shapes
+                    else ""
+                )
             )
-        if config.hidden_size != config.target_hidden_size and (
-            "embed_tokens.weight" not in self.shapes
-        ):
+        if config.hidden_size != config.target_hidden_size and EMBEDDING not in self.shapes:
             found.append(
                 f"hidden_size {config.hidden_size} is not the target's "
-                f"{config.target_hidden_size}, so embed_tokens.weight must come with the head"
+                f"{config.target_hidden_size}, so {EMBEDDING} must come with the head"
             )
         return found
+
+    def _layers(self, config: HeadConfig) -> str | None:
+        """Whether the file has another number of layers than the configuration."""
+        layers = {name.split(".")[1] for name in self.shapes if name.startswith("layers.")}
+        if layers == {str(layer) for layer in range(config.num_hidden_layers)}:
+            return None
+        return (
+            f"num_hidden_layers is {config.num_hidden_layers}, there are tensors of "
+            f"{len(layers)} layers"
+        )
+
+    def refusals(self) -> list[str]:
+        """What vLLM would not load, although drafthead reads it."""
+        if not self.refused:
+            return []
+        return [
+            f"vLLM refuses these names: {some(self.refused)}. Save the tensors without "
+            f"{' '.join(PREFIXES)}, and leave {' '.join(LEFTOVERS)} out"
+        ]
 
     def d2t(self, config: HeadConfig) -> Tensor:
         """The offsets int64 [Vd], checked; zeros if the head drafts the whole vocabulary."""
         if "d2t" not in self.shapes:
             return torch.zeros(config.draft_vocab_size, dtype=torch.int64)
-        d2t = self.tensor("d2t").long()
+        stored = self.tensor("d2t")
+        d2t = stored.long()
+        if stored.is_floating_point():
+            exact = 2 / torch.finfo(stored.dtype).eps  # whole numbers up to this are
+            if not bool(((stored == d2t) & (stored.abs() <= exact)).all()):
+                raise DraftheadError(
+                    f"d2t is {self.dtypes['d2t']}, which rounds offsets above {exact:.0f}; save it "
+                    "as int64 before any other type"
+                )
+        if len(d2t) > 1 and torch.equal(self.marked(), d2t):
+            raise DraftheadError(f"d2t {ABSOLUTE}")
         check_d2t(d2t, config.draft_vocab_size, config.vocab_size)
         return d2t
+
+    def marked(self) -> Tensor:
+        """The target ids that `t2d` marks: int64 [Vd], empty without it."""
+        if "t2d" not in self.shapes:
+            return torch.zeros(0, dtype=torch.int64)
+        return self.tensor("t2d").nonzero().flatten()
+
+
+def _refuse_pickles(folder: Path | str, names: list[str]) -> None:
+    """Refuse by name what `torch.load` would read: a pickle can run code."""
+    for name in names:
+        if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+            raise DraftheadError(
+                f"{folder}/{name}: a pickle, which can run code when it is read; convert it to "
+                "safetensors first"
+            )
+
+
+def some(names: list[str]) -> str:
+    """The first of many names."""
+    more = len(names) - MOST
+    return ", ".join(names[:MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _hint(name: str, config: HeadConfig) -> str:
     return {
         "fc.weight": f" ({config.num_aux_hidden_states} aux layers of width "
         f"{config.target_hidden_size})",
-        "lm_head.weight": " (draft_vocab_size rows)",
+        LM_HEAD: " (draft_vocab_size rows)",
         "d2t": " (draft_vocab_size)",
         "t2d": " (the target's vocab_size)",
     }.get(name, "")
 
 
+@functools.cache
+def head_folder(head: Path | str) -> Path:
+    """The folder of a head: the one named, or what is fetched of a hub id, OWNER/NAME.
+
+    Raises:
+        DraftheadError: the hub does not have it, or only as a pickle.
+    """
+    folder, name = Path(os.path.expanduser(head)), str(head)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return folder
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors*"]))
+        names = [] if any(folder.glob("*.safetensors")) else HfApi().list_repo_files(name)
+    except Exception as error:  # what the hub's library raises, and the network below it
+        raise DraftheadError(
+            f"{name}: neither a folder here nor to be had from the hub ({error})"
+        ) from error
+    _refuse_pickles(name, names)
+    return folder
+
+
 def read_folder(folder: Path, target: Target | None = None) -> ReadConfig:
     """Read and understand `config.json`; `target` fills in layer ids that it leaves out."""
     path = folder / "config.json"
-    raw: Any = read_json(path, "a head's configuration")
-    if target is None:
-        return read_config(raw, str(path))
-    return read_config(raw, str(path), target.default_aux_layers(), target.num_layers)
+    return read_config(read_json(path, "a head's configuration"), str(path), target)
 
 
 class _Fed(TypedDict):
@@ -213,7 +327,7 @@ def as_started(recipe: Recipe) -> Recipe:
     """The recipe, with `head.norm_output` as the head has it that training starts from."""
     if start := recipe.train.start_from:
         with contextlib.suppress(DraftheadError):  # what is wrong with it training says
-            given = read_json(Path(start) / "config.json", "a head's configuration", _Fed)
+            given = read_json(head_folder(start) / "config.json", "a head's configuration", _Fed)
             norm_output = given.get("norm_output", False)
             return with_options(recipe, "head", {"norm_output": norm_output})
     return recipe
@@ -229,9 +343,11 @@ def load_head(folder: Path | str, target: Target | None = None) -> LoadedHead:
 
     Args:
         folder: the head.
-        target: the model it is for; needed only if the head does not name its aux layers.
+        target: the model it is for; needed if the head does not name its aux layers, or leaves
+            its LM head to the target.
 
     Raises:
+        UnsupportedHead: vLLM may serve it, drafthead cannot compute it.
         DraftheadError: all that is wrong with it.
     """
     folder = Path(folder)
@@ -246,12 +362,18 @@ def load_head(folder: Path | str, target: Target | None = None) -> LoadedHead:
         raise DraftheadError(f"{folder}: {error}") from None
     with torch.device("meta"):
         head = Eagle3Head(config)
-    weights = {name: files.tensor(name) for name in expected_shapes(config)}
+    weights = {n: files.tensor(n) for n in expected_shapes(config) if n in files.shapes}
+    if LM_HEAD not in weights:
+        if target is None:
+            raise DraftheadError(
+                f"{folder}: {LM_HEAD} is missing: it is the target's; say which target it is for"
+            )
+        weights[LM_HEAD] = target.lm_head().to(weights["fc.weight"].dtype)
     if read.logit_scale != 1.0:
-        weights["lm_head.weight"] = weights["lm_head.weight"] * read.logit_scale
+        weights[LM_HEAD] = weights[LM_HEAD] * read.logit_scale
     head.reset_buffers()
     head.load_state_dict(weights, strict=False, assign=True)
     head.to(weights["fc.weight"].dtype)
     head.set_vocab(d2t)
-    own = files.tensor("embed_tokens.weight") if "embed_tokens.weight" in files.shapes else None
+    own = files.tensor(EMBEDDING) if EMBEDDING in files.shapes else None
     return LoadedHead(head, own, read)

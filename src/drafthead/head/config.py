@@ -1,23 +1,44 @@
 """What an EAGLE-3 head looks like: widths, norms, vocabulary, and what drafting with it costs."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from drafthead.errors import DraftheadError
+from drafthead.fsio import shortened
 from drafthead.recipe import HeadSection
 from drafthead.targets.target import Target
 
 LARGEST = 1 << 24  # no width or vocabulary comes near; keeps a hostile config from taking memory
-ROPE_SCALINGS = ("llama3", "linear")
-ROPE_NUMBERS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Positive = Annotated[float, Field(gt=0, lt=1e15)]
+SMALLEST_WINDOW = 32
+"""Positions. More than the drafts of a chain, so that a window always reaches the prefix."""
 
 
-@dataclass(frozen=True)
+class LinearRope(TypedDict):
+    """RoPE whose positions are divided by `factor`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    rope_type: Literal["linear"]
+    factor: Positive
+
+
+class Llama3Rope(TypedDict):
+    """Llama 3.1's RoPE, low frequencies divided by `factor`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    rope_type: Literal["llama3"]
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position_embeddings: Size
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class HeadConfig:
     """Shape of a head, under the names that vLLM's `config.json` uses.
 
@@ -28,94 +49,93 @@ class HeadConfig:
     - `fc_norm`: an RMSNorm of its own for each aux state before `fc`.
     - `norm_output`: the state after the final norm, not before it, feeds the next draft step.
 
-    Raises `DraftheadError` where the numbers contradict each other.
+    A layer whose `layer_types` entry is `sliding_attention` sees the last `sliding_window`
+    positions, its own among them. Without `layer_types` every layer sees all positions.
+
+    Raises `DraftheadError`, which names each wrong field.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    target_hidden_size: int
-    aux_layer_ids: tuple[int, ...]
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)
-    num_hidden_layers: int = 1
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)]  # RoPE turns pairs
+    vocab_size: Size
+    draft_vocab_size: Size
+    target_hidden_size: Size
+    aux_layer_ids: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=LARGEST, strict=True)], ...],
+        Field(min_length=1, max_length=64, strict=False),
+    ]
+    max_position_embeddings: Size
+    rms_norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10000.0
+    rope_scaling: Annotated[LinearRope | Llama3Rope, Field(discriminator="rope_type")] | None = (
+        field(default=None, hash=False)
+    )
+    num_hidden_layers: Annotated[int, Field(ge=1, le=64)] = 1
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
     attention_bias: bool = False
-    hidden_act: str = "silu"
+    hidden_act: Literal["silu"] = "silu"  # vLLM's head has no other
+    layer_types: (
+        Annotated[tuple[Literal["full_attention", "sliding_attention"], ...], Field(strict=False)]
+        | None
+    ) = None
+    sliding_window: Annotated[int, Field(ge=SMALLEST_WINDOW, le=LARGEST)] | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "aux_layer_ids", tuple(self.aux_layer_ids))
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "vocab_size",
-            "draft_vocab_size",
-            "target_hidden_size",
-            "max_position_embeddings",
-            "num_hidden_layers",
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= LARGEST:
-                raise DraftheadError(f"head: {name} is {value!r:.80}, must be in 1..{LARGEST}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < 1e15:
-                raise DraftheadError(f"head: {name} is {value!r:.80}, must be a positive number")
-        if self.num_hidden_layers > 64:
-            raise DraftheadError(f"head: num_hidden_layers is {self.num_hidden_layers}, at most 64")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise DraftheadError(
-                f"head: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Turn what pydantic finds into a `DraftheadError`, and check the fields together."""
+        try:
+            config = handler(values)
+        except ValidationError as error:
+            lines = [
+                f"head: {item['loc'][0]}: {item['msg']}, found {shortened(item['input'])}"
+                for item in error.errors()
+            ]
+            raise DraftheadError("\n".join(lines)) from None
+        if problem := config._contradiction():
+            raise DraftheadError(f"head: {problem}")
+        return config
+
+    def _contradiction(self) -> str | None:
+        """The first pair of fields that do not go together."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            return (
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        if self.hidden_size % self.num_attention_heads:
-            raise DraftheadError(
-                f"head: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}: transformers refuses it, and with it vLLM"
+        if self.hidden_size % heads:
+            return (
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}: "
+                "transformers refuses it, and with it vLLM"
             )
-        if self.head_dim % 2:
-            raise DraftheadError(f"head: head_dim {self.head_dim} is odd, RoPE needs pairs")
         if self.draft_vocab_size > self.vocab_size:
-            raise DraftheadError(
-                f"head: draft_vocab_size {self.draft_vocab_size} is larger than the target's "
-                f"vocab_size {self.vocab_size}"
+            return (
+                f"draft_vocab_size {self.draft_vocab_size} is larger than the target's vocab_size "
+                f"{self.vocab_size}"
             )
-        ids = self.aux_layer_ids
-        if not 1 <= len(ids) <= 64 or any(type(i) is not int or not 0 <= i < LARGEST for i in ids):
-            raise DraftheadError(f"head: aux layer ids {list(ids)!r:.80} must be integers >= 0")
-        if list(ids) != sorted(set(ids)):
-            raise DraftheadError(
-                f"head: aux layer ids {list(ids)} must ascend without repeats (vLLM hands the "
-                "states over sorted, whatever the order written here)"
+        ids = list(self.aux_layer_ids)
+        if ids != sorted(set(ids)):
+            return (
+                f"aux layer ids {ids} must ascend without repeats (vLLM hands the states over "
+                "sorted, whatever the order written here)"
             )
-        if self.hidden_act != "silu":
-            raise DraftheadError(
-                f"head: hidden_act {self.hidden_act!r:.80}; vLLM's head has only silu"
-            )
-        if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("rope_type")
-            if kind not in ROPE_SCALINGS:
-                raise DraftheadError(
-                    f"head: rope_type {kind!r:.80}; known are default, {', '.join(ROPE_SCALINGS)}"
-                )
-            for name in ROPE_NUMBERS:
-                value = self.rope_scaling.get(name, 1.0)
-                if type(value) not in (int, float) or not 0 < value < 1e15:
-                    raise DraftheadError(
-                        f"head: rope's {name} is {value!r:.80}, must be a positive number"
-                    )
+        kinds = self.layer_types or ()
+        if kinds and len(kinds) != self.num_hidden_layers:
+            return f"layer_types names {len(kinds)} layers of {self.num_hidden_layers}"
+        if "sliding_attention" in kinds and self.sliding_window is None:
+            return "layer_types has sliding_attention, but sliding_window is missing"
+        return None
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a layer sees, its own among them; None: all before it."""
+        kinds = self.layer_types
+        return self.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
     @property
     def num_aux_hidden_states(self) -> int:
@@ -141,6 +161,8 @@ def head_config(
     shared = section.num_key_value_heads or target.num_key_value_heads
     most = target.num_attention_heads
     fit = (n for n in range(most, 0, -1) if hidden % n == 0 and n % shared == 0)
+    # vLLM gives the head the window of a target whose layers all have one, whatever it says.
+    kinds: Any = ("sliding_attention",) * section.num_hidden_layers
     return HeadConfig(
         hidden_size=hidden,
         intermediate_size=section.intermediate_size or -(-4 * hidden // 128) * 128,
@@ -159,6 +181,8 @@ def head_config(
         norm_before_fc=section.norm_before_fc,
         fc_norm=section.fc_norm,
         norm_output=section.norm_output,
+        layer_types=kinds if target.sliding_window else None,
+        sliding_window=target.sliding_window,
     )
 
 

@@ -7,7 +7,7 @@ true rows before the next draft, so chains from different positions do not touch
 all positions can be drafted at once.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,39 @@ from torch import Tensor
 from drafthead.errors import DraftheadError
 from drafthead.head.model import Eagle3Head
 
-ChainAttention = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]], Tensor]
-"""`(q [M, heads, d], rows int [M], k [N, kv_heads, d], v, own_k, own_v) -> [M, heads, d]`.
 
-Query m sees the prefix keys 0..rows[m] and row m of each tensor [M, kv_heads, d] in `own_k`."""
+class ChainAttention(Protocol):
+    """Attention of one row of each of M chains, over the prefix and the chain's own rows."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        rows: Tensor,
+        k: Tensor,
+        v: Tensor,
+        own_k: list[Tensor],
+        own_v: list[Tensor],
+        window: int | None = None,
+    ) -> Tensor:
+        """q [M, heads, d], rows int [M], k and v [N, kv_heads, d] -> [M, heads, d].
+
+        Query m sees the prefix keys 0..rows[m] and row m of each tensor [M, kv_heads, d] in
+        `own_k`; with `window` of these the last `window` (more than there are tensors)."""
+        ...
+
 
 SCORE_BYTES = 128 << 20  # what the scores of one chunk of queries may take
 LOGIT_BYTES = 128 << 20
 
 
 def prefix_attention(
-    q: Tensor, rows: Tensor, k: Tensor, v: Tensor, own_k: list[Tensor], own_v: list[Tensor]
+    q: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own_k: list[Tensor],
+    own_v: list[Tensor],
+    window: int | None = None,
 ) -> Tensor:
     """The plain `ChainAttention`: float32 softmax, queries in chunks of bounded memory."""
     (m, heads, d), (n, kv_heads, _) = q.shape, k.shape
@@ -35,7 +57,10 @@ def prefix_attention(
     out = torch.empty_like(q)
     for part in torch.arange(m, device=q.device).split(max(1, SCORE_BYTES // (4 * heads * n))):
         scores = torch.einsum("mhgd,nhd->mhgn", q[part], k)
-        hidden = torch.arange(n, device=q.device) > rows[part, None]
+        keys = torch.arange(n, device=q.device)
+        hidden = keys > rows[part, None]
+        if window is not None:  # the chain's own rows come first, the prefix has the rest
+            hidden |= keys <= rows[part, None] + len(own_k) - window
         scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         own = [torch.einsum("mhgd,mhd->mhg", q[part], x[part].float()) for x in own_k]
         weights = torch.cat([scores, *(s[..., None] for s in own)], dim=-1).softmax(dim=-1)
@@ -74,12 +99,13 @@ def draft_chain(
 
     def first(layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         prefix[layer], own[layer] = (key, value), ([], [])
-        return attend(q, positions, key, value, [], []).to(dtype)
+        return attend(q, positions, key, value, [], [], head.config.window(layer)).to(dtype)
 
     def later(layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own[layer][0].append(key)
         own[layer][1].append(value)
-        return attend(q, rows, *prefix[layer], *own[layer]).to(dtype)
+        window = head.config.window(layer)
+        return attend(q, rows, *prefix[layer], *own[layer], window).to(dtype)
 
     embeds = F.embedding(ids[1 : n + 1].to(embedding.device).long(), embedding)
     hidden = head.fuse(aux[:n].to(device, dtype))
@@ -115,6 +141,8 @@ def draft_at(
             value = torch.cat([cache[layer][1], value])
         cache[layer] = (key, value)
         causal = torch.ones(len(q), len(key), dtype=torch.bool).tril(len(key) - len(q))
+        if window := head.config.window(layer):
+            causal &= causal.triu(len(key) - len(q) - window + 1)
         q, key, value = (x.transpose(0, 1)[None] for x in (q, key, value))
         out = F.scaled_dot_product_attention(q, key, value, attn_mask=causal, enable_gqa=True)
         return out[0].transpose(0, 1)

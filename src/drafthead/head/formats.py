@@ -1,19 +1,38 @@
 """The two `config.json` of an EAGLE-3 head: vLLM's own and the speculators library's.
 
-What others write is read too: vLLM-native configs of SpecForge and ModelOpt keep the aux layer
-ids inside `eagle_config`, where they count layer *outputs*, one lower than vLLM's.
+A head is read as vLLM 0.32 reads it, with the same defaults (`tests/vllm/test_odd_heads.py` holds
+the two together). SpecForge and ModelOpt write vLLM's format, but keep the aux layer ids inside
+`eagle_config`, where they count layer *outputs*, one lower than vLLM's.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from drafthead import __version__
-from drafthead.errors import DraftheadError
-from drafthead.head.config import HeadConfig
+from drafthead.errors import DraftheadError, UnsupportedHead
+from drafthead.head.config import SMALLEST_WINDOW, HeadConfig
+from drafthead.targets import Target
 
 Format = Literal["vllm", "speculators"]
 NATIVE_ARCHITECTURES = ("Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3", "LlamaForCausalLM")
+OTHER_KINDS = ("peagle", "dflash", "dflash2", "mtp")
+"""Other drafters of speculators' that vLLM serves."""
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+# What vLLM takes for a missing field: in its own format transformers' LlamaConfig, in speculators'
+# only what the model's code asks for with a default.
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+}
+AUX_IDS = "eagle_aux_hidden_state_layer_ids"
+SPECULATORS = {"max_position_embeddings": 8192, "attention_bias": False}
 
 
 @dataclass(frozen=True)
@@ -38,8 +57,12 @@ class ReadConfig:
     format: Format
     logit_scale: float
     provenance: dict[str, Any] | None
+    tied: bool
+    """`tie_word_embeddings`, which vLLM ignores in a head."""
     notes: tuple[str, ...]
     """What had to be assumed."""
+    problems: tuple[str, ...]
+    """What vLLM cannot serve, though the head can be read."""
 
 
 def write_config(
@@ -68,6 +91,11 @@ def write_config(
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
         "max_position_embeddings": config.max_position_embeddings,
+        **(
+            {"layer_types": list(config.layer_types), "sliding_window": config.sliding_window}
+            if config.layer_types
+            else {}
+        ),
         "attention_bias": config.attention_bias,
         "mlp_bias": False,
         "vocab_size": config.vocab_size,
@@ -113,88 +141,101 @@ def write_config(
     }
 
 
-def read_config(
-    raw: Any, where: str, default_aux: tuple[int, ...] | None = None, num_layers: int | None = None
-) -> ReadConfig:
+def read_config(raw: Any, where: str, target: Target | None = None) -> ReadConfig:
     """Understand a head's `config.json`.
 
     Args:
         raw: the parsed JSON.
         where: what errors call it.
-        default_aux: the aux layers that vLLM takes for this target when none are named.
-        num_layers: the target's, to tell apart the two ways of counting layers.
+        target: the model that the head is for. It says which aux layers vLLM takes when none are
+            named, tells apart the two ways of counting them, and may have a window.
 
     Raises:
-        DraftheadError: no EAGLE-3 head, or one that this network cannot compute.
+        UnsupportedHead: vLLM may serve it, drafthead cannot compute it.
+        DraftheadError: no EAGLE-3 head, or one that vLLM cannot serve.
     """
     if not isinstance(raw, dict):
         raise DraftheadError(f"{where}: holds {type(raw).__name__}, not a configuration")
     notes: list[str] = []
+    problems: list[str] = []
+    # Which format, and where it keeps the decoder layer's fields.
     speculators = "speculators_model_type" in raw or "speculators_config" in raw
     if speculators:
         kind = raw.get("speculators_model_type")
+        if kind in OTHER_KINDS:
+            raise UnsupportedHead(f"{where}: speculators_model_type is {kind!r}, not 'eagle3'")
         if kind != "eagle3":
-            raise DraftheadError(f"{where}: speculators_model_type is {kind!r}, not 'eagle3'")
+            raise DraftheadError(f"{where}: speculators_model_type is {kind!r:.80}, not 'eagle3'")
         layer = _dict(raw.get("transformer_layer_config"), where, "transformer_layer_config")
         nested: dict[str, Any] = {}
     else:
-        names = raw.get("architectures")
-        if not isinstance(names, list) or not names or names[0] not in NATIVE_ARCHITECTURES:
-            raise DraftheadError(
-                f"{where}: architectures is {names!r}, not an EAGLE-3 head that drafthead knows "
-                f"({', '.join(NATIVE_ARCHITECTURES)}, or speculators' format)"
-            )
         layer = raw
         nested = _dict(raw.get("eagle_config") or {}, where, "eagle_config")
-    _refuse_unknown(layer, nested, where)
+        _check_architecture(raw.get("architectures"), where)
+    _refuse_unsupported(layer, nested, where)
 
-    flags = {flag: _bool(raw.get(flag, False), where, flag) for flag in FLAGS}
+    # The layer's fields, and for missing ones what vLLM takes.
+    given: dict[str, Any] = {**(SPECULATORS if speculators else LLAMA), **layer}
+    heads, hidden = given.get("num_attention_heads"), given.get("hidden_size")
+    if speculators:
+        for name in LLAMA:
+            if name not in given:
+                raise DraftheadError(
+                    f"{where}: transformer_layer_config.{name} is missing; vLLM has no default "
+                    "for it in speculators' format"
+                )
+        kv_heads = given.get("num_key_value_heads", heads)
+        target_hidden = raw.get("target_hidden_size") or hidden
+    else:
+        kv_heads = (
+            heads if given.get("num_key_value_heads") is None else layer["num_key_value_heads"]
+        )
+        target_hidden = raw.get("target_hidden_size", hidden)
+        if "draft_vocab_size" not in raw:
+            notes.append("draft_vocab_size is missing: the head drafts the whole vocabulary")
+    head_dim = given.get("head_dim")
+    if not head_dim and type(heads) is type(hidden) is int and heads > 0:
+        head_dim = hidden // heads
+
+    # The head's own fields.
+    flags = {flag: _flag(raw, where, flag) for flag in FLAGS}
     if speculators and "norm_before_residual" not in raw:
         flags["norm_before_residual"] = True
         notes.append("norm_before_residual is missing, which means true in speculators' format")
     if "norm_before_fc" in nested:
-        flags["norm_before_fc"] = _bool(nested["norm_before_fc"], where, "norm_before_fc")
-    llama = _llama_defaults(layer, where)
-    hidden = layer.get("hidden_size", llama.hidden_size)
-    heads = llama.num_attention_heads
-    scaling = {k: v for k, v in (llama.rope_parameters or {}).items() if k != "rope_theta"}
-    scaling.pop("partial_rotary_factor", None)
-    vocab = layer.get("vocab_size", llama.vocab_size)
-    if not speculators and "draft_vocab_size" not in raw:
-        notes.append("draft_vocab_size is missing: the head drafts the whole vocabulary")
+        flags["norm_before_fc"] = _flag(nested, where, "norm_before_fc")
     scale = raw.get("logit_scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6:
-        raise DraftheadError(f"{where}: logit_scale is {scale!r}, must be a positive number")
-    aux_layer_ids = _aux_ids(raw, nested, where, default_aux, num_layers, notes)
+        raise DraftheadError(f"{where}: logit_scale is {scale!r:.80}, must be a positive number")
+    theta, scaling = _rope(given, where, notes)
+    aux_layer_ids = _aux_ids(raw, nested, where, target, notes)
+    windows = _windows(given, where, target)
+    if raw.get(AUX_IDS) or nested.get(AUX_IDS):
+        problems += _aux_count(layer, nested, len(aux_layer_ids))
+    fields: dict[str, Any] = {name: given[name] for name in LLAMA} | {
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "draft_vocab_size": raw.get("draft_vocab_size") or given["vocab_size"],
+        "target_hidden_size": target_hidden,
+        "aux_layer_ids": aux_layer_ids,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        **windows,
+        **flags,
+    }
     try:
-        config = HeadConfig(
-            hidden_size=hidden,
-            intermediate_size=llama.intermediate_size,
-            num_attention_heads=heads,
-            num_key_value_heads=llama.num_key_value_heads,
-            head_dim=llama.head_dim,
-            vocab_size=vocab,
-            draft_vocab_size=raw.get("draft_vocab_size") or vocab,
-            target_hidden_size=raw.get("target_hidden_size") or hidden,
-            aux_layer_ids=aux_layer_ids,
-            max_position_embeddings=llama.max_position_embeddings,
-            rms_norm_eps=llama.rms_norm_eps,
-            rope_theta=(llama.rope_parameters or {}).get("rope_theta", 10000.0),
-            rope_scaling=None if scaling.get("rope_type", "default") == "default" else scaling,
-            num_hidden_layers=layer.get("num_hidden_layers", 1),
-            attention_bias=_bool(llama.attention_bias, where, "attention_bias"),
-            hidden_act=llama.hidden_act,
-            **flags,
-        )
+        config = HeadConfig(**fields)
     except DraftheadError as error:
-        raise DraftheadError(f"{where}: {error}") from None
+        raise DraftheadError("\n".join(f"{where}: {x}" for x in str(error).split("\n"))) from None
     about = raw.get("drafthead")
     return ReadConfig(
         config=config,
         format="speculators" if speculators else "vllm",
         logit_scale=float(scale),
         provenance=about if isinstance(about, dict) else None,
+        tied=layer.get("tie_word_embeddings") is True,
         notes=tuple(notes),
+        problems=tuple(problems),
     )
 
 
@@ -204,87 +245,155 @@ def _dict(value: Any, where: str, name: str) -> dict[str, Any]:
     return value
 
 
-def _bool(value: Any, where: str, name: str) -> bool:
-    if not isinstance(value, bool):
+def _flag(holder: dict[str, Any], where: str, name: str) -> bool:
+    """A flag of a head; null is false to vLLM."""
+    value = holder.get(name)
+    if value is not None and not isinstance(value, bool):
         raise DraftheadError(f"{where}: {name} is {value!r:.80}, must be true or false")
-    return value
+    return bool(value)
 
 
-def _refuse_unknown(layer: dict[str, Any], nested: dict[str, Any], where: str) -> None:
+def _check_architecture(names: Any, where: str) -> None:
+    """Refuse what is no EAGLE-3 head, and apart from that vLLM's heads that are not Llama-like."""
+    name = names[0] if isinstance(names, list) and names else None
+    if name in NATIVE_ARCHITECTURES:
+        return
+    if isinstance(name, str) and "Eagle3" in name:
+        raise UnsupportedHead(
+            f"{where}: architectures is {names!r:.80}; drafthead has Llama's only"
+        )
+    raise DraftheadError(
+        f"{where}: architectures is {names!r:.80}, not an EAGLE-3 head that drafthead knows "
+        f"({', '.join(NATIVE_ARCHITECTURES)}, or speculators' format)"
+    )
+
+
+def _refuse_unsupported(layer: dict[str, Any], nested: dict[str, Any], where: str) -> None:
     """Refuse what vLLM would compute and this network does not."""
+    if nested.get("use_aux_hidden_state", True) is not True:
+        raise DraftheadError(f"{where}: use_aux_hidden_state is off: that is EAGLE-1, not EAGLE-3")
     if (kind := layer.get("model_type", "llama")) not in ("llama", "eagle"):
-        raise DraftheadError(
+        raise UnsupportedHead(
             f"{where}: model_type is {kind!r:.80}; drafthead's head is Llama-like (no norms on "
             "queries and keys)"
         )
-    if nested.get("use_aux_hidden_state", True) is not True:
-        raise DraftheadError(f"{where}: use_aux_hidden_state is off: that is EAGLE-1, not EAGLE-3")
-    if layer.get("mlp_bias"):
-        raise DraftheadError(f"{where}: mlp_bias is set; drafthead's MLP has no biases")
-    kinds = layer.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise DraftheadError(f"{where}: layer_types is {kinds!r:.80}; only full attention")
-    if layer.get("quantization_config"):
-        raise DraftheadError(f"{where}: the head is quantized; drafthead reads bf16, fp16 and fp32")
+    for name, has in (
+        ("quantization_config", "weights in bf16, fp16 and fp32"),
+        ("mlp_bias", "no biases in its MLP"),
+        ("bias", "no such field; attention_bias is for all four projections"),
+    ):
+        if value := layer.get(name):
+            raise UnsupportedHead(f"{where}: {name} is {value!r:.80}; drafthead has {has}")
+    if layer.get("is_causal", True) is not True:
+        raise UnsupportedHead(f"{where}: is_causal is off; drafthead's attention is causal")
 
 
-def _llama_defaults(layer: dict[str, Any], where: str) -> Any:
-    """What vLLM reads: the fields, and Llama's defaults where they are missing."""
-    from transformers import LlamaConfig
+def _rope(given: dict[str, Any], where: str, notes: list[str]) -> tuple[Any, dict[str, Any] | None]:
+    """RoPE's theta and its scaling, as transformers finds them in what older and newer versions of
+    it write: `rope_scaling` before `rope_parameters`, and theta inside of these before outside."""
+    rope = _dict(given.get("rope_scaling") or given.get("rope_parameters") or {}, where, "rope")
+    outside = given.get("rope_theta", 10000.0)
+    theta = rope.get("rope_theta", outside)
+    if theta != outside and "rope_theta" in given:
+        notes.append(
+            f"rope_theta is {outside!r:.40}, and {theta!r:.40} in rope_parameters: vLLM takes that"
+        )
+    part = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
+    if part not in (None, 1) or rope.get("rope_dim"):
+        raise UnsupportedHead(f"{where}: RoPE over a part of each head; drafthead turns all of it")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise UnsupportedHead(
+            f"{where}: rope_type is {kind!r:.80}; drafthead has default, linear, llama3"
+        )
+    left_out = ("rope_theta", "partial_rotary_factor", "type")
+    scaling = {k: v for k, v in rope.items() if k not in left_out} | {"rope_type": kind}
+    if kind == "llama3":
+        name = "original_max_position_embeddings"
+        scaling.setdefault(name, given.get(name, given["max_position_embeddings"]))
+    return theta, scaling
 
-    fields = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "max_position_embeddings",
-        "attention_bias",
-        "vocab_size",
-    )
-    try:
-        return LlamaConfig(**{f: layer[f] for f in fields if layer.get(f) is not None})
-    except Exception as error:  # transformers raises what it likes for what it dislikes
-        raise DraftheadError(f"{where}: not a Llama configuration: {error}") from error
+
+def _windows(given: dict[str, Any], where: str, target: Target | None) -> dict[str, Any]:
+    """`layer_types` and `sliding_window` of `HeadConfig`. A layer without a window gets the
+    target's, if all of the target's layers have one."""
+    layers, kinds = given["num_hidden_layers"], given.get("layer_types")
+    shared = target.sliding_window if target else None
+    if kinds is None and shared is None:
+        return {}
+    if kinds is None and type(layers) is int:
+        kinds = ["full_attention"] * min(layers, 64)  # HeadConfig takes no more
+    if not isinstance(kinds, list):
+        raise DraftheadError(f"{where}: layer_types is {kinds!r:.80}, must be a list")
+    if not all(isinstance(kind, str) for kind in kinds):
+        raise DraftheadError(f"{where}: layer_types is {kinds!r:.80}, must be a list of names")
+    if others := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedHead(f"{where}: layer_types has {others!r:.80}")
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    if any(sliding) and "sliding_window" not in given:
+        raise DraftheadError(f"{where}: sliding_window is missing, layer_types is {kinds!r:.80}")
+    own = given.get("sliding_window")
+    windows = [own if slides and own is not None else shared for slides in sliding]
+    sizes = {window for window in windows if window is not None}
+    if len(sizes) > 1 or any(type(w) is int and 0 < w < SMALLEST_WINDOW for w in sizes):
+        raise UnsupportedHead(
+            f"{where}: sliding_window {windows} of its layers; drafthead has one for all, of at "
+            f"least {SMALLEST_WINDOW} positions"
+        )
+    return {
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+        "sliding_window": sizes.pop() if sizes else None,
+    }
 
 
 def _aux_ids(
     raw: dict[str, Any],
     nested: dict[str, Any],
     where: str,
-    default_aux: tuple[int, ...] | None,
-    num_layers: int | None,
+    target: Target | None,
     notes: list[str],
 ) -> tuple[int, ...]:
     """Aux layer ids as vLLM counts them (id i enters layer i), from wherever they stand."""
-    name = "eagle_aux_hidden_state_layer_ids"
-    ids = raw.get(name) or nested.get(name)
+    ids = raw.get(AUX_IDS) or nested.get(AUX_IDS)
     if not ids:
-        if default_aux is None:
+        if target is None:
             raise DraftheadError(
-                f"{where}: {name} is missing: vLLM then takes (2, n//2, n-3) of its target; say "
+                f"{where}: {AUX_IDS} is missing: vLLM then takes (2, n//2, n-3) of its target; say "
                 "which target it is for"
             )
-        notes.append(f"{name} is missing: vLLM takes {list(default_aux)} for this target")
-        return default_aux
+        default = target.default_aux_layers()
+        notes.append(f"{AUX_IDS} is missing: vLLM takes {list(default)} for this target")
+        return default
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise DraftheadError(f"{where}: {name} is {ids!r:.80}, must be a list of integers")
-    if not raw.get(name) and _counts_outputs(ids, num_layers):
+        raise DraftheadError(f"{where}: {AUX_IDS} is {ids!r:.80}, must be a list of integers")
+    if not raw.get(AUX_IDS) and _counts_outputs(ids, target):
         notes.append(
-            f"{name} {ids} stands inside eagle_config and counts layer outputs, as SpecForge and "
-            f"ModelOpt do; vLLM's ids for the same states are {[i + 1 for i in ids]}"
+            f"{AUX_IDS} {ids} stands inside eagle_config and counts layer outputs, as SpecForge "
+            f"and ModelOpt do; vLLM's ids for the same states are {[i + 1 for i in ids]}: write "
+            "these at the top of config.json, or vLLM reads other layers"
         )
         ids = [i + 1 for i in ids]
     return tuple(ids)
 
 
-def _counts_outputs(ids: list[int], num_layers: int | None) -> bool:
+def _counts_outputs(ids: list[int], target: Target | None) -> bool:
     """Whether ids are SpecForge's and ModelOpt's default: 1, n//2 - 1, n - 4 for n layers."""
-    if num_layers is None:
+    if target is None:
         return ids[0] == 1  # vLLM's default starts with 2
-    return ids == [1, num_layers // 2 - 1, num_layers - 4]
+    return ids == [1, target.num_layers // 2 - 1, target.num_layers - 4]
+
+
+def _aux_count(layer: dict[str, Any], nested: dict[str, Any], count: int) -> list[str]:
+    """vLLM does not count the ids at the top: it takes `num_aux_hidden_states`, else the number of
+    ids inside `eagle_config`, else 3."""
+    name = "num_aux_hidden_states"
+    taken = layer.get(name)
+    if taken is None:
+        taken = len(nested[AUX_IDS]) if nested.get(AUX_IDS) else 3
+    if taken == count:
+        return []
+    return [
+        f"{name} is {layer.get(name)}, so vLLM takes {taken}, of {count} aux layers: write {count}"
+    ]

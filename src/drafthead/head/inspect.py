@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 
-from drafthead.errors import DraftheadError
-from drafthead.head.checkpoint import HeadFiles, expected_shapes, read_folder
+from drafthead.errors import DraftheadError, UnsupportedHead
+from drafthead.head.checkpoint import (
+    EMBEDDING,
+    LM_HEAD,
+    HeadFiles,
+    expected_shapes,
+    read_folder,
+    some,
+)
 from drafthead.head.config import HeadConfig, estimate_cost
 from drafthead.head.formats import ReadConfig
+from drafthead.head.model import ABSOLUTE
 from drafthead.targets import Target
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -20,16 +28,23 @@ def inspect_head(
 ) -> dict[str, Any]:
     """Look at a head without running it; broken files give `problems`, never an exception.
 
-    Returns a JSON-able dict: `ok`, `problems` (it cannot be served, or would draft nonsense),
-    `notes` (assumptions and suspicions), and as much as could be read of `format`, `config`,
-    `parameters`, `bytes`, `own_embedding`, `cost` (see `DraftCost`), `provenance`. With `target`
-    it is also compared with the model that it is meant for. Without `deep` only configurations,
-    file headers and the draft vocabulary are read: no weights, no hashes of the target's files.
+    Returns a JSON-able dict: `ok` (neither of the next two), `problems` (it cannot be served, or
+    would draft nonsense), `unsupported` (vLLM may serve it, drafthead cannot compute it), `notes`
+    (assumptions and suspicions), and as much as could be read of `format`, `config`, `parameters`,
+    `bytes`, `own_embedding`, `cost` (see `DraftCost`), `provenance`. With `target` it is also
+    compared with the model that it is meant for. Without `deep` only configurations, file headers
+    and the draft vocabulary are read: no weights, no hashes of the target's files.
     """
     folder = Path(path)
     problems: list[str] = []
+    unsupported: list[str] = []
     notes: list[str] = []
-    result: dict[str, Any] = {"path": str(folder), "problems": problems, "notes": notes}
+    result: dict[str, Any] = {
+        "path": str(folder),
+        "problems": problems,
+        "unsupported": unsupported,
+        "notes": notes,
+    }
     files: HeadFiles | None = None
     read: ReadConfig | None = None
     try:
@@ -39,14 +54,18 @@ def inspect_head(
     if folder.is_dir():
         try:
             read = read_folder(folder, target)
+        except UnsupportedHead as error:
+            unsupported.append(str(error))
         except DraftheadError as error:
             problems.append(str(error))
     if files is not None:
         result |= _weights(files)
+        problems += files.refusals()
         if "fc.weight" not in files.shapes and read is None:
             problems.append("no fc.weight among the tensors: this is no EAGLE-3 head")
     if read is not None:
         notes += read.notes
+        problems += read.problems
         cost = estimate_cost(read.config, weight_bytes=_weight_bytes(files))
         result |= {
             "format": read.format,
@@ -60,11 +79,13 @@ def inspect_head(
         if not wrong:
             problems += _values(files, read.config) if deep else []
             _vocabulary(files, read.config, target, problems, notes)
+            if files.shares_lm_head(read.config):
+                _lm_head(files, read, target if deep else None, problems, notes)
     if read is not None and target is not None:
         _compare(read, target, problems, notes)
         if deep:
             notes += _other_files(read, target)
-    result["ok"] = not problems
+    result["ok"] = not problems and not unsupported
     return result
 
 
@@ -72,17 +93,15 @@ def _weights(files: HeadFiles) -> dict[str, Any]:
     sizes = {name: torch.Size(shape).numel() for name, shape in files.shapes.items()}
     return {
         "tensors": len(sizes),
-        "parameters": sum(
-            n for name, n in sizes.items() if name not in ("d2t", "t2d", "embed_tokens.weight")
-        ),
+        "parameters": sum(n for name, n in sizes.items() if name not in ("d2t", "t2d", EMBEDDING)),
         "bytes": sum(file.stat().st_size for file in files.files.files),
         "dtypes": sorted(set(files.dtypes.values())),
-        "own_embedding": "embed_tokens.weight" in sizes,
+        "own_embedding": EMBEDDING in sizes,
     }
 
 
 def _weight_bytes(files: HeadFiles | None) -> int:
-    return SIZES.get(files.dtypes.get("lm_head.weight", ""), 2) if files else 2
+    return SIZES.get(files.dtypes.get(LM_HEAD, ""), 2) if files else 2
 
 
 def _provenance(read: ReadConfig) -> dict[str, Any]:
@@ -104,18 +123,22 @@ def _provenance(read: ReadConfig) -> dict[str, Any]:
 
 def _values(files: HeadFiles, config: HeadConfig) -> list[str]:
     """Weights that no training leaves behind."""
-    found = []
-    for name in expected_shapes(config):
+    problems, not_finite, zero = [], [], []
+    for name in (name for name in expected_shapes(config) if name in files.shapes):
         try:
             tensor = files.tensor(name)
         except DraftheadError as error:
-            found.append(str(error))
+            problems.append(str(error))
             continue
         if not bool(torch.isfinite(tensor).all()):
-            found.append(f"{name} holds NaN or infinity")
+            not_finite.append(name)
         elif not bool(tensor.any()) and not name.endswith(".bias"):
-            found.append(f"{name} is all zero")
-    return found
+            zero.append(name)
+    if not_finite:
+        problems.append(f"NaN or infinity in {some(not_finite)}")
+    if zero:
+        problems.append(f"all zero: {some(zero)}")
+    return problems
 
 
 def _vocabulary(
@@ -131,9 +154,10 @@ def _vocabulary(
         d2t = files.d2t(config)
         ids = torch.arange(config.draft_vocab_size) + d2t
         if "t2d" in files.shapes:
-            marked = files.tensor("t2d").bool().nonzero().flatten()
-            if not torch.equal(marked, ids):
+            if not torch.equal(files.marked(), ids):
                 notes.append("t2d marks other ids than d2t leads to (vLLM reads only d2t)")
+        elif len(d2t) > 1 and bool((d2t[1:] > d2t[:-1]).all()):
+            notes.append(f"d2t leads to no two neighbouring ids: perhaps it {ABSOLUTE}")
     except DraftheadError as error:
         problems.append(str(error))
         return
@@ -143,6 +167,24 @@ def _vocabulary(
             notes.append(
                 f"end tokens {missing} are not in the draft vocabulary: the last token of an "
                 "answer is always a miss"
+            )
+
+
+def _lm_head(
+    files: HeadFiles,
+    read: ReadConfig,
+    target: Target | None,
+    problems: list[str],
+    notes: list[str],
+) -> None:
+    """A head that leaves its LM head out: vLLM takes the target's, never the head's embedding."""
+    notes.append(f"{LM_HEAD} is missing: vLLM takes the target's")
+    if read.tied and EMBEDDING in files.shapes:
+        own = files.tensor(EMBEDDING)
+        if target is None or not torch.equal(own, target.lm_head().to(own.dtype)):
+            problems.append(
+                f"{LM_HEAD} is missing, and tie_word_embeddings is true, which vLLM ignores: it "
+                f"takes the target's LM head. Save {EMBEDDING} as {LM_HEAD}, too"
             )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from drafthead.errors import DraftheadError
 from drafthead.head.config import HeadConfig
 
+ABSOLUTE = "holds target ids, not offsets; to convert it: d2t -= torch.arange(len(d2t))"
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q [N, heads, d], k [N, kv_heads, d], v [N, kv_heads, d]) -> [N, heads, d]`.
 
@@ -210,8 +211,9 @@ def check_d2t(d2t: Tensor, draft_vocab_size: int, vocab_size: int) -> None:
         )
     ids = torch.arange(draft_vocab_size, device=d2t.device) + d2t
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        looks_absolute = bool((d2t[1:] > d2t[:-1]).all()) and int(d2t.max()) < vocab_size
-        hint = "; it seems to hold target ids, not offsets" if looks_absolute else ""
+        looks_absolute = bool((d2t[1:] > d2t[:-1]).all()) and int(d2t.min()) >= 0
+        looks_absolute &= int(d2t.max()) < vocab_size
+        hint = f"; it seems that it {ABSOLUTE}" if looks_absolute else ""
         raise DraftheadError(
             f"d2t leads to target ids {int(ids.min())}..{int(ids.max())}, outside the vocabulary "
             f"of {vocab_size}{hint}"

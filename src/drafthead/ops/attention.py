@@ -3,7 +3,8 @@
 At step t a query at position i sees the step-0 keys of its document up to i, and its own keys of
 the steps 1..t (EAGLE-3's training-time test, arXiv 2503.01840; as served, where the k-th draft sees
 the true prefix and the k-1 drafts before it). So no mask is needed: variable-length causal flash
-attention for the prefix, then at most t more keys merged into its log-sum-exp.
+attention for the prefix, then at most t more keys merged into its log-sum-exp. A sliding window of
+W positions leaves W - t of the prefix at step t.
 
 The gradient needs no derivative of the log-sum-exp. With the merged output and the merged
 log-sum-exp, the backward of flash attention, which rebuilds P = exp(q k - lse) and takes
@@ -62,7 +63,13 @@ class Documents:
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, diagonal_k: Tensor, diagonal_v: Tensor, documents: Documents
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    diagonal_k: Tensor,
+    diagonal_v: Tensor,
+    documents: Documents,
+    window: int | None = None,
 ) -> Tensor:
     """The definition, with one dense mask over all rows. Arguments as for `attention`."""
     n, heads, d = q.shape
@@ -73,6 +80,8 @@ def plain_attention(
     for rows, keys in documents.spans():
         a, b = rows.stop - rows.start, keys.stop - keys.start
         seen[rows, keys] = torch.ones(a, b, dtype=torch.bool, device=q.device).tril(b - a)
+        if window is not None:
+            seen[rows, keys] &= seen[rows, keys].triu(b - a - window + 1)
     scores = torch.einsum("nhd,mhd->hnm", q, k).masked_fill(~seen, -torch.inf)
     own = torch.einsum("nhd,tnhd->hnt", q, diagonal_k)
     weights = (torch.cat([scores, own], dim=-1) * d**-0.5).softmax(-1)
@@ -87,20 +96,22 @@ def _has_kernels(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def _prefix_forward(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> tuple[Tensor, ...]:
+def _prefix_forward(
+    q: Tensor, k: Tensor, v: Tensor, docs: Documents, window: int | None
+) -> tuple[Tensor, ...]:
     """Causal attention inside documents: output [n, h, d], log-sum-exp fp32 [h, n], and two tensors
     that the backward of the GPU kernel wants back."""
     if _has_kernels(q):
         out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, docs.cu_q, docs.cu_k, *docs.longest, 0.0, True, False,
-            scale=q.shape[-1] ** -0.5,
+            scale=q.shape[-1] ** -0.5, window_size_left=window and window - 1,
         )  # fmt: skip
         return out, lse, state, unused
     out = torch.empty_like(q)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
     for rows, keys in docs.spans():
-        scores = _scores(q[rows], k[keys])
+        scores = _scores(q[rows], k[keys], window)
         lse[:, rows] = scores.logsumexp(-1).flatten(0, 1)
         weights = scores.sub_(lse[:, rows].view(*scores.shape[:2], -1, 1)).exp_().to(v.dtype)
         out[rows] = (weights @ v[keys].permute(1, 0, 2)[:, None]).flatten(0, 1).transpose(0, 1)
@@ -109,18 +120,18 @@ def _prefix_forward(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> tuple[T
 
 def _prefix_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, docs: Documents,
-    extra: tuple[Tensor, ...],
+    window: int | None, extra: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v through the prefix, given the output and log-sum-exp of the whole."""
     if _has_kernels(q):
         return torch.ops.aten._flash_attention_backward(
             d_out, q, k, v, out, lse, docs.cu_q, docs.cu_k, *docs.longest, 0.0, True, *extra,
-            scale=q.shape[-1] ** -0.5,
+            scale=q.shape[-1] ** -0.5, window_size_left=window and window - 1,
         )  # fmt: skip
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scale = q.shape[-1] ** -0.5
     for rows, keys in docs.spans():
-        scores = _scores(q[rows], k[keys])
+        scores = _scores(q[rows], k[keys], window)
         p = scores.sub_(lse[:, rows].view(*scores.shape[:2], -1, 1)).exp_().to(q.dtype)
         q_rows, d_rows, o_rows = (_by_group(x[rows], k.shape[1]) for x in (q, d_out, out))
         d_p = d_rows @ v[keys].permute(1, 2, 0)[:, None]
@@ -137,13 +148,15 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return x.transpose(0, 1).unflatten(0, (groups, -1))
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
+def _scores(q: Tensor, k: Tensor, window: int | None) -> Tensor:
     """Scaled causal scores of one document: q [a, h, d], k [b, g, d] -> [g, h / g, a, b], fp32 or
     better."""
     a, b = len(q), len(k)
     scores = _by_group(q, k.shape[1]) @ k.permute(1, 2, 0)[:, None]
     scores = (scores if scores.dtype == torch.float64 else scores.float()) * q.shape[-1] ** -0.5
     hidden = torch.ones(a, b, dtype=torch.bool, device=q.device).triu(b - a + 1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(b - a - window)
     return scores.masked_fill_(hidden, -torch.inf)
 
 
@@ -188,26 +201,28 @@ def merge_backward(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, diagonal_k, diagonal_v, documents):
-        out, lse, *extra = _prefix_forward(q, k, v, documents)
+    def forward(ctx, q, k, v, diagonal_k, diagonal_v, documents, window):
+        out, lse, *extra = _prefix_forward(q, k, v, documents, window)
         if diagonal_k is not None:
             out, lse = _merge_rules(q)[0](out, lse, q, diagonal_k, diagonal_v)
         ctx.save_for_backward(q, k, v, out, lse, diagonal_k, diagonal_v, *extra)
-        ctx.documents = documents
+        ctx.documents, ctx.window = documents, window
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, lse, diagonal_k, diagonal_v, *extra = ctx.saved_tensors
         d_out = d_out.contiguous()
-        dq, dk, dv = _prefix_backward(d_out, q, k, v, out, lse, ctx.documents, tuple(extra))
+        dq, dk, dv = _prefix_backward(
+            d_out, q, k, v, out, lse, ctx.documents, ctx.window, tuple(extra)
+        )
         d_diagonal_k = d_diagonal_v = None
         if diagonal_k is not None:
             dq = dq.contiguous()
             d_diagonal_k, d_diagonal_v = _merge_rules(q)[1](
                 d_out, out, lse, q, diagonal_k, diagonal_v, dq
             )
-        return dq, dk, dv, d_diagonal_k, d_diagonal_v, None
+        return dq, dk, dv, d_diagonal_k, d_diagonal_v, None, None
 
 
 def _merge_rules(q: Tensor):
@@ -227,10 +242,12 @@ def attention(
     diagonal_k: Tensor | None,
     diagonal_v: Tensor | None,
     documents: Documents,
+    window: int | None = None,
 ) -> Tensor:
     """Softmax attention of each query over its document's prefix and its own diagonals.
 
     q [n, h, d] (RoPE applied, scale d ** -0.5 is applied here), k and v [N, g, d] of step 0,
     diagonal_k and diagonal_v [t, n, g, d] of steps 1..t, None at step 0. Returns [n, h, d].
+    window: how many positions of the prefix a query sees at most, at least 1; None is all.
     """
-    return _Attention.apply(q, k, v, diagonal_k, diagonal_v, documents)
+    return _Attention.apply(q, k, v, diagonal_k, diagonal_v, documents, window)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
+from drafthead.errors import UnsupportedHead
 from drafthead.fsio import RunLock, read_json, write_json
 from drafthead.machine import this_machine
 from drafthead.plan import Plan
@@ -21,7 +23,7 @@ from drafthead.prove.records import BENCH_AGAIN, Contest
 from drafthead.prove.served import candidates, fastest, lossless_proof, proved_ks, top_level
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan, engines_that_fit, existing_head
+from drafthead.serve import engine_plan, engines_that_fit, existing_head, look_at
 from drafthead.targets import Target, recipe_target
 
 # vLLM's own prompt lookup; a match of two tokens at least, as its examples take.
@@ -83,6 +85,8 @@ def _measure(
     kept."""
     section, machine = recipe.bench, this_machine()
     base = engine_plan(recipe, head=None, target=target)
+    for notice in next(iter(drafted.values())).notices:
+        console.print(f"bench: {escape(notice)}", soft_wrap=True)
     drafters = {k: plan.args for k, plan in drafted.items()}
     speculative = next(iter(drafters.values()))["speculative_config"]
     head = Path(speculative.get("model", "no head of a folder's"))
@@ -208,9 +212,12 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         The headline: the fastest k that was proved (of all, if none was) at the first load.
 
     Raises:
+        UnsupportedHead: vLLM may serve the head, drafthead cannot compute it.
         DraftheadError: an engine does not run.
     """
     target, head, ks = recipe_target(recipe), existing_head(run.head), candidates(recipe)
+    if unsupported := look_at(recipe, head, target)[0]:
+        raise UnsupportedHead("\n".join(unsupported))  # its drafts could not be predicted
     points = grid(recipe, ks)
     prompts = timed_prompts(recipe, run, target, console)
     asked = [(prompt.ids, prompt.source) for prompt in prompts]

@@ -65,6 +65,16 @@ class Target:
         return tuple(kinds) if kinds else ("full_attention",) * self.num_layers
 
     @property
+    def sliding_window(self) -> int | None:
+        """Positions that every layer sees at most; None where some layer sees all. vLLM's attention
+        takes it for each layer without a window of its own, a draft head's among them
+        (`CacheConfig.sliding_window`)."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds and any(kind != "sliding_attention" for kind in kinds):
+            return None
+        return getattr(self.config, "sliding_window", None) or None
+
+    @property
     def max_position_embeddings(self) -> int:
         return self.config.max_position_embeddings
 

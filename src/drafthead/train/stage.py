@@ -1,8 +1,10 @@
 """The stage `train` of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
@@ -12,7 +14,7 @@ from torch import Tensor
 from drafthead.capture.online import open_states
 from drafthead.drafters import DRAFTERS, Drafter, drafter_of
 from drafthead.errors import DraftheadError
-from drafthead.head.checkpoint import trained_steps
+from drafthead.head.checkpoint import head_folder, trained_steps
 from drafthead.head.formats import Provenance
 from drafthead.ops.losses import Teacher
 from drafthead.progress import waiting
@@ -90,8 +92,8 @@ def check_shape(recipe: Recipe, run: RunDir) -> None:
     captured = captured_layers(recipe, target)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     if start := recipe.train.start_from:
-        config = _drafter(recipe).read(Path(start), target)
-        _check_given(Path(start), config, layers, target)
+        folder = head_folder(start)
+        _check_given(folder, _drafter(recipe).read(folder, target), layers, target)
     else:
         _drafter(recipe).shape(recipe.head, target, layers, recipe.vocab.size)
 
@@ -99,7 +101,7 @@ def check_shape(recipe: Recipe, run: RunDir) -> None:
 def _drafter(recipe: Recipe) -> Drafter:
     """The kind of the head that training starts from, or of the one that the recipe asks for."""
     start = recipe.train.start_from
-    return drafter_of(Path(start)) if start else DRAFTERS[recipe.head.kind]
+    return drafter_of(head_folder(start)) if start else DRAFTERS[recipe.head.kind]
 
 
 def check_start(recipe: Recipe, run: RunDir) -> None:
@@ -136,7 +138,7 @@ def _first_head(
     """The head that training starts from, and its own embedding if it has one."""
     embedding = None
     if recipe.train.start_from:
-        start = Path(recipe.train.start_from)
+        start = head_folder(recipe.train.start_from)
         if start.resolve().is_relative_to(run.root.resolve()):
             raise DraftheadError(
                 f"{start}: is what this run makes and will replace; copy the head elsewhere and go "
@@ -144,6 +146,7 @@ def _first_head(
             )
         head, embedding = _drafter(recipe).load(start, target)
         _check_given(start, head.config, aux_layers, target)
+        _extend(head, target)
         head = head.float()
     else:
         path = run.vocab / "vocab.safetensors"
@@ -164,6 +167,15 @@ def _first_head(
     return head, embedding
 
 
+def _extend(head: Any, target: Target) -> None:
+    """Let a head go as far as the target: no weight depends on where it ends, and vLLM drafts
+    nothing beyond."""
+    config, reach = head.config, {"max_position_embeddings": target.max_position_embeddings}
+    if config.max_position_embeddings < target.max_position_embeddings:
+        changed = config.model_copy(update=reach) if isinstance(config, BaseModel) else None
+        head.config = changed or replace(config, **reach)
+
+
 def _check_given(folder: Path, config: Any, aux_layers: tuple[int, ...], target: Target) -> None:
     """Refuse a head for another target's states, or for those of other layers."""
     for name, found, wanted in (
@@ -178,9 +190,9 @@ def _check_given(folder: Path, config: Any, aux_layers: tuple[int, ...], target:
             )
 
 
-def from_head(recipe: Recipe, folder: Path | None) -> Recipe:
+def from_head(recipe: Recipe, head: str | None) -> Recipe:
     """The recipe with `train.start_from` set: `drafthead train --from HEAD`."""
-    if folder is None:
+    if head is None:
         return recipe
-    section = recipe.train.model_copy(update={"start_from": str(folder)})
+    section = recipe.train.model_copy(update={"start_from": head})
     return recipe.model_copy(update={"train": section})

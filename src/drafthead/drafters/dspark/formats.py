@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from drafthead.drafters.base import architecture
 from drafthead.drafters.dspark.config import DSparkConfig
-from drafthead.errors import DraftheadError
+from drafthead.errors import DraftheadError, UnsupportedHead
 
 Format = Literal["vllm", "speculators"]
 ARCHITECTURE = "Qwen3DSparkModel"
@@ -226,4 +226,4 @@ def _refuse(
         (layer.get("hidden_act", "silu") != "silu", f"hidden_act {layer.get('hidden_act')!r:.80}"),
     ):
         if wrong:
-            raise DraftheadError(f"{where}: unsupported: {what}; drafthead does not compute that")
+            raise UnsupportedHead(f"{where}: {what}; drafthead does not compute that")

@@ -5,7 +5,7 @@ from typing import Any
 
 from drafthead.drafters.dspark.checkpoint import load_head
 from drafthead.drafters.dspark.config import DSparkConfig
-from drafthead.errors import DraftheadError
+from drafthead.errors import DraftheadError, UnsupportedHead
 from drafthead.fsio import read_json
 from drafthead.head.config import DraftCost
 from drafthead.targets import Target
@@ -37,9 +37,16 @@ def inspect_dspark(folder: Path, target: Target | None) -> dict[str, Any]:
     """Look at a DSpark head without running it, as `head.inspect.inspect_head` does."""
     problems: list[str] = []
     notes: list[str] = []
-    result: dict[str, Any] = {"path": str(folder), "problems": problems, "notes": notes}
+    result: dict[str, Any] = {
+        "path": str(folder),
+        "problems": problems,
+        "unsupported": [],
+        "notes": notes,
+    }
     try:
         loaded = load_head(folder)
+    except UnsupportedHead as error:
+        return result | {"ok": False, "unsupported": [str(error)]}
     except DraftheadError as error:
         problems += str(error).splitlines()
         return result | {"ok": False}
@@ -81,11 +88,6 @@ def _compare(
     if max(config.aux_layer_ids) > target.num_layers:
         problems.append(
             f"reads layer {max(config.aux_layer_ids)}, the target has {target.num_layers}"
-        )
-    if config.max_position_embeddings < target.max_position_embeddings:
-        notes.append(
-            f"ends at position {config.max_position_embeddings}, the target goes on to "
-            f"{target.max_position_embeddings}: nothing sound is drafted there"
         )
     if config.mask_token_id in target.eos_token_ids:
         problems.append(f"mask_token_id {config.mask_token_id} ends the target's answers")

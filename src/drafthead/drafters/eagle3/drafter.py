@@ -66,8 +66,8 @@ class Eagle3:
     prefixes = True
 
     def matches(self, raw: dict[str, Any]) -> bool:
-        kind = raw.get("speculators_model_type")
-        return kind == "eagle3" or architecture(raw) in NATIVE_ARCHITECTURES
+        kind, name = raw.get("speculators_model_type"), architecture(raw) or ""
+        return kind == "eagle3" or name in NATIVE_ARCHITECTURES or "Eagle3" in name
 
     def default_k(self, recipe: Recipe) -> Sequence[int]:
         return recipe.serve.candidates

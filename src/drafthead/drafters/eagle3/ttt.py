@@ -127,13 +127,16 @@ class TrainingTimeTest:
 
         def first(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prefix.append((k, v))
-            return attention(q, k, v, None, None, docs if index == final else all_docs)
+            queries, window = docs if index == final else all_docs, head.config.window(index)
+            return attention(q, k, v, None, None, queries, window)
 
         def again(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for kept, new in zip(own[index], (k, v)):
                 kept.append(new)
             own_k, own_v = (torch.stack(kept) for kept in own[index])
-            return attention(q, *prefix[index], own_k, own_v, docs)
+            window = head.config.window(index)
+            left = window and window - len(own_k)  # the rest of the window is the head's own rows
+            return attention(q, *prefix[index], own_k, own_v, docs, left)
 
         cos, sin = head.rotary(batch.positions, dtype)
         live = batch.live, batch.live_of
