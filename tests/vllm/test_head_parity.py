@@ -6,6 +6,8 @@ states and must draft the same tokens with the same logits, at every position th
 """
 
 import gc
+import json
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,7 +20,8 @@ from drafthead.targets import load_target
 from tests.heads import small_head
 
 K = 3
-PROMPTS = ([5, 9, 77, 130, 8, 201, 44], [300], [17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27])
+PROMPTS = ([5, 9, 77, 130, 8, 201, 44], [300], list(range(17, 67)))
+WINDOW = {"layer_types": ("sliding_attention",), "sliding_window": 32}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -36,6 +39,8 @@ CASES = {
         "vllm",
     ),
     "argmax without scattering": ({}, "vllm"),
+    "speculators, a window": ({**WINDOW, "norm_before_residual": True}, "speculators"),
+    "the window of the target": ({}, "vllm"),
     "speculators, two aux layers": (
         {"norm_before_residual": True, "aux_layer_ids": (1, 4), "rope_theta": 5e5},
         "speculators",
@@ -85,6 +90,8 @@ def test_engine_and_head_draft_the_same(llama, tmp_path, case):
     from vllm import LLM, SamplingParams
 
     changes, format = CASES[case]
+    if case == "the window of the target":
+        llama = with_window(llama, tmp_path / "target")
     target = load_target(llama)
     head = small_head(
         target_hidden_size=64,
@@ -117,6 +124,8 @@ def test_engine_and_head_draft_the_same(llama, tmp_path, case):
         drafter = executor.driver_worker.worker.model_runner.drafter
         seen = watch(drafter)
         loaded = load_head(folder, target)
+        windows = [loaded.head.config.window(i) for i in range(len(loaded.head.layers))]
+        assert windows == ([32] if "window" in case else [None] * len(windows))
         ours = loaded.head.float()
         embedding = target.embedding() if own is None else loaded.embedding.float()
         sampling = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
@@ -142,6 +151,19 @@ def test_engine_and_head_draft_the_same(llama, tmp_path, case):
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def with_window(llama, folder):
+    """The same model as a Mistral, all of whose layers see the last 32 positions."""
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 32,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def compare_logits(head, embedding, aux, ids, position, theirs) -> None:

@@ -80,12 +80,15 @@ def overfit(head, embedding, held, steps):
 def chain_loss(head, embedding, one, to_draft):
     """Cross-entropy of K drafts from every position, each step fed the true token before it."""
     n, ids = len(one.ids) - 2, one.ids.long()
-    rows, keys, values = torch.arange(n), [], []
+    rows = torch.arange(n)
+    seen = [([], []) for _ in head.layers]
 
     def attention(layer, q, k, v):
+        keys, values = seen[layer]
         keys.append(k)
         values.append(v)
-        return prefix_attention(q, rows, keys[0], values[0], keys[1:], values[1:])
+        window = head.config.window(layer)
+        return prefix_attention(q, rows, keys[0], values[0], keys[1:], values[1:], window)
 
     hidden, loss = head.fuse(one.aux[:n]), 0.0
     ends = torch.zeros(K, dtype=torch.int64)
@@ -100,8 +103,21 @@ def chain_loss(head, embedding, one, to_draft):
     return loss
 
 
-@pytest.mark.parametrize("kind", ["llama", "granite"])
-def test_the_engine_counts_what_was_predicted(kind, request, tmp_path):
+# Attention wider than the hidden state, over the last 32 positions.
+WIDE = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "layer_types": ("sliding_attention",) * 2,
+    "sliding_window": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("granite", {}), ("llama", WIDE)],
+    ids=["llama", "granite", "two wide layers"],
+)
+def test_the_engine_counts_what_was_predicted(kind, changes, request, tmp_path):
     from vllm import SamplingParams
 
     folder = request.getfixturevalue(kind)
@@ -113,18 +129,19 @@ def test_the_engine_counts_what_was_predicted(kind, request, tmp_path):
     written = count_tokens([one.ids[one.prompt_len :].numpy() for one in held], target.vocab_size)
     # A vocabulary that leaves out some of what is written: certain misses must be counted too.
     chosen = choose(written, int((written > 0).sum() * 0.9), [])
-    config = HeadConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        vocab_size=target.vocab_size,
-        draft_vocab_size=len(chosen),
-        target_hidden_size=64,
-        aux_layer_ids=AUX,
-        max_position_embeddings=512,
-    )
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": len(chosen),
+        "target_hidden_size": 64,
+        "aux_layer_ids": AUX,
+        "max_position_embeddings": 512,
+    }
+    config = HeadConfig(**shape | changes)
     head = init_from_target(config, offsets(chosen), target.lm_head(), target.final_norm()[0])
     embedding = target.embedding()
     overfit(head, embedding, held, steps=90)

@@ -162,7 +162,7 @@ def head_config(
     most = target.num_attention_heads
     fit = (n for n in range(most, 0, -1) if hidden % n == 0 and n % shared == 0)
     # vLLM gives the head the window of a target whose layers all have one, whatever it says.
-    kinds: Any = ("sliding_attention",) * section.num_hidden_layers
+    kinds: Any = ("sliding_attention",) * section.layers
     return HeadConfig(
         hidden_size=hidden,
         intermediate_size=section.intermediate_size or -(-4 * hidden // 128) * 128,

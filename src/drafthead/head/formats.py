@@ -209,7 +209,7 @@ def read_config(raw: Any, where: str, target: Target | None = None) -> ReadConfi
         raise DraftheadError(f"{where}: logit_scale is {scale!r:.80}, must be a positive number")
     theta, scaling = _rope(given, where, notes)
     aux_layer_ids = _aux_ids(raw, nested, where, target, notes)
-    windows = _windows(given, where, target)
+    windows = _windows(given, where, target, notes)
     if raw.get(AUX_IDS) or nested.get(AUX_IDS):
         problems += _aux_count(layer, nested, len(aux_layer_ids))
     fields: dict[str, Any] = {name: given[name] for name in LLAMA} | {
@@ -316,7 +316,9 @@ def _rope(given: dict[str, Any], where: str, notes: list[str]) -> tuple[Any, dic
     return theta, scaling
 
 
-def _windows(given: dict[str, Any], where: str, target: Target | None) -> dict[str, Any]:
+def _windows(
+    given: dict[str, Any], where: str, target: Target | None, notes: list[str]
+) -> dict[str, Any]:
     """`layer_types` and `sliding_window` of `HeadConfig`. A layer without a window gets the
     target's, if all of the target's layers have one."""
     layers, kinds = given["num_hidden_layers"], given.get("layer_types")
@@ -341,6 +343,11 @@ def _windows(given: dict[str, Any], where: str, target: Target | None) -> dict[s
         raise UnsupportedHead(
             f"{where}: sliding_window {windows} of its layers; drafthead has one for all, of at "
             f"least {SMALLEST_WINDOW} positions"
+        )
+    if None in windows and sizes:
+        notes.append(
+            "layer_types has layers with a window and without: vLLM's V1 model runner does not "
+            "start with such a head"
         )
     return {
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
