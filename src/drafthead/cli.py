@@ -421,7 +421,7 @@ def doctor(
         raise typer.Exit(DraftheadError.exit_code)
 
 
-UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
+UsageError: Any = typer.BadParameter.__base__
 """A wrong command line. typer does not export the class, nor is it always click's own."""
 
 
