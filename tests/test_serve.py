@@ -13,6 +13,7 @@ import pytest
 from transformers import AddedToken, AutoTokenizer
 
 import drafthead
+from drafthead import serve
 from drafthead.errors import DraftheadError
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe
@@ -22,11 +23,12 @@ from drafthead.serve import (
     engines_that_fit,
     example_request,
     existing_head,
+    longest_sequence,
     reasoning_parser,
     refused_sampling,
     serve_plan,
 )
-from drafthead.targets import load_target
+from drafthead.targets import load_target, recipe_target
 from tests import templates
 from tests.prove import crafted
 
@@ -359,3 +361,58 @@ def test_no_reasoning_parser_that_would_leave_an_answer_without_content(
     assert reasoning_parser(made, load_target(folder)) == parser
     given = recipe(target=made.target.model_dump(), engine={"extra": {"reasoning_parser": "qwen3"}})
     assert reasoning_parser(given, load_target(folder)) == "qwen3"
+
+
+STRETCHED = {
+    "max_position_embeddings": 2048,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+}
+
+
+def test_a_plain_target_reaches_as_far_as_its_configuration_says(recipe, monkeypatch):
+    monkeypatch.setattr(serve, "_ask_vllm", pytest.fail)
+    target = load_target(recipe().target.path)
+    assert longest_sequence(recipe(), target) == 512
+    assert longest_sequence(recipe(engine={"max_model_len": 99}), target) == 99
+    with pytest.raises(DraftheadError, match=r"engine\.max_model_len: 513.* 512"):
+        longest_sequence(recipe(engine={"max_model_len": 513}), target)
+
+
+def test_vllm_says_how_far_a_stretched_target_reaches(recipe):
+    """The plan kept to config.json, and refused what vLLM serves."""
+    stretched = recipe(engine={"extra": {"hf_overrides": STRETCHED}})
+    target = recipe_target(stretched)
+    assert target.max_position_embeddings == 2048  # what a head for it is made with
+    assert longest_sequence(stretched, target) == 2048
+
+
+def test_vllms_refusal_of_a_length_names_the_key(recipe, monkeypatch):
+    said = "User-specified max_model_len (4096) is greater than the derived max_model_len (a=2048)."
+    ended = subprocess.CompletedProcess([], 1, "", f"Traceback\n{said} To allow, set X.\n")
+    monkeypatch.setattr(serve.subprocess, "run", lambda *_, **__: ended)
+    engine = {"max_model_len": 4096, "extra": {"hf_overrides": STRETCHED}}
+    with pytest.raises(DraftheadError, match=r"engine\.max_model_len.*4096.*2048"):
+        longest_sequence(recipe(engine=engine), recipe_target(recipe(engine=engine)))
+    ended.stderr = "Traceback\nValueError: no such thing\n"
+    engine["extra"] = {"hf_overrides": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}}
+    with pytest.raises(DraftheadError, match="ValueError: no such thing"):
+        longest_sequence(recipe(engine=engine), recipe_target(recipe(engine=engine)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope"])
+def test_vllm_is_asked_about_scaled_rotary_embeddings(llama, tmp_path, recipe, monkeypatch, kind):
+    shutil.copytree(llama, tmp_path / "target")
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+        config["rope_parameters"] |= factors | {"original_max_position_embeddings": 256}
+    (tmp_path / "target" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(serve, "_ask_vllm", lambda arguments, target: 1024)
+    stretched = recipe(target={"path": str(tmp_path / "target")})
+    assert longest_sequence(stretched, recipe_target(stretched)) == 1024

@@ -1,8 +1,12 @@
 """Engine arguments and flags: what vLLM is told about this target, this head, this machine."""
 
+import functools
+import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,6 +42,15 @@ _REASONING_PARSERS = {
     "olmo3": "olmo3",
     "seed_oss": "seed_oss",
 }
+# Arguments of vLLM that change the target's configuration, and kinds of rotary embedding with which
+# `max_position_embeddings` is how far a target reaches.
+_CONFIGURED = {"hf_overrides", "hf_config_path", "config_format"}
+_UNSCALED = {"default", "llama3", "yarn"}
+_MODEL_CONFIG = """\
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+print(EngineArgs(**json.load(sys.stdin)).create_model_config().max_model_len)
+"""
 _CPU_KV_CACHE_BYTES = 1 << 30
 # Of the memory that an engine may take, the share that the target's weights may take: the rest is
 # for KV cache, activations and CUDA graphs. With `gpu_memory_utilization` 0.9, 0.7 of a GPU.
@@ -195,6 +208,56 @@ def engines_that_fit(plan: Plan, target: Target, machine: Machine) -> int:
     if not cache:
         return 2 if 2 * needed <= memory else 1
     return max(1, int(memory / (needed + cache)))
+
+
+def longest_sequence(recipe: Recipe, target: Target) -> int:
+    """Tokens of the longest sequence, prompt and answer, of an engine of this recipe.
+
+    It is ``engine.max_model_len``, or as far as the target reaches. How far that is vLLM itself is
+    asked where it follows from more than one number: overridden fields, scaled rotary embeddings.
+
+    Raises:
+        DraftheadError: the target does not reach so far, or vLLM refuses its configuration.
+    """
+    asked = recipe.engine.max_model_len
+    reach = getattr(target.config, "max_position_embeddings", None)
+    configured = _CONFIGURED & recipe.engine.extra.keys()
+    if "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in os.environ:
+        configured.add("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+    if reach is not None and not configured and target.rope_types <= _UNSCALED:
+        if asked is not None and asked > reach:
+            raise DraftheadError(
+                f"engine.max_model_len: {asked}, but {target.path} reaches only {reach} tokens"
+            )
+        return asked or reach
+    arguments = {
+        "model": os.path.expanduser(recipe.target.path),
+        "revision": recipe.target.revision,
+        "trust_remote_code": recipe.target.trust_remote_code,
+        "max_model_len": asked,
+    }
+    length = _ask_vllm(json.dumps(arguments | recipe.engine.extra), str(target.path))
+    return length or asked or target.max_position_embeddings
+
+
+@functools.cache
+def _ask_vllm(arguments: str, target: str) -> int | None:
+    """``max_model_len`` of vLLM's model configuration; None without vLLM. In a process of its own:
+    vLLM takes seconds to import, and prints."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    done = subprocess.run(
+        [sys.executable, "-c", _MODEL_CONFIG], input=arguments, capture_output=True, text=True
+    )
+    if done.returncode:
+        fault = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
+        refused = re.search(r"User-specified max_model_len.*?\)\.", done.stderr)
+        raise DraftheadError(
+            f"engine.max_model_len: vLLM refuses it for {target}: {refused[0]}"
+            if refused
+            else f"{target}: vLLM refuses its configuration: {fault}"
+        )
+    return int(done.stdout.split()[-1])
 
 
 def engine_plan(

@@ -32,6 +32,7 @@ OPTIONS = {
     "greedy": False,
     "strict": True,
     "trust_remote_code": False,
+    "hf_overrides": None,
 }
 SHAPE = (CAPACITY, L, H, "fp32")
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from drafthead.errors import DraftheadError
 from drafthead.recipe import load_recipe
 from drafthead.targets import load_target
-from tests import tiny
+from tests import tiny, wrappers
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2", "lfm2_moe"])
@@ -282,3 +282,14 @@ def test_two_targets_in_one_folder_are_refused(copy):
 def test_weights_in_pickles_beside_safetensors_are_not_read(copy):
     (copy / "pytorch_model.bin").write_bytes(b"another copy of the weights")
     assert [file.name for file in load_target(copy).tensors.files] == ["model.safetensors"]
+
+
+def test_overrides_replace_fields_as_in_vllm(copy, tmp_path):
+    overrides = {"max_position_embeddings": 2048, "rope_parameters": {"rope_theta": 5.0}}
+    target = load_target(copy, overrides=overrides)
+    assert target.max_position_embeddings == 2048
+    assert target.rope_theta == 5.0
+    folder = wrappers.write("mistral3", tmp_path / "wrapper")
+    nested = load_target(folder, overrides={"text_config": {"max_position_embeddings": 2048}})
+    assert nested.max_position_embeddings == 2048
+    assert nested.hidden_size == 64

@@ -108,6 +108,7 @@ class CaptureEngine:
                 "greedy": recipe.generate.temperature == 0,
                 "strict": strict,
                 "trust_remote_code": target.trust_remote_code,
+                "hf_overrides": recipe.engine.extra.get("hf_overrides"),
             }
             about = (where, asdict(meta), str(target.path), options)
             self._report(self._rpc("drafthead_open", *about))

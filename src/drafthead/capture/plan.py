@@ -11,6 +11,7 @@ from drafthead.data.template import Template, recipe_template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import fingerprint
 from drafthead.recipe import Recipe, without_secrets
+from drafthead.serve import longest_sequence
 from drafthead.states import StoreMeta
 from drafthead.targets import Target, captured_layers, recipe_target
 
@@ -83,21 +84,6 @@ def conversations(recipe: Recipe, template: Template | None) -> Chats:
     return chats
 
 
-def longest(recipe: Recipe, target: Target) -> int:
-    """Tokens of the longest sequence, prompt and answer.
-
-    Raises:
-        DraftheadError: the target does not reach that far.
-    """
-    max_len = recipe.engine.max_model_len or target.max_position_embeddings
-    if max_len > target.max_position_embeddings:
-        raise DraftheadError(
-            f"engine.max_model_len: {max_len}, but {target.path} reaches only "
-            f"{target.max_position_embeddings} tokens"
-        )
-    return max_len
-
-
 def store_meta(
     recipe: Recipe, target: Target, units: int = 0, inputs: dict[str, Any] | None = None
 ) -> StoreMeta:
@@ -162,7 +148,6 @@ def plan_elsewhere(recipe: Recipe, meta: StoreMeta, now: datetime) -> WorkPlan:
 
 def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) -> dict[str, Any]:
     """What the content of a run's store follows from; ``prompts`` is their fingerprint."""
-    max_len = longest(recipe, target)
     extra = without_secrets(recipe.engine.model_dump(mode="json")["extra"])
     return {
         "target": target.fingerprint,
@@ -173,7 +158,7 @@ def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) ->
         "generate": recipe.generate.model_dump(mode="json"),
         "mode": recipe.capture.mode,
         "dtype": recipe.engine.dtype,
-        "max_model_len": max_len,
+        "max_model_len": longest_sequence(recipe, target),
         # Not where there is none: stores made before this was among their inputs stay good.
         **({"engine.extra": extra} if extra else {}),
         **({"chat_template_kwargs": template.arguments} if template.arguments else {}),

@@ -231,7 +231,8 @@ class _Store:
 
 def _open(sink: dict, meta: dict, target: str, options: dict) -> _Sink:
     about = StoreMeta.of(meta)
-    loaded = load_target(target, trust_remote_code=options["trust_remote_code"])
+    trusted, overrides = options["trust_remote_code"], options["hf_overrides"]
+    loaded = load_target(target, trust_remote_code=trusted, overrides=overrides)
     checker = Checker(loaded, options["greedy"], options["strict"])
     if "pages" in sink:
         return PageWriter(SharedPages.open(sink["pages"]), about, checker)

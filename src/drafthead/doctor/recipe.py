@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from drafthead.capture.plan import check_room, conversations, longest, store_meta
+from drafthead.capture.plan import check_room, conversations, store_meta
 from drafthead.data.chats import Chat, Chats, SourceCounts
 from drafthead.data.estimate import Estimate, estimate, opening_lengths
 from drafthead.data.records import check_file
@@ -26,7 +26,12 @@ from drafthead.prove.prompts import own_prompts
 from drafthead.prove.served import candidates
 from drafthead.recipe import ENOUGH_STEPS, Recipe
 from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan, engines_that_fit, refused_sampling
+from drafthead.serve import (
+    engine_plan,
+    engines_that_fit,
+    longest_sequence,
+    refused_sampling,
+)
 from drafthead.targets import Target, recipe_target
 from drafthead.train.stage import check_shape
 from drafthead.vocab import check_size
@@ -73,7 +78,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
             check_shape(recipe.model_copy(update={"vocab": vocab}), run)
             findings += _trained_steps(recipe)
         with _fault(findings, "recipe", _CORRECT):
-            max_len = longest(recipe, target)
+            max_len = longest_sequence(recipe, target)
         findings += _served_otherwise(recipe, target) + _memory(recipe, target, machine)
     with _fault(findings, "prompts", _CORRECT):
         chats = conversations(recipe, template)

@@ -11,6 +11,7 @@ from drafthead.data.template import Template, recipe_template
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
+from drafthead.serve import longest_sequence
 from drafthead.targets import Target
 
 
@@ -80,7 +81,7 @@ def timed_prompts(recipe: Recipe, run: RunDir, target: Target, console: Console)
         for note in [note for source in counts for note in source.notes()]:
             console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
         return prompts
-    longest = recipe.engine.max_model_len or target.max_position_embeddings
+    longest = longest_sequence(recipe, target)
     heldout = heldout_prompts(run, section.prompts)
     for prompt in heldout:
         if len(prompt.ids) >= longest:
@@ -104,7 +105,7 @@ def own_prompts(
     """
     section = recipe.bench
     sources = section.sources or []
-    longest = recipe.engine.max_model_len or target.max_position_embeddings
+    longest = longest_sequence(recipe, target)
     answer = max(section.max_new_tokens)
     prompts, counts = [], []
     for source in sources:

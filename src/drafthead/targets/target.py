@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ class Target:
     @property
     def max_position_embeddings(self) -> int:
         return self.config.max_position_embeddings
+
+    @property
+    def rope_types(self) -> set[str]:
+        """Kinds of rotary embedding; layers may differ."""
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        nested = [part for part in parameters.values() if isinstance(part, dict)]
+        return {str(part.get("rope_type", "default")) for part in nested or [parameters]}
 
     @property
     def rope_theta(self) -> float:
@@ -454,8 +462,21 @@ def _local_folder(path_or_id: str, revision: str | None, trust_remote_code: bool
         ) from error
 
 
+def _override(config: Any, overrides: Mapping[str, Any]) -> None:
+    """Replace fields of a transformers configuration as vLLM does: a part by its own fields."""
+    for name, value in overrides.items():
+        part = getattr(config, name, None)
+        if hasattr(part, "to_dict") and isinstance(value, dict):
+            _override(part, value)
+        else:
+            setattr(config, name, value)
+
+
 def load_target(
-    path_or_id: str | Path, revision: str | None = None, trust_remote_code: bool = False
+    path_or_id: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Target:
     """Look at a target: read its configuration and check that its weights are whole.
 
@@ -463,6 +484,7 @@ def load_target(
         path_or_id: a checkpoint folder, or a hub id that is fetched.
         revision: hub revision.
         trust_remote_code: let transformers run code that comes with the checkpoint.
+        overrides: vLLM's `hf_overrides`: fields of the configuration to replace.
 
     Raises:
         DraftheadError: missing, unreadable, truncated, or an architecture whose logits drafthead
@@ -481,6 +503,7 @@ def load_target(
     try:
         raw = json.loads((path / "config.json").read_text())
         outer = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _override(outer, overrides or {})
         config = outer.get_text_config()
     except Exception as error:
         _refuse_code(path, error, trust_remote_code)
@@ -524,4 +547,5 @@ def recipe_target(recipe: Recipe) -> Target:
         DraftheadError: as :func:`load_target`.
     """
     where = recipe.target
-    return load_target(where.path, where.revision, where.trust_remote_code)
+    overrides = recipe.engine.extra.get("hf_overrides")
+    return load_target(where.path, where.revision, where.trust_remote_code, overrides)
