@@ -375,7 +375,7 @@ def test_ctrl_c_says_how_to_go_on_and_lets_go_of_the_folder(place, drafthead):
             time.sleep(86_400)
 
         run._load = lambda function: stage
-        sys.argv = ["drafthead", "run", "r.yaml", "--to", "generate"]
+        sys.argv = ["drafthead", "run", "r.yaml", "--to", "generate", "--json"]
         cli.main()
     """
     process = subprocess.Popen(

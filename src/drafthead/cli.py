@@ -458,7 +458,10 @@ def main() -> None:
         )
         _fail("error", words, DraftheadError.exit_code)
     if code == INTERRUPTED:  # typer's own answer to Ctrl-C
-        console.print("stopped; run the same command again to go on")
+        words = "stopped; run the same command again to go on"
+        console.print(words)
+        if "--json" in sys.argv and not console.quiet:
+            emit({"error": words}, True)
     sys.exit(code)
 
 
