@@ -12,10 +12,10 @@ and OUT/lossless_gpu.json with what differs from the plain engine's answers, whe
 the target's margin (transformers, float64) between the two tokens is there: a difference with a
 margin within ``--tie`` is rounding, any other is a fault.
 
-Configurations named ``stock-*`` run without the plugin's mends (only the aux states, without which
-EAGLE-3 cannot be served), ``stock-order-*`` without one of them: they are the faults as vLLM ships
-them and do not count. Those named
-``*-tf32`` leave Triton's matrix products in TF32 as it does by default; all others ask for IEEE
+Configurations named ``stock-*`` run without the plugin's patches (only the aux states, without
+which EAGLE-3 cannot be served), ``stock-order-*`` without one of them: they are the faults as vLLM
+ships them and do not count. Those named ``*-tf32`` leave Triton's matrix products in TF32 as it
+does by default; all others ask for IEEE
 fp32, because TF32 rounds away the equality that is being tested.
 """
 
@@ -29,8 +29,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lossless_engines import (
-    ALL_MENDS,
     IEEE,
+    LEFT_OUT,
     SHAPES,
     VOCAB,
     Config,
@@ -143,7 +143,7 @@ def environment(config: Config, tiny: bool) -> dict[str, str]:
         env["VLLM_USE_V2_MODEL_RUNNER"] = "1" if config.runner == "v2" else "0"
         env |= IEEE | ({"TRITON_F32_DEFAULT": "tf32"} if config.tf32 else {})
     if config.stock:
-        env["DRAFTHEAD_SKIP_MENDS"] = ALL_MENDS
+        env["DRAFTHEAD_SKIP_PATCHES"] = LEFT_OUT
     env.update(config.env)
     return env
 

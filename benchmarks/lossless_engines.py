@@ -3,12 +3,12 @@
 import random
 from dataclasses import dataclass, field
 
-from drafthead.vllm_plugin import COST_MENDS, HEAD_MENDS, MODEL_MENDS
+from drafthead.vllm_plugin.registry import TABLE
 
 # What `stock-*` leaves out; without `state_shape` they would not start.
-ALL_MENDS = ",".join(
+LEFT_OUT = ",".join(
     sorted(
-        {"placeholder_drafts", "draft_kv_group", *MODEL_MENDS, *COST_MENDS, *HEAD_MENDS}
+        {"placeholder_drafts", "draft_kv_group", *(p.name for p in TABLE if p.loaded_with)}
         - {"state_shape"}
     )
 )
@@ -92,7 +92,7 @@ def configurations() -> list[Config]:
             graphs=False,
             shape="chunks",
             stock=True,
-            env={"DRAFTHEAD_SKIP_MENDS": "batch_order"},
+            env={"DRAFTHEAD_SKIP_PATCHES": "batch_order"},
         ),
         Config("plain-graphs-v2-tf32", tf32=True),
         Config("eagle3-k3-graphs-v2-tf32", "eagle3", 3, tf32=True),

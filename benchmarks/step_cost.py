@@ -11,7 +11,7 @@ is random, lies on disk and is loaded (with dummy weights vLLM would give it the
 Every engine runs in a process of its own, as under `vllm serve`; all are started first and then
 take turns, one request at a time, greedy, so that each round compares them under the same
 conditions. Acceptance is synthetic, 0.6 at every position. `k3` is an engine with the plugin's cost
-mends, `k3-stock` one without them; `k3-fc_norm` has a head with that norm before its `fc` and the
+patches, `k3-stock` one without them; `k3-fc_norm` has a head with that norm before its `fc` and the
 two norms of new heads after it.
 
 Then each engine answers once more with timers around the host's phases, and once under the torch
@@ -36,7 +36,7 @@ from lfm2_shapes import start_engine, write_head, write_models
 from step_probe import summarize
 from turns import add_turn, turn
 
-from drafthead.vllm_plugin import COST_MENDS, HEAD_MENDS
+from drafthead.vllm_plugin.registry import TABLE
 
 REPO = Path(__file__).resolve().parent.parent
 NORMS = ("norm_before_fc", "fc_norm")
@@ -173,7 +173,7 @@ class Engine:
             "VLLM_NO_USAGE_STATS": "1",
         }
         if skip:
-            env["DRAFTHEAD_SKIP_MENDS"] = skip
+            env["DRAFTHEAD_SKIP_PATCHES"] = skip
         spec = spec | {"replies": theirs}
         self.child = subprocess.Popen(
             [sys.executable, __file__, "--serve", json.dumps(spec), "--out", str(out)],
@@ -276,11 +276,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/lfm2_shapes"))
-    parser.add_argument("--k", default="1,3,5,7", help="engines with the plugin's cost mends")
+    parser.add_argument("--k", default="1,3,5,7", help="engines with the plugin's patches")
     parser.add_argument("--stock", default="3,5", help="engines without them")
-    parser.add_argument(
-        "--without", default=",".join(COST_MENDS + HEAD_MENDS), help="mends that those lack"
-    )
+    for_cost = ",".join(patch.name for patch in TABLE if patch.purpose == "cost")
+    parser.add_argument("--without", default=for_cost, help="patches that those lack")
     parser.add_argument("--target", choices=("nvfp4", "smollm2"), default="nvfp4")
     parser.add_argument(
         "--heads",

@@ -70,7 +70,7 @@ def test_plugin_left_out_by_the_environment(monkeypatch):
     assert found(CPU)["vLLM plugin"].state == "fault"
     monkeypatch.setenv("VLLM_PLUGINS", "other,drafthead")
     assert found(CPU)["vLLM plugin"].state == "ok"
-    monkeypatch.setenv("DRAFTHEAD_SKIP_MENDS", "all")
+    monkeypatch.setenv("DRAFTHEAD_SKIP_PATCHES", "all")
     assert found(CPU)["vLLM plugin"].state == "warning"
     monkeypatch.setattr(installation.importlib.metadata, "entry_points", lambda **_: ())
     assert found(CPU)["vLLM plugin"].state == "fault"

@@ -272,6 +272,30 @@ def test_sampling_that_vllm_refuses_with_a_head_is_off(recipe, llama, tmp_path, 
     assert alone.get("override_generation_config") == extra.get("override_generation_config")
 
 
+def test_the_defaults_that_vllm_refuses_with_a_head_are_known():
+    """Among all that it takes from generation_config.json (`get_diff_sampling_param`)."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    values = {
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "max_tokens": 5,
+    }
+    refused = set()
+    for name, value in values.items():
+        try:
+            SamplingParams(**{name: value})._validate_spec_decode(object())
+        except VLLMValidationError:
+            refused.add(name)
+    assert refused == serve._REFUSED_SAMPLING.keys()
+
+
 def test_a_generation_config_that_cannot_be_read_is_named(recipe, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "target")
     (folder / "generation_config.json").write_text("[1]")

@@ -15,6 +15,7 @@ from shlex import quote
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
+from transformers.utils import logging
 
 from drafthead.data.template import given_template, recipe_template
 from drafthead.drafters import DRAFTERS, drafter_of
@@ -114,6 +115,8 @@ def refused_sampling(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
     folder = target.path if source == "auto" else source
     defaults: dict[str, Any] = {}
     if source != "vllm":
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # of settings that only generate() of transformers ignores
         try:
             try:
                 config = GenerationConfig.from_pretrained(folder)
@@ -130,6 +133,8 @@ def refused_sampling(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
                 f"{folder}/generation_config.json: {error}; correct it, or "
                 "`engine.extra: {generation_config: vllm}` to serve without it"
             ) from None
+        finally:
+            logging.set_verbosity(level)
     defaults |= extra.get("override_generation_config") or {}
     given = {name: defaults.get(name) for name in _REFUSED_SAMPLING}
     return {

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+from drafthead.vllm_plugin.patch import original
 from tests.triton_interpreter import REPO, environment, run_tests
 
 
@@ -21,7 +22,7 @@ def run(folder: Path, jobs: dict[str, dict]) -> dict[str, dict]:
 
     A job has ``target``, ``speculative`` and ``requests``, and may have ``arguments`` (as for
     ``engines.engine``), ``known`` (sequences: drafts come from the oracle) and ``without``
-    (``module:attribute`` of functions that a mend replaced, to be as vLLM has them). A result has
+    (``module:attribute`` of functions that a patch replaced, to be as vLLM has them). A result has
     ``answers``, the numbers of ``drafted`` and ``accepted`` tokens, and whether drafts were chosen
     in the ``draft_vocab`` (None without a head).
     """
@@ -48,26 +49,27 @@ def _as_vllm_has_it(place: str):
     owner = importlib.import_module(module)
     for attribute in owners:
         owner = getattr(owner, attribute)
-    mended = getattr(owner, name)
-    setattr(owner, name, mended._drafthead_mend)
+    patched = getattr(owner, name)
+    stock = original(owner, name)
+    assert stock is not patched
+    setattr(owner, name, stock)
     try:
         yield
     finally:
-        setattr(owner, name, mended)
+        setattr(owner, name, patched)
 
 
 def _verify_twice() -> None:
-    """Let the mend and vLLM's own rejection sampler judge every batch, and agree."""
+    """Let the patch and vLLM's own rejection sampler judge every batch, and agree."""
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
     from drafthead.vllm_plugin.greedy_verify import is_plain_greedy
 
-    mended = RejectionSampler.__call__
-    stock = mended._drafthead_mend
+    patched, stock = RejectionSampler.__call__, original(RejectionSampler, "__call__")
 
     def __call__(self, logits, input_batch, *rest):
         assert is_plain_greedy(self, input_batch.idx_mapping_np)
-        found = mended(self, logits, input_batch, *rest)
+        found = patched(self, logits, input_batch, *rest)
         want = stock(self, logits, input_batch, *rest)
         for name in ("num_sampled", "num_rejected"):
             one, other = getattr(found, name), getattr(want, name)
@@ -103,7 +105,7 @@ def run_interpreted(tmp_path: Path, tests: str) -> None:
 def main(given: str, results: str) -> None:
     let_vllm_interpret()
 
-    from drafthead.vllm_plugin import eagle3, lfm2, register  # noqa: F401  (apply their mends)
+    from drafthead.vllm_plugin import eagle3, lfm2, register  # noqa: F401  (apply their patches)
     from tests.vllm.engines import answers, counter, engine
     from tests.vllm.oracle import proposing
 

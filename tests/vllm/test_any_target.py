@@ -1,5 +1,6 @@
 """EAGLE-3 on targets for which vLLM has no hook: states and answers are those of transformers."""
 
+import sys
 from itertools import islice
 
 import pytest
@@ -8,8 +9,8 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.registry import _RegisteredModel
 from vllm.plugins import load_general_plugins
 
+from drafthead import hook
 from drafthead.capture.transformers_twin import TransformersTwin
-from drafthead.doctor import engine as engine_check
 from drafthead.vllm_plugin import any_target, hookless
 from tests.vllm import unhooked
 from tests.vllm.engines import answers, counter, eagle3, engine, norms_write_in_place, stress
@@ -149,7 +150,8 @@ def test_states_are_outputs_of_the_graph(whole, compiled):
 )
 def test_doctor_knows_who_brings_it(architecture, printed, monkeypatch, capsys):
     """Its process, in this one."""
-    exec(engine_check._HOOK, {"architecture": architecture})
+    monkeypatch.setattr(sys, "argv", ["-c", architecture])
+    exec(hook._HOOK, {})
     assert f"hook {printed}\n" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from drafthead.vllm_plugin import aux_norm
+from drafthead.vllm_plugin import aux_norm, patch
 from tests.vllm.newer_runner import run_interpreted
 
 ROWS, PARTS, EPS = 5, 3, 1e-5
@@ -58,8 +58,7 @@ def _head(kind: str, width: int, dtype: torch.dtype):
 def test_is_what_vllm_computes(kind, width, dtype):
     from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 
-    stock = Eagle3LlamaForCausalLM.combine_hidden_states
-    stock = getattr(stock, "_drafthead_mend", stock)
+    stock = patch.original(Eagle3LlamaForCausalLM, "combine_hidden_states")
     torch.manual_seed(0)
     head = _head(kind, width, dtype)
     # Layers of different sizes, as their states are; a row of zeros, as of a padded step.
@@ -67,9 +66,9 @@ def test_is_what_vllm_computes(kind, width, dtype):
     x[-1] = 0
     x = x.view(ROWS, -1).to(DEVICE, dtype)
     want = stock(head, x)
-    mended = aux_norm._normed_at_once(stock)
+    patched = aux_norm._normed_at_once(stock)
     for _ in range(2):  # the first call joins the weights
-        got = mended(head, x)
+        got = patched(head, x)
         assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
         if dtype == torch.float32:
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.triton_utils import HAS_TRITON
 
-from drafthead.vllm_plugin import greedy_verify
+from drafthead.vllm_plugin import greedy_verify, patch
 from tests.vllm.newer_runner import run_interpreted
 
 K, STATES, VOCAB = 3, 12, 1000
@@ -89,16 +89,15 @@ def _batch(rng: np.random.Generator, prompt: np.ndarray):
 def test_is_what_vllm_finds(rates, dtype):
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-    stock = RejectionSampler.__call__
-    stock = getattr(stock, "_drafthead_mend", stock)
-    mended = greedy_verify._greedy_at_once(lambda *_: pytest.fail("left to vLLM"))
+    stock = patch.original(RejectionSampler, "__call__")
+    patched = greedy_verify._greedy_at_once(lambda *_: pytest.fail("left to vLLM"))
     accepted = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
         prompt = rng.integers(5, 30, STATES)
         sampler = _sampler(rng, prompt, rates)
         logits, batch = _batch(rng, prompt)
-        got, want = (judge(sampler, logits.to(dtype), batch) for judge in (mended, stock))
+        got, want = (judge(sampler, logits.to(dtype), batch) for judge in (patched, stock))
         for name in ("num_sampled", "num_rejected", "sampled_token_ids"):
             assert getattr(got, name).dtype == getattr(want, name).dtype
         assert got.num_rejected.tolist() == want.num_rejected.tolist()

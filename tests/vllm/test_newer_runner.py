@@ -1,4 +1,4 @@
-"""The newer model runner on hybrid targets: what it answers with the mends, and without each."""
+"""The newer model runner on hybrid targets: what it answers with the patches, and without each."""
 
 import random
 
@@ -114,16 +114,16 @@ def test_one_token_prompts(found, plain):
     assert all(len(ids) == 1 for ids in wrong)
 
 
-def test_cost_mends_change_neither_answers_nor_drafts(found, plain):
+def test_cost_patches_change_neither_answers_nor_drafts(found, plain):
     assert found["mixed"]["answers"] == plain["mixed"]
     for name in ("mixed", "llama"):
-        mended, stock = found[name], found[f"{name}, stock"]
-        assert (mended.pop("draft_vocab"), stock.pop("draft_vocab")) == (True, False)
-        assert mended == stock
-        assert 0 < mended["accepted"] < mended["drafted"]
+        patched, stock = found[name], found[f"{name}, stock"]
+        assert (patched.pop("draft_vocab"), stock.pop("draft_vocab")) == (True, False)
+        assert patched == stock
+        assert 0 < patched["accepted"] < patched["drafted"]
 
 
 def test_acceptance_is_as_synthetic_as_asked_for(found):
-    """And, like every batch of these engines, judged alike by vLLM's sampler and by the mend."""
+    """And, like every batch of these engines, judged alike by vLLM's sampler and by the patch."""
     steps = found["synthetic"]["drafted"] / K
     assert 0.5 < found["synthetic"]["accepted"] / steps < 2

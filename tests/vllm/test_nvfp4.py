@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from drafthead.targets import nvfp4
-from drafthead.vllm_plugin import patch
+from drafthead.vllm_plugin import registry
 from tests.nvfp4 import pack_folder
 
 PROMPTS = [[5 + i, 9, 30, 7 * i + 9, 77][: 1 + i % 5] for i in range(8)]
@@ -59,13 +59,14 @@ NVFP4 = SimpleNamespace(quantization="modelopt_fp4", model="m", dtype="float32",
 
 
 @pytest.fixture
-def said(monkeypatch):
-    lines = []
-    monkeypatch.setattr(patch.log, "info_once", lambda text, *values: lines.append(text % values))
-    return lines
+def stepped_aside(monkeypatch):
+    """Names of the patches that have, in this test."""
+    statuses = {}
+    monkeypatch.setattr(registry, "_statuses", statuses)
+    return statuses.keys()
 
 
-def test_the_gpus_mend_steps_aside_for_a_vllm_that_reads_the_tensors(monkeypatch, said):
+def test_the_gpus_patch_steps_aside_for_a_vllm_that_reads_the_tensors(monkeypatch, stepped_aside):
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 
     from drafthead.vllm_plugin import nvfp4_config
@@ -75,15 +76,19 @@ def test_the_gpus_mend_steps_aside_for_a_vllm_that_reads_the_tensors(monkeypatch
     monkeypatch.setattr(nvfp4_config.CheckpointNvFp4Config, "from_stock", told)
     configure = _told_by_tensors(lambda model_config, load_config: "vLLM's own")
     assert configure(NVFP4, None) == "told by tensors"
-    assert not said
+    assert not stepped_aside
     monkeypatch.setattr(ModelOptNvFp4Config, "maybe_update_config", lambda *_, **__: None)
     assert configure(NVFP4, None) == "vLLM's own"
-    assert "the mend 'nvfp4'; it steps aside" in said[0]
+    assert stepped_aside == {"nvfp4"}
+    assert registry.status("nvfp4").state == "stepped aside"
 
 
 @pytest.mark.parametrize("kinds", ["linear", "experts", "both"])
-def test_the_cpus_mend_steps_aside_for_a_vllm_with_both_kinds_of_kernels(monkeypatch, said, kinds):
+def test_the_cpus_patch_steps_aside_for_a_vllm_with_both_kinds_of_kernels(
+    monkeypatch, stepped_aside, kinds
+):
     from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as experts
     from vllm.platforms import PlatformEnum
 
     from drafthead.vllm_plugin import nvfp4_cpu
@@ -91,13 +96,14 @@ def test_the_cpus_mend_steps_aside_for_a_vllm_with_both_kinds_of_kernels(monkeyp
     if kinds != "experts":
         monkeypatch.setitem(linear._POSSIBLE_NVFP4_KERNELS, PlatformEnum.CPU, [object])
     if kinds != "linear":
-        monkeypatch.setattr(nvfp4_cpu, "EXPERTS_ON_CPU", "def ")
+        kernel = SimpleNamespace(_supports_current_device=lambda: True)
+        monkeypatch.setattr(experts, "backend_to_kernel_cls", lambda backend: [kernel])
     monkeypatch.setattr(nvfp4_cpu, "is_needed", nvfp4_cpu.is_needed.__wrapped__)
     configure = nvfp4_cpu._none_for_nvfp4(lambda model_config, load_config: "vLLM's own")
     loaded = nvfp4_cpu._expanded(lambda self, model_config, model: [])(None, NVFP4, None)
     assert configure(NVFP4, None) == ("vLLM's own" if kinds == "both" else None)
     assert (loaded == []) == (kinds == "both")
-    assert any("the mend 'nvfp4_cpu'; it steps aside" in line for line in said) == (kinds == "both")
+    assert stepped_aside == ({"nvfp4_cpu"} if kinds == "both" else set())
 
 
 @pytest.mark.parametrize(
@@ -123,11 +129,11 @@ def test_the_gpu_configuration_goes_by_the_tensors(lfm2_moe, tmp_path, ignore):
     packed = pack_folder(lfm2_moe, tmp_path / "nvfp4", ignore)
     stated = json.loads((packed / "config.json").read_text())["quantization_config"]
     stock = ModelOptNvFp4Config.from_config(stated)
-    mended = CheckpointNvFp4Config.from_stock(
+    patched = CheckpointNvFp4Config.from_stock(
         ModelOptNvFp4Config.from_config(stated), SimpleNamespace(model=str(packed), revision=None)
     )
-    mended = pickle.loads(pickle.dumps(mended))  # as it reaches a worker process
-    for config in (stock, mended):
+    patched = pickle.loads(pickle.dumps(patched))  # as it reaches a worker process
+    for config in (stock, patched):
         config.apply_vllm_mapper(Lfm2MoeForCausalLM.hf_to_vllm_mapper.get_rename_mapper())
         config.packed_modules_mapping.update(Lfm2MoeForCausalLM.packed_modules_mapping)
     excluded = {"lm_head"}
@@ -143,7 +149,7 @@ def test_the_gpu_configuration_goes_by_the_tensors(lfm2_moe, tmp_path, ignore):
         else:
             quantized.add(f"{layer}.feed_forward.experts")
             excluded.add(f"{layer}.feed_forward.gate")
-    assert {p for p in excluded | quantized if mended.is_layer_excluded(p)} == excluded
+    assert {p for p in excluded | quantized if patched.is_layer_excluded(p)} == excluded
     as_stock = {p for p in excluded | quantized if stock.is_layer_excluded(p)} == excluded
     assert as_stock == (ignore[:1] == ["lm_head"] and "model.layers.0.conv*" in ignore)
 

@@ -77,6 +77,7 @@ def test_verify_proves_and_signs_off(recipe, run):
         "identical": 6,
         "ties": 0,
         "differences": 0,
+        "unprotected": [],
     }
     assert read_json(run.verify_json, "")["tokens"] > 3 * 24
     proof = read_proof(run)
@@ -100,13 +101,14 @@ def test_answers_that_nothing_was_drafted_for_prove_nothing(recipe, run):
 
 
 def test_sampling_from_other_distributions_is_found(recipe, run, monkeypatch):
-    """vLLM's own fault on the CPU (drafts divided by memory that nobody wrote), left unmended."""
-    monkeypatch.setenv("DRAFTHEAD_SKIP_MENDS", "cpu_expand")
+    """vLLM's own fault on the CPU (drafts divided by memory that nobody wrote), left unpatched."""
+    monkeypatch.setenv("DRAFTHEAD_SKIP_PATCHES", "cpu_expand")
     update = {"verify": recipe.verify.model_copy(update={"mixed_lengths": False})}
     with pytest.raises(ClaimFailed, match="not lossless: Sampling: the distributions differ"):
         verify(recipe.model_copy(update=update), run, console=QUIET)
     result = read_json(run.verify_json, "")
     assert (result["lossless"], result["identical"]) == (False, 3)
+    assert ["cpu_expand" in line for line in result["unprotected"]] == [True]
     assert read_proof(run)["lossless"] is False
 
 

@@ -2,6 +2,7 @@
 that imports them. vLLM takes half a minute of processor time to import, and a library that is
 broken may take its process with it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from drafthead.finding import Finding
 from drafthead.machine import Machine, install_command
+from drafthead.vllm_plugin.registry import State
 
 _SECONDS = 1200
 """Importing vLLM takes a minute on two cores, many times that on busy ones."""
@@ -28,10 +30,25 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.plugins import load_general_plugins
 load_general_plugins()
+import json
+from drafthead.vllm_plugin import registry
+for status in registry.statuses():
+    advice = status.advice if status.unprotected else ""
+    print("patch", json.dumps([status.patch.name, status.state, advice]), flush=True)
 if architecture:
     model = ModelRegistry.models[architecture].load_model_cls()
     print("hook", model.__module__.split(".")[0] if supports_eagle3(model) else "nobody")
 """
+_PATCHES = {
+    State.applied: "applied",
+    State.needed: "applied once an LFM2 target or an EAGLE-3 head is loaded",
+    State.stepped_aside: "not needed by this vLLM",
+    State.elsewhere: "for other devices",
+    State.unknown: "not known to be needed by this vLLM, and left out: they only save time",
+    State.off: "do not fit this vLLM, and left out: they only save time",
+    State.left_out: "left out, as the environment says",
+}
+"""How patches stand that nothing need be done about."""
 
 
 class EngineCheck:
@@ -89,9 +106,10 @@ class EngineCheck:
         self._errors.seek(0)
         last = (self._errors.read().strip().splitlines() or [""])[-1]
         works = self._imports(printed.splitlines(), last)
-        if works.state == "fault" or architecture is None:
+        if works.state == "fault":
             return [works]
-        return [works, *_hidden_states(architecture, printed, last)]
+        hidden = _hidden_states(architecture, printed, last) if architecture else []
+        return [works, *_patches(printed), *hidden]
 
     def _imports(self, printed: list[str], last: str) -> Finding:
         """Whether PyTorch and vLLM can be imported, not only be found; and whether CUDA works."""
@@ -116,6 +134,22 @@ class EngineCheck:
                 "update the NVIDIA driver, or install the PyTorch build made for this one",
             )
         return Finding("imports", "ok", "PyTorch and vLLM can be imported")
+
+
+def _patches(printed: str) -> list[Finding]:
+    """How the plugin's patches stand with this vLLM: in groups, and each that leaves a fault."""
+    groups: dict[str, list[str]] = {}
+    warnings = []
+    for line in printed.splitlines():
+        if not line.startswith("patch "):
+            continue
+        name, state, advice = json.loads(line.removeprefix("patch "))
+        if advice and state != State.left_out:  # installation.py says that of all together
+            warnings.append(Finding("patches for vLLM", "warning", advice))
+        elif not advice:
+            groups.setdefault(_PATCHES[State(state)], []).append(name)
+    told = [f"{words}: {', '.join(names)}" for words, names in groups.items()]
+    return [*(Finding("patches for vLLM", "ok", words) for words in told), *warnings]
 
 
 def _hidden_states(architecture: str, printed: str, last: str) -> list[Finding]:

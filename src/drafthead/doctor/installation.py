@@ -8,16 +8,12 @@ from pathlib import Path
 
 from drafthead.finding import Finding
 from drafthead.machine import Machine, install_command
+from drafthead.vllm_plugin.registry import SKIP, VERSIONS, release
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
-_VLLM = "0.32."
 # As the plain registry has them they are CUDA builds, and `import vllm` fails on them on a CPU.
 _CUDA_WHEELS = ("torchvision", "torchaudio", "torchcodec")
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
 
 
 def check_installation(machine: Machine) -> list[Finding]:
@@ -53,7 +49,7 @@ def _torch(machine: Machine) -> Finding:
     if version is None:
         extra = "cuda" if machine.gpus else "cpu"
         return Finding("PyTorch", "fault", "not installed", install_command(extra))
-    if _version(version) < _OLDEST_TORCH:
+    if release(version) < _OLDEST_TORCH:
         return Finding("PyTorch", "fault", version, "drafthead needs PyTorch 2.11 or later")
     if machine.gpus and "+cpu" in version:
         return Finding(
@@ -85,12 +81,13 @@ def _vllm(machine: Machine) -> Finding:
                 "look at the driver and CUDA_VISIBLE_DEVICES; for a machine without a GPU, in a "
                 f"fresh environment: {install_command('cpu')}",
             )
-        if not version.startswith(_VLLM):
+        if release(version) not in VERSIONS:
+            known = " and ".join(f"{major}.{minor}" for major, minor in VERSIONS)
             return Finding(
                 "vLLM",
                 "warning",
-                f"{name} {version}; drafthead was tested with {_VLLM}x",
-                f"pip install {name}==0.32.0, or prove it with drafthead verify",
+                f"{name} {version}; drafthead's patches were written for {known}",
+                f"pip install {name}==0.32.0, or trust only what drafthead verify proves",
             )
         return Finding("vLLM", "ok", f"{name} {version}")
     extra = "cuda" if machine.gpus else "cpu"
@@ -115,12 +112,12 @@ def _plugin(machine: Machine) -> Finding:
             f"VLLM_PLUGINS={allowed} leaves drafthead out",
             "add drafthead to VLLM_PLUGINS, or unset it",
         )
-    left_out = os.environ.get("DRAFTHEAD_SKIP_MENDS")
+    left_out = os.environ.get(SKIP)
     if left_out:
         return Finding(
             "vLLM plugin",
             "warning",
-            f"DRAFTHEAD_SKIP_MENDS={left_out}",
+            f"{SKIP}={left_out}",
             "unset it, unless you are looking for a fault",
         )
     return Finding("vLLM plugin", "ok", "registered")

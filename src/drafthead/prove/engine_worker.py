@@ -19,6 +19,7 @@ from typing import Any
 
 from drafthead.capture.child import die_with_group
 from drafthead.serve import llm_class
+from drafthead.vllm_plugin.registry import unprotected
 
 
 def _die_with_parent(life_fd: int) -> None:
@@ -149,6 +150,9 @@ def main() -> None:
                             "dtype": str(config.model_config.dtype).removeprefix("torch."),
                             "quantization": config.model_config.quantization,
                             "max_model_len": config.model_config.max_model_len,
+                            "unprotected": unprotected(
+                                config.model_config.hf_text_config.model_type
+                            ),
                         }
                     }
                 )

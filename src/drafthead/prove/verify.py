@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import write_json
@@ -183,6 +184,8 @@ class Outcome:
     ``num_speculative_tokens``, ``workload`` and ``concurrency``."""
     sampled: TwoSample | None
     """The test of sampling with the first k, if it was asked for."""
+    unprotected: tuple[str, ...] = ()
+    """Faults that vLLM may have, whose patches an engine with the head did without."""
 
 
 def prove_lossless(
@@ -231,6 +234,7 @@ def prove_lossless(
         k: engine_of(plan, f"with head, k={k}" if k else "target alone, set as with head", f"k{k}")
         for k, plan in needed.items()
     }
+    unprotected: dict[str, None] = {}
     work: list[Workload] = []
     again: list[list[dict[int, Completion]]] | None = None
     written: dict[int, list[list[Completion]]] = {}
@@ -246,6 +250,7 @@ def prove_lossless(
                 with contextlib.ExitStack() as only_now:
                     if not at_once:
                         start([engine], only_now, console)
+                    unprotected |= dict.fromkeys(engine.info["unprotected"])
                     work = work or workloads(recipe, prompts, engine.info["max_model_len"])
                     bar.total = _answers_in_all(work, list(others), recipe)
                     bar.advance(0, note=engine.name)
@@ -298,9 +303,9 @@ def prove_lossless(
                 for i, w in enumerate(work)
             ]
     if not draws:
-        return Outcome(runs, None)
+        return Outcome(runs, None, tuple(unprotected))
     with waiting(console, "comparing the sampled answers"):
-        return Outcome(runs, two_sample(alone_draws, draws))
+        return Outcome(runs, two_sample(alone_draws, draws), tuple(unprotected))
 
 
 def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -337,6 +342,7 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "runs": runs,
         "words": noise_words({"runs": runs}),
         "sampled": sampled and {**asdict(sampled), "words": sampled.words},
+        "unprotected": list(outcome.unprotected),
         "command": command_line(),
         "machine": this_machine().as_dict(),
     }
@@ -352,13 +358,16 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     )
     for line in result["words"]:
         console.print(line)
+    for line in outcome.unprotected:
+        console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
     if sampled is not None:
         console.print(sampled.words)
     if not all(r["lossless"] for r in runs):
         raise ClaimFailed(_failure(runs, run))
     if sampled is not None and not sampled.same:
         raise ClaimFailed(f"not lossless: {sampled.words} See {run.verify_json}")
-    return {key: result[key] for key in ("lossless", "prompts", "identical", "ties", "differences")}
+    told = ("lossless", "prompts", "identical", "ties", "differences", "unprotected")
+    return {key: result[key] for key in told}
 
 
 def _failure(runs: list[dict], run: RunDir) -> str:

@@ -8,17 +8,7 @@ With asynchronous scheduling and prefix caching there is a second fault: counts 
 device while rows of the batch are being swapped, and are then read by the rows they had before.
 """
 
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-from .patch import still_has, wrap
-
-FAULT = "self.input_batch.remove_request(req_id)"
-
-
-def apply() -> None:
-    if still_has(GPUModelRunner._update_states, FAULT, "accepted_counts"):
-        wrap(GPUModelRunner, "_update_states", _keep_counts)
-        wrap(GPUModelRunner, "_prepare_inputs", _restore_counts)
+from .patch import Replacement
 
 
 def _keep_counts(stock):
@@ -68,3 +58,10 @@ def _restore_counts(stock):
         return result
 
     return _prepare_inputs
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
+REPLACEMENTS = (
+    Replacement(f"{_RUNNER}_update_states", "self scheduler_output", _keep_counts),
+    Replacement(f"{_RUNNER}_prepare_inputs", "self scheduler_output *", _restore_counts),
+)

@@ -20,8 +20,8 @@ from vllm.model_executor.models.interfaces import (
 )
 from vllm.sequence import IntermediateTensors
 
+from . import registry
 from .hookless import AROUND, MODULES, WHOLE
-from .patch import step_aside
 
 _VLLM = "vllm.model_executor.models."
 
@@ -103,7 +103,7 @@ def with_hook(name: str) -> type[nn.Module]:
     module = importlib.import_module(_VLLM + MODULES[name])
     stock = getattr(module, name)
     if supports_eagle3(stock):
-        step_aside("any_target")
+        registry.log.info("drafthead: vLLM's %s hands out its states itself.", name)
         return stock
     if name not in AROUND:
         decoder_name = name.replace("ForCausalLM", "Model")

@@ -5,17 +5,21 @@ In eager mode on a GPU the layer's fused add and norm then writes into it, so th
 is the sum at some later place. Compiled code does not: there writes become new tensors.
 """
 
+from types import SimpleNamespace
+
+import torch
 from vllm.model_executor.models.interfaces import EagleModelMixin
 
-from .patch import still_has, wrap
-
-# With its end: a vLLM that copies would go on in the same line.
-FAULT = "value = hidden_states + residual if residual is not None else hidden_states\n"
+from .patch import Replacement, original
 
 
-def apply() -> None:
-    if still_has(EagleModelMixin._maybe_add_hidden_state, FAULT, "aux_copies"):
-        wrap(EagleModelMixin, "_maybe_add_hidden_state", _copied)
+def needed() -> bool:
+    """Whether a state changes with the tensor that it was taken of."""
+    take, stream = original(EagleModelMixin, "_maybe_add_hidden_state"), torch.zeros(1)
+    states: list[torch.Tensor] = []
+    take(SimpleNamespace(aux_hidden_state_layers=(0,)), states, 0, stream, None)
+    stream += 1
+    return bool(states[0] == stream)
 
 
 def _copied(stock):
@@ -25,3 +29,12 @@ def _copied(stock):
         return stock(self, aux_hidden_states, layer_idx, hidden_states, residual)
 
     return _maybe_add_hidden_state
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.model_executor.models.interfaces:EagleModelMixin._maybe_add_hidden_state",
+        "self aux_hidden_states layer_idx hidden_states residual",
+        _copied,
+    ),
+)

@@ -10,19 +10,16 @@ Here either is one launch, rounded where vLLM rounds.
 from collections.abc import Sequence
 
 import torch
-from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
 from vllm.triton_utils import HAS_TRITON, tl, triton
 
-from .patch import still_has, wrap
+from .patch import Replacement
 
-FAULT = "[norm(chunk) for norm, chunk in zip(self.model.fc_norm, chunks)]"
 _JOINED = "_drafthead_weight"
 
 
-def apply() -> None:
-    # Without Triton, as on most CPUs, vLLM's own.
-    if HAS_TRITON and still_has(Eagle3LlamaForCausalLM.combine_hidden_states, FAULT, "aux_norm"):
-        wrap(Eagle3LlamaForCausalLM, "combine_hidden_states", _normed_at_once)
+def needed() -> bool | None:
+    """Not without Triton, as on most CPUs: there vLLM's own runs."""
+    return None if HAS_TRITON else False
 
 
 def _normed_at_once(stock):
@@ -99,3 +96,13 @@ def _norm_kernel(
     normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(weight.dtype)
     scaled = normed.to(tl.float32) * weight.to(tl.float32)
     tl.store(out_ptr + at + columns, scaled.to(weight.dtype), inside)
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM.combine_hidden_states",
+        "self hidden_states",
+        _normed_at_once,
+        text="00ad6c4898f6b5d7",
+    ),
+)

@@ -7,21 +7,15 @@ prompt chunks, and a decode row that got no draft (the token budget left it one 
 them, in the prefill part, with a state that is off by its accepted drafts.
 """
 
-from .patch import log, still_has, wrap
-
-FAULT = """        not draft_tokens.get(r),
-        (num := num_tokens_per_req[r]) != decode_query_len,
-"""
+from .patch import Replacement, original
 
 
-def apply() -> None:
-    try:
-        from vllm.v1.worker.gpu import model_runner
-    except ImportError:
-        log.debug("drafthead: no newer model runner here; 'batch_order' is not needed.")
-        return
-    if still_has(model_runner.sort_batch_req_ids, FAULT, "batch_order"):
-        wrap(model_runner, "sort_batch_req_ids", lambda _: sort_batch_req_ids)
+def needed() -> bool:
+    """Whether a decode row without drafts lands behind a prompt chunk as wide as a verify step."""
+    from vllm.v1.worker.gpu import model_runner
+
+    order = original(model_runner, "sort_batch_req_ids")({"prompt": 4, "decode": 1}, {}, 4)
+    return list(order) != ["decode", "prompt"]
 
 
 def sort_batch_req_ids(
@@ -39,3 +33,12 @@ def sort_batch_req_ids(
         return not drafted, drafted and rows != decode_query_len, rows
 
     return sorted(num_tokens_per_req, key=key)
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.v1.worker.gpu.model_runner:sort_batch_req_ids",
+        "num_tokens_per_req draft_tokens decode_query_len",
+        lambda _: sort_batch_req_ids,
+    ),
+)

@@ -18,19 +18,7 @@ import torch
 from vllm.v1.attention.backends import mamba_attn
 from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder
 
-from .patch import still_has, wrap
-
-FAULT = """        if self.use_spec_decode:
-            self.supports_update_block_table = False
-"""
-
-
-def apply() -> None:
-    base = mamba_attn.BaseMambaAttentionMetadataBuilder
-    if still_has(base.__init__, FAULT, "conv_metadata"):
-        wrap(ShortConvAttentionMetadataBuilder, "__init__", _sharing)
-        wrap(ShortConvAttentionMetadataBuilder, "build", _decodes_at_once)
-        wrap(ShortConvAttentionMetadataBuilder, "update_block_table", _counts_shared)
+from .patch import Replacement
 
 
 def _shares(builder) -> bool:
@@ -150,3 +138,24 @@ def _counts_shared(stock):
         )
 
     return update_block_table
+
+
+_BUILDER = "vllm.v1.attention.backends.short_conv_attn:ShortConvAttentionMetadataBuilder."
+REPLACEMENTS = (
+    Replacement(
+        f"{_BUILDER}__init__", "self kv_cache_spec layer_names vllm_config device", _sharing
+    ),
+    Replacement(
+        f"{_BUILDER}build",
+        "self common_prefix_len common_attn_metadata fast_build num_accepted_tokens "
+        "num_decode_draft_tokens_cpu kwargs",
+        _decodes_at_once,
+        text="d4933c7b3286e67e",
+    ),
+    Replacement(
+        f"{_BUILDER}update_block_table",
+        "self metadata blk_table slot_mapping",
+        _counts_shared,
+        text="5b70dd643a5e66a6",
+    ),
+)

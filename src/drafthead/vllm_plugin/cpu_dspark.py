@@ -11,25 +11,22 @@ are drafts. On a CPU a DSpark head is run as a DFlash head that
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform
-from vllm.v1.spec_decode.dflash import DFlashProposer
-from vllm.v1.worker import gpu_model_runner
+
+from .patch import Replacement
 
 ARCHITECTURE = "Qwen3DSparkModel"
 
 
 def is_dspark(speculative_config: Any) -> bool:
-    """Whether the head is one that this proposer runs."""
+    """Whether the head is one that this patch runs."""
     draft = speculative_config.draft_model_config
     return draft is not None and ARCHITECTURE in (draft.hf_config.architectures or ())
 
 
-def as_dflash(stock):
-    """`SpeculativeConfig.__post_init__` that calls a DSpark head a DFlash one, on a CPU."""
-
-    def __post_init__(self, *args, **named):
-        result = stock(self, *args, **named)
-        if current_platform.is_cpu() and self.method == "dspark" and is_dspark(self):
+def _as_dflash(stock):
+    def __post_init__(self):
+        result = stock(self)
+        if self.method == "dspark" and is_dspark(self):
             if self.draft_sample_method != "greedy":
                 raise ValueError("DSpark on a CPU drafts greedily: leave draft_sample_method out")
             self.method = "dflash"
@@ -38,29 +35,26 @@ def as_dflash(stock):
     return __post_init__
 
 
-class BlockProposer(DFlashProposer):
-    """vLLM's DFlash proposer, and one of DSpark heads where the head is of that kind."""
-
-    def __init__(self, vllm_config, device, runner=None):
-        super().__init__(vllm_config, device, runner)
-        self.markov = is_dspark(self.speculative_config)
-
+def _one_query_less(stock):
     def set_inputs_first_pass(self, *args, **named):
-        """As vLLM's, for one query less of each request; all of them draft."""
-        if not self.markov:
-            return super().set_inputs_first_pass(*args, **named)
-        drafts: int = self.num_speculative_tokens  # type: ignore[has-type]
+        if not is_dspark(self.speculative_config):
+            return stock(self, *args, **named)
+        drafts = self.num_speculative_tokens
         self.num_speculative_tokens = drafts - 1
         try:
-            queries, _, metadata = super().set_inputs_first_pass(*args, **named)
+            queries, _, metadata = stock(self, *args, **named)
         finally:
             self.num_speculative_tokens = drafts
         return queries, torch.arange(queries, device=self.device), metadata
 
-    def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    return set_inputs_first_pass
+
+
+def _one_after_the_other(stock):
+    def _greedy_sample(self, hidden_states):
         """hidden_states [requests * drafts, H] -> target ids [requests * drafts]."""
-        if not self.markov:
-            return super()._greedy_sample(hidden_states)
+        if not is_dspark(self.speculative_config):
+            return stock(self, hidden_states)
         model, drafts = self.model, self.num_speculative_tokens
         base = model.compute_draft_logits(hidden_states).unflatten(0, (-1, drafts))
         previous = self.input_ids[: len(hidden_states) : drafts]  # the anchors
@@ -71,11 +65,20 @@ class BlockProposer(DFlashProposer):
             chain.append(previous)
         return torch.stack(chain, dim=1).flatten()
 
+    return _greedy_sample
 
-def apply() -> None:
-    from vllm.config.speculative import SpeculativeConfig
 
-    if gpu_model_runner.DFlashProposer is BlockProposer:
-        return
-    gpu_model_runner.DFlashProposer = BlockProposer
-    SpeculativeConfig.__post_init__ = as_dflash(SpeculativeConfig.__post_init__)
+REPLACEMENTS = (
+    Replacement("vllm.config.speculative:SpeculativeConfig.__post_init__", "self", _as_dflash),
+    Replacement(
+        "vllm.v1.spec_decode.dflash:DFlashProposer.set_inputs_first_pass",
+        "self target_token_ids next_token_ids target_positions target_hidden_states "
+        "token_indices_to_sample cad num_rejected_tokens_gpu",
+        _one_query_less,
+    ),
+    Replacement(
+        "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._greedy_sample",
+        "self hidden_states",
+        _one_after_the_other,
+    ),
+)

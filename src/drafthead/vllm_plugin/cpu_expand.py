@@ -8,18 +8,18 @@ Sampled answers then come from a distribution of any temperature.
 import torch
 from vllm.platforms import current_platform
 
-from .patch import still_has, wrap
-
-FAULT = "_ensure_int64(output)"
+from .patch import Replacement, original
 
 
-def apply() -> None:
-    if not current_platform.is_cpu():
-        return
+def needed() -> bool:
+    """Whether a float's output is not filled."""
     from vllm.utils import cpu_triton_utils
 
-    if still_has(cpu_triton_utils._expand_kernel_impl, FAULT, "cpu_expand"):
-        wrap(cpu_triton_utils, "_expand_kernel_impl", _any_type)
+    current_platform.import_kernels()
+    output = torch.full((2,), float("nan"))
+    ends = torch.tensor([2], dtype=torch.int32)
+    original(cpu_triton_utils, "_expand_kernel_impl")(output, torch.tensor([0.7]), ends, 0, 1)
+    return not torch.equal(output, torch.tensor([0.7, 0.7]))
 
 
 def expand(
@@ -50,3 +50,12 @@ def _any_type(stock):
         expand(output, input_val, cu_num_tokens, replace_from, replace_to)
 
     return expand_kernel
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+        "output input_val cu_num_tokens replace_from replace_to MAX_NUM_TOKENS",
+        _any_type,
+    ),
+)

@@ -7,27 +7,37 @@ wrappers of C functions: ``'_lib_fn_wrapper' object has no attribute 'get'``.
 
 import builtins
 from collections.abc import Mapping
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
-from vllm.platforms import current_platform
+from vllm.triton_utils import dispatcher
 
-from .patch import still_has
 
-FAULT = 'vars(value).get("kernel")'
+class _Wrapper:
+    """As numba's: its attributes are no mapping."""
+
+    __dict__ = property(lambda self: print)  # type: ignore[assignment]
+
+
+def needed() -> bool:
+    """Whether registering kernels ends at a module that holds such a value."""
+    module = ModuleType("probe")
+    module.value = _Wrapper()  # type: ignore[attr-defined]
+    modules = SimpleNamespace(modules={"probe": module})
+    try:
+        with (
+            patch.object(dispatcher, "sys", modules),
+            patch.object(dispatcher, "vars", builtins.vars, create=True),
+        ):
+            dispatcher._rebind_kernels([])
+    except AttributeError:
+        return True
+    return False
 
 
 def apply() -> None:
-    if not current_platform.is_cpu():
-        return
-    from vllm.triton_utils import dispatcher
-
-    if still_has(dispatcher._rebind_kernels, FAULT, "cpu_kernel_registry"):
-        _shadow_vars(dispatcher)
-
-
-def _shadow_vars(module: ModuleType) -> None:
-    """Let the name ``vars`` in ``module`` mean :func:`attributes`."""
-    module.vars = attributes  # type: ignore[attr-defined]
+    """Let the name ``vars`` in vLLM's module mean :func:`attributes`."""
+    dispatcher.vars = attributes  # type: ignore[attr-defined]
 
 
 def attributes(value: object) -> Mapping:

@@ -4,32 +4,25 @@ The C++ kernel takes [tokens, heads * head size] and rotates only a part of anyt
 passes three dimensions.
 """
 
+from types import SimpleNamespace
+
 import torch
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.platforms import current_platform
 
-from .patch import step_aside, wrap
-
-
-def apply() -> None:
-    if not current_platform.is_cpu():
-        return
-    if _kernel_rotates_heads():
-        step_aside("cpu_rope")
-        return
-    wrap(RotaryEmbedding, "forward_cpu", _flat)
+from .patch import Replacement, original
 
 
-def _kernel_rotates_heads() -> bool:
-    from vllm import _custom_ops as ops
-
-    positions = torch.tensor([1, 2])
-    cache = torch.randn(4, 8)
-    flat = torch.randn(2, 2 * 8)
-    heads = flat.clone().view(2, 2, 8)
-    ops.rotary_embedding(positions, flat, flat.clone(), 8, cache, True)
-    ops.rotary_embedding(positions, heads, heads.clone(), 8, cache, True)
-    return bool(torch.allclose(flat, heads.view(2, 16)))
+def needed() -> bool:
+    """Whether heads are rotated otherwise where they are a dimension of their own."""
+    cache = torch.linspace(-1, 1, 32).view(4, 8)
+    rope = SimpleNamespace(
+        head_size=8, is_neox_style=True, _match_cos_sin_cache_dtype=lambda query: cache
+    )
+    rotate, positions = original(RotaryEmbedding, "forward_cpu"), torch.tensor([1, 2])
+    flat = torch.linspace(1, 2, 32).view(2, 16)
+    heads, _ = rotate(rope, positions, flat.clone().view(2, 2, 8), flat.clone().view(2, 2, 8))
+    flat, _ = rotate(rope, positions, flat.clone(), flat.clone())
+    return not torch.allclose(flat, heads.reshape(2, 16))
 
 
 def _flat(stock):
@@ -41,3 +34,12 @@ def _flat(stock):
         return rotated.view(query.shape), None if key is None else rotated_key.view(key.shape)
 
     return forward_cpu
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu",
+        "self positions query key",
+        _flat,
+    ),
+)

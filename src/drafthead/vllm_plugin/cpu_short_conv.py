@@ -4,26 +4,54 @@
 always reads the state from column 0. This forward does what ``forward_cuda`` does, in PyTorch.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d_fn_cpu
 from vllm.model_executor.layers.mamba.short_conv import ShortConv
-from vllm.platforms import current_platform
+from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadata
 
-from .patch import step_aside, wrap
+from .patch import Replacement, original
+
+_PROBE = "drafthead.probe"
 
 
-def apply() -> None:
-    if not current_platform.is_cpu():
-        return
-    # Not still_has(): upstream's mend will name the counts, whatever else it looks like.
-    stock = getattr(ShortConv.forward_native, "__wrapped__", ShortConv.forward_native)
-    if "num_accepted_tokens" in stock.__code__.co_names:
-        step_aside("cpu_short_conv")
-        return
-    wrap(ShortConv, "forward_native", _speculative)
+def needed() -> bool:
+    """Whether a verify step gives the same, however many tokens the last one kept."""
+    outputs = []
+    for accepted in (1, 2):
+        slots, columns, dim = 3, 3, 32
+        state = torch.arange(slots * columns * dim, dtype=torch.float32).view(slots, dim, columns)
+        layer = SimpleNamespace(
+            prefix=_PROBE,
+            kv_cache=[state if is_conv_state_dim_first() else state.transpose(1, 2).contiguous()],
+            # With a row more behind it: the kernel that has the fault reads past the end.
+            conv=SimpleNamespace(weight=torch.ones(dim + 1, 1, 3)[:dim], bias=None),
+            in_proj=lambda x: (torch.cat([torch.ones_like(x)] * 2 + [x], dim=-1), None),
+            out_proj=lambda x: (x, None),
+        )
+        metadata = ShortConvAttentionMetadata(
+            num_prefills=0,
+            num_prefill_tokens=0,
+            num_decodes=1,
+            num_decode_tokens=2,
+            num_reqs=1,
+            has_initial_states_p=None,
+            query_start_loc_p=None,
+            num_accepted_tokens=torch.tensor([accepted], dtype=torch.int32),
+            query_start_loc_d=torch.tensor([0, 2], dtype=torch.int32),
+            state_indices_tensor_p=None,
+            state_indices_tensor_d=torch.tensor([[1, 2]], dtype=torch.int32),
+            seq_lens=torch.tensor([9], dtype=torch.int32),
+        )
+        out = torch.zeros(2, dim)
+        with override_forward_context(SimpleNamespace(attn_metadata={_PROBE: metadata})):
+            original(ShortConv, "forward_native")(layer, torch.ones(2, dim), out)
+        outputs.append(out)
+    return torch.equal(*outputs)
 
 
 def causal_conv1d_verify(
@@ -110,3 +138,12 @@ def _speculative(stock):
         output[: decoded + prefilled] = self.out_proj(gate_out[: decoded + prefilled] * mixed)[0]
 
     return forward_native
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.model_executor.layers.mamba.short_conv:ShortConv.forward_native",
+        "self hidden_states output",
+        _speculative,
+    ),
+)

@@ -8,23 +8,19 @@ step. These are the twins, with the same decisions and the same copies.
 import ctypes
 
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
-from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.worker import mamba_utils
 from vllm.v1.worker.mamba_utils import MambaSpecDecodeGPUContext
 
-from .patch import step_aside, wrap
+from .patch import Replacement
 
 
-def apply() -> None:
-    if not current_platform.is_cpu() or HAS_TRITON:
-        return
-    # A kernel without a twin is the plain function that Triton would have compiled.
-    if hasattr(mamba_utils.precopy_mamba_align_fused_kernel, "__getitem__"):
-        step_aside("cpu_state_copies")
-        return
-    wrap(MambaSpecDecodeGPUContext, "run_fused_precopy", lambda _: run_fused_precopy)
-    wrap(MambaSpecDecodeGPUContext, "run_fused_postprocess", lambda _: run_fused_postprocess)
+def needed() -> bool:
+    """Whether the kernels cannot be started: one without a twin is the plain function that Triton
+    would have compiled."""
+    return not HAS_TRITON and not hasattr(
+        mamba_utils.precopy_mamba_align_fused_kernel, "__getitem__"
+    )
 
 
 def run_fused_precopy(
@@ -101,3 +97,19 @@ def _move(
         else:
             token = inner * element
             ctypes.memmove(dst, src + bias * token, (width - bias) * token)
+
+
+_CONTEXT = "vllm.v1.worker.mamba_utils:MambaSpecDecodeGPUContext."
+REPLACEMENTS = (
+    Replacement(
+        f"{_CONTEXT}run_fused_precopy",
+        "self num_reqs state_idx_gpu src_col_gpu token_bias_gpu idx_mapping",
+        lambda _: run_fused_precopy,
+    ),
+    Replacement(
+        f"{_CONTEXT}run_fused_postprocess",
+        "self num_reqs num_accepted_tokens_gpu mamba_state_idx_gpu num_scheduled_tokens_gpu "
+        "num_computed_tokens_gpu num_draft_tokens_gpu",
+        lambda _: run_fused_postprocess,
+    ),
+)

@@ -8,19 +8,7 @@ that takes the largest in the draft vocabulary and maps its id; vLLM uses it onl
 a head by another command.
 """
 
-from .patch import log, still_has, wrap
-
-FAULT = "if not self.use_local_argmax_reduction:\n            return"
-
-
-def apply() -> None:
-    try:
-        from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-    except ImportError:
-        log.debug("drafthead: no newer model runner here; 'draft_argmax' is not needed.")
-        return
-    if still_has(DraftModelSpeculator._validate_local_argmax_reduction, FAULT, "draft_argmax"):
-        wrap(DraftModelSpeculator, "_validate_local_argmax_reduction", _asked_for)
+from .patch import Replacement
 
 
 def _asked_for(stock):
@@ -39,3 +27,13 @@ def _asked_for(stock):
         return stock(self)
 
     return _validate_local_argmax_reduction
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.v1.worker.gpu.spec_decode.speculator:"
+        "DraftModelSpeculator._validate_local_argmax_reduction",
+        "self",
+        _asked_for,
+    ),
+)

@@ -16,16 +16,8 @@ from vllm.triton_utils import tl, triton
 from vllm.v1.worker.gpu.sample.gumbel import tl_rand32
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from .patch import still_has, wrap
-
-FAULT = "draft_sampled, pos = gather_draft_sampled("
-
-
-def apply() -> None:
-    if still_has(RejectionSampler.__call__, FAULT, "greedy_verify"):
-        wrap(RejectionSampler, "__call__", _greedy_at_once)
+from .patch import Replacement
 
 
 def is_plain_greedy(rejection_sampler: Any, rows: Any) -> bool:
@@ -133,3 +125,13 @@ def _verify_kernel(
     unfinished = tl.load(seq_lens_ptr + request) < prefill_len
     tl.store(num_sampled_ptr + request, tl.where(unfinished, 0, accepted + 1))
     tl.store(num_rejected_ptr + request, tl.where(unfinished, 0, num_logits - accepted - 1))
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__",
+        "self logits input_batch draft_logits invalid_drafts",
+        _greedy_at_once,
+        text="b9db0fd4e047bc4c",
+    ),
+)

@@ -1,16 +1,18 @@
 """LFM2 and LFM2-MoE with EAGLE-3's auxiliary hidden states.
 
-Registered in place of vLLM's own classes, which are their bases; imported only when such a model
-is served, and then applies the mends that concern it alone.
+Registered in place of vLLM's own classes (aux_states.py), which are their bases; imported only when
+such a model is served, and then applies the patches that concern it alone.
 """
 
+import importlib
 from itertools import islice
+from typing import Any
 
 import torch
+from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.model_executor.models import lfm2, lfm2_moe
 from vllm.model_executor.models.interfaces import (
     EagleModelMixin,
     SupportsEagle3,
@@ -18,8 +20,8 @@ from vllm.model_executor.models.interfaces import (
 )
 from vllm.sequence import IntermediateTensors
 
-from . import COST_MENDS, MODEL_MENDS, apply
-from .patch import step_aside
+from . import registry
+from .aux_states import CLASSES
 
 
 class _AuxStates(EagleModelMixin):
@@ -68,16 +70,6 @@ class _AuxStates(EagleModelMixin):
         return (hidden, aux_states) if aux_states else hidden
 
 
-@support_torch_compile
-class Lfm2ModelWithAuxStates(_AuxStates, lfm2.Lfm2Model):
-    pass
-
-
-@support_torch_compile
-class Lfm2MoeModelWithAuxStates(_AuxStates, lfm2_moe.Lfm2MoeModel):
-    pass
-
-
 def _check_pipeline(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -89,24 +81,38 @@ def _check_pipeline(vllm_config: VllmConfig) -> None:
         )
 
 
-class Lfm2ForCausalLM(lfm2.Lfm2ForCausalLM, SupportsEagle3):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        _check_pipeline(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+def with_hook(name: str) -> type[nn.Module]:
+    """vLLM's class ``name`` with the hook, or as it is where it has one."""
+    module = importlib.import_module(CLASSES[name])
+    stock: Any = getattr(module, name)
+    patch = registry.named("aux_states")
+    if registry.skipped(patch.name):
+        return stock
+    if supports_eagle3(stock):
+        registry.record(registry.Status(patch, registry.State.stepped_aside))
+        return stock
+    decoder_name = name.replace("ForCausalLM", "Model")
+    decoder = getattr(module, decoder_name)
+    if not issubclass(decoder, EagleModelMixin):
+        made = type(decoder_name, (_AuxStates, decoder), {"__module__": decoder.__module__})
+        # The constructor of the base looks it up by name.
+        setattr(module, decoder_name, support_torch_compile(made))
+
+    class Target(stock, SupportsEagle3):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            _check_pipeline(vllm_config)
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    Target.__name__ = Target.__qualname__ = name
+    return Target
 
 
-class Lfm2MoeForCausalLM(lfm2_moe.Lfm2MoeForCausalLM, SupportsEagle3):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        _check_pipeline(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+def __getattr__(name: str) -> type[nn.Module]:
+    """The class that vLLM asks this module for, made when it is first asked for."""
+    if name not in CLASSES:
+        raise AttributeError(name)
+    globals()[name] = made = with_hook(name)
+    return made
 
 
-if supports_eagle3(lfm2_moe.Lfm2MoeForCausalLM) and supports_eagle3(lfm2.Lfm2ForCausalLM):
-    step_aside("aux_states")
-    Lfm2ForCausalLM = lfm2.Lfm2ForCausalLM  # type: ignore[misc]
-    Lfm2MoeForCausalLM = lfm2_moe.Lfm2MoeForCausalLM  # type: ignore[misc]
-else:
-    # The constructors of the bases look these up by name.
-    lfm2.Lfm2Model = Lfm2ModelWithAuxStates
-    lfm2_moe.Lfm2MoeModel = Lfm2MoeModelWithAuxStates
-apply(MODEL_MENDS + COST_MENDS)
+registry.apply(registry.rows("lfm2"))

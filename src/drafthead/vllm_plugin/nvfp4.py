@@ -5,15 +5,8 @@ when such a checkpoint is served, and whether vLLM does without is looked up the
 of its own: `nvfp4_cpu.py`.
 """
 
-from vllm.config import VllmConfig
-from vllm.platforms import current_platform
-
-from .patch import step_aside, wrap
-
-
-def apply() -> None:
-    if not current_platform.is_cpu():
-        wrap(VllmConfig, "_get_quantization_config", _told_by_tensors)
+from . import registry
+from .patch import Replacement
 
 
 def _told_by_tensors(stock):
@@ -23,9 +16,18 @@ def _told_by_tensors(stock):
             from .nvfp4_config import CheckpointNvFp4Config, vllm_reads_tensors
 
             if vllm_reads_tensors():
-                step_aside("nvfp4")
+                registry.step_aside("nvfp4")
             else:
                 config = CheckpointNvFp4Config.from_stock(config, model_config)
         return config
 
     return _get_quantization_config
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.config:VllmConfig._get_quantization_config",
+        "model_config load_config",
+        _told_by_tensors,
+    ),
+)

@@ -16,11 +16,14 @@ The tensors cannot be misspelt: a module with a `weight_scale` is quantized, one
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from .patch import log
+from . import registry
+
+log = init_logger(registry.log.name)
 
 
 def vllm_reads_tensors() -> bool:

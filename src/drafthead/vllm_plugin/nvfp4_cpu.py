@@ -8,28 +8,20 @@ model: meant for rehearsing a job, not for serving it.
 """
 
 import functools
-import inspect
 from collections.abc import Iterable, Iterator
 
 import torch
-from vllm.config import VllmConfig
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.platforms import PlatformEnum, current_platform
+from vllm.logger import init_logger
+from vllm.platforms import PlatformEnum
 
-from .patch import log, step_aside, wrap
+from . import registry
+from .patch import Replacement
+
+log = init_logger(registry.log.name)
 
 QUANTIZATION = "modelopt_fp4"
 _PARTS = ("weight", "weight_scale", "weight_scale_2")
 _UNUSED = ("input_scale", "k_scale", "v_scale")
-EXPERTS_ON_CPU = "cpu"
-"""Text of the choice among vLLM's NVFP4 kernels for experts, once there is one for the CPU."""
-
-
-def apply() -> None:
-    if not current_platform.is_cpu():
-        return
-    wrap(VllmConfig, "_get_quantization_config", _none_for_nvfp4)
-    wrap(DefaultModelLoader, "get_all_weights", _expanded)
 
 
 @functools.cache
@@ -42,8 +34,12 @@ def is_needed() -> bool:
     from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as experts
 
     kernels = getattr(linear, "_POSSIBLE_NVFP4_KERNELS", {})
-    if kernels.get(PlatformEnum.CPU) and EXPERTS_ON_CPU in inspect.getsource(experts).lower():
-        step_aside("nvfp4_cpu")
+    if kernels.get(PlatformEnum.CPU) and any(
+        kernel._supports_current_device()
+        for backend in experts.NvFp4MoeBackend
+        for kernel in experts.backend_to_kernel_cls(backend)
+    ):
+        registry.step_aside("nvfp4_cpu")
         return False
     return True
 
@@ -98,3 +94,17 @@ def expand(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, t
         module, parts = next(iter(waiting.items()))
         missing = ", ".join(p for p in _PARTS if p not in parts)
         raise ValueError(f"{module}: not a whole NVFP4 weight, {missing} missing")
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.config:VllmConfig._get_quantization_config",
+        "model_config load_config",
+        _none_for_nvfp4,
+    ),
+    Replacement(
+        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights",
+        "self model_config model",
+        _expanded,
+    ),
+)

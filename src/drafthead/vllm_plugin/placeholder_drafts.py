@@ -11,16 +11,7 @@ wrong from its second token on. The row runs as a prefill
   ends one token after a cached prefix).
 """
 
-from vllm.v1.core.sched.scheduler import Scheduler
-
-from .patch import still_has, wrap
-
-FAULT = "and (scheduled_running_reqs or num_computed_tokens > 0)"
-
-
-def apply() -> None:
-    if still_has(Scheduler.schedule, FAULT, "placeholder_drafts"):
-        wrap(Scheduler, "_update_after_schedule", _without_placeholders)
+from .patch import Replacement
 
 
 def _without_placeholders(stock):
@@ -39,3 +30,12 @@ def _without_placeholders(stock):
         return stock(self, scheduler_output)
 
     return _update_after_schedule
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule",
+        "self scheduler_output",
+        _without_placeholders,
+    ),
+)

@@ -8,15 +8,14 @@ blocks of an earlier step. Here such a batch is dispatched as what its metadata 
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from .patch import still_has, wrap
+from .patch import Replacement, original
 from .resumed_prefills import lengths_to_prefill
 
-FAULT = "and (num_tokens == max_num_scheduled_tokens * num_reqs)"
 
-
-def apply() -> None:
-    if still_has(GPUModelRunner._is_uniform_decode, FAULT, "prefill_graphs"):
-        wrap(GPUModelRunner, "_determine_batch_execution_and_padding", _by_prefill)
+def needed() -> bool | None:
+    """Not if widths alone do not make a batch one of decodes. If they do, vLLM may still have fixed
+    what asks."""
+    return None if original(GPUModelRunner, "_is_uniform_decode")(4, 4, 8, 2) else False
 
 
 def _by_prefill(stock):
@@ -35,3 +34,12 @@ def _by_prefill(stock):
         )
 
     return _determine_batch_execution_and_padding
+
+
+REPLACEMENTS = (
+    Replacement(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding",
+        "self num_reqs force_uniform_decode *",
+        _by_prefill,
+    ),
+)

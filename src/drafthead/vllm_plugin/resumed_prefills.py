@@ -12,17 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-from .patch import still_has, wrap
-
-FAULT = "is_prefilling = num_computed_tokens_cpu < num_prompt_tokens_cpu"
-
-
-def apply() -> None:
-    if still_has(GPUModelRunner._build_attention_metadata, FAULT, "resumed_prefills"):
-        wrap(GPUModelRunner, "_may_reorder_batch", _remember)
-        wrap(GPUModelRunner, "_build_attention_metadata", _told)
+from .patch import Replacement
 
 
 @contextmanager
@@ -69,3 +59,10 @@ def _told(stock):
             return stock(self, *args, **kwargs)
 
     return _build_attention_metadata
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner."
+REPLACEMENTS = (
+    Replacement(f"{_RUNNER}_may_reorder_batch", "self scheduler_output", _remember),
+    Replacement(f"{_RUNNER}_build_attention_metadata", "self *", _told),
+)

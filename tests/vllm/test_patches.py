@@ -1,4 +1,4 @@
-"""The mends of scheduler, planner and batches one by one, and how mends are applied at all."""
+"""The patches of scheduler, planner and batches, one by one."""
 
 from types import SimpleNamespace
 
@@ -6,15 +6,13 @@ import pytest
 import torch
 from transformers import Lfm2MoeConfig
 
-from drafthead import vllm_plugin
 from drafthead.vllm_plugin import (
     accepted_counts,
-    aux_copies,
     batch_order,
-    cpu_kernel_registry,
     draft_kv_group,
     patch,
     placeholder_drafts,
+    registry,
 )
 from tests.vllm.engines import answers, eagle3, engine, ngram
 from tests.vllm.models import write_head, write_target
@@ -82,9 +80,8 @@ def test_batch_order_keeps_decodes_before_prefills():
     order = batch_order.sort_batch_req_ids(rows, drafts, k + 1)
     assert order == ["a", "b", "c", "f", "d", "e"]
     assert _split_by_first_prefill(order, rows, prefilling, k) == {"d", "e", "f"}
-    stock = pytest.importorskip("vllm.v1.worker.gpu.model_runner").sort_batch_req_ids
-    stock = getattr(stock, "_drafthead_mend", stock)
-    faulty = stock(rows, drafts, k + 1)
+    model_runner = pytest.importorskip("vllm.v1.worker.gpu.model_runner")
+    faulty = patch.original(model_runner, "sort_batch_req_ids")(rows, drafts, k + 1)
     assert "c" in _split_by_first_prefill(faulty, rows, prefilling, k)
 
 
@@ -163,103 +160,65 @@ def test_states_are_copies(compiled):
                 stream.add_(1.0)
             return self._maybe_add_hidden_state(states, 3, torch.zeros(2), stream)
 
-    aux_copies.apply()
+    registry.apply([registry.named("aux_copies")])
     decoder = Decoder()
     decoder._set_aux_hidden_state_layers((0, 2, 3))
     forward = torch.compile(decoder, fullgraph=True, backend="eager") if compiled else decoder
     assert [state.tolist() for state in forward(torch.zeros(2))] == [[0, 0], [2, 2], [3, 3]]
 
 
-def test_registering_twice_changes_nothing():
-    from vllm.v1.core.sched.scheduler import Scheduler
+@pytest.mark.parametrize("method", ["eagle3", "dflash", "dspark", "ngram"])
+def test_the_group_of_any_head_is_looked_for(method):
+    from vllm.config import SpeculativeConfig
 
-    vllm_plugin.register()
-    once = Scheduler._update_after_schedule
-    vllm_plugin.register()
-    assert Scheduler._update_after_schedule is once
-
-
-@pytest.mark.parametrize(
-    "mend",
-    [
-        aux_copies,
-        placeholder_drafts,
-        batch_order,
-        accepted_counts,
-        draft_kv_group,
-        cpu_kernel_registry,
-    ],
-)
-def test_mend_steps_aside(mend, monkeypatch, caplog):
-    """When the fault's text is gone from vLLM, nothing is replaced."""
-    replaced = []
-    monkeypatch.setattr(mend, "FAULT", "text that no vLLM has", raising=True)
-    monkeypatch.setattr(mend, "wrap", lambda *_: replaced.append(1), raising=False)
-    monkeypatch.setattr(mend, "_shadow_vars", lambda *_: replaced.append(1), raising=False)
-    said = []
-    monkeypatch.setattr(patch.log, "info_once", lambda text, *values: said.append(text % values))
-    mend.apply()
-    assert not replaced
-    assert len(said) == 1
-    assert "steps aside" in said[0]
-
-
-def test_draft_group_is_left_to_a_vllm_that_marks_draft_layers(monkeypatch):
-    """vLLM 0.33 has no such function any more."""
-    from vllm.v1.core import kv_cache_utils
-
-    said = []
-    monkeypatch.delattr(kv_cache_utils, "_uses_trailing_mtp_layers")
-    monkeypatch.setattr(patch.log, "info_once", lambda text, *values: said.append(text % values))
-    draft_kv_group.apply()
-    assert "steps aside" in said[0]
-    assert not hasattr(kv_cache_utils, "_uses_trailing_mtp_layers")
-
-
-def test_mend_that_does_not_fit_is_left_out_of_an_unknown_vllm_only(monkeypatch):
-    import vllm
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    warned = []
-    monkeypatch.delattr(GPUModelRunner, "_update_states")
-    monkeypatch.setattr(
-        patch.log, "warning_once", lambda text, *values: warned.append(text % values)
+    speculative = SimpleNamespace(method=method)
+    speculative.use_eagle = lambda: SpeculativeConfig.use_eagle(speculative)
+    config = SimpleNamespace(
+        speculative_config=speculative, model_config=SimpleNamespace(is_hybrid=True)
     )
-    with pytest.raises(AttributeError):
-        vllm_plugin.apply(("accepted_counts",))
-    monkeypatch.setattr(vllm, "__version__", "0.40.1")
-    vllm_plugin.apply(("accepted_counts", "draft_kv_group"))
-    assert len(warned) == 1
-    assert "'accepted_counts' does not fit" in warned[0]
+    looked_for = draft_kv_group._heads_too(lambda vllm_config: False)
+    assert looked_for(config) == (method != "ngram")
+    config.model_config.is_hybrid = False
+    assert not looked_for(config)
 
 
-def test_unknown_vllm_warns(monkeypatch):
-    import vllm
+def test_log_probabilities_of_given_tokens_leave_the_bonus_tokens_whole():
+    """Stock vLLM raises, whoever else in the batch asked for log-probabilities."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import dispatcher
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.sample.sampler import Sampler
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    warned = []
-    monkeypatch.setattr(vllm, "__version__", "0.40.1")
-    monkeypatch.setattr(
-        patch.log, "warning_once", lambda text, *values: warned.append(text % values)
+    if not current_platform.is_cpu():
+        pytest.skip("its kernels take tensors of the CPU there only")
+    if not dispatcher._registry:
+        current_platform.register_triton_kernel_overrides()
+    registry.apply([registry.named("logprob_ids")])
+    sampling = SamplingMetadata(
+        temperature=None,
+        all_greedy=True,
+        all_random=False,
+        top_p=None,
+        top_k=None,
+        generators={},
+        max_num_logprobs=2,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=torch.empty(0),
+        presence_penalties=torch.empty(0),
+        repetition_penalties=torch.empty(0),
+        output_token_ids=[],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+        logprob_token_ids={0: [5, 6]},
     )
-    vllm_plugin.register()
-    assert "0.40.1" in warned[0]
-    monkeypatch.setattr(vllm, "__version__", "0.32.3")
-    vllm_plugin.register()
-    assert len(warned) == 1
-
-
-def test_mends_can_be_left_out(monkeypatch):
-    monkeypatch.setenv("DRAFTHEAD_SKIP_MENDS", "cpu_rope,batch_order")
-    assert vllm_plugin.skipped("cpu_rope")
-    assert not vllm_plugin.skipped("cpu_short_conv")
-    monkeypatch.setenv("DRAFTHEAD_SKIP_MENDS", "all")
-    assert vllm_plugin.skipped("cpu_short_conv")
-
-
-def test_other_models_are_left_alone():
-    from vllm import ModelRegistry
-
-    vllm_plugin.register()
-    assert ModelRegistry.models["LlamaForCausalLM"].module_name.startswith("vllm.")
-    assert ModelRegistry.models["Eagle3Qwen3ForCausalLM"].module_name.startswith("vllm.")
-    assert ModelRegistry.models["Lfm2MoeForCausalLM"].module_name == "drafthead.vllm_plugin.lfm2"
+    logits = torch.eye(8)[[3, 4]]  # of one draft, 3, and of the token after it
+    drafts = SpecDecodeMetadata.make_dummy([[3]], torch.device("cpu"))
+    drafts.target_logits_indices, drafts.bonus_logits_indices = torch.tensor([[0], [1]])
+    output = RejectionSampler(Sampler())(drafts, None, logits, sampling)
+    assert output.sampled_token_ids.tolist() == [[3, 4]]
+    assert output.logprobs_tensors.logprob_token_ids[:, 0].tolist() == [3, 4]

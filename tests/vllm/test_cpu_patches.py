@@ -1,10 +1,10 @@
-"""The mends of the CPU engine, each against its plain twin."""
+"""The patches of the CPU engine, each against its plain twin."""
 
 from types import SimpleNamespace
 
 import torch
 
-from drafthead.vllm_plugin import cpu_expand, cpu_kernel_registry, cpu_rope, cpu_short_conv
+from drafthead.vllm_plugin import cpu_kernel_registry, cpu_short_conv, registry
 
 
 def test_verify_rows_of_the_convolution():
@@ -39,7 +39,7 @@ def test_rope_on_the_cpu_rotates_every_head():
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    cpu_rope.apply()
+    registry.apply([registry.named("cpu_rope")])
     with set_current_vllm_config(VllmConfig()):
         rope = get_rope(
             32,
@@ -59,7 +59,7 @@ def test_rope_on_the_cpu_rotates_every_head():
 def test_temperatures_of_drafts_on_the_cpu():
     from vllm.utils import cpu_triton_utils
 
-    cpu_expand.apply()
+    registry.apply([registry.named("cpu_expand")])
     cu = torch.tensor([3, 3, 5], dtype=torch.int32)  # three drafts, none, two
     for values, want in (
         (torch.tensor([0.7, 2.0, 0.0]), torch.tensor([0.7, 0.7, 0.7, 1.0, 1.0])),

@@ -1,4 +1,4 @@
-"""The mends that make steps cheaper change nothing else; decode graphs are for decodes."""
+"""The patches that make steps cheaper change nothing else; decode graphs are for decodes."""
 
 import importlib
 import random
@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from drafthead import vllm_plugin
 from drafthead.vllm_plugin import (
     conv_metadata,
     draft_argmax,
     greedy_verify,
-    patch,
     prefill_graphs,
+    registry,
     resumed_prefills,
 )
 from tests.vllm.engines import answers, counter, eagle3, engine, ngram, stress
@@ -29,7 +28,7 @@ def target(tmp_path_factory):
     return write_target(tmp_path_factory.mktemp("hybrid"))
 
 
-def _builders(target, monkeypatch, mode: str, count: int, mended: bool) -> list:
+def _builders(target, monkeypatch, mode: str, count: int, patched: bool) -> list:
     """Metadata builders of ``count`` groups of conv layers, with full graphs and k = 3."""
     from vllm.config import CUDAGraphMode
     from vllm.engine.arg_utils import EngineArgs
@@ -54,7 +53,7 @@ def _builders(target, monkeypatch, mode: str, count: int, mended: bool) -> list:
         mamba_cache_mode=mode,
         num_speculative_blocks=K,
     )
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if mended else "0")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1" if patched else "0")
     device = torch.device("cpu")
     return [ShortConvAttentionMetadataBuilder(spec, [], config, device) for _ in range(count)]
 
@@ -119,25 +118,26 @@ def _plain(value):
 def test_conv_metadata_is_what_every_group_would_build(target, monkeypatch, mode):
     from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
-    conv_metadata.apply()
-    stock = _builders(target, monkeypatch, mode, 3, mended=False)
-    mended = _builders(target, monkeypatch, mode, 3, mended=True)
+    for replacement in conv_metadata.REPLACEMENTS:
+        replacement.apply("conv_metadata")
+    stock = _builders(target, monkeypatch, mode, 3, patched=False)
+    patched = _builders(target, monkeypatch, mode, 3, patched=True)
     assert not any(b.supports_update_block_table for b in stock)
-    assert all(b.supports_update_block_table for b in mended)
+    assert all(b.supports_update_block_table for b in patched)
     rng = random.Random(0)
     kinds = set()
     for step in range(150):
         groups, counts = _batch(rng, 1 + K if mode == "none" else 256 // BLOCK + K)
         want = [b.build(0, m, **counts) for b, m in zip(stock, groups)]
         if mode == "align" and step % 3:  # as the model state does for builders that ask for it
-            for builder, m in zip(mended, groups):
+            for builder, m in zip(patched, groups):
                 builder.mamba_aligned_state_indices = mamba_get_block_table_tensor(
                     m.block_table_tensor, m.seq_lens, builder.kv_cache_spec, mode
                 )
-        first = mended[0].build(0, groups[0], **counts)
+        first = patched[0].build(0, groups[0], **counts)
         others = [
             builder.update_block_table(first, m.block_table_tensor, m.slot_mapping)
-            for builder, m in zip(mended[1:], groups[1:])
+            for builder, m in zip(patched[1:], groups[1:])
         ]
         kinds.add((want[0].num_decodes > 0, want[0].num_prefills > 0))
         for one, other in zip(want, [first, *others]):
@@ -146,16 +146,16 @@ def test_conv_metadata_is_what_every_group_would_build(target, monkeypatch, mode
                 assert _plain(a) == _plain(b), field.name
         # Graphs hold the buffers' addresses: they may not depend on the batch.
         if not want[0].num_prefills:
-            for builder, metadata in zip(mended, [first, *others]):
+            for builder, metadata in zip(patched, [first, *others]):
                 held = metadata.state_indices_tensor_d.data_ptr()
                 assert held == builder.state_indices_tensor_d.data_ptr()
                 accepted = metadata.num_accepted_tokens.data_ptr()
-                assert accepted == mended[0].decode_num_accepted_tokens.data_ptr()
+                assert accepted == patched[0].decode_num_accepted_tokens.data_ptr()
     assert kinds == {(True, False), (False, True), (True, True)}
 
 
 def test_drafts_are_the_same_when_chosen_in_the_draft_vocabulary(tmp_path, target):
-    """vLLM's method and the scatter that the mend does without, in an engine each."""
+    """vLLM's method and the scatter that the patch does without, in an engine each."""
     head = write_head(tmp_path, target, aux_layers=(2, 3, 6), repeats=True)
     accepted = []
     for chosen in (False, True):
@@ -171,9 +171,9 @@ def test_draft_argmax_comes_with_every_head(monkeypatch):
     from drafthead.vllm_plugin import eagle3 as head_class
 
     applied = []
-    monkeypatch.setattr(vllm_plugin, "apply", applied.extend)
+    monkeypatch.setattr(registry, "apply", applied.extend)
     importlib.reload(head_class)
-    assert "draft_argmax" in applied
+    assert registry.named("draft_argmax") in applied
 
 
 def test_draft_argmax_is_asked_for_where_it_may():
@@ -278,16 +278,3 @@ def test_resumed_requests_count_their_answer_as_prompt():
     resumed_prefills._remember(lambda self, out: None)(runner, step)
     look(runner)
     assert seen[-1] == [8, 8, 8]
-
-
-@pytest.mark.parametrize(
-    "mend", [conv_metadata, draft_argmax, greedy_verify, prefill_graphs, resumed_prefills]
-)
-def test_mend_steps_aside(mend, monkeypatch):
-    replaced, said = [], []
-    monkeypatch.setattr(mend, "FAULT", "text that no vLLM has")
-    monkeypatch.setattr(mend, "wrap", lambda *_: replaced.append(1))
-    monkeypatch.setattr(patch.log, "info_once", lambda text, *values: said.append(text % values))
-    mend.apply()
-    assert not replaced
-    assert "steps aside" in said[0]
