@@ -1,21 +1,34 @@
 """DSpark heads in a real engine on the CPU: vLLM's modules draft as ours do, and answers stay the
 target's own."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
+from drafthead.drafters.base import TargetSide
 from drafthead.drafters.dspark.checkpoint import load_head, save_head
 from drafthead.drafters.dspark.config import DSparkConfig
+from drafthead.drafters.dspark.drafter import DSpark
 from drafthead.drafters.dspark.drafting import draft_blocks
 from drafthead.drafters.dspark.model import DSparkHead
+from drafthead.drafters.dspark.packing import pack_blocks
+from drafthead.drafters.dspark.training import BlockObjective, BlockStep
+from drafthead.ops.losses import Teacher
+from drafthead.ops.vocabulary import draft_ids
 from drafthead.targets import load_target
-from tests.vllm.engines import engine
+from drafthead.train.evaluate import evaluate
+from tests.vllm.engines import answers, counter, engine, prompt, staggered, stress
+from tests.vllm.models import write_target
+from tests.vllm.test_served_acceptance import answers as own_answers
+from tests.vllm.test_served_acceptance import counters
 
 PROMPTS = ([5, 9, 77, 130, 8, 201, 44], [300], [17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27])
 
 
-def crafted(target, folder, **changes):
-    """A head of random weights for a target, saved in `folder`."""
+def shaped(target, **changes):
+    """A head of random weights for a target."""
     base = {
         "hidden_size": target.hidden_size,
         "intermediate_size": 96,
@@ -39,8 +52,28 @@ def crafted(target, folder, **changes):
             p.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
         if head.config.draft_vocab_size < head.config.vocab_size:
             head.d2t[50:] = head.config.vocab_size - head.config.draft_vocab_size
+    return head
+
+
+def saved(head, folder):
     save_head(head, folder, {}, dtype=torch.float32)
     return folder
+
+
+@torch.no_grad()
+def repeating(target):
+    """A head that drafts the last token again and again: right where the target repeats itself."""
+    head = shaped(target, draft_vocab_size=target.vocab_size - 100, num_hidden_layers=1,
+                  markov_rank=128, aux_layer_ids=(2, 3, 6))  # fmt: skip
+    layer, embedding = head.layers[0], target.embedding().float()
+    for p in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        p.weight.zero_()
+    head.norm.weight.fill_(1.0)
+    head.lm_head.weight.copy_(embedding[head.target_ids()])
+    # Nearly orthogonal codes: a token's own is the likeliest after it.
+    head.markov_head.markov_w1.weight.normal_(generator=torch.Generator().manual_seed(1))
+    head.markov_head.markov_w2.weight.copy_(head.markov_head.markov_w1.weight[head.target_ids()])
+    return head
 
 
 def dspark(head, k):
@@ -77,7 +110,7 @@ def test_engine_and_head_draft_the_same(llama, tmp_path, k, changes):
     from vllm import SamplingParams
 
     target = load_target(llama)
-    folder = crafted(target, tmp_path / "head", **changes)
+    folder = saved(shaped(target, **changes), tmp_path / "head")
     head = load_head(folder).head
     lm_head = target.lm_head() if head.lm_head is None else None
     with engine(llama, dspark(folder, k), max_num_seqs=1) as llm:
@@ -102,3 +135,74 @@ def test_engine_and_head_draft_the_same(llama, tmp_path, k, changes):
             assert drafts.tolist() == [chain for *_, chain in calls[: len(rows)]]
             chains |= {tuple(chain) for chain in drafts.tolist()}
         assert len(chains) > 8, "a head that always drafts the same would prove nothing"
+
+
+STRESS, STAGGERED = stress(), stress(seed=2)[:32]
+_RNG = random.Random(3)
+ALONE = [(prompt(_RNG, length), 24) for length in (1, 2, 7, 40)]
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    return write_target(tmp_path_factory.mktemp("hybrid"))
+
+
+@pytest.fixture(scope="module")
+def alone(hybrid):
+    """Answers of the target alone."""
+    with engine(hybrid, max_num_seqs=8, max_num_batched_tokens=256) as llm:
+        sets = {"stress": STRESS, "staggered": STAGGERED, "alone": ALONE}
+        return {name: answers(llm, requests) for name, requests in sets.items()}
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_answers_of_a_hybrid_stay_its_own(hybrid, alone, tmp_path, k):
+    head = saved(repeating(load_target(hybrid)), tmp_path / "head")
+    with engine(hybrid, dspark(head, k)) as llm:
+        assert [answers(llm, [request])[0] for request in ALONE] == alone["alone"]
+        assert staggered(llm, STAGGERED) == alone["staggered"]
+        assert answers(llm, STRESS) == alone["stress"]
+        accepted = counter(llm, "spec_decode_num_accepted_tokens")
+        drafted = counter(llm, "spec_decode_num_draft_tokens")
+    assert 100 < accepted < drafted
+
+
+def test_the_engine_counts_what_was_predicted(llama, tmp_path):
+    """A head trained for a moment on the very answers that are served."""
+    from vllm import SamplingParams
+
+    target = load_target(llama)
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(5, 500, n).tolist() for n in (9, 2, 14, 5, 7, 3, 20, 6)]
+    lengths = [40, 30, 24, 36, 28, 40, 20, 33]
+    held = own_answers(llama, prompts, lengths)
+    head = shaped(target, draft_vocab_size=target.vocab_size, aux_layer_ids=(1, 3, 5))
+    weight, eps = target.final_norm()
+    teacher = Teacher(weight, eps, target.lm_head()[head.target_ids()], target.logits)
+    embedding = target.embedding()
+    mask = embedding[head.config.mask_token_id]
+    step = BlockStep(head, teacher, BlockObjective("ce"), mask)
+    to_draft = draft_ids(head.target_ids(), target.vocab_size)
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    for number in range(60):
+        row = pack_blocks(held, 5, 1.0, to_draft, 1000, embedding, (number,))
+        optimizer.zero_grad()
+        step.backward(row.batch("cpu"))
+        optimizer.step()
+    folder = saved(head, tmp_path / "head")
+    served, _ = DSpark().load(folder)
+    predicted = evaluate(DSpark(), served, TargetSide(embedding), held, [5])[0]
+    with engine(llama, dspark(folder, 5)) as llm:
+        sampling = [
+            SamplingParams(temperature=0.0, max_tokens=n, detokenize=False) for n in lengths
+        ]
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        counted = counters(llm)
+    for one, output in zip(held, outputs):
+        assert one.ids[one.prompt_len :].tolist() == list(output.outputs[0].token_ids)
+    assert min(predicted.accepted) > 2
+    assert counted["steps"] == predicted.drafts
+    assert counted["accepted"][0] == predicted.accepted[0]
+    extra = np.array(counted["accepted"]) - np.array(predicted.accepted)
+    assert (extra >= 0).all()
+    assert (extra <= np.array(predicted.past_end)).all()

@@ -421,20 +421,25 @@ def _block_d_key(
     tl.store(d_v + at[:, None] + lanes[None, :], v_acc.to(d_v.dtype.element_ty), mask=inside)
 
 
-ATTENTION_ROWS, ATTENTION_KEYS = 64, 64
+FORWARD = D_QUERY = D_KEY = (64, 64, 4)
+"""Rows and keys of a tile, and warps, of each kernel."""
 
 
-def _block_launch(q: Tensor, k: Tensor, blocks: Blocks) -> tuple[tuple[int, int], tuple, dict]:
+def _block_launch(
+    q: Tensor, k: Tensor, blocks: Blocks, tile: tuple[int, int, int]
+) -> tuple[tuple[int, int], tuple, dict]:
     """Grid over queries, scalar arguments and constants that the kernels share."""
     (queries, heads, width), groups = q.shape, k.shape[1]
+    rows, keys, warps = tile
     constants = {
         "SIZE": blocks.size,
         "CAUSAL": blocks.causal,
-        "ROWS": ATTENTION_ROWS,
-        "KEYS": ATTENTION_KEYS,
+        "ROWS": rows,
+        "KEYS": keys,
         "DIM": max(16, triton.next_power_of_2(width)),
+        "num_warps": warps,
     }
-    grid = triton.cdiv(queries * (heads // groups), ATTENTION_ROWS), groups
+    grid = triton.cdiv(queries * (heads // groups), rows), groups
     return grid, (heads, groups, width, width**-0.5), constants
 
 
@@ -444,7 +449,7 @@ def block_attention(
     """`block_attention.plain_block_attention` in one kernel: the output [Q, h, d] and the
     log-sum-exp fp32 [g, Q * h / g]."""
     q, k, v, own_k, own_v = (x.contiguous() for x in (q, k, v, own_k, own_v))
-    grid, numbers, constants = _block_launch(q, k, blocks)
+    grid, numbers, constants = _block_launch(q, k, blocks, FORWARD)
     out = torch.empty_like(q)
     lse = torch.empty(k.shape[1], q.shape[0] * (q.shape[1] // k.shape[1]), device=q.device)
     _block_forward[grid](
@@ -466,7 +471,7 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, own_k and own_v, given the output and its log-sum-exp."""
     q, k, v, own_k, own_v = (x.contiguous() for x in (q, k, v, own_k, own_v))
-    grid, numbers, constants = _block_launch(q, k, blocks)
+    grid, numbers, constants = _block_launch(q, k, blocks, D_QUERY)
     # sum(dO * O) of each row, in the order of `lse`.
     shifts = (d_out.float() * out.float()).sum(-1).unflatten(1, (k.shape[1], -1))
     shifts = shifts.transpose(0, 1).flatten(1).contiguous()
@@ -476,17 +481,19 @@ def block_attention_backward(
         *numbers, **constants,
     )  # fmt: skip
     # Which blocks see a tile of context: both ends are sorted, so they are a run.
-    begins = torch.arange(0, len(k), ATTENTION_KEYS, device=q.device, dtype=torch.int32)
+    _, numbers, constants = _block_launch(q, k, blocks, D_KEY)
+    tile = constants["KEYS"]
+    begins = torch.arange(0, len(k), tile, device=q.device, dtype=torch.int32)
     reach = torch.stack(
         [
             torch.searchsorted(blocks.end, begins, right=True),
-            torch.searchsorted(blocks.start, begins + ATTENTION_KEYS),
+            torch.searchsorted(blocks.start, begins + tile),
         ]
     ).int()
     gradients = [d_q]
     for own, keys, values in ((False, k, v), (True, own_k, own_v)):
         d_k, d_v = torch.empty_like(keys), torch.empty_like(values)
-        _block_d_key[triton.cdiv(len(keys), ATTENTION_KEYS), k.shape[1]](
+        _block_d_key[triton.cdiv(len(keys), tile), k.shape[1]](
             q, keys, values, blocks.start, blocks.end, reach, d_out, lse, shifts, d_k, d_v, len(q),
             len(keys), *numbers, OWN=own, **constants,
         )  # fmt: skip
