@@ -163,8 +163,8 @@ class HeadSection(Section):
     one on the hub for LFM2.5-8B-A1B."""
 
     kind: Literal["eagle3", "dspark"] = "eagle3"
-    """`eagle3`: one layer drafts token after token. `dspark`: a few layers draft a block in one
-    pass."""
+    """`eagle3`: one layer drafts token after token; with little data far ahead (docs/dspark.md).
+    `dspark`: a few layers draft a block in one pass."""
     aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Which of the captured auxiliary layers the head reads; null is all. Capture more once, and
     heads that read different ones can be compared on the same states."""
