@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from drafthead import doctor, vllm_plugin
+from drafthead import vllm_plugin
+from drafthead.doctor import engine
 from drafthead.vllm_plugin import patch, registry
 from drafthead.vllm_plugin.patch import Replacement
 from drafthead.vllm_plugin.registry import Patch, State
@@ -311,11 +312,13 @@ def test_lfm2_in_another_module_is_served_by_vllm_and_said_to_be_unprotected(fre
     assert any("vllm.models.lfm2" in line for line in fresh)
 
 
-def test_doctor_sees_the_table(capsys, fresh):
+def test_doctor_sees_the_table(capsys, fresh, monkeypatch):
     """What doctor's process prints, in this one."""
-    exec(doctor._IMPORTS, {})
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first.split()[0] == "torch"
+    from vllm import plugins
+
+    monkeypatch.setattr(plugins, "load_general_plugins", vllm_plugin.register)  # once a process
+    exec(engine._PLUGIN, {})
+    lines = capsys.readouterr().out.splitlines()
     told = [json.loads(line.split(maxsplit=1)[1]) for line in lines if line.startswith("patch ")]
     assert [name for name, _, _ in told] == NAMES
     assert {advice for _, _, advice in told} == {""}

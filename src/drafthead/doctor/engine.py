@@ -24,21 +24,26 @@ architecture = sys.stdin.readline().strip()  # not known before: reading a targe
 import vllm.entrypoints.llm
 print("vllm", flush=True)
 """
-# Who brings EAGLE-3's auxiliary hidden states: the package of the class that would be served.
-_HOOK = """
-from vllm import ModelRegistry
-from vllm.model_executor.models.interfaces import supports_eagle3
-from vllm.plugins import load_general_plugins
-load_general_plugins()
+_PLUGIN = """
 import json
 from drafthead.vllm_plugin import registry
+from vllm.plugins import load_general_plugins
+load_general_plugins()
 for status in registry.statuses():
     advice = status.advice if status.unprotected else ""
     print("patch", json.dumps([status.patch.name, status.state, advice]), flush=True)
+"""
+# Who brings EAGLE-3's auxiliary hidden states: the package of the class that would be served.
+_HOOK = (
+    _PLUGIN
+    + """
+from vllm import ModelRegistry
+from vllm.model_executor.models.interfaces import supports_eagle3
 if architecture:
     model = ModelRegistry.models[architecture].load_model_cls()
     print("hook", model.__module__.split(".")[0] if supports_eagle3(model) else "nobody")
 """
+)
 _PATCHES = {
     State.applied: "applied",
     State.needed: "applied once an LFM2 target or an EAGLE-3 head is loaded",
