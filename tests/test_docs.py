@@ -17,7 +17,7 @@ from drafthead.cli import app
 from drafthead.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
 PAGES = sorted((ROOT / "docs").rglob("*.md")) + ROOT_PAGES
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 FILES = {"json", "html", "md", "jsonl", "py", "yaml", "log", "safetensors", "done", "begun"}

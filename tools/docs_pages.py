@@ -172,7 +172,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/cli.md": cli_page(),
         "reference/recipe.md": recipe_page(),
         "contributing.md": root_page("CONTRIBUTING.md"),
-        "changelog.md": root_page("CHANGELOG.md"),
     }
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
