@@ -1,4 +1,5 @@
-"""A local stand-in of the hub's HTTP API: what creating a repository and committing to it use."""
+"""A local stand-in of the hub's HTTP API: what creating a repository, committing to it and
+fetching one use."""
 
 import base64
 import hashlib
@@ -8,15 +9,19 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+COMMIT = "1" * 40
+
 
 class Hub(ThreadingHTTPServer):
-    """Keeps what is committed in ``files`` and the requests in ``log``; ``refuse`` answers 403."""
+    """Keeps what is committed in ``files`` and the requests in ``log``; ``refuse`` answers 403.
+    ``served`` has the files, by path, of the one repository that can be fetched."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.objects: dict[str, bytes] = {}
         self.log: list[str] = []
+        self.served: dict[str, bytes] = {}
         self.refuse = False
 
     @property
@@ -42,8 +47,34 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.server.log.append(f"GET {self.path}")
-        self._answer({"error": "not here"}, 404)
+        hub, path = self.server, self.path.split("?")[0]
+        hub.log.append(f"{self.command} {path}")
+        name = path.partition(f"/resolve/{COMMIT}/")[2]
+        if name in hub.served:
+            data = hub.served[name]
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+        elif hub.served and "/revision/" in path:
+            self._answer({"id": "someone/head", "sha": COMMIT})
+        elif hub.served and "/tree/" in path:
+            self._answer(
+                [
+                    {
+                        "type": "file",
+                        "path": path,
+                        "size": len(data),
+                        "oid": hashlib.sha1(data).hexdigest(),
+                    }
+                    for path, data in hub.served.items()
+                ]
+            )
+        else:
+            self._answer({"error": "not here"}, 404)
 
     do_HEAD = do_GET
 
@@ -101,8 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
                 elif entry["key"] == "lfsFile":
                     hub.files[value["path"]] = hub.objects[value["oid"]]
             repo = path.removeprefix("/api/models/").removesuffix("/commit/main")
-            oid = "1" * 40
-            return self._answer({"commitUrl": f"{hub.url}/{repo}/commit/{oid}", "commitOid": oid})
+            url = f"{hub.url}/{repo}/commit/{COMMIT}"
+            return self._answer({"commitUrl": url, "commitOid": COMMIT})
         return self._answer({"error": f"unknown {path}"}, 404)
 
 
