@@ -153,8 +153,11 @@ def vocab(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         )
     about = save_vocab(run.vocab, counts, recipe.vocab.size, always, heldout)
     unseen = about["heldout_coverage"]
+    words = f"{about['size']} of {about['vocab_size']} tokens cover "
+    if unseen is not None:
+        words += f"{unseen:.2%} of the held-out answers: expect that when served. They cover "
     console.print(
-        f"{about['size']} of {about['vocab_size']} tokens cover {about['coverage']:.2%} of what "
-        f"the target wrote" + ("" if unseen is None else f", {unseen:.2%} of the held-out answers")
+        f"{words}{about['coverage']:.2%} of the training answers that they were chosen from, which "
+        "says little about others"
     )
     return {key: value for key, value in about.items() if key != "always_in"}

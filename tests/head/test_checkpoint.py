@@ -438,7 +438,7 @@ PINNED = {
     *("eagle_aux_hidden_state_layer_ids", "norm_before_fc", "fc_norm"),
 }
 """Keys of the configuration that have one right value, given the weights."""
-FREE = {"rope_theta", "tie_word_embeddings", "num_aux_hidden_states", "dtype", "drafthead"}
+FREE = {"rope_theta", "tie_word_embeddings", "dtype", "drafthead"}
 """Keys that the head does not depend on."""
 
 

@@ -1,7 +1,7 @@
 """The two `config.json` of an EAGLE-3 head: vLLM's own and the speculators library's.
 
-A head is read as vLLM 0.32 reads it, with the same defaults (`tests/vllm/test_odd_heads.py` holds
-the two together). SpecForge and ModelOpt write vLLM's format, but keep the aux layer ids inside
+A head is read as vLLM 0.32 reads it, with the same defaults (`tests/odd_heads.py` has what was seen
+of vLLM). SpecForge and ModelOpt write vLLM's format, but keep the aux layer ids inside
 `eagle_config`, where they count layer *outputs*, one lower than vLLM's.
 """
 
