@@ -426,3 +426,12 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
     assert max(rates) == rates[9] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_more_processes_than_packed_rows_are_refused_at_the_start(store, tmp_path, rank):
+    world = World(rank, 2, torch.device("cpu"))
+    task = make_task(store, row_tokens=1 << 20, epochs=1, rows_per_step=None)
+    with pytest.raises(DraftheadError, match=r"fill 1 rows .* step takes 2.* fewer processes"):
+        fit(task, tmp_path, world, quiet())
+    assert not list(tmp_path.iterdir())

@@ -180,14 +180,20 @@ class CaptureEngine:
                     continue
                 key = int(output.request_id)
                 if output.prompt_token_ids != list(prompts[key - first]):
-                    raise DraftheadError(f"vLLM changed the token ids of prompt {key - first}")
+                    raise DraftheadError(
+                        f"engine.extra: vLLM changed the token ids of a prompt of "
+                        f"{len(prompts[key - first])} tokens; take out what truncates prompts"
+                    )
                 answer = output.outputs[0]
                 ids = list(answer.token_ids)
                 written[key] = Written(key, ids, str(answer.finish_reason))
                 if progress is not None:
                     progress(len(ids))
         if len(written) < len(prompts):
-            raise DraftheadError(f"vLLM answered {len(written)} of {len(prompts)} prompts")
+            raise DraftheadError(
+                f"vLLM answered {len(written)} of {len(prompts)} prompts and ended the others; "
+                "logs/ in the run's folder says why. Finished units stay: run again"
+            )
         return [written[key] for key in sorted(written)]
 
     def save(self, place: int | Sequence[Sequence[int]], wanted: Sequence[Wanted]) -> None:
@@ -208,7 +214,10 @@ class CaptureEngine:
         end = time.monotonic() + _SETTLE_SECONDS
         while not self.llm.reset_prefix_cache():
             if time.monotonic() > end:
-                raise DraftheadError("vLLM could not empty its prefix cache between units of work")
+                raise DraftheadError(
+                    "vLLM could not empty its prefix cache between units of work; set "
+                    "`enable_prefix_caching: false` in engine.extra, and run again"
+                )
             time.sleep(0.01)
         self._report(trouble)
 

@@ -51,8 +51,8 @@ class Plan:
         if len(rows) < rows_per_step:
             raise DraftheadError(
                 f"{reader.path}: its training answers fill {len(rows)} rows of {tokens} tokens, a "
-                f"step takes {rows_per_step}; generate more answers, or lower train.row_tokens or "
-                "train.rows_per_step"
+                f"step takes {rows_per_step}; generate more answers, lower train.row_tokens or "
+                "train.rows_per_step, or start fewer processes"
             )
         return cls(rows, rows_per_step)
 
