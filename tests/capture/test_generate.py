@@ -195,3 +195,19 @@ def test_a_later_turn_without_room_keeps_the_earlier_ones(run, tmp_path, llama):
     ((reason, names),) = unit.left_out.items()
     assert "engine.max_model_len" in reason
     assert names == [pair[0].id]
+
+
+def test_a_prompt_with_tokens_beyond_the_vocabulary_is_left_out(run):
+    """The engine looked them up past the end of the embedding, or refused them and died."""
+    plan, run = run
+    beyond = plan.units[0][0][0]
+    encode, first = plan.template.encode, beyond.messages()
+
+    def longer(messages):
+        ids, mask = encode(messages)
+        return ([*ids[:-1], plan.target.vocab_size], mask) if messages == first else (ids, mask)
+
+    plan.template.encode = longer
+    unit = answer_unit(plan, Engine(plan, None), plan.units[0])
+    assert len(unit.answers) == 7
+    assert list(unit.left_out.values()) == [[beyond.id]]

@@ -293,3 +293,20 @@ def test_overrides_replace_fields_as_in_vllm(copy, tmp_path):
     nested = load_target(folder, overrides={"text_config": {"max_position_embeddings": 2048}})
     assert nested.max_position_embeddings == 2048
     assert nested.hidden_size == 64
+
+
+@pytest.mark.parametrize("value", ["<|im_end|>", [[4]], -1, [4, 1.5], True])
+def test_an_end_token_that_is_no_id_is_refused(copy, value):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(DraftheadError, match=r"generation_config\.json: `eos_token_id`"):
+        assert load_target(copy).eos_token_ids
+
+
+def test_an_embedding_that_is_no_matrix_or_not_there_is_refused_at_once(copy):
+    name = "model.embed_tokens.weight"
+    change(copy, lambda t: t.update({name: t[name].flatten()}))
+    with pytest.raises(DraftheadError, match=r"embed_tokens\.weight has the shape \[32768\]"):
+        load_target(copy)
+    change(copy, lambda t: t.pop(name))
+    with pytest.raises(DraftheadError, match=r"embed_tokens\.weight"):
+        load_target(copy)

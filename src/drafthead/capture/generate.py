@@ -32,6 +32,7 @@ _TURN_MARGIN = 64
 # Answers by which a target that ends every one at once is known.
 _ENOUGH_ANSWERS = 32
 _TOO_LONG = "prompt longer than the model"
+_NO_EMBEDDING = "a prompt with tokens that the tokenizer has and the target's vocabulary has not"
 _NO_ROOM = "later turns, which might not fit into engine.max_model_len"
 _REFUSED = "later turns, as the template refuses an answer before them"
 _NO_CONTENT = "later turns, as an answer before them is all thinking"
@@ -94,6 +95,8 @@ def answer_unit(
             else:
                 if len(ids) >= plan.max_len:
                     reason = _TOO_LONG if conversation.answered is None else _NO_ROOM
+                elif max(ids, default=0) >= plan.target.vocab_size:
+                    reason = _NO_EMBEDDING
             if reason is not None:
                 left_out.setdefault(reason, []).append(conversation.chat.id)
                 if conversation.answered is not None:

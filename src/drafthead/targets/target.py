@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import file_hash, fingerprint, read_json
+from drafthead.fsio import file_hash, fingerprint, read_json, shortened
 from drafthead.recipe import Recipe
 from drafthead.targets.logits import LogitRule, logit_rule
 from drafthead.targets.safetensors_folder import SafetensorsFolder
@@ -137,15 +137,24 @@ class Target:
 
     @functools.cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the generation configuration's, else the configuration's."""
-        found = getattr(self.config, "eos_token_id", None)
+        """Tokens that end an answer: the generation configuration's, else the configuration's.
+
+        Raises:
+            DraftheadError: not token ids.
+        """
+        value, source = getattr(self.config, "eos_token_id", None), self.path / "config.json"
         generation = self.path / "generation_config.json"
         if generation.exists():
-            found = read_json(generation, "how a target generates", dict[str, Any], FETCH).get(
-                "eos_token_id", found
+            fields = read_json(generation, "how a target generates", dict[str, Any], FETCH)
+            if "eos_token_id" in fields:
+                value, source = fields["eos_token_id"], generation
+        ids = [i for i in (value if isinstance(value, list) else [value]) if i is not None]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise DraftheadError(
+                f"{source}: `eos_token_id` is {shortened(value)}, must be a token id or a list of "
+                f"them; {FETCH}"
             )
-        ids = found if isinstance(found, list) else [found]
-        return tuple(int(i) for i in ids if i is not None)
+        return tuple(ids)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -288,8 +297,6 @@ class Target:
             DraftheadError: they disagree about the vocabulary, the width, the number of layers, or
                 whether the LM head is the embedding.
         """
-        if not any(name.endswith(_EMBEDDING) for name in self.tensors.where):
-            return  # an unknown layout: `decoder` refuses it where it is needed
         embedding, lm_head = self.decoder + _EMBEDDING, self._lm_head
         for name in (embedding, lm_head):
             if name is not None:
@@ -311,8 +318,11 @@ class Target:
 
     def _check_shape(self, name: str) -> None:
         """``name`` is [vocab_size, hidden_size]; quantized weights may pack a row into fewer."""
-        dtype, (rows, width) = self.tensors.shape(name)
+        dtype, shape = self.tensors.shape(name)
         config = self.path / "config.json"
+        if len(shape) != 2:
+            raise DraftheadError(f"{self.path}: {name} has the shape {shape}, not that of a matrix")
+        rows, width = shape
         if rows != self.vocab_size:
             raise DraftheadError(
                 f"{config}: `vocab_size` is {self.vocab_size}, but {name} has {rows} rows; "
