@@ -168,7 +168,7 @@ def limitations(r: Results) -> list[str]:
             f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "
             "within its numeric noise, as they do between any two batch shapes."
         )
-    found += notes(r)
+    found += [note for note in notes(r) if note != NOT_MEASURED]  # said at the top
     machine = (r.bench or r.verify)["machine"]["summary"]
     what = "Measured" if r.bench else "Proved"
     return [*found, f"{what} on one machine only: {machine}."]

@@ -69,7 +69,7 @@ def _publish(recipe: Recipe, run: RunDir, repo: str, dry_run: bool, console: Con
         results = read_results(recipe, run)
     if not results.bench:
         raise DraftheadError(
-            f"{run.bench_json}: not of this head, or not there; `drafthead bench RECIPE` makes it"
+            f"{run.bench_json}: no speed of this head was measured; run `drafthead bench RECIPE`"
         )
     if not results.proof["lossless"]:
         raise ClaimFailed(f"{proof_path(run)}: not lossless; such a head is not published")

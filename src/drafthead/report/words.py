@@ -208,7 +208,7 @@ def setting(bench: dict) -> str:
     return f"{requests}, {heat}, k = {k}, answers of {tokens} tokens at most"
 
 
-NOT_MEASURED = "Speed was not measured: `drafthead bench RECIPE` does it."
+NOT_MEASURED = "Speed was not measured."
 
 
 def notes(r: Results) -> list[str]:
