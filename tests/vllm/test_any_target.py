@@ -1,6 +1,5 @@
 """EAGLE-3 on targets for which vLLM has no hook: states and answers are those of transformers."""
 
-import sys
 from itertools import islice
 
 import pytest
@@ -9,8 +8,8 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.registry import _RegisteredModel
 from vllm.plugins import load_general_plugins
 
-from drafthead import hook
 from drafthead.capture.transformers_twin import TransformersTwin
+from drafthead.doctor import engine as doctor_engine
 from drafthead.vllm_plugin import any_target, hookless
 from tests.vllm import unhooked
 from tests.vllm.engines import answers, counter, eagle3, engine, norms_write_in_place, stress
@@ -148,10 +147,9 @@ def test_states_are_outputs_of_the_graph(whole, compiled):
         ("OPTForCausalLM", "nobody"),
     ],
 )
-def test_doctor_knows_who_brings_it(architecture, printed, monkeypatch, capsys):
+def test_doctor_knows_who_brings_it(architecture, printed, capsys):
     """Its process, in this one."""
-    monkeypatch.setattr(sys, "argv", ["-c", architecture])
-    exec(hook._HOOK, {})
+    exec(doctor_engine._HOOK, {"architecture": architecture})
     assert f"hook {printed}\n" in capsys.readouterr().out
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from drafthead import hook
 from drafthead.capture.transformers_twin import TransformersTwin
+from drafthead.doctor import engine as doctor_engine
 from drafthead.fsio import read_json
 from drafthead.recipe import parse_recipe
 from drafthead.run import execute
@@ -60,8 +60,7 @@ def test_states_and_answers(kind, k, bringer, tmp_path, monkeypatch, capsys):
         check_answers(llm, twin)
         accepted = counter(llm, "spec_decode_num_accepted_tokens")
         assert 10 < accepted < counter(llm, "spec_decode_num_draft_tokens")
-    monkeypatch.setattr(sys, "argv", ["-c", architecture])
-    exec(hook._HOOK, {})  # doctor's process, in this one
+    exec(doctor_engine._HOOK, {"architecture": architecture})  # doctor's process, in this one
     assert f"hook {bringer}\n" in capsys.readouterr().out
 
 
