@@ -2,6 +2,7 @@
 
 import os
 import signal
+from datetime import UTC, datetime
 
 import pytest
 from rich.console import Console
@@ -53,7 +54,8 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(captured):
     plan, run, engine, whole = captured
     for path in run.states.glob("unit-*"):
         path.unlink()
-    order = {"stage": "capture", "recipe": plan.recipe.model_dump(mode="json")}
+    now = datetime.now(UTC).isoformat()
+    order = {"stage": "capture", "recipe": plan.recipe.model_dump(mode="json"), "now": now}
     child = Child(
         "capture", "drafthead.capture.stages", order | {"run": str(run.root)}, run.root / "log"
     )
