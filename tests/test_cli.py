@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from drafthead.cli_options import console
 from drafthead.errors import ClaimFailed
 from drafthead.fsio import RunLock
 from tests.prove import crafted
@@ -403,3 +404,11 @@ def test_commands_to_copy_are_on_one_line(drafthead, llama, tmp_path):
     assert f"drafthead doctor {recipe}, drafthead run {recipe}\n" in err
     _, _, err = drafthead("doctor", str(recipe))
     assert "none.jsonl: no such file; a path in a recipe is relative to the folder" in err
+
+
+def test_a_message_names_no_recipe_of_an_earlier_command(place, drafthead):
+    edit("{", "{")()
+    drafthead("report", "r.yaml", "--runs", "elsewhere")
+    assert console.named("drafthead capture RECIPE") == "drafthead capture r.yaml --runs elsewhere"
+    drafthead("states", "check", "none")
+    assert console.named("drafthead capture RECIPE") == "drafthead capture RECIPE"

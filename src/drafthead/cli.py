@@ -51,7 +51,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    console.forget()
 
 
 @app.command(epilog="Example: drafthead init ./my-model --prompts chats.jsonl")

@@ -28,6 +28,10 @@ class _Console(Console):
     runs = Path("runs")
     """What ``--runs`` names; commands in messages name it too, unless it is this."""
 
+    def forget(self) -> None:
+        """Another command begins in this process."""
+        self.recipe, self.runs = None, Path("runs")
+
     def named(self, text: str, markup: bool = False) -> str:
         """``text`` with what a command takes in place of RECIPE: the file, and ``--runs``."""
         if self.recipe is None:

@@ -2,6 +2,7 @@
 that imports them. vLLM takes half a minute of processor time to import, and a library that is
 broken may take its process with it."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -87,8 +88,8 @@ class EngineCheck:
     def __exit__(self, *exc_info: object) -> None:
         if self._process is not None:
             self._timer.cancel()
-            self._process.kill()
-            self._process.communicate()
+            with self._process:  # closes its pipes and waits for it
+                self._process.kill()
             self._errors.close()
 
     def torch_works(self) -> bool:
@@ -106,8 +107,14 @@ class EngineCheck:
         """Wait for vLLM; what was found. ``architecture``: the target's, None if it has no one."""
         if self._process is None:
             return []
-        out, _ = self._process.communicate(input=f"{architecture or ''}\n")
-        printed = self._printed + out
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it printed says why
+            self._process.stdin.write(f"{architecture or ''}\n")
+            self._process.stdin.close()
+        # Not communicate(): it reads past the lines that torch_works() has buffered.
+        printed = self._printed + self._process.stdout.read()
+        self._process.wait()
         self._errors.seek(0)
         last = (self._errors.read().strip().splitlines() or [""])[-1]
         works = self._imports(printed.splitlines(), last)
