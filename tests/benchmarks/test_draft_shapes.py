@@ -1,8 +1,8 @@
 """The timed draft step drafts what the head would."""
 
-import draft_shapes
 import torch
 
+from benchmarks.serve import draft_shapes
 from drafthead.head.config import HeadConfig
 
 

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-import quality
-import quality_small
-import quality_variants as variants
+from benchmarks.lib import quality_variants as variants
+from benchmarks.train import quality, quality_small
 
 
 def record(length: float, curve=(), seconds: float = 1.0) -> dict:

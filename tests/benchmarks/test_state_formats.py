@@ -1,7 +1,8 @@
 """How the seeds of the comparison of formats are paired."""
 
 import pytest
-import state_formats
+
+from benchmarks.train import state_formats
 
 
 def head(name: str, seed: int, length: float) -> dict:

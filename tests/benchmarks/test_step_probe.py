@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from step_cost import report, spread
-from step_probe import busy, summarize
+
+from benchmarks.lib.step_probe import busy, summarize
+from benchmarks.serve.step_cost import report, spread
 
 
 def _event(name: str, category: str, start: float, length: float) -> dict:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny_hybrid import model as hybrid
-from tiny_hybrid.documents import documents, pack_rows, read_answers
-from tiny_hybrid.prompts import prompts
-from tiny_hybrid.state import load_state, save_state
-from tiny_hybrid.tokenizer import SPECIALS, train_tokenizer
 from transformers import Lfm2MoeForCausalLM
+
+from benchmarks.lib.tiny_hybrid import model as hybrid
+from benchmarks.lib.tiny_hybrid.documents import documents, pack_rows, read_answers
+from benchmarks.lib.tiny_hybrid.prompts import prompts
+from benchmarks.lib.tiny_hybrid.state import load_state, save_state
+from benchmarks.lib.tiny_hybrid.tokenizer import SPECIALS, train_tokenizer
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import argparse
 import json
 
-import train_processes
 import yaml
 
+from benchmarks.train import processes as train_processes
 from drafthead.fsio import write_json
 from drafthead.rundir import RunDir
 

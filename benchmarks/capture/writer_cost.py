@@ -1,6 +1,7 @@
 """What capture's writing process costs a host, without an engine: CPU time and page faults.
 
-    python benchmarks/writer_cost.py --out OUT [--work DIR] [--shape smollm2] [--encoding fp8]
+    python -m benchmarks.capture.writer_cost \
+        --out OUT [--work DIR] [--shape smollm2] [--encoding fp8]
 
 Hands the process what an engine would: units of 256 sequences of 64 + 256 random tokens, 128 at
 once, in runs of a GPU's stage, with random states and a stand-in target of the shape's vocabulary
@@ -21,11 +22,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import host_load
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.lib import host_load
 from drafthead.capture.writer_process import WriterProcess
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine

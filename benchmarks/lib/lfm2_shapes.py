@@ -1,7 +1,7 @@
 """LFM2.5-8B-A1B's exact shapes with dummy weights: does every k start and run?
 
-    python benchmarks/lfm2_shapes.py --out results/shapes                 # k = 1..7
-    python benchmarks/lfm2_shapes.py --out /tmp/s --tiny                  # rehearsal on a CPU
+    python -m benchmarks.lib.lfm2_shapes --out results/shapes                 # k = 1..7
+    python -m benchmarks.lib.lfm2_shapes --out /tmp/s --tiny                  # rehearsal on a CPU
 
 The target's weights are dummies (`load_format="dummy"`) in ModelOpt NVFP4, with what the real
 checkpoint is known to leave out left out; the head is random, with a draft vocabulary of its own,
@@ -245,7 +245,7 @@ def launch(spec: dict, limit: float, out: Path) -> dict:
     name = "-".join(str(spec[key]) for key in ("target", "kv")) + f"-k{spec['k']}"
     try:
         done = subprocess.run(
-            [sys.executable, __file__, "--engine", json.dumps(spec), "--out", str(out)],
+            [sys.executable, "-m", __spec__.name, "--engine", json.dumps(spec), "--out", str(out)],
             env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

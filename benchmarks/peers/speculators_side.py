@@ -23,7 +23,7 @@ NOT_CALLED = ("openai", "datasets", "hs_connectors", "aiohttp", "httpx", "loguru
 
 
 def find(folder: Path | None) -> None:
-    """Make speculators importable from `folder` (see `pack_peers`), or as it is installed."""
+    """Make speculators importable from `folder` (see `peers/pack`), or as it is installed."""
     if folder:
         sys.path.insert(0, str(folder))
     missing = [name for name in NOT_CALLED if importlib.util.find_spec(name) is None]

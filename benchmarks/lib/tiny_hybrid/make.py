@@ -1,9 +1,9 @@
 """Make the tiny hybrid: a small LFM2-MoE trained on text that SmolLM2 writes.
 
-    python benchmarks/make_tiny_hybrid.py text  --smollm2 DIR --work DIR   # vLLM writes the text
-    python benchmarks/make_tiny_hybrid.py train --work DIR                 # tokenizer, training
-    python benchmarks/make_tiny_hybrid.py pack  --work DIR --out DIR       # tar in parts
-    python benchmarks/make_tiny_hybrid.py all   --smollm2 DIR --work DIR --out DIR
+    python -m benchmarks.lib.tiny_hybrid.make text  --smollm2 DIR --work DIR  # vLLM writes the text
+    python -m benchmarks.lib.tiny_hybrid.make train --work DIR                 # tokenizer, training
+    python -m benchmarks.lib.tiny_hybrid.make pack  --work DIR --out DIR       # tar in parts
+    python -m benchmarks.lib.tiny_hybrid.make all   --smollm2 DIR --work DIR --out DIR
 
 Each step leaves its finished part in --work and does not redo it: `text` goes on after the last
 shard written, `train` after its last saved state. `--tiny` does all of it in minutes on a CPU.
@@ -54,7 +54,7 @@ def text(args) -> None:
         return
     (args.work / "text").mkdir(exist_ok=True)
     commands = [
-        [sys.executable, __file__, "writer", f"--writer={i}", *flags_of(args)]
+        [sys.executable, "-m", __spec__.name, "writer", f"--writer={i}", *flags_of(args)]
         for i in range(args.writers)
     ]
     running = [subprocess.Popen(command) for command in commands]
@@ -68,8 +68,9 @@ def write_text(args) -> None:
     """SmolLM2 answers prompts in vLLM, in waves; a Parquet shard (prompt, answer, ended) a wave."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from tiny_hybrid.prompts import prompts
     from transformers import AutoTokenizer
+
+    from benchmarks.lib.tiny_hybrid.prompts import prompts
 
     folder = args.work / "text"
     wave = 24 if args.tiny else 4096
@@ -129,11 +130,12 @@ def write_text(args) -> None:
 
 
 def train(args) -> None:
-    from tiny_hybrid import model as hybrid
-    from tiny_hybrid.documents import documents, pack_rows, read_answers
-    from tiny_hybrid.state import load_state, save_state, save_weights
-    from tiny_hybrid.tokenizer import train_tokenizer
     from transformers import AutoTokenizer, Lfm2MoeForCausalLM
+
+    from benchmarks.lib.tiny_hybrid import model as hybrid
+    from benchmarks.lib.tiny_hybrid.documents import documents, pack_rows, read_answers
+    from benchmarks.lib.tiny_hybrid.state import load_state, save_state, save_weights
+    from benchmarks.lib.tiny_hybrid.tokenizer import train_tokenizer
 
     final = args.work / "bf16"
     if final.exists():
@@ -231,7 +233,7 @@ def train(args) -> None:
 @torch.no_grad()
 def finish(args, model, tokenizer, held_out: float, device: str) -> None:
     """Check the fast pass against transformers', save in bf16, and let the model speak."""
-    from tiny_hybrid import model as hybrid
+    from benchmarks.lib.tiny_hybrid import model as hybrid
 
     model.eval()
     ids = torch.randint(8, model.config.vocab_size, (1, 64), device=device)
@@ -317,7 +319,7 @@ def main() -> None:
     if args.step == "all":
         # a process a step: the engines' memory is surely given back before training
         run = lambda step: subprocess.run(
-            [sys.executable, __file__, step, *flags_of(args)], check=True
+            [sys.executable, "-m", __spec__.name, step, *flags_of(args)], check=True
         )
         try:
             run("text")

@@ -1,8 +1,8 @@
 """One training step on a GPU: drafthead against speculators 0.9.0 and SpecForge 0.2.0 on the same
 batches, in one call.
 
-    python benchmarks/train_step.py --out OUT [--peers DIR] [--ttt 1,3,7] [--shape smollm2] ...
-    TRITON_INTERPRET=1 python benchmarks/train_step.py --out OUT --tiny   # minutes on a CPU
+    python -m benchmarks.train.step --out OUT [--peers DIR] [--ttt 1,3,7] [--shape smollm2] ...
+    TRITON_INTERPRET=1 python -m benchmarks.train.step --out OUT --tiny   # minutes on a CPU
 
 Shape `lfm2`: hidden 2048, MLP 8192, 32/8 heads, vocabulary 128,000, draft vocabulary 32,000; a
 packed row of 8192 positions in 8 documents, the last 80 % of each supervised. Shape `smollm2`:
@@ -24,7 +24,7 @@ Blocks of steps alternate between the sides; a figure is the median over blocks,
 Peak memory is what a side allocates beyond what the others hold at rest, with all that its graphs
 keep reserved.
 
---peers DIR: where the others lie unpacked (`benchmarks/pack_peers DIR`), if not installed.
+--peers DIR: where the others lie unpacked (`benchmarks/peers/pack DIR`), if not installed.
 Writes OUT/train_step.json after every case.
 """
 
@@ -38,11 +38,11 @@ import time
 import traceback
 from pathlib import Path
 
-import speculators_side
 import torch
-from dspark_sides import DSPARK_SIDES
-from train_step_sides import SHAPES, SIDES, Ours, Shape, documents
 
+from benchmarks.lib.dspark_sides import DSPARK_SIDES
+from benchmarks.lib.train_sides import SHAPES, SIDES, Ours, Shape, documents
+from benchmarks.peers import speculators_side
 from drafthead.drafters.eagle3.operations import operations
 from drafthead.drafters.eagle3.step import Objective
 from drafthead.fsio import write_json

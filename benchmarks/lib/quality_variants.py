@@ -12,7 +12,7 @@ what was asked most first, for as long as there is time.
 from dataclasses import replace
 from typing import Any
 
-from quality_heads import BARE, Job, length
+from benchmarks.lib.quality_heads import BARE, Job, length
 
 MARGIN = 0.01
 """A part wins if it adds so much accepted length, and two standard deviations over seeds."""

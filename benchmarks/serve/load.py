@@ -1,8 +1,9 @@
 """Load test: minutes of mixed requests at a real server with the head on, then every answer judged.
 
-    python benchmarks/load.py --target TARGET --head HEAD --prompts prompts.jsonl --minutes 20 \
+    python -m benchmarks.serve.load --target TARGET --head HEAD --prompts prompts.jsonl \
+        --minutes 20 \
         --out OUT
-    python benchmarks/load.py --out /tmp/load --tiny --minutes 0.3           # rehearsal on a CPU
+    python -m benchmarks.serve.load --out /tmp/load --tiny --minutes 0.3  # rehearsal on a CPU
 
 So many users at once each ask, wait a little, and ask again. Prompts are cut to mixed lengths, from
 one token up, some are the beginning of others (prefix caching), answers are limited to 1 … 128
@@ -202,7 +203,6 @@ def judge(engine: EngineProcess, load: Load, concurrency: int) -> dict:
 
 def tiny(options: argparse.Namespace) -> None:
     """A target and head of known tokens for the rehearsal."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.prove import crafted
 
     options.target, options.head = options.out / "target", options.out / "head"

@@ -1,6 +1,6 @@
 """Training on several GPUs: is the curve the same however many there are, and what does each add?
 
-    python benchmarks/train_processes.py --out OUT --recipe recipe.yaml --runs RUNS \
+    python -m benchmarks.train.processes --out OUT --recipe recipe.yaml --runs RUNS \
         --processes 1,2,4 --rows-per-step 4
 
 The recipe's run has its states and its draft vocabulary (`drafthead run recipe.yaml --to vocab`);

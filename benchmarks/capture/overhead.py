@@ -1,7 +1,9 @@
 """What capture costs: generate+capture against plain generation, paired, in one call.
 
-    python benchmarks/capture.py --out OUT --smollm2 DIR [--smollm2-nvfp4 DIR] [--peers DIR]
-    python benchmarks/capture.py --out OUT --tiny --smollm2 DIR     # a rehearsal on two CPU cores
+    python -m benchmarks.capture.overhead --out OUT \
+        --smollm2 DIR [--smollm2-nvfp4 DIR] [--peers DIR]
+    python -m benchmarks.capture.overhead --out OUT --tiny \
+        --smollm2 DIR  # a rehearsal on two CPU cores
 
 For each target engines live side by side, each a vLLM of its own: plain (vLLM as it comes),
 capturing in bf16, capturing in fp8 (not for SmolLM2 in NVFP4, whose states are no other size). The
@@ -22,7 +24,7 @@ All engines get the same bytes for their KV cache; `kv_tokens` is what vLLM says
 `device_bytes` what capture takes beside it. `decode_against_prefill` holds the states of decoding
 against those of prefilling the very same sequences.
 
-With --peers (where `pack_peers` put speculators 0.9.0) its own capture follows for SmolLM2 in bf16
+With --peers (where `peers/pack` put speculators 0.9.0) its own capture follows for SmolLM2 in bf16
 and LFM2.5-8B-A1B, on the very sequences that the plain engine wrote; the plain engine's own time
 for writing them counts as its generation (which favours it: its own goes over HTTP too).
 
@@ -46,11 +48,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lfm2_shapes
 import torch
-from capture_engine import Engine, kv_tokens
-from speculators_capture import Server
-from turns import add_turn, turn
+
+from benchmarks.lib import lfm2_shapes
+from benchmarks.lib.capture_engine import Engine, kv_tokens
+from benchmarks.lib.turns import add_turn, turn
+from benchmarks.peers.speculators_capture import Server
 
 KEPT = ("aux", "own_process", "seqs", "chunk", "new_tokens", "kv_bytes")
 TOPICS = ("a river", "prime numbers", "bread", "the moon", "a town", "sorting", "rain", "ants")

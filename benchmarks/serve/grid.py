@@ -1,8 +1,8 @@
 """The whole grid on one machine: k × requests at once × length of answers × temperature.
 
-    python benchmarks/grid.py --out OUT --prompts chat=chat.jsonl --prompts code=code.jsonl \
+    python -m benchmarks.serve.grid --out OUT --prompts chat=chat.jsonl --prompts code=code.jsonl \
         --case smollm2-nvfp4=TARGET,HEAD --case smollm2=TARGET,HEAD --lfm2
-    python benchmarks/grid.py --out /tmp/g --tiny            # rehearsal on a CPU
+    python -m benchmarks.serve.grid --out /tmp/g --tiny            # rehearsal on a CPU
 
 Each --case is a target's folder and an EAGLE-3 head's; --lfm2 adds LFM2.5-8B-A1B's shapes with
 dummy weights (see lfm2_shapes.py), a random head and acceptance that is synthetic and so named:
@@ -29,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import lfm2_shapes
 import numpy as np
 from rich.console import Console
-from turns import add_turn, turn
 
+from benchmarks.lib import lfm2_shapes
+from benchmarks.lib.turns import add_turn, turn
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
@@ -149,7 +149,6 @@ def lfm2_case(options: argparse.Namespace) -> Case:
 
 def tiny_cases(options: argparse.Namespace) -> None:
     """A target and head of known tokens for the rehearsal."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.prove import crafted
 
     target, head = options.out / "target", options.out / "head"

@@ -1,6 +1,6 @@
 """What packing a row costs, and how much of it the thread feels that starts a GPU's kernels.
 
-    python benchmarks/packing.py --out OUT [--store DIR]
+    python -m benchmarks.train.packing --out OUT [--store DIR]
 
 SmolLM2's shape: three auxiliary layers and the last of 576 in bf16, rows of 2,048 positions, TTT 5;
 documents of 120 to 320 tokens, the first 30 to 150 of them a prompt. `plain` packs document by
@@ -34,8 +34,6 @@ from drafthead.drafters.eagle3.packing import pack_row
 from drafthead.fsio import write_json
 from drafthead.states import Sample, StateReader, StateWriter, StoreMeta
 from drafthead.train.batches import pack
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.train.plain_packing import plain_row
 
 VOCAB, TOKENS, STEPS, DOCUMENTS = 49_152, 2048, 5, 500

@@ -1,9 +1,10 @@
 """Is a trained head lossless on this machine, in every precision? `drafthead verify`'s judge on
 targets and heads as they lie there.
 
-    python benchmarks/verify_cases.py --out OUT --prompts stories=stories.jsonl --count 150 \
+    python -m benchmarks.lossless.verify_cases --out OUT --prompts stories=stories.jsonl \
+        --count 150 \
         --case hybrid-fp32=TARGET,HEAD,float32 --case hybrid-nvfp4=TARGET,HEAD,bfloat16
-    python benchmarks/verify_cases.py --out /tmp/v --tiny            # rehearsal on a CPU
+    python -m benchmarks.lossless.verify_cases --out /tmp/v --tiny            # rehearsal on a CPU
 
 Each case is judged by itself: its engines, one for each k, the target alone, and the target alone
 in steps as small as with the head, start side by side and answer one after the other. Prompts as
@@ -22,10 +23,10 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from grid import LONGEST_PROMPT, read_prompts
-from lossless_engines import IEEE
 from rich.console import Console
 
+from benchmarks.lib.lossless_engines import IEEE
+from benchmarks.serve.grid import LONGEST_PROMPT, read_prompts
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
@@ -84,10 +85,9 @@ def judge(name: str, target: str, head: str, dtype: str, options: argparse.Names
 
 def tiny_case(options: argparse.Namespace) -> None:
     """The hybrid of tests/assets with a head of its shape that nobody trained."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from tests.vllm.models import write_head
 
-    target = Path(__file__).parent.parent / "tests" / "assets" / "tiny-hybrid"
+    target = Path("tests") / "assets" / "tiny-hybrid"
     head = options.out / "head"
     if not head.exists():
         write_head(head, target, aux_layers=(2, 5, 11), repeats=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import speculators_side
 import torch
-from heads_of_a_store import unverified_task
 from rich.console import Console
-from turns import turn
 
+from benchmarks.lib.heads_of_a_store import unverified_task
+from benchmarks.lib.turns import turn
+from benchmarks.peers import speculators_side
 from drafthead.drafters.base import TargetSide
 from drafthead.drafters.eagle3.drafter import Eagle3
 from drafthead.fsio import read_json, write_json

@@ -1,7 +1,7 @@
 """What one draft step costs at batch 1, for heads of different shapes, against the memory's limit.
 
-    python benchmarks/draft_shapes.py --out OUT            # a minute on a GPU
-    python benchmarks/draft_shapes.py --out OUT --tiny     # seconds on a CPU: smaller widths
+    python -m benchmarks.serve.draft_shapes --out OUT            # a minute on a GPU
+    python -m benchmarks.serve.draft_shapes --out OUT --tiny     # seconds on a CPU: smaller widths
 
 A step is what a server runs for each drafted token after the first: embedding, decoder layer over
 a cache of `--context` tokens, final norm, LM head over the draft vocabulary, argmax. On a GPU it is
@@ -159,7 +159,7 @@ def main() -> None:
     limit = bandwidth(device)
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/draft_shapes.py"
+        "command": "python -m benchmarks.serve.draft_shapes"
         + (" --tiny" if arguments.tiny else "")
         + f" --context {arguments.context} --repeats {arguments.repeats} --out OUT",
         "machine": this_machine().as_dict(),

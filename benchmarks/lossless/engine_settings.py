@@ -1,8 +1,9 @@
 """Is speculation on a hybrid target lossless on this machine? Every method, k and mode, in one go.
 
-    python benchmarks/gpu_lossless.py --out results/lossless
-    python benchmarks/gpu_lossless.py --out /tmp/l --tiny          # rehearsal on a CPU
-    python benchmarks/gpu_lossless.py --out ... --only eagle3-k3-graphs-v2,ngram-k3-graphs-v2
+    python -m benchmarks.lossless.engine_settings --out results/lossless
+    python -m benchmarks.lossless.engine_settings --out /tmp/l --tiny          # rehearsal on a CPU
+    python -m benchmarks.lossless.engine_settings --out ... \
+        --only eagle3-k3-graphs-v2,ngram-k3-graphs-v2
 
 Makes a small random LFM2-MoE in fp32 that repeats itself in runs (so that drafts are accepted and
 rejected), and a head that drafts repetitions. Each configuration is one engine in one process
@@ -28,7 +29,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from lossless_engines import (
+from benchmarks.lib.lossless_engines import (
     IEEE,
     LEFT_OUT,
     SHAPES,
@@ -39,12 +40,11 @@ from lossless_engines import (
     tiny_configurations,
 )
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 def make_models(folder: Path, tiny: bool) -> tuple[Path, Path]:
     """The target and its head, made once."""
-    sys.path.insert(0, str(REPO))
     from tests.vllm.models import write_head, write_target
 
     target, head = folder / "target", folder / "head"
@@ -265,7 +265,7 @@ def main() -> int:
         left = arguments.total - (time.time() - begun)
         while waiting and len(running) < arguments.jobs and left > 0:
             config = waiting.pop(0)
-            command = [sys.executable, __file__, "--out", str(arguments.out)]
+            command = [sys.executable, "-m", __spec__.name, "--out", str(arguments.out)]
             command += ["--engine", config.name] + (["--tiny"] if arguments.tiny else [])
             log = (arguments.out / f"{config.name}.log").open("w")
             child = subprocess.Popen(

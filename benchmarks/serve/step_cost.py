@@ -1,10 +1,10 @@
 """What a speculative step costs beside a plain one, at a real target's shapes, as served.
 
-    python benchmarks/step_cost.py --out results/cost                    # 5-6 minutes on an H100
-    python benchmarks/step_cost.py --out results/cost --k 3 --stock ''   # a first profile
-    python benchmarks/step_cost.py --out results/norms --target smollm2 --k 1,3 --stock 1,3 \
+    python -m benchmarks.serve.step_cost --out results/cost  # 5-6 minutes on an H100
+    python -m benchmarks.serve.step_cost --out results/cost --k 3 --stock ''   # a first profile
+    python -m benchmarks.serve.step_cost --out results/norms --target smollm2 --k 1,3 --stock 1,3 \
         --heads norm_before_fc,fc_norm --without aux_norm --no-trace     # what norms cost
-    python benchmarks/step_cost.py --out /tmp/c --tiny                   # rehearsal on a CPU
+    python -m benchmarks.serve.step_cost --out /tmp/c --tiny                   # rehearsal on a CPU
 
 The target has dummy weights, LFM2.5-8B-A1B's shapes in NVFP4 or SmolLM2-135M's in bf16; the head
 is random, lies on disk and is loaded (with dummy weights vLLM would give it the target's LM head).
@@ -32,13 +32,12 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from lfm2_shapes import start_engine, write_head, write_models
-from step_probe import summarize
-from turns import add_turn, turn
-
+from benchmarks.lib.lfm2_shapes import start_engine, write_head, write_models
+from benchmarks.lib.step_probe import summarize
+from benchmarks.lib.turns import add_turn, turn
 from drafthead.vllm_plugin.registry import TABLE
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 NORMS = ("norm_before_fc", "fc_norm")
 
 
@@ -95,7 +94,7 @@ def serve(spec: dict) -> None:
         cache_bytes=1 << 30,
         share=0.1,
         head=spec["head"],
-        worker_extension_cls="benchmarks.step_probe.Probe",
+        worker_extension_cls="benchmarks.lib.step_probe.Probe",
     )
 
     def inside(method: str, *args: str):
@@ -176,7 +175,7 @@ class Engine:
             env["DRAFTHEAD_SKIP_PATCHES"] = skip
         spec = spec | {"replies": theirs}
         self.child = subprocess.Popen(
-            [sys.executable, __file__, "--serve", json.dumps(spec), "--out", str(out)],
+            [sys.executable, "-m", __spec__.name, "--serve", json.dumps(spec), "--out", str(out)],
             env=env,
             stdin=subprocess.PIPE,
             stdout=self.log.open("w"),

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from quality_heads import Job, make_recipe, run_of
-from turns import turn
 
+from benchmarks.lib.quality_heads import Job, make_recipe, run_of
+from benchmarks.lib.turns import turn
 from drafthead.drafters import drafter_of
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import EngineProcess

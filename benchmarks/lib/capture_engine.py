@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import host_load
+from benchmarks.lib import host_load
 
 KEPT = ("Model loading took", "Graph capturing finished", "KV cache size")
 
@@ -29,7 +29,7 @@ class Engine:
         env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(spec["own_process"]))}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, json.dumps(spec)],
+                [sys.executable, "-m", __spec__.name, json.dumps(spec)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

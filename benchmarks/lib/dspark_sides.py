@@ -1,8 +1,8 @@
 """What train_step.py measures of DSpark: ours and speculators' on the same anchors."""
 
-import speculators_side
 import torch
 
+from benchmarks.peers import speculators_side
 from drafthead.drafters.dspark.config import DSparkConfig
 from drafthead.drafters.dspark.model import DSparkHead
 from drafthead.drafters.dspark.packing import BlockBatch, pack_blocks

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import specforge_side
-import speculators_side
 import torch
 
+from benchmarks.peers import specforge_side, speculators_side
 from drafthead.drafters.eagle3.batch import Batch
 from drafthead.drafters.eagle3.graphed import GraphedStep, worth_replaying
 from drafthead.drafters.eagle3.operations import operations

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from speculators_side import llama_config
 from torch import Tensor
 
+from benchmarks.peers.speculators_side import llama_config
 from drafthead.head.config import HeadConfig
 from drafthead.states import Sample
 
