@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo demo-hybrid test lint docs clean
+.PHONY: setup demo demo-hybrid test test-matrix lint docs clean
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ lint: $(READY)
 # Two workers: the suite's engines and models run one thread each.
 test: lint
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# Outside CI: the unit suite on the oldest and the newest PyTorch and transformers.
+test-matrix:
+	bash tools/test_matrix.sh
 
 docs: $(READY)
 	$(VENV)/bin/mkdocs build --strict

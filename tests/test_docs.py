@@ -15,6 +15,7 @@ import yaml
 
 from drafthead.cli import app
 from drafthead.recipe import parse_recipe
+from drafthead.vllm_plugin import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
@@ -226,3 +227,10 @@ def test_the_reference_has_every_key_with_type_default_and_meaning():
             assert all(cells), f"{section}.{key}"
             # A type that the page has no words for would be Python's own.
             assert not re.search(r"annotation=|typing\.|Pydantic|<class|Ellipsis", " ".join(cells))
+
+
+def test_the_page_on_vllm_has_every_patch():
+    rows = [line for line in docs_pages.vllm_page().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == [patch.name for patch in registry.TABLE]
+    (marked,) = (row for row in rows if "`draft_kv_group`" in row)
+    assert marked.endswith("| needed |  |")  # in 0.32 and not in 0.33

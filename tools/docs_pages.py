@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from drafthead.cli import app
 from drafthead.recipe import Recipe
+from drafthead.vllm_plugin import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,6 +162,37 @@ def recipe_page() -> str:
     return "\n".join(lines)
 
 
+def vllm_page() -> str:
+    """The plugin's table of patches: for whom each is, and which vLLM needs it."""
+    known = [f"{major}.{minor}" for major, minor in registry.VERSIONS]
+    columns = ["patch", "for whom", "without it", "device", *known]
+    lines = [
+        "# Which vLLM",
+        "",
+        f"drafthead's plugin was written for vLLM {known[0]}, which the extras `[cuda]` and `[cpu]`",
+        f"install. It was checked against the Python files of {' and '.join(known[1:])} too, but",
+        "no answers were proved there yet: run `drafthead verify` before you trust it.",
+        "",
+        "The plugin patches these faults of vLLM. Where a fault can be provoked without an engine,",
+        "the plugin tries it and patches what is broken, whatever the version. Otherwise the",
+        "version decides. `drafthead doctor` prints how each patch stands with the vLLM that is",
+        "installed, and `drafthead verify` writes what is not protected into its proof. Under a",
+        "version that is not in this table a patch for correctness is applied if its place in vLLM",
+        "is unchanged, and a warning says that it is unproved; one that only saves time is left",
+        f"out. The environment variable `{registry.SKIP}` leaves patches out, by name.",
+        "",
+        "[The upstream reports](../upstream/README.md) have symptom, cause and reproduction of each.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+    ]
+    for row in registry.TABLE:
+        needed = ("needed" if release in row.versions else "" for release in registry.VERSIONS)
+        cells = (f"`{row.name}`", row.concerns, row.without, row.device, *needed)
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join(lines)
+
+
 def root_page(name: str) -> str:
     """A Markdown file of the repository's root, as a page: its links to docs/ made to fit."""
     return re.sub(r"\]\(docs/", "](", (ROOT / name).read_text(encoding="utf-8"))
@@ -171,6 +203,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
         "reference/cli.md": cli_page(),
         "reference/recipe.md": recipe_page(),
+        "reference/which-vllm.md": vllm_page(),
         "contributing.md": root_page("CONTRIBUTING.md"),
     }
     for path, content in pages.items():
