@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from drafthead.cli_options import console
-from drafthead.errors import ClaimFailed
+from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import RunLock
 from tests.prove import crafted
 
@@ -81,6 +81,13 @@ def head_of_another_target():
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 1024}))
 
 
+def base_model_with_prompts_of_its_own_to_bench():
+    Path("target/chat_template.jinja").rename("t.jinja")
+    edit("path: target", "path: target, chat_template: t.jinja")()
+    text = Path("r.yaml").read_text()
+    Path("r.yaml").write_text(text + "bench: {sources: [{path: p.jsonl}], max_new_tokens: 16}\n")
+
+
 def nothing():
     pass
 
@@ -139,6 +146,10 @@ RECIPES = {
     "vocabulary too small": (edit("size: 256", "size: 0"), "`vocab.size`"),
     "aux layer": (edit("vocab:", "capture: {aux_layers: [1, 99]}\nvocab:"), "run from 0 to 6"),
     "too long": (edit("max_model_len: 128", "max_model_len: 9999"), "reaches only 512"),
+    "more drafts than a block has": (
+        edit("vocab:", "head: {kind: dspark}\nbench: {num_speculative_tokens: [9]}\nvocab:"),
+        "bench.num_speculative_tokens: 9",
+    ),
     "runs is a file": (write("runs", ""), "is a file, not a folder"),
 }
 
@@ -264,23 +275,31 @@ def test_a_process_that_has_no_first_one_beside_it(place, drafthead, monkeypatch
         write("r.yaml", RECIPE.replace("\n", "\r\n")),
         lambda: Path("p.jsonl").write_text("\ufeff" + Path("p.jsonl").read_text()),
         lambda: Path("p.jsonl").write_text(Path("p.jsonl").read_text().replace("\n", "\r\n")),
+        base_model_with_prompts_of_its_own_to_bench,
         lambda: Path("p.jsonl").write_text(
             json.dumps({"prompt": "word " * 1_000_000}) + "\n" + Path("p.jsonl").read_text()
         ),
     ],
-    ids=["empty section", "bom", "crlf", "prompts bom", "prompts crlf", "a huge line"],
+    ids=[
+        "empty section",
+        "bom",
+        "crlf",
+        "prompts bom",
+        "prompts crlf",
+        "base model",
+        "a huge line",
+    ],
 )
 def test_what_only_looks_odd_is_taken(place, drafthead, monkeypatch, change):
     """Up to where the engine would start, and no further."""
 
     def started(_stage, plan, _run, _console):
-        raise ClaimFailed(f"{sum(len(unit) for unit in plan.units)} conversations")
+        raise DraftheadError(f"started, {sum(len(unit) for unit in plan.units)} conversations")
 
     monkeypatch.setattr("drafthead.capture.stages._in_child", started)
     change()
-    code, _, err = drafthead(*RUN, "--to", "generate")
-    assert code == 1
-    assert "40 conversations" in err or "41 conversations" in err
+    _, _, err = drafthead(*RUN)
+    assert "started, 40 conversations" in err or "started, 41 conversations" in err
 
 
 def test_a_mistake_mended_before_anything_was_made_is_no_other_setting(

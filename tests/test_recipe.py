@@ -73,6 +73,8 @@ def test_misspelt_section_and_source_key(tmp_path):
         ({"name": "r"}, "`target` is missing"),
         (GOOD | {"target": {"path": ""}}, "`target.path`"),
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
+        (GOOD | {"serve": {"num_speculative_tokens": 300}}, "serve.num_speculative_tokens.* 128"),
+        (GOOD | {"bench": {"num_speculative_tokens": [129]}}, "bench.num_speculative_tokens.* 128"),
         (GOOD | {"train": {"seed": -1}}, "train.seed.*greater than or equal to 0"),
         (GOOD | {"generate": {"seed": 1 << 32}}, "generate.seed.*less than"),
         (GOOD | {"train": {"betas": [0.9, 1.0]}}, "train.betas.1.*less than 1"),
@@ -239,7 +241,7 @@ def test_arguments_of_the_chat_template_stand_under_target(tmp_path, section):
     given = {"chat_template_kwargs": {"enable_thinking": False}}
     recipe = _load(tmp_path, GOOD | {"target": GOOD["target"] | given})
     assert recipe.target.chat_template_kwargs == {"enable_thinking": False}
-    with pytest.raises(DraftheadError, match=f"{section}.chat_template_kwargs"):
+    with pytest.raises(DraftheadError, match=f"{section}.chat_template_kwargs.*`target.chat_"):
         _load(tmp_path, GOOD | {section: GOOD.get(section, {}) | given})
     with pytest.raises(DraftheadError, match=r"target\.chat_template_kwargs"):
         extra = {"default_chat_template_kwargs": {"enable_thinking": False}}

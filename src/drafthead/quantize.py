@@ -62,7 +62,9 @@ def chats_of(
     else:
         section = PromptsSection(sources=[Source(path=str(prompts))], heldout=heldout)
     target = load_target(target_path, trust_remote_code=trust_remote_code)
-    template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
+    template = Template(
+        target.tokenizer(), target.eos_token_ids, str(target.path), text=target.chat_template
+    )
     chats = load_chats(section, template)
     train, held = (sorted(side, key=lambda chat: chat.id) for side in (chats.train, chats.heldout))
     return train[:samples], held[:heldout]

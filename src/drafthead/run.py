@@ -314,12 +314,10 @@ def execute(
 
         check_shape(recipe, run)  # now, not after hours of answers
     if recipe.bench.sources and {"generate", "bench"} <= set(wanted):
-        from drafthead.data.template import Template
         from drafthead.prove.prompts import own_prompts
 
         target = recipe_target(recipe)
-        template = Template(target.tokenizer(), target.eos_token_ids, str(target.path))
-        own_prompts(recipe, target, template)  # … as well
+        own_prompts(recipe, target, recipe_template(recipe, target))  # … as well
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
     stopped: BaseException | None = None

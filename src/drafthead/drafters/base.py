@@ -136,8 +136,8 @@ class Drafter(Protocol):
         ids[i + 1] is known and ids[i + 2] comes next. Returns target ids int64 [M, k].
         """
 
-    def most_drafts(self, head: Any) -> float:
-        """How many tokens a step the head can draft at most."""
+    def most_drafts(self, config: Any) -> float:
+        """How many tokens a step a head of that configuration can draft at most."""
 
     def target_ids(self, head: Any) -> Tensor:
         """The target id of each draft id, ascending: int64 [Vd]."""

@@ -25,6 +25,13 @@ def _nearest(location: tuple, found: str) -> str:
             annotation = Source
         model = annotation
     known = list(getattr(model, "model_fields", {}))
+    elsewhere = [
+        name
+        for name, field in Recipe.model_fields.items()
+        if found in getattr(field.annotation, "model_fields", {})
+    ]
+    if len(elsewhere) == 1:
+        return f"did you mean `{elsewhere[0]}.{found}`?"
     close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
 
@@ -67,7 +74,8 @@ def _shape(item: Any) -> str:
         return f'should be a text: write `"{value}"`'
     if kind == "string_pattern_mismatch" and key in _PATTERNS:
         return _PATTERNS[key]
-    return _PLAIN.get(kind) or item["msg"].replace("Input should be", "should be")
+    words = item["msg"].removeprefix("Value error, ")  # a check of the schema's own
+    return _PLAIN.get(kind) or words.replace("Input should be", "should be")
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:

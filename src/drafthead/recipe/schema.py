@@ -19,6 +19,7 @@ from pydantic import (
 Loss = Literal["kl", "ce+smoothl1", "acceptance", "ce+tv"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # what NumPy takes, and vLLM hands on to it
+Drafts = Annotated[int, Field(ge=1, le=128)]  # vLLM's rejection sampler checks 128 at most
 
 
 def _listed(value: Any) -> Any:
@@ -376,7 +377,7 @@ class ExportSection(Section):
 class ServeSection(Section):
     """How the head is served."""
 
-    num_speculative_tokens: Annotated[int, Field(ge=1)] | None = None
+    num_speculative_tokens: Drafts | None = None
     """Tokens drafted a step (k). null: 1 to 5 are proved and measured, and the fastest of those is
     served. More than five hardly ever pay, and each k is an engine to start twice. Name one to
     prove, measure and serve that one alone."""
@@ -404,7 +405,7 @@ class VerifySection(Section):
     the claim is of every prompt, seen or not."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     """Tokens of each answer."""
-    num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
+    num_speculative_tokens: list[Drafts] | None = None
     """Each k to prove; null is the one that serve names, else 1 to 5."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
     """Requests at once; null is the engine's `max_num_seqs`, so that the proof is under load."""
@@ -440,7 +441,7 @@ class BenchSection(Section):
     """Prompts run first on both engines and not counted."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Times each pair is run."""
-    num_speculative_tokens: list[Annotated[int, Field(ge=1)]] | None = None
+    num_speculative_tokens: list[Drafts] | None = None
     """Each k to measure, on all prompts. null is the one that serve names, else 1 to 5: each on 8
     pairs, which is enough to choose by, then the fastest on the other prompts, by which it was not
     chosen. The headline is the k to serve."""

@@ -333,7 +333,7 @@ class _Fit:
         """Evaluate the best head once more, from its file and at every k up to 5."""
         self.world.barrier()  # until the first process has written it
         best = self._best()
-        most = self.task.drafter.most_drafts(best)
+        most = self.task.drafter.most_drafts(best.config)
         ks = sorted({*(k for k in range(1, 6) if k <= most), self.task.k})
         totals = self.acceptance(best, ks)
         graphs = self.trainer.graphs

@@ -83,19 +83,36 @@ def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
 
 
 def check_shape(recipe: Recipe, run: RunDir) -> None:
-    """What of the head training would refuse, as far as it is known before there are states.
+    """What of the head training would refuse, or the engine later, as far as it is known before
+    there are states.
 
     Raises:
-        DraftheadError: there is no head to start from, or none of that shape can be made.
+        DraftheadError: there is no head to start from, none of that shape can be made, or it cannot
+            draft as many tokens a step as the recipe says.
     """
     target = recipe_target(recipe)
     captured = captured_layers(recipe, target)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
+    drafter = _drafter(recipe)
     if start := recipe.train.start_from:
         folder = head_folder(start)
-        _check_given(folder, _drafter(recipe).read(folder, target), layers, target)
+        config = drafter.read(folder, target)
+        _check_given(folder, config, layers, target)
     else:
-        _drafter(recipe).shape(recipe.head, target, layers, recipe.vocab.size)
+        config = drafter.shape(recipe.head, target, layers, recipe.vocab.size)
+    most = drafter.most_drafts(config)
+    for name, ks in (
+        ("serve", [recipe.serve.num_speculative_tokens or 1]),
+        ("verify", recipe.verify.num_speculative_tokens or [1]),
+        ("bench", recipe.bench.num_speculative_tokens or [1]),
+    ):
+        if max(ks) > most:
+            field = f"{name}.num_speculative_tokens"
+            raise DraftheadError(
+                f"{field}: {max(ks)} drafts a step, and the head drafts blocks of {most}; lower "
+                "it, or raise head.block_size",
+                field=field,
+            )
 
 
 def _drafter(recipe: Recipe) -> Drafter:

@@ -109,8 +109,8 @@ class DSpark:
         lm_head = target.lm_head if head.lm_head is None else None
         return draft_blocks(head, target.embedding, aux, ids, k, rows, lm_head)
 
-    def most_drafts(self, head: DSparkHead) -> float:
-        return head.config.block_size
+    def most_drafts(self, config: DSparkConfig) -> float:
+        return config.block_size
 
     def target_ids(self, head: DSparkHead) -> Tensor:
         return head.target_ids()

@@ -103,7 +103,7 @@ class Eagle3:
     ) -> Tensor:
         return draft_chain(head, target.embedding, aux, ids, k, rows)
 
-    def most_drafts(self, head: Eagle3Head) -> float:
+    def most_drafts(self, config: HeadConfig) -> float:
         return math.inf
 
     def target_ids(self, head: Eagle3Head) -> Tensor:
