@@ -50,6 +50,21 @@ DATED = (
     "{% if not date is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}"
     "<|im_start|>system\nToday is {{ date }}.<|im_end|>\n" + CHATML
 )
+# As GPT-OSS's: channels, the date, and another token after an earlier answer than the target wrote.
+HARMONY = (
+    "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
+    "Knowledge cutoff: 2024-06\nCurrent date: {{ strftime_now('%Y-%m-%d') }}\n\n"
+    "Reasoning: {{ reasoning_effort if reasoning_effort is defined else 'medium' }}\n\n"
+    "# Valid channels: analysis, commentary, final. "
+    "Channel must be included for every message.<|end|>"
+    "{% if messages[0].role == 'system' %}<|start|>developer<|message|># Instructions\n\n"
+    "{{ messages[0].content }}\n\n<|end|>{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|end|>' if add_generation_prompt or not loop.last else '<|return|>' }}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 
 TEMPLATES = {
     "chatml": (CHATML, None),
@@ -62,6 +77,7 @@ TEMPLATES = {
     "thinking by default": (THINKING_OFF, None),
     "thinking off": (THINKING_OFF, {"enable_thinking": False}),
     "today": (DATED, None),
+    "harmony": (HARMONY, {"reasoning_effort": "low"}),
     "a fixed date": (DATED, {"date": "26 Jul 2024"}),
     "no generation prompt": (CHATML.partition("{% if add")[0], None),
     "generation prompt always": (

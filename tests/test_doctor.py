@@ -480,3 +480,23 @@ def test_a_template_that_prints_the_date_or_drops_system_messages(recipe, tmp_pa
     assert ("chat template", "warning") in {
         (f.what, f.state) for f in check_recipe(drops, run, CPU)
     }
+
+
+def test_where_harmony_and_the_template_part(recipe, tmp_path, monkeypatch):
+    run, prompts = RunDir(tmp_path / "runs" / "r"), tmp_path / "prompts.jsonl"
+
+    def warned(template, **arguments):
+        target = {"chat_template": template, "chat_template_kwargs": arguments}
+        found = check_recipe(with_options(recipe, "target", target), run, CPU)
+        return sum((f.what, f.state) == ("chat template", "warning") for f in found)
+
+    assert warned(templates.HARMONY, reasoning_effort="low") == 0
+    target = checks.recipe_target(recipe)
+    monkeypatch.setattr(target.config, "model_type", "gpt_oss")
+    monkeypatch.setattr(checks, "recipe_target", lambda _: target)
+    assert warned(templates.HARMONY) == 0
+    assert warned(templates.HARMONY, reasoning_effort="low") == 1
+    records = [{"system": "Be brief.", "prompt": f"word {i}"} for i in range(40)]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert warned(templates.HARMONY) == 1
+    assert warned(templates.HARMONY.replace("content }}\n\n<", "content }}<")) == 0

@@ -76,6 +76,7 @@ def tokenizer(template):
     core.decoder = decoders.ByteLevel()
     special = ["<|begin_of_text|>", "<|im_start|>", "<|im_end|>"]
     special += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special += ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=special[0], additional_special_tokens=special[1:]
     )
@@ -85,7 +86,7 @@ def tokenizer(template):
 
 def template(text):
     fast = tokenizer(text)
-    ends = [fast.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>")]
+    ends = [fast.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>", "<|return|>")]
     return Template(fast, ends, "there")
 
 
@@ -105,8 +106,10 @@ def written(found, messages):
         (LFM25, "Hello, world! é🙂", "<|im_end|>"),
         (LFM25_UNMARKED, "Hello, world! é🙂", "<|im_end|>"),
         (LFM25_END_OUTSIDE, "Hello, world! é🙂", "<|im_end|>"),
+        # The target wrote <|return|> there, and the template writes <|end|>.
+        (templates.HARMONY, HISTORY[1]["content"], ""),
     ],
-    ids=["chatml", "llama3", "lfm2.5", "lfm2.5 unmarked", "lfm2.5 end outside"],
+    ids=["chatml", "llama3", "lfm2.5", "lfm2.5 unmarked", "lfm2.5 end outside", "harmony"],
 )
 def test_mask_covers_each_answer_and_its_end_token_and_nothing_else(text, first, end):
     found = template(text)

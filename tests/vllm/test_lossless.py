@@ -35,6 +35,7 @@ ALONE = [(prompt(_RNG, length), 24) for length in (1, 2, 7, 40)]
 SLIVERS = {"max_num_batched_tokens": 20, "long_prefill_token_threshold": 8}
 CROWDED = [(prompt(random.Random(i), 6 + i % 5), 40) for i in range(24)]
 LONG = [(prompt(_RNG, _RNG.randrange(30, 90)), 60) for _ in range(12)]
+TO_THE_END = [(prompt(_RNG, 512 - tokens), tokens) for tokens in (1, 2, 5, 9, 60)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def head(tmp_path_factory, target) -> Path:
 def plain(target) -> dict[str, list[list[int]]]:
     with engine(target, max_num_seqs=8, max_num_batched_tokens=256) as llm:
         sets = {"stress": STRESS, "staggered": STAGGERED, "alone": ALONE}
-        sets |= {"sharing": SHARING, "long": LONG, "crowded": CROWDED}
+        sets |= {"sharing": SHARING, "long": LONG, "crowded": CROWDED, "to the end": TO_THE_END}
         return {name: answers(llm, requests) for name, requests in sets.items()}
 
 
@@ -65,7 +66,9 @@ def test_eagle3(target, head, plain, k):
         assert answers(llm, STRESS) == plain["stress"]
         accepted = counter(llm, "spec_decode_num_accepted_tokens")
         drafted = counter(llm, "spec_decode_num_draft_tokens")
-    assert 100 < accepted < drafted
+        assert 100 < accepted < drafted
+        assert answers(llm, TO_THE_END) == plain["to the end"]  # up to max_model_len
+        assert counter(llm, "spec_decode_num_accepted_tokens") > accepted
 
 
 def test_eagle3_that_is_never_right(tmp_path, target, plain):

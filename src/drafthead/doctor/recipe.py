@@ -95,6 +95,8 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
             check_room(chats, template, max_len)
             findings += _room(chats, template, max_len)
         findings += _template(template, [chat for chat, _ in chats.all()])
+        if target.config.model_type == "gpt_oss":
+            findings += _harmony(template, [chat for chat, _ in chats.all()])
         guess = estimate(chats, template, recipe.generate.max_new_tokens, max_len)
         findings += _enough_steps(recipe, guess)
         with _fault(findings, "recipe", _CORRECT):
@@ -160,6 +162,23 @@ def _template(template: Template, chats: list[Chat]) -> list[Finding]:
     if template.changes_within(timedelta(days=1, minutes=1), chats[0].opening):
         words = "it prints the date or time: all prompts of a run have those at which it began"
         findings.append(Finding("chat template", "ok", words))
+    return findings
+
+
+def _harmony(template: Template, chats: list[Chat]) -> list[Finding]:
+    """Where a template and vLLM's chat server part, which writes prompts of GPT-OSS by Harmony
+    (`OnlineRenderer._make_request_with_harmony` in `vllm/renderers/online_renderer.py` of 0.32)."""
+    words = "vLLM's chat server writes prompts of GPT-OSS by itself and reads no template"
+    findings = []
+    if template.arguments:
+        found = f"{words}: target.chat_template_kwargs is no default there"
+        fix = "let each request say it (reasoning_effort), or leave it out"
+        findings.append(Finding("chat template", "warning", found, fix))
+    for chat in [chat for chat in chats if chat.system][:1]:
+        if f"{chat.system}\n\n<|end|>" in template.render(chat.opening, prompt=True):
+            found = f"{words}: it ends a system message without the template's two line breaks"
+            fix = "name a copy of the template without them under target.chat_template"
+            findings.append(Finding("chat template", "warning", found, fix))
     return findings
 
 
