@@ -16,7 +16,7 @@ $(READY): pyproject.toml tools/setup.sh
 
 demo: $(READY)
 	$(PY) recipes/demo_prompts.py build/demo/prompts.jsonl
-	$(PY) -m drafthead.targets.smollm2 build/demo/SmolLM2-135M-Instruct
+	$(PY) recipes/smollm2.py build/demo/SmolLM2-135M-Instruct
 	$(VENV)/bin/drafthead run recipes/demo.yaml
 
 demo-hybrid: $(READY)

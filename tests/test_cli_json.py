@@ -57,8 +57,6 @@ def place(made, monkeypatch, quick_doctor):
     monkeypatch.setattr("drafthead.run._load", lambda _: stage)
     monkeypatch.setattr("os.execvpe", lambda *_: pytest.fail("vLLM's log follows on stdout"))
     monkeypatch.setattr("drafthead.quantize.quantize", lambda *_a, **_o: {"perplexity": 2.0})
-    monkeypatch.setattr("drafthead.capture.compare.compare_stores", lambda *_: {"layers": []})
-    monkeypatch.setattr("drafthead.capture.compare.describe", lambda _: "people read this")
 
 
 FINE = {
@@ -73,7 +71,6 @@ FINE = {
     ),
     "drafthead doctor": ("r.yaml",),
     "drafthead states check": ("states",),
-    "drafthead states compare": ("states", "states", "--target", "target"),
 }
 
 

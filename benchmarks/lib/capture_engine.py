@@ -179,7 +179,7 @@ class _Side:
 
     def compare(self, prompts: list[list[int]]) -> dict:
         """Decode a unit, prefill the very same sequences as another, and hold them together."""
-        from drafthead.capture.compare import compare
+        from benchmarks.capture.compare_states import compare
         from drafthead.states import StateReader
 
         assert self.store is not None

@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.capture.compare_states import compare
 from benchmarks.lib.heads_of_a_store import unverified_task
-from drafthead.capture.compare import compare
 from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.recipe import Recipe, load_recipe

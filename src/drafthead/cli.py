@@ -358,27 +358,6 @@ def states_check(
     raise typer.Exit(0 if repair else ClaimFailed.exit_code)
 
 
-@states_app.command(
-    "compare", epilog="Example: drafthead states compare runs/a/states runs/b/states --target M"
-)
-def states_compare(
-    first: Annotated[Path, typer.Argument(help="Folder of states, the reference.")],
-    second: Annotated[Path, typer.Argument(help="Folder of states of the same tokens.")],
-    target: Annotated[str, typer.Option(help="Target whose states they are.")],
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say how far two captures of the same tokens are apart: fp8 from bf16, prefill from decode."""
-    from drafthead.capture.compare import compare_stores, describe
-    from drafthead.targets import load_target
-
-    loaded = load_target(target, trust_remote_code=trust_remote_code)
-    found = compare_stores(first, second, loaded)
-    console.print(describe(found))
-    if as_json:
-        emit(found, as_json)
-
-
 @app.command(epilog="Example: drafthead publish recipe.yaml --repo me/my-model-eagle3 --dry-run")
 def publish(
     recipe: RecipeFile,

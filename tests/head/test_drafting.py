@@ -5,8 +5,9 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.head import drafting
-from drafthead.head.drafting import draft_at, draft_chain, prefix_attention
+from drafthead.head.drafting import draft_chain, prefix_attention
 from tests.heads import small_head, states
+from tests.reference.plain_drafting import draft_at
 
 
 @pytest.mark.parametrize(

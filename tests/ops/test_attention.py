@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from drafthead.ops import attention as attention_module
-from drafthead.ops.attention import Documents, attention, plain_attention
+from drafthead.ops.attention import Documents, attention
+from tests.reference.plain_attention import plain_attention
 
 
 def problem(dtype, diagonals, heads=6, groups=2, d=4):

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from drafthead.capture.checks import teacher_argmax
 from drafthead.errors import DraftheadError
 from drafthead.head.init import new_head, target_layer
-from drafthead.ops.losses import Teacher, fused_loss, plain_loss
+from drafthead.ops.losses import Teacher, fused_loss
 from drafthead.recipe import HeadSection
 from drafthead.targets import load_target
 from drafthead.targets.logits import PLAIN, logit_rule
+from tests.reference.plain_loss import plain_loss
 from tests.tiny import OTHER_LOGITS, VOCAB, tiny_other
 
 

@@ -198,7 +198,7 @@ def test_code_of_a_targets_own_runs_only_if_it_may(with_code, drafthead, tmp_pat
     assert load_recipe("recipe.yaml").target.trust_remote_code
 
 
-@pytest.mark.parametrize("command", ["init", "inspect", "quantize", "states compare"])
+@pytest.mark.parametrize("command", ["init", "inspect", "quantize"])
 def test_what_takes_a_target_can_be_told_to_trust_it(command):
     params = docs_pages.commands()[f"drafthead {command}"].params
     assert "--trust-remote-code" in {option for param in params for option in param.opts}

@@ -12,7 +12,7 @@ from drafthead.drafters.eagle3 import graphed
 from drafthead.drafters.eagle3.graphed import GraphedStep
 from drafthead.drafters.eagle3.packing import pack_row
 from drafthead.drafters.eagle3.step import Objective, TrainStep
-from drafthead.ops.attention import Documents, attention, plain_attention
+from drafthead.ops.attention import Documents, attention
 from drafthead.ops.graphs import Graphs
 from drafthead.ops.losses import Teacher
 from drafthead.ops.vocabulary import draft_ids
@@ -21,6 +21,7 @@ from drafthead.train.meter import Meter
 from drafthead.train.optimizer import AdamW, AdamWSettings
 from drafthead.train.parallel import World
 from tests.heads import small_head
+from tests.reference.plain_attention import plain_attention
 from tests.train.samples import sample
 from tests.train.toy import make_task
 

@@ -8,9 +8,9 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.registry import _RegisteredModel
 from vllm.plugins import load_general_plugins
 
-from drafthead.capture.transformers_twin import TransformersTwin
 from drafthead.doctor import engine as doctor_engine
 from drafthead.vllm_plugin import any_target, hookless
+from tests.reference.transformers_twin import TransformersTwin
 from tests.vllm import unhooked
 from tests.vllm.engines import answers, counter, eagle3, engine, norms_write_in_place, stress
 from tests.vllm.models import write_head

@@ -8,12 +8,12 @@ import torch
 
 from drafthead.capture.checks import teacher_argmax
 from drafthead.capture.engine import CaptureEngine, Wanted
-from drafthead.capture.transformers_twin import TransformersTwin
 from drafthead.recipe import parse_recipe
 from drafthead.states import StateReader, StoreMeta
 from drafthead.states.writer import open_store
 from drafthead.targets import load_target
 from tests import tiny
+from tests.reference.transformers_twin import TransformersTwin
 
 AUX = (1, 3)
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from drafthead.head.checkpoint import load_head, save_head
-from drafthead.head.drafting import draft_at, draft_chain
+from drafthead.head.drafting import draft_chain
 from drafthead.head.formats import Provenance
 from drafthead.targets import load_target
 from tests.heads import small_head
+from tests.reference.plain_drafting import draft_at
 
 K = 3
 PROMPTS = ([5, 9, 77, 130, 8, 201, 44], [300], list(range(17, 67)))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from drafthead.capture.transformers_twin import TransformersTwin
 from drafthead.doctor import engine as doctor_engine
 from drafthead.fsio import read_json
 from drafthead.recipe import parse_recipe
@@ -19,6 +18,7 @@ from drafthead.rundir import RunDir
 from drafthead.serve import serve_plan
 from drafthead.targets import load_target
 from tests import wrappers
+from tests.reference.transformers_twin import TransformersTwin
 from tests.vllm.engines import counter, eagle3, engine, norms_write_in_place
 from tests.vllm.models import write_head
 from tests.vllm.runs import recipe_for

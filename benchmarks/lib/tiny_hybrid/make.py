@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("step", choices=["text", "writer", "train", "pack", "all"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--smollm2", type=Path, help="dense folder (drafthead.targets.smollm2)")
+    parser.add_argument("--smollm2", type=Path, help="dense folder (recipes/smollm2.py)")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--text-seconds", type=float, default=200)
     parser.add_argument("--writers", type=int, default=4, help="engines at once")

@@ -164,23 +164,6 @@ def hidden_regression(normed: Tensor, target: Tensor, weights: Tensor) -> Tensor
     return (loss.mean(-1) * weights).sum()
 
 
-def plain_loss(
-    normed: Tensor,
-    lm_head: Tensor,
-    last: Tensor,
-    teacher: Teacher,
-    labels: Tensor,
-    weights: Tensor,
-    kind: LossKind,
-) -> tuple[Tensor, Tensor]:
-    """The loss as its definition says: all logits at once. Arguments as for `fused_loss`."""
-    logits = normed @ lm_head.t()
-    soft = None if kind == "ce" else teacher.logits(last)
-    loss = (row_loss(logits, soft, labels, kind) * weights).sum()
-    correct = (logits.argmax(-1) == labels) & (weights > 0)
-    return loss, correct.sum(-1)
-
-
 def gradient_rule(x: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`row_gradients`, as one Triton kernel on a GPU."""
     if x.is_cuda and x.dtype != torch.float64:

