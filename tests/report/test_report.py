@@ -80,6 +80,15 @@ def test_an_interval_over_one_is_said(tmp_path):
     assert "**1.01×**" not in (run.head / "README.md").read_text()
 
 
+def test_more_than_the_tokens_a_step_can_give_is_doubted(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    for length, doubted in ((2.0, False), (1.2, True)):
+        bench = read_json(run.bench_json, "")
+        write_json(run.bench_json, bench | {"speedup": 1.68, "accepted_length": length})
+        for text in (*written(recipe, run), (run.head / "README.md").read_text()):
+            assert ("step can give" in " ".join(text.split())) is doubted
+
+
 def test_what_can_be_told_is_the_headline(tmp_path):
     recipe, run = made_run.make(tmp_path)
     ratio = f"{read_json(run.bench_json, '')['speedup']:.2f}×"

@@ -80,6 +80,10 @@ def check_fit(folder: Path, target: Target, length: int) -> tuple[list[str], lis
     return about["unsupported"], beyond_reach(about, length)
 
 
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def describe(found: dict[str, Any]) -> Group:
     """What `inspect_head` found, for people."""
     table = Table(show_header=False, box=None)
@@ -102,7 +106,9 @@ def describe(found: dict[str, Any]) -> Group:
         else:
             rows["norm flags"] = ", ".join(on) or "none"
         if about := found.get("provenance"):
-            rows["says of itself"] = ", ".join(f"{k} {v}" for k, v in about.items() if v != "")
+            rows["says of itself"] = ", ".join(
+                f"{k} {_short(v)}" for k, v in about.items() if v != ""
+            )
         for name, value in rows.items():
             table.add_row(name, escape(str(value)))
     if "bytes" in found:

@@ -3,14 +3,15 @@
 from rich.table import Table
 
 from drafthead.report.results import Results
-from drafthead.report.words import predicted_cells, served_cells
+from drafthead.report.words import beyond_reason, predicted_cells, served_cells
 
 
 def verdict_words(results: Results) -> str:
     """In words what the interval of the headline allows to say."""
     bench = results.bench
     if bench["verdict"] == "faster":
-        return "faster with the head"
+        more = ", by more than its tokens a step can give: measure again"
+        return "faster with the head" + (more if beyond_reason(bench) else "")
     if bench["verdict"] == "slower":
         return "slower with the head on this machine"
     return "no difference could be told: the interval spans 1"

@@ -211,6 +211,13 @@ def setting(bench: dict) -> str:
 NOT_MEASURED = "Speed was not measured."
 
 
+def beyond_reason(bench: dict) -> bool:
+    """Whether the ratio is more than the tokens a step can give: a step with drafts takes as long
+    as one without, or longer. A tenth more may be the noise of a few pairs."""
+    length = bench["accepted_length"]
+    return bool(length) and bench["speedup"] > 1.1 * length
+
+
 def notes(r: Results) -> list[str]:
     """What the choice of k rests on, and how the figures were taken where that matters."""
     found = [] if r.bench else [NOT_MEASURED]
@@ -222,6 +229,11 @@ def notes(r: Results) -> list[str]:
             f"k = {r.served_k} is the fastest of k = {', '.join(map(str, ks))}, over the pairs "
             "that all of them were timed on"
             + ("; its own figures are of other pairs." if chosen else ".")
+        )
+    if r.bench and beyond_reason(r.bench):
+        found.append(
+            f"{r.bench['speedup']:.2f}× is more than {r.bench['accepted_length']:.2f} tokens a "
+            "step can give: something else ran on this machine. Measure again when it is idle."
         )
     if r.bench and r.bench["grid"][0]["engines_at_once"] == 1:
         found.append(
