@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import host_load
+from benchmarks.lib.lfm2_shapes import SPREAD
 
 KEPT = ("Model loading took", "Graph capturing finished", "KV cache size")
 
@@ -109,7 +110,7 @@ class _Side:
                     "max_num_seqs": spec["seqs"],
                     "gpu_memory_utilization": spec["share"],
                     "kv_cache_memory_bytes": spec["kv_bytes"],
-                    "extra": {"load_format": "dummy"} if spec["dummy"] else {},
+                    "extra": SPREAD if spec["dummy"] else {},
                 },
             },
             "benchmark",

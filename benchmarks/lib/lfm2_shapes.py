@@ -1,29 +1,21 @@
-"""LFM2.5-8B-A1B's exact shapes with dummy weights: does every k start and run?
+"""LFM2.5-8B-A1B's exact shapes, with made-up weights that route, and a random head for them.
 
-    python -m benchmarks.lib.lfm2_shapes --out results/shapes                 # k = 1..7
-    python -m benchmarks.lib.lfm2_shapes --out /tmp/s --tiny                  # rehearsal on a CPU
-
-The target's weights are dummies (`load_format="dummy"`) in ModelOpt NVFP4, with what the real
-checkpoint is known to leave out left out; the head is random, with a draft vocabulary of its own,
-written to disk and loaded, because with dummy weights vLLM would give it the target's LM head.
-
-Engines run side by side, so only "started and ran" is claimed; what a step costs is measured by
-`step_cost.py`. Acceptance is synthetic and so stated. Writes OUT/lfm2_shapes.json after every
-engine.
+The target is in ModelOpt NVFP4 without what the real checkpoint is known to leave out; its weights
+are those of `spread_weights`. The head lies on disk, with a draft vocabulary of its own: beside
+weights that were not loaded vLLM would give it the target's LM head. Acceptance is synthetic.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 VOCAB, DRAFT_VOCAB = 128_000, 32_000
 ATTENTION = (2, 6, 10, 14, 18, 21)
 AUX = (2, 12, 21)
+SPREAD = {
+    "load_format": "spread",
+    "worker_extension_cls": "benchmarks.lib.spread_weights.Spread",
+}
+"""Settings of vLLM for weights of `spread_weights`."""
 
 
 def synthetic_acceptance(k: int) -> list[float]:
@@ -142,8 +134,8 @@ def write_models(work: Path, tiny: bool) -> None:
 
 
 def speculation(head: Path | str, k: int, tiny: bool) -> dict:
-    """vLLM's `speculative_config` for a head on disk, of its own weights beside a target with dummy
-    ones. Acceptance is synthetic, which vLLM's CPU build (``tiny``) does not have."""
+    """vLLM's `speculative_config` for a head on disk, of its own weights beside a target with
+    made-up ones. Acceptance is synthetic, which vLLM's CPU build (``tiny``) does not have."""
     config = {
         "method": "eagle3",
         "model": str(head),
@@ -166,10 +158,8 @@ def start_engine(
     share: float,
     head: str = "head",
     kv: str = "auto",
-    log_stats: bool = False,
-    worker_extension_cls: str = "",
 ):
-    """An ``LLM`` with dummy weights and, for ``k`` above 0, the random head on disk.
+    """An ``LLM`` with spread weights and, for ``k`` above 0, the random head on disk.
 
     Args:
         work: folder of :func:`write_models`.
@@ -180,8 +170,6 @@ def start_engine(
         share: of the GPU's memory, which vLLM only compares with what is free at start.
         head: its name in ``work``.
         kv: dtype of the KV cache.
-        log_stats: keep the engine's counters.
-        worker_extension_cls: as in vLLM.
     """
     from vllm import LLM
 
@@ -191,119 +179,12 @@ def start_engine(
         memory["gpu_memory_utilization"] = share
     return LLM(
         f"{work}/{target}",
-        load_format="dummy",
+        **SPREAD,
         skip_tokenizer_init=True,
         max_model_len=512 if tiny else 2048,
         max_num_seqs=4,
         kv_cache_dtype=kv,
         enforce_eager=tiny,
-        disable_log_stats=not log_stats,
         speculative_config=speculative,
-        worker_extension_cls=worker_extension_cls,
         **memory,
     )
-
-
-def run_engine(spec: dict) -> None:
-    """Child process: one engine; prints its result as the last line."""
-    from vllm import SamplingParams
-
-    tiny = spec["tiny"]
-    begun = time.monotonic()
-    engine = start_engine(
-        spec["work"],
-        spec["target"],
-        spec["k"],
-        tiny,
-        cache_bytes=2 << 30,
-        share=spec["share"],
-        kv=spec["kv"],
-        log_stats=True,
-    )
-    started = time.monotonic() - begun
-    tokens = 16 if tiny else 256
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    prompt = {"prompt_token_ids": [1 + (i * 31) % 500 for i in range(64)]}
-    out = engine.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
-    assert len(out) == tokens
-    counters = {
-        m.name: getattr(m, "value", None)
-        for m in engine.get_metrics()
-        if m.name.startswith("vllm:spec_decode_num")
-    }
-    drafts = counters.get("vllm:spec_decode_num_drafts")
-    accepted = counters.get("vllm:spec_decode_num_accepted_tokens")
-    result = {
-        "started_s": round(started, 1),
-        "tokens_a_step": round(1 + accepted / drafts, 3) if drafts else 1.0,
-    }
-    print("RESULT " + json.dumps(result), flush=True)
-
-
-def launch(spec: dict, limit: float, out: Path) -> dict:
-    """Run one engine in a process of its own, with a limit."""
-    name = "-".join(str(spec[key]) for key in ("target", "kv")) + f"-k{spec['k']}"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", __spec__.name, "--engine", json.dumps(spec), "--out", str(out)],
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-        )
-        output = done.stdout
-        lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-        found = json.loads(lines[-1][7:]) if lines else {"failed": output[-1500:]}
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout or b""
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        found = {"failed": f"not done in {limit} s; " + text[-800:]}
-    print(name, json.dumps(found)[:300], flush=True)
-    return {"name": name, "target": spec["target"], "kv": spec["kv"], "k": spec["k"], **found}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/lfm2_shapes"))
-    parser.add_argument("--k", default="1,2,3,4,5,6,7")
-    parser.add_argument("--kv", default="auto,fp8")
-    parser.add_argument("--targets", default="nvfp4")
-    parser.add_argument("--jobs", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=280)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.engine:
-        run_engine(json.loads(args.engine))
-        return
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_models(args.work, args.tiny)
-    ks = [int(k) for k in args.k.split(",")]
-    specs = [
-        {"target": target, "kv": kv, "k": k}
-        for target in args.targets.split(",")
-        for kv in (["auto"] if args.tiny else args.kv.split(","))
-        for k in ks
-    ]
-    jobs = 1 if args.tiny else args.jobs
-    for spec in specs:
-        spec |= {"work": str(args.work), "tiny": args.tiny, "share": 0.85 / jobs}
-    results = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for found in pool.map(lambda spec: launch(spec, args.limit, args.out), specs):
-            results.append(found)
-            record = {
-                "command": " ".join(["python", *sys.argv]),
-                "date": time.strftime("%Y-%m-%d", time.gmtime()),
-                "acceptance": "synthetic, 0.6 at every position",
-                "engines": results,
-            }
-            (args.out / "lfm2_shapes.json").write_text(json.dumps(record, indent=1))
-    failed = [found["name"] for found in results if "failed" in found]
-    print(f"{len(results) - len(failed)} of {len(results)} engines started and ran", failed)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,7 @@
 """What a step spends on the host and on the device, seen from inside the engine's process.
 
-`Probe` is mixed into vLLM's worker (`worker_extension_cls="benchmarks.lib.step_probe.Probe"`); its
-methods are called through `LLM.collective_rpc` and return JSON. `summarize` reads a trace of the
-torch profiler.
+`Probe` is mixed into vLLM's worker (through `spread_weights.Spread`); its methods are called
+through `LLM.collective_rpc` and return JSON. `summarize` reads a trace of the torch profiler.
 """
 
 import json
@@ -147,6 +146,7 @@ class Probe:
                 "draft_argmax": getattr(speculator, "use_local_argmax_reduction", None),
                 "cudagraph_mode": str(self.vllm_config.compilation_config.cudagraph_mode),
                 "mamba_cache_mode": self.vllm_config.cache_config.mamba_cache_mode,
+                "distinct_experts": self.distinct_experts(),
             }
         )
 

@@ -5,7 +5,7 @@
     python -m benchmarks.serve.grid --out /tmp/g --tiny            # rehearsal on a CPU
 
 Each --case is a target's folder and an EAGLE-3 head's; --lfm2 adds LFM2.5-8B-A1B's shapes with
-dummy weights (see lfm2_shapes.py), a random head and acceptance that is synthetic and so named:
+weights that route (spread_weights.py), a random head and acceptance that is synthetic and so named:
 only its costs mean anything.
 
 All engines of all cases start side by side; only then are they timed, one at work at a time, the
@@ -123,7 +123,7 @@ def lfm2_case(options: argparse.Namespace) -> Case:
     lfm2_shapes.write_models(work, tiny)
     common = {
         "model": str(work / ("bf16" if tiny else "nvfp4")),
-        "load_format": "dummy",
+        **lfm2_shapes.SPREAD,
         "skip_tokenizer_init": True,
         "max_model_len": 512,
         "max_num_seqs": max(options.concurrency),
@@ -143,7 +143,7 @@ def lfm2_case(options: argparse.Namespace) -> Case:
 
     rng = np.random.default_rng(0)
     prompts = [(rng.integers(8, 500, 64).tolist(), "random") for _ in range(options.count)]
-    about = {"target": "LFM2.5-8B-A1B's shapes, dummy weights, NVFP4", "acceptance": "synthetic"}
+    about = {"target": "LFM2.5-8B-A1B's shapes, spread weights, NVFP4", "acceptance": "synthetic"}
     return Case("lfm2", plan(), {k: drafting(k) for k in options.k}, prompts, about)
 
 

@@ -6,8 +6,8 @@
         --heads norm_before_fc,fc_norm --without aux_norm --no-trace     # what norms cost
     python -m benchmarks.serve.step_cost --out /tmp/c --tiny                   # rehearsal on a CPU
 
-The target has dummy weights, LFM2.5-8B-A1B's shapes in NVFP4 or SmolLM2-135M's in bf16; the head
-is random, lies on disk and is loaded (with dummy weights vLLM would give it the target's LM head).
+The target has the shapes of LFM2.5-8B-A1B in NVFP4 or of SmolLM2-135M in bf16 and weights that are
+made up and route (spread_weights.py); the head is random, lies on disk and is loaded.
 Every engine runs in a process of its own, as under `vllm serve`; all are started first and then
 take turns, one request at a time, greedy, so that each round compares them under the same
 conditions. Acceptance is synthetic, 0.6 at every position. `k3` is an engine with the plugin's cost
@@ -94,7 +94,7 @@ def serve(spec: dict) -> None:
         cache_bytes=1 << 30,
         share=0.1,
         head=spec["head"],
-        worker_extension_cls="benchmarks.lib.step_probe.Probe",
+        kv=spec["kv"],
     )
 
     def inside(method: str, *args: str):
@@ -211,6 +211,7 @@ class Engine:
 
 def engines(args: argparse.Namespace) -> list[Engine]:
     base = {"work": str(args.work), "tiny": args.tiny, "tokens": 24 if args.tiny else 256}
+    base["kv"] = args.kv
     base["target"] = "bf16" if args.tiny and args.target == "nvfp4" else args.target
     wanted = [("plain", 0, args.heads[0], "")]
     for head in args.heads:
@@ -280,6 +281,7 @@ def main() -> int:
     for_cost = ",".join(patch.name for patch in TABLE if patch.purpose == "cost")
     parser.add_argument("--without", default=for_cost, help="patches that those lack")
     parser.add_argument("--target", choices=("nvfp4", "smollm2"), default="nvfp4")
+    parser.add_argument("--kv", default="auto", help="dtype of the KV cache")
     parser.add_argument(
         "--heads",
         type=lambda text: text.split(","),
