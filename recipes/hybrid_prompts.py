@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.lib.tiny_hybrid.prompts import prompts
+from recipes.tiny_hybrid.prompts import prompts
 
 # Its training text came from seed 1; another seed draws other prompts from the same word lists.
 SEED = 7

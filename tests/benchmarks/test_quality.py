@@ -1,4 +1,4 @@
-"""How one wave of the quality benchmark leads to the next, and who wins the duel."""
+"""Which heads the quality benchmark trains, and who wins the duel."""
 
 from dataclasses import replace
 
@@ -10,45 +10,8 @@ def record(length: float, curve=(), seconds: float = 1.0) -> dict:
     return {"heldout": [{"accepted_length": length}], "curve": curve, "train_seconds": seconds}
 
 
-def records() -> dict[str, dict]:
-    """Rates at which muon wins, and parts around 2.0 of which two stand out."""
-    found = {job.name: record(1.5) for job in variants.rates()}
-    found["muon-0.002-rows2048"] = record(2.0)
-    found["speculators-0.0005-rows8192"] = record(1.8)
-    base = variants.best(found, "ours")
-    gains = {"seed-1": 0.004, "seed-2": -0.004, "acceptance": 0.2, "norm_before_fc": 0.05}
-    gains |= {"decay-0.6": 0.009, "two-layers": 0.5}
-    for job in variants.parts(found):
-        found[job.name] = record(2.0 + gains.get(job.name.removeprefix(f"{base.name}+"), -0.1))
-    return found
-
-
-def test_what_wins_by_more_than_the_noise_is_taken_together():
-    job = variants.chosen(records())
-    assert job.name == "muon-0.002-rows2048+norm_before_fc+acceptance"
-    assert job.train["optimizer"] == "muon"
-    assert job.train["loss"] == "acceptance"
-    assert job.head == {"fc_norm": False, "norm_before_fc": True}, (
-        "shapes cost when served: they are not chosen by length"
-    )
-
-
-def test_finalists_are_three_seeds_of_each_side():
-    jobs = variants.finalists(records(), epochs=3)
-    assert len({job.name for job in jobs}) == len(jobs) == 9
-    assert {job.train["seed"] for job in jobs} == {0, 1, 2}
-    assert {job.epochs for job in jobs} == {3}
-    theirs = [job for job in jobs if job.side == "theirs"]
-    assert {job.train["learning_rate"] for job in theirs} == {5e-4}
-
-
-def test_without_a_finished_wave_the_first_of_each_side_stands():
-    assert variants.chosen({}).name == "muon-0.002-rows2048"
-    assert variants.best({}, "theirs").train["learning_rate"] == 1e-3
-
-
 def test_parts_and_rates_with_three_seeds_each_differ_in_what_they_name():
-    jobs = variants.three({})
+    jobs = variants.three()
     assert [job.name for job in jobs[:3]] == [f"three/nothing/{seed}" for seed in range(3)]
     assert len({job.name for job in jobs}) == len(jobs)
     usual = jobs[0].train
@@ -57,19 +20,14 @@ def test_parts_and_rates_with_three_seeds_each_differ_in_what_they_name():
         assert job.train["seed"] == int(seed)
         rest = replace(job, name=jobs[0].name, train=job.train | {"seed": 0})
         assert (rest == jobs[0]) == (name == "nothing"), name
-    (slower,) = (job for job in jobs if job.name == "three/muon-1e-3/2")
-    assert slower.train == usual | {"learning_rate": 1e-3, "seed": 2}
-
-
-def test_a_rate_is_that_of_the_optimizer_that_it_names_whichever_won():
-    found = records() | {"adamw-0.001-rows2048": record(3.0)}
-    assert variants.best(found, "ours").train["optimizer"] == "adamw"
-    for job in variants.three(found):
+    for job in jobs:
         name = job.name.split("/")[1]
         if name.startswith(("muon", "adamw")):
             optimizer, rate = name.split("-", 1)
             assert job.train["optimizer"] == optimizer
             assert job.train["learning_rate"] == float(rate)
+    (slower,) = (job for job in jobs if job.name == "three/muon-1e-3/2")
+    assert slower.train == usual | {"learning_rate": 1e-3, "seed": 2}
 
 
 def test_the_heads_of_the_small_benchmark_differ_in_what_they_name():

@@ -1,9 +1,9 @@
 """Make the tiny hybrid: a small LFM2-MoE trained on text that SmolLM2 writes.
 
-    python -m benchmarks.lib.tiny_hybrid.make text  --smollm2 DIR --work DIR  # vLLM writes the text
-    python -m benchmarks.lib.tiny_hybrid.make train --work DIR                 # tokenizer, training
-    python -m benchmarks.lib.tiny_hybrid.make pack  --work DIR --out DIR       # tar in parts
-    python -m benchmarks.lib.tiny_hybrid.make all   --smollm2 DIR --work DIR --out DIR
+    python -m recipes.tiny_hybrid.make text  --smollm2 DIR --work DIR  # vLLM writes the text
+    python -m recipes.tiny_hybrid.make train --work DIR                 # tokenizer, training
+    python -m recipes.tiny_hybrid.make pack  --work DIR --out DIR       # tar in parts
+    python -m recipes.tiny_hybrid.make all   --smollm2 DIR --work DIR --out DIR
 
 Each step leaves its finished part in --work and does not redo it: `text` goes on after the last
 shard written, `train` after its last saved state. `--tiny` does all of it in minutes on a CPU.
@@ -70,7 +70,7 @@ def write_text(args) -> None:
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
-    from benchmarks.lib.tiny_hybrid.prompts import prompts
+    from recipes.tiny_hybrid.prompts import prompts
 
     folder = args.work / "text"
     wave = 24 if args.tiny else 4096
@@ -132,10 +132,10 @@ def write_text(args) -> None:
 def train(args) -> None:
     from transformers import AutoTokenizer, Lfm2MoeForCausalLM
 
-    from benchmarks.lib.tiny_hybrid import model as hybrid
-    from benchmarks.lib.tiny_hybrid.documents import documents, pack_rows, read_answers
-    from benchmarks.lib.tiny_hybrid.state import load_state, save_state, save_weights
-    from benchmarks.lib.tiny_hybrid.tokenizer import train_tokenizer
+    from recipes.tiny_hybrid import model as hybrid
+    from recipes.tiny_hybrid.documents import documents, pack_rows, read_answers
+    from recipes.tiny_hybrid.state import load_state, save_state, save_weights
+    from recipes.tiny_hybrid.tokenizer import train_tokenizer
 
     final = args.work / "bf16"
     if final.exists():
@@ -233,7 +233,7 @@ def train(args) -> None:
 @torch.no_grad()
 def finish(args, model, tokenizer, held_out: float, device: str) -> None:
     """Check the fast pass against transformers', save in bf16, and let the model speak."""
-    from benchmarks.lib.tiny_hybrid import model as hybrid
+    from recipes.tiny_hybrid import model as hybrid
 
     model.eval()
     ids = torch.randint(8, model.config.vocab_size, (1, 64), device=device)

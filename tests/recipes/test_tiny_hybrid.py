@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import Lfm2MoeForCausalLM
 
-from benchmarks.lib.tiny_hybrid import model as hybrid
-from benchmarks.lib.tiny_hybrid.documents import documents, pack_rows, read_answers
-from benchmarks.lib.tiny_hybrid.prompts import prompts
-from benchmarks.lib.tiny_hybrid.state import load_state, save_state
-from benchmarks.lib.tiny_hybrid.tokenizer import SPECIALS, train_tokenizer
+from recipes.tiny_hybrid import model as hybrid
+from recipes.tiny_hybrid.documents import documents, pack_rows, read_answers
+from recipes.tiny_hybrid.prompts import prompts
+from recipes.tiny_hybrid.state import load_state, save_state
+from recipes.tiny_hybrid.tokenizer import SPECIALS, train_tokenizer
 
 
 @pytest.fixture
