@@ -41,7 +41,6 @@ import os
 import random
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -331,8 +330,7 @@ def main() -> None:
     add_turn(parser)
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    from drafthead.fsio import write_json
-    from drafthead.machine import this_machine
+    from benchmarks.lib.record import begin, pick, save
 
     args.work.mkdir(parents=True, exist_ok=True)
     if args.tiny:
@@ -346,15 +344,16 @@ def main() -> None:
     if nvfp4:
         cases.append(Case("smollm2-135m-nvfp4", nvfp4, nvfp4, aux, formats=("bf16",), peer=False))
     about = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": this_machine().as_dict(),
+        **begin("capture"),
         "disk_mb_per_s": disk_rates(args.work, (64 << 20) if args.tiny else (2 << 30)),
     }
     running = [Running(case, args, 8765 + i) for i, case in enumerate(cases)]
 
     def write(_: dict) -> None:
-        write_json(args.out / "capture.json", about | {"cases": [r.record for r in running]})
+        cases = [case.record for case in running]
+        names = ("plain_tokens_per_s", "plain_range", "capture", "decode_against_prefill")
+        figures = {case["name"]: pick(case, *names) for case in cases}
+        save(args.out / "capture.json", about | {"cases": cases}, figures)
 
     try:
         for case in running:

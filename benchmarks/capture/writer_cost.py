@@ -16,9 +16,7 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,9 +25,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.lib import host_load
+from benchmarks.lib.record import begin, save
 from drafthead.capture.writer_process import WriterProcess
-from drafthead.fsio import write_json
-from drafthead.machine import this_machine
 from drafthead.states import StoreMeta
 
 SHAPES = {"lfm2": (65_536, 2048, (2, 12, 21), 24), "smollm2": (49_152, 576, (2, 15, 27), 30)}
@@ -132,15 +129,15 @@ def main() -> None:
     steady = units[2:]
     costs = [1e9 * (unit["user_s"] + unit["system_s"]) / unit["bytes"] for unit in steady]
     found = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": this_machine().as_dict(),
-        "cpu_s_per_gb": round(statistics.median(costs), 3),
-        "page_faults": statistics.median(unit["page_faults"] for unit in steady),
+        **begin("writer_cost"),
         "units": units,
     }
-    write_json(args.out / "writer_cost.json", found)
-    print(json.dumps({key: found[key] for key in ("cpu_s_per_gb", "page_faults")}))
+    figures = {
+        "cpu_s_per_gb": round(statistics.median(costs), 3),
+        "page_faults": statistics.median(unit["page_faults"] for unit in steady),
+    }
+    save(args.out / "writer_cost.json", found, figures)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

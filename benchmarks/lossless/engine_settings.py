@@ -39,6 +39,7 @@ from benchmarks.lib.lossless_engines import (
     request_sets,
     tiny_configurations,
 )
+from benchmarks.lib.record import begin, pick, save
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -293,20 +294,10 @@ def main() -> int:
             del running[name]
             print(f"{time.time() - begun:6.0f} s  {name}  {notes.get(name, 'done')}", flush=True)
     report = compare(arguments.out, configs, arguments.tiny, arguments.tie, notes)
-    report |= {"seconds": round(time.time() - begun, 1), "command": " ".join(sys.argv)}
-    report |= {"machine": machine(arguments.tiny), "date": time.strftime("%Y-%m-%d")}
-    (arguments.out / "lossless_gpu.json").write_text(json.dumps(report, indent=1))
+    report |= begin("lossless_gpu") | {"seconds": round(time.time() - begun, 1)}
+    figures = {row["config"]: pick(row, "requests", "identical") for row in report["rows"]}
+    save(arguments.out / "lossless_gpu.json", report, figures)
     return summary(report)
-
-
-def machine(tiny: bool) -> dict:
-    import torch
-    import transformers
-
-    found = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if not tiny and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-    return found
 
 
 def summary(report: dict) -> int:

@@ -26,10 +26,9 @@ from unittest import mock
 from rich.console import Console
 
 from benchmarks.lib.lossless_engines import IEEE
+from benchmarks.lib.record import begin, pick, save
 from benchmarks.serve.grid import LONGEST_PROMPT, read_prompts
 from drafthead.errors import DraftheadError
-from drafthead.fsio import write_json
-from drafthead.machine import this_machine
 from drafthead.prove.noise import noise_words
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.verify import prove_lossless, verify_plans
@@ -123,10 +122,7 @@ def main() -> None:
         target, head, dtype = parts.split(",")
         begun = time.monotonic()
         record = {
-            "benchmark": "verify_cases",
-            "command": " ".join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "machine": this_machine().as_dict(),
+            **begin("verify_cases"),
             "case": {"target": target, "head": head, "dtype": dtype},
             "batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT") == "1",
         }
@@ -137,7 +133,8 @@ def main() -> None:
             record |= {"lossless": False, "died": str(error)[-1500:]}
         record["seconds"] = round(time.monotonic() - begun, 1)
         failed |= not record["lossless"]
-        write_json(options.out / f"{name}.json", record)
+        names = ("lossless", "prompts", "identical", "ties", "differences", "seconds")
+        save(options.out / f"{name}.json", record, pick(record, *names))
         shown = ("lossless", "identical", "ties", "differences", "seconds", "died")
         CONSOLE.print(name, {key: record[key] for key in shown if key in record})
         for line in record.get("words", []):

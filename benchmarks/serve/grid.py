@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +32,10 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.lib import lfm2_shapes
+from benchmarks.lib.record import begin, pick, save
 from benchmarks.lib.turns import add_turn, turn
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
-from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.plan import Plan, Setting
 from drafthead.prove.grid import line, running, start
@@ -216,6 +215,20 @@ def launch(cases: Sequence[Case], logs: Path, stack: contextlib.ExitStack) -> di
     return {name: str(error)[-1500:] for name, error in failed.items() if error is not None}
 
 
+def best(cases: dict[str, dict]) -> dict:
+    """The fastest k of each case, length, load and temperature."""
+    figures: dict[str, dict] = {}
+    for name, case in cases.items():
+        for cell in sorted(case["cells"], key=lambda cell: cell["speedup"]):
+            load = f"{cell['max_new_tokens']}_tokens_{cell['concurrency']}_at_once"
+            hot = f"_at_{cell['temperature']}" if cell["temperature"] else ""
+            names = ("speedup", "speedup_ci95", "num_speculative_tokens", "pairs_timed")
+            figures[f"{name}_{load}{hot}"] = pick(
+                cell, *names, "base_tokens_per_s", "accepted_length"
+            )
+    return figures
+
+
 def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -> None:
     """Time every case greedily, then at the other temperatures, each for an equal part of the
     time."""
@@ -231,7 +244,7 @@ def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -
         others = own["cells"]
         for cells in time_case(case, temperature, options.seconds / len(rounds), options):
             own["cells"] = others + cells
-            write_json(options.out / "grid.json", record)
+            save(options.out / "grid.json", record, best(record["cases"]))
         for cell in own["cells"][len(others) :]:
             CONSOLE.print(f"{case.name}: {line(cell)}")
 
@@ -270,10 +283,7 @@ def main() -> None:
     if options.lfm2:
         cases.append(lfm2_case(options))
     record = {
-        "benchmark": "grid",
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": this_machine().as_dict(),
+        **begin("grid"),
         "engine": "in the asking process" if options.in_process else "as in vllm serve",
         "method": METHOD,
     }
@@ -288,7 +298,7 @@ def main() -> None:
                 time_all([case for case in cases if case.name not in failed], options, record)
         except DraftheadError as error:
             record["died"] = str(error)[-1500:]
-    write_json(options.out / "grid.json", record)
+    save(options.out / "grid.json", record, best(record["cases"]))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import numpy as np
 import psutil
 from rich.console import Console
 
+from benchmarks.lib.record import begin, save
 from drafthead.data.template import Template
-from drafthead.fsio import write_json
 from drafthead.machine import this_machine
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import running, shared, start
@@ -249,10 +249,7 @@ def main() -> None:
     )
     requests = make_requests(options)
     record = {
-        "benchmark": "load",
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": this_machine().as_dict(),
+        **begin("load"),
         "target": str(options.target),
         "num_speculative_tokens": options.k,
         "concurrency": options.concurrency,
@@ -292,11 +289,12 @@ def main() -> None:
             "memory_samples": memory,
         }
         record["memory_flat"] = all(part["flat"] for part in record["memory"].values())
-        write_json(options.out / "load.json", record)
+        save(options.out / "load.json", record, {})
         CONSOLE.print(f"{record['requests']} requests, {load.tokens} tokens; judging the answers")
         record |= judge(alone, load, options.concurrency)
     record["holds"] = all(record[n] for n in ("lossless", "no_request_stuck", "memory_flat"))
-    write_json(options.out / "load.json", record)
+    figures = {name: part for name, part in record.items() if name not in ("machine", "noise")}
+    save(options.out / "load.json", record, figures)
     CONSOLE.print({k: v for k, v in record.items() if k not in ("memory_samples", "examined")})
     sys.exit(0 if record["holds"] else 1)
 

@@ -23,7 +23,6 @@ and the two breakdowns.
 import argparse
 import json
 import os
-import platform
 import select
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.lib.lfm2_shapes import start_engine, write_head, write_models
+from benchmarks.lib.record import begin, pick, save
 from benchmarks.lib.step_probe import summarize
 from benchmarks.lib.turns import add_turn, turn
 from drafthead.vllm_plugin.registry import TABLE
@@ -261,17 +261,6 @@ def report(timings: dict[str, list[dict]], about: dict[str, dict], ks: dict[str,
     return rows
 
 
-def environment() -> dict:
-    import torch
-    import vllm
-
-    found = {"python": platform.python_version(), "cpus": os.cpu_count()}
-    found |= {"torch": torch.__version__, "vllm": vllm.__version__}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -305,9 +294,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_all(args.work, args.target, args.heads, args.tiny)
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "environment": environment(),
+        **begin("step_cost"),
         "target": args.target,
         "acceptance": "whatever the random head gets" if args.tiny else "synthetic, 0.6",
     }
@@ -318,7 +305,12 @@ def main() -> int:
 
     def write() -> None:
         record["engines"] = report(timings, about, ks)
-        (args.out / "step_cost.json").write_text(json.dumps(record, indent=1))
+        names = ("ms_per_step", "ratio_to_plain", "tokens_per_s", "distinct_experts")
+        figures = {
+            name: pick(row, *names) | pick(row.get("profile", {}), "device_busy_ms_per_step")
+            for name, row in record["engines"].items()
+        }
+        save(args.out / "step_cost.json", record, figures)
 
     try:
         deadline = time.monotonic() + args.limit

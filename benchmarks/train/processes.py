@@ -27,8 +27,8 @@ import psutil
 import yaml
 from rich.console import Console
 
-from drafthead.fsio import read_json, write_json
-from drafthead.machine import this_machine
+from benchmarks.lib.record import begin, pick, save
+from drafthead.fsio import read_json
 from drafthead.rundir import RunDir
 
 CONSOLE = Console(stderr=True, width=140)
@@ -147,10 +147,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.steps = 0
     record = {
-        "benchmark": "train_processes",
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": this_machine().as_dict(),
+        **begin("train_processes"),
         "cases": {},
     }
     first: dict[str, dict] = {}
@@ -162,7 +159,9 @@ def main() -> None:
             found["loss_apart"] = max(
                 abs(found["losses"][step] / loss - 1) for step, loss in base["losses"].items()
             )
-        write_json(options.out / "train_processes.json", record)
+        names = ("tokens_per_s", "accepted_length", "loss_apart")
+        figures = {name: pick(done, *names) for name, done in record["cases"].items()}
+        save(options.out / "train_processes.json", record, figures)
         shown = {k: v for k, v in found.items() if k != "losses"}
         CONSOLE.print({case.name: shown})
 

@@ -31,7 +31,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
 import sys
@@ -46,9 +45,11 @@ from rich.console import Console
 from benchmarks.lib import quality_variants as variants
 from benchmarks.lib.quality_heads import Job, length, make_recipe, run_of, train
 from benchmarks.lib.quality_serve import serve
+from benchmarks.lib.record import begin, pick
+from benchmarks.lib.record import save as write_record
 from benchmarks.lib.turns import add_turn
 from benchmarks.peers import speculators_side
-from drafthead.fsio import read_json, write_bytes, write_json
+from drafthead.fsio import read_json, write_bytes
 from drafthead.run import execute
 
 CONSOLE = Console(stderr=True, width=140)
@@ -253,15 +254,23 @@ def main() -> None:
         return
     speculators_side.find(options.peers)
     path = options.out / "quality.json"
-    record: dict = read_json(path, "earlier stages") if path.exists() else {"benchmark": "quality"}
-    cuda = torch.cuda.is_available()
-    record |= {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": torch.cuda.get_device_name() if cuda else platform.processor(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
-    record.setdefault("commands", []).append(" ".join(["python", *sys.argv]))
-    save = lambda: write_json(path, record)
+    record: dict = read_json(path, "earlier stages") if path.exists() else {}
+    record |= begin("quality")
+    record.setdefault("commands", []).append(record["command"])
+
+    def save() -> None:
+        lengths = {
+            name: {"accepted_length": length(head)} | pick(head, "train_seconds")
+            for name, head in record.get("duel", {}).items()
+        }
+        served = {}
+        for cell in record.get("served", []):
+            load = f"k{cell['k']}_{cell['concurrency']}_at_once"
+            served[f"{Path(cell['target']).name}_{cell['head']}_{load}"] = pick(
+                cell, "accepted_length"
+            ) | pick(cell["timed"], "speedup", "speedup_ci95")
+        write_record(path, record, lengths | served | {"over": record.get("verdict", {})})
+
     if "capture" in stages:
         record["capture"] = capture(options)
         save()

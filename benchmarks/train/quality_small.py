@@ -12,18 +12,13 @@ Finished heads are read back; OUT/quality_small.json is written after each.
 """
 
 import argparse
-import platform
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from benchmarks.lib.quality_heads import BARE, Job, length, train
 from benchmarks.lib.quality_variants import LEVELS, RATES, rated
+from benchmarks.lib.record import begin, save
 from benchmarks.peers import speculators_side
-from drafthead.fsio import write_json
 from drafthead.recipe import load_recipe
 from drafthead.targets import load_target
 
@@ -74,11 +69,7 @@ def main() -> None:
     speculators_side.find(options.peers)
     options.turn = None
     record: dict = {
-        "benchmark": "quality_small",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **begin("quality_small"),
         "heads": [],
     }
     known = {
@@ -94,7 +85,8 @@ def main() -> None:
             named = replace(job, name=f"{job.name}/{seed}", train=job.train | {"seed": seed})
             record["heads"].append(train(options, named))
             print(f"{named.name}: {length(record['heads'][-1]):.4f}", flush=True)
-            write_json(options.out / "quality_small.json", record)
+            figures = {head["name"]: length(head) for head in record["heads"]}
+            save(options.out / "quality_small.json", record, figures)
 
 
 if __name__ == "__main__":

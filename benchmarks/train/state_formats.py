@@ -22,9 +22,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +32,7 @@ from rich.console import Console
 
 from benchmarks.capture.compare_states import compare
 from benchmarks.lib.heads_of_a_store import unverified_task
-from drafthead.fsio import write_json
-from drafthead.machine import this_machine
+from benchmarks.lib.record import begin, pick, save
 from drafthead.recipe import Recipe, load_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import Encoding, Sample, StateReader, StateWriter
@@ -138,9 +135,7 @@ def main() -> None:
         own = recipe.model_copy(update={"train": section})
         jobs += [Job(seed, f, own, runs[f], work / f"{f}-{seed}") for f in FORMATS]
     record: dict = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": this_machine().as_dict(),
+        **begin("state_formats"),
         "target": recipe.target.path,
         "epochs": epochs,
         "bytes_per_token": {},
@@ -164,7 +159,9 @@ def main() -> None:
             for head in results:
                 record["heads"].append(head)
                 record["formats"] = summary(record["heads"])
-                write_json(args.out / "state_formats.json", record)
+                names = ("mean", "mean_minus_bf16", "sd_minus_bf16")
+                figures = {name: pick(part, *names) for name, part in record["formats"].items()}
+                save(args.out / "state_formats.json", record, figures | record["states"])
                 length = f"accepted length {head['accepted_length']:.4f} at k = {head['k']}"
                 print(f"{head['format']}, seed {head['seed']}: {length}", flush=True)
     finally:

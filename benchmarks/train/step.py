@@ -31,9 +31,7 @@ Writes OUT/train_step.json after every case.
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -41,11 +39,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.lib.dspark_sides import DSPARK_SIDES
+from benchmarks.lib.record import begin, pick, save
 from benchmarks.lib.train_sides import SHAPES, SIDES, Ours, Shape, documents
 from benchmarks.peers import speculators_side
 from drafthead.drafters.eagle3.operations import operations
 from drafthead.drafters.eagle3.step import Objective
-from drafthead.fsio import write_json
 from drafthead.ops.ceiling import matmul_rate
 
 
@@ -154,6 +152,16 @@ def profile(side, device, path: Path) -> None:
     path.with_suffix(".txt").write_text(table)
 
 
+def summary(cases: list[dict]) -> dict:
+    """Each side's figures by the case and its number of steps or layers."""
+    names = ("tokens_per_s", "spread", "peak_gib", "mfu", "ours_faster", "ours_memory")
+    return {
+        f"{kind}_{number}": {name: pick(side, *names) for name, side in sides.items()}
+        for (kind, number), *rest in (found.items() for found in cases)
+        for sides in [dict(rest)]
+    }
+
+
 def check(device) -> dict:
     """Kernels against plain twins on this device; raises where they part."""
     import pytest
@@ -202,11 +210,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options.ceiling = matmul_rate(device, dtype)  # operations per second of a large product
     record: dict = {
-        "benchmark": "train_step",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **begin("train_step"),
         "shape": dataclasses.asdict(shape),
         "operations": operations.__doc__,
         "matmul_ceiling_tflops": options.ceiling / 1e12,
@@ -221,7 +225,7 @@ def main() -> None:
     for of, number, makers in cases:
         found = case(of, number, device, options, makers)
         record["cases"].append(found)
-        write_json(options.out / "train_step.json", record)
+        save(options.out / "train_step.json", record, summary(record["cases"]))
         print(json.dumps(found, indent=1), flush=True)
         torch._dynamo.reset()
         if device.type == "cuda":
