@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import benchmarks_page
 import docs_pages
 import pytest
 import typer.main
@@ -197,6 +198,14 @@ def test_quoted_recipe_keys_exist(page):
 def test_the_check_of_keys_finds_what_is_wrong():
     with pytest.raises(AssertionError, match=r"serve\.num_spec"):
         check_key("serve", "num_spec")
+
+
+def test_the_page_of_benchmarks_is_what_the_records_say():
+    """`python tools/benchmarks_page.py` makes it anew."""
+    page = benchmarks_page.page()
+    assert benchmarks_page.PAGE.read_text(encoding="utf-8") == page
+    assert "{{" not in page
+    assert len(page.splitlines()) <= 150
 
 
 def meanings(page):

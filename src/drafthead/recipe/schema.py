@@ -436,7 +436,7 @@ class BenchSection(Section):
     ] = [128]
     """Tokens of each answer; each number is a row of the grid, the first is the headline's. The
     shorter, the more prompts are read for each token, which moves the gain either way
-    (docs/results.md). The published page took 256."""
+    (docs/notes). The published page took 256."""
     warmup: Annotated[int, Field(ge=0)] = 2
     """Prompts run first on both engines and not counted."""
     repeats: Annotated[int, Field(ge=1)] = 1
