@@ -84,13 +84,8 @@ SERVED = {
         None,
         "speculators",
     ),
-    "SpecForge": (
-        {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "eagle_aux_hidden_state_layer_ids": None,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 4]},
-            "num_aux_hidden_states": None,
-        },
+    "Eagle3LlamaForCausalLM, layers in vLLM's way alone": (
+        {"architectures": ["Eagle3LlamaForCausalLM"], "eagle_config": {}},
         None,
         "vllm",
     ),
@@ -102,7 +97,11 @@ STUMBLES = {
     "torch.compile's prefix": ({}, rename("_orig_mod."), "vllm", "_orig_mod.fc.weight"),
     "the verifier's norm": ({}, add("verifier_norm.weight", 64), "vllm", "verifier_norm.weight"),
     "aux states not counted": (
-        {"eagle_aux_hidden_state_layer_ids": [1, 4], "num_aux_hidden_states": None},
+        {
+            "eagle_aux_hidden_state_layer_ids": [1, 4],
+            "eagle_config": {},
+            "num_aux_hidden_states": None,
+        },
         lambda tensors: tensors | {"fc.weight": tensors["fc.weight"][:, :128].contiguous()},
         "vllm",
         "num_aux_hidden_states",

@@ -81,11 +81,13 @@ def test_what_is_saved_comes_back(tmp_path, format, changes):
 
 def test_the_config_says_what_vllm_reads(tmp_path):
     config = json.loads((saved(tmp_path / "h") / "config.json").read_text())
-    assert config["architectures"] == ["Eagle3LlamaForCausalLM"]
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["model_type"] == "llama"
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 4]
     assert config["num_aux_hidden_states"] == 3
-    assert config["eagle_config"] == {"use_aux_hidden_state": True}
+    inputs = config["eagle_aux_hidden_state_layer_ids"]
+    outputs = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert inputs == [i + 1 for i in outputs] == [1, 2, 4]
     assert config["tie_word_embeddings"] is False
     assert config["dtype"] == "bfloat16"
 
@@ -124,24 +126,32 @@ def test_missing_norm_before_residual_means_true_in_speculators(tmp_path):
     assert "norm_before_residual" in loaded.read.notes[0]
 
 
-def test_nested_layer_outputs_become_vllm_ids(tmp_path, llama):
-    """SpecForge and ModelOpt: layer outputs inside eagle_config, (1, 2, 2) for six layers."""
-    saved(tmp_path / "h", small_head(aux_layer_ids=(2, 9, 15)))
+def test_layer_ids_inside_eagle_config(tmp_path, llama):
+    """vLLM's older runner takes them for inputs, SGLang, SpecForge and ModelOpt for outputs."""
+    target = load_target(llama)
+    folder = saved(tmp_path / "h", small_head(aux_layer_ids=(2, 9, 15)))
     nested = {"eagle_aux_hidden_state_layer_ids": [1, 8, 14], "use_aux_hidden_state": True}
-    edit(tmp_path / "h", eagle_aux_hidden_state_layer_ids=None, eagle_config=nested)
-    loaded = load_head(tmp_path / "h")
+    edit(folder, eagle_aux_hidden_state_layer_ids=None, eagle_config=nested)
+    with pytest.raises(DraftheadError, match=r"\[1, 8, 14\].*\[2, 9, 15\]") as error:
+        load_head(folder, target)
+    assert error.value.field == "eagle_aux_hidden_state_layer_ids"
+    edit(folder, eagle_config=nested | {"use_last_layernorm": True})  # as ModelOpt alone writes
+    loaded = load_head(folder)
     assert loaded.head.config.aux_layer_ids == (2, 9, 15)
     assert "layer outputs" in loaded.read.notes[0]
-    nested["eagle_aux_hidden_state_layer_ids"] = [2, 8, 14]
-    edit(tmp_path / "h", eagle_config=nested)
-    assert load_head(tmp_path / "h").head.config.aux_layer_ids == (2, 8, 14)
+    for top in ([1, 8, 14], [2, 9, 15]):  # the same ids twice, or each in its own way of counting
+        edit(folder, eagle_config=nested, eagle_aux_hidden_state_layer_ids=top)
+        assert load_head(folder).head.config.aux_layer_ids == tuple(top)
+    edit(folder, eagle_aux_hidden_state_layer_ids=[3, 9, 15])
+    with pytest.raises(DraftheadError, match=r"\[3, 9, 15\].*\[2, 9, 15\]"):
+        load_head(folder)
 
 
 def test_missing_layer_ids_need_the_target(tmp_path, llama):
     target = load_target(llama)
     default = target.default_aux_layers()
     saved(tmp_path / "h", small_head(aux_layer_ids=default))
-    edit(tmp_path / "h", eagle_aux_hidden_state_layer_ids=None)
+    edit(tmp_path / "h", eagle_aux_hidden_state_layer_ids=None, eagle_config=None)
     with pytest.raises(DraftheadError, match="eagle_aux_hidden_state_layer_ids"):
         load_head(tmp_path / "h")
     assert load_head(tmp_path / "h", target).head.config.aux_layer_ids == default
@@ -197,8 +207,14 @@ def test_broken_tensors_are_named(tmp_path, case):
 BROKEN_CONFIG = {
     "no eagle": ({"architectures": ["LlamaModel"]}, "architectures"),
     "eagle 1": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
-    "unsorted": ({"eagle_aux_hidden_state_layer_ids": [4, 2, 1]}, "aux layer ids"),
-    "negative layer": ({"eagle_aux_hidden_state_layer_ids": [-1, 2, 4]}, "aux_layer_ids"),
+    "unsorted": (
+        {"eagle_aux_hidden_state_layer_ids": [4, 2, 1], "eagle_config": {}},
+        "aux layer ids",
+    ),
+    "negative layer": (
+        {"eagle_aux_hidden_state_layer_ids": [-1, 2, 4], "eagle_config": {}},
+        "aux_layer_ids",
+    ),
     "draft larger": ({"draft_vocab_size": 62}, "draft_vocab_size"),
     "heads": ({"num_key_value_heads": 3}, "num_key_value_heads"),
     "heads of a width": ({"num_attention_heads": 6, "num_key_value_heads": 6}, "hidden_size"),

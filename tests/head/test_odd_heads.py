@@ -56,7 +56,6 @@ def test_what_the_dialects_mean(tmp_path, target):
     assert config_of("older rope").rope_scaling["rope_type"] == "llama3"
     assert config_of("speculators' default window").window(0) == 2048
     assert config_of("a window of null").window(0) is None
-    assert config_of("SpecForge").aux_layer_ids == (1, 2, 4)
 
 
 @pytest.mark.parametrize("case", STUMBLES)

@@ -1,8 +1,9 @@
 """The two `config.json` of an EAGLE-3 head: vLLM's own and the speculators library's.
 
 A head is read as vLLM 0.32 reads it, with the same defaults (`tests/odd_heads.py` has what was seen
-of vLLM). SpecForge and ModelOpt write vLLM's format, but keep the aux layer ids inside
-`eagle_config`, where they count layer *outputs*, one lower than vLLM's.
+of vLLM). SGLang, SpecForge and ModelOpt keep the aux layer ids inside `eagle_config` alone, where
+they count layer *outputs*, one lower than vLLM's; vLLM's older runner takes those for inputs. So
+ids that stand only there are refused, unless something else in the file says whose they are.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,12 @@ Format = Literal["vllm", "speculators"]
 NATIVE_ARCHITECTURES = ("Eagle3LlamaForCausalLM", "LlamaForCausalLMEagle3", "LlamaForCausalLM")
 OTHER_KINDS = ("peagle", "dflash", "dflash2", "mtp")
 """Other drafters of speculators' that vLLM serves."""
+OTHER_ARCHITECTURES = {
+    "DFlashDraftModel": "DFlash (z-lab's, vLLM's method dflash)",
+    "DFlash2DraftModel": "DFlash2 (vLLM's method dflash)",
+    "PEagleDraftModel": "P-EAGLE",
+    "PeagleLlamaForCausalLM": "P-EAGLE",
+}
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 # What vLLM takes for a missing field: in its own format transformers' LlamaConfig, in speculators'
 # only what the model's code asks for with a default.
@@ -33,6 +40,8 @@ LLAMA = {
 }
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 SPECULATORS = {"max_position_embeddings": 8192, "attention_bias": False}
+# Keys of `eagle_config` that ModelOpt alone writes (0.47, `export/plugins/hf_spec_configs.py`).
+MODELOPT = {"use_input_layernorm_in_first_layer", "use_last_layernorm", "use_mtp_layernorm"}
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,12 @@ def write_config(
     }
     if format == "vllm":
         return {
-            "architectures": ["Eagle3LlamaForCausalLM"],
+            # Of vLLM's names the one that SGLang and llama.cpp have, too.
+            "architectures": ["LlamaForCausalLMEagle3"],
             **layer,
             **common,
-            "eagle_config": {"use_aux_hidden_state": True},
+            # SGLang reads the layers here and nowhere else, as outputs.
+            "eagle_config": {"use_aux_hidden_state": True, AUX_IDS: [i - 1 for i in aux]},
         }
     # No `model_type` at the top: with one, vLLM does not see that this is speculators' format.
     return {
@@ -258,6 +269,11 @@ def _check_architecture(names: Any, where: str) -> None:
     name = names[0] if isinstance(names, list) and names else None
     if name in NATIVE_ARCHITECTURES:
         return
+    if isinstance(name, str) and name in OTHER_ARCHITECTURES:
+        raise UnsupportedHead(
+            f"{where}: a head of the kind {OTHER_ARCHITECTURES[name]}; drafthead computes EAGLE-3 "
+            "and DSpark, and has no conversion to these"
+        )
     if isinstance(name, str) and "Eagle3" in name:
         raise UnsupportedHead(
             f"{where}: architectures is {names!r:.80}; drafthead has Llama's only"
@@ -363,8 +379,11 @@ def _aux_ids(
     notes: list[str],
 ) -> tuple[int, ...]:
     """Aux layer ids as vLLM counts them (id i enters layer i), from wherever they stand."""
-    ids = raw.get(AUX_IDS) or nested.get(AUX_IDS)
-    if not ids:
+    top, inner = raw.get(AUX_IDS), nested.get(AUX_IDS)
+    for ids in (top, inner):
+        if ids and (not isinstance(ids, list) or not all(type(i) is int for i in ids)):
+            raise DraftheadError(f"{where}: {AUX_IDS} is {ids!r:.80}, must be a list of integers")
+    if not top and not inner:
         if target is None:
             raise DraftheadError(
                 f"{where}: {AUX_IDS} is missing: vLLM then takes (2, n//2, n-3) of its target; say "
@@ -373,23 +392,33 @@ def _aux_ids(
         default = target.default_aux_layers()
         notes.append(f"{AUX_IDS} is missing: vLLM takes {list(default)} for this target")
         return default
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise DraftheadError(f"{where}: {AUX_IDS} is {ids!r:.80}, must be a list of integers")
-    if not raw.get(AUX_IDS) and _counts_outputs(ids, target):
-        notes.append(
-            f"{AUX_IDS} {ids} stands inside eagle_config and counts layer outputs, as SpecForge "
-            f"and ModelOpt do; vLLM's ids for the same states are {[i + 1 for i in ids]}: write "
-            "these at the top of config.json, or vLLM reads other layers"
+    moved = [i + 1 for i in inner or ()]
+    if top:
+        if inner and top not in (inner, moved):
+            raise DraftheadError(
+                f"{where}: {AUX_IDS} is {top} at the top (vLLM: inputs of layers) and {inner} in "
+                f"eagle_config (SGLang: outputs, so inputs of {moved}): which of the two?",
+                field=AUX_IDS,
+            )
+        return tuple(top)
+    if not (MODELOPT & nested.keys() or _default_outputs(inner, target)):
+        raise DraftheadError(
+            f"{where}: {AUX_IDS} {inner} stands only inside eagle_config and could mean two "
+            f"things: outputs of layers (SGLang, SpecForge, ModelOpt), which are the inputs of "
+            f"{moved}, or inputs (vLLM's older model runner). Say which: `drafthead convert HEAD "
+            "OUT --layer-ids outputs` (or inputs)",
+            field=AUX_IDS,
         )
-        ids = [i + 1 for i in ids]
-    return tuple(ids)
+    notes.append(
+        f"{AUX_IDS} {inner} stands inside eagle_config and counts layer outputs, as SpecForge "
+        f"and ModelOpt do; vLLM's ids for the same states are {moved}"
+    )
+    return tuple(moved)
 
 
-def _counts_outputs(ids: list[int], target: Target | None) -> bool:
+def _default_outputs(ids: Any, target: Target | None) -> bool:
     """Whether ids are SpecForge's and ModelOpt's default: 1, n//2 - 1, n - 4 for n layers."""
-    if target is None:
-        return ids[0] == 1  # vLLM's default starts with 2
-    return ids == [1, target.num_layers // 2 - 1, target.num_layers - 4]
+    return target is not None and ids == [1, target.num_layers // 2 - 1, target.num_layers - 4]
 
 
 def _aux_count(layer: dict[str, Any], nested: dict[str, Any], count: int) -> list[str]:
