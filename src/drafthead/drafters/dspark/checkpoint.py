@@ -17,6 +17,7 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_dir, read_json, write_json
 from drafthead.targets.safetensors_folder import SafetensorsFolder
 
+CONFIDENCE = "confidence_head.proj.weight"
 IGNORED = ("verifier_norm.", "verifier_lm_head.", "t2d", "mask_embedding")
 
 
@@ -73,15 +74,21 @@ def load_head(folder: Path | str) -> LoadedHead:
     config = read_config(raw, str(folder / "config.json"))
     files = SafetensorsFolder(folder)
     names = {
-        stored.removeprefix("model."): stored
+        name: stored
         for stored in files.where
-        if not stored.removeprefix("model.").startswith(IGNORED) and "rotary_emb" not in stored
+        if not (name := vllm_name(stored)).startswith(IGNORED) and "rotary_emb" not in stored
     }
-    full = config.draft_vocab_size == config.vocab_size
+    full, proj = config.draft_vocab_size == config.vocab_size, names.get(CONFIDENCE)
     changes = {
         "own_lm_head": not full or "lm_head.weight" in names,
-        "confidence_head": config.confidence_head and "confidence_head.proj.weight" in names,
+        "confidence_head": config.confidence_head and proj is not None,
     }
+    if proj is not None and not any(
+        "confidence_head_with_markov" in (place or {})
+        for place in (raw, raw.get("dflash_config"), raw.get("dspark_config"))
+    ):  # Liquid and ModelOpt leave it to the shape
+        width = files.shape(proj)[1][-1]
+        changes["confidence_with_markov"] = width == config.hidden_size + config.markov_rank
     config = config.model_copy(update=changes)
     with torch.device("meta"):
         head = DSparkHead(config)
@@ -109,6 +116,16 @@ def load_head(folder: Path | str) -> LoadedHead:
     about = raw.get("drafthead")
     own = tensors.get("embed_tokens.weight")
     return LoadedHead(head, own, about if isinstance(about, dict) else None)
+
+
+def vllm_name(stored: str) -> str:
+    """vLLM's name of a tensor: without transformers' prefix, in place of ModelOpt's."""
+    name = stored.removeprefix("model.")
+    renamed = (("markov_w", "markov_head.markov_w"), ("confidence_proj.", "confidence_head.proj."))
+    for theirs, ours in renamed:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def _problems(

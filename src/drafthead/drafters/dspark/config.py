@@ -23,6 +23,8 @@ class DSparkConfig(BaseModel):
     vocab_size: Size
     draft_vocab_size: Size
     target_hidden_size: Size
+    num_target_layers: Size | None = None
+    """Layers of the target, where they are known: mlx-vlm asks for them."""
     aux_layer_ids: Annotated[
         tuple[Annotated[int, Field(strict=True, ge=0, le=LARGEST)], ...],
         Field(min_length=1, max_length=64),

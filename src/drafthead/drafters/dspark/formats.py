@@ -2,10 +2,11 @@
 
 Layers are counted in two ways: `eagle_aux_hidden_state_layer_ids` (and speculators'
 `aux_hidden_state_layer_ids`) mean the input of layer i, `target_layer_ids` the output of layer i,
-one lower for the same states. Others write less, or put it elsewhere: SpecForge nests Markov's
-settings, Liquid has names of its own. What could mean two things is refused.
+one lower for the same states. Others write less, or put it elsewhere: SpecForge and ModelOpt nest
+Markov's settings, Liquid has names of its own. What could mean two things is refused.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -17,6 +18,8 @@ from drafthead.errors import DraftheadError, UnsupportedHead
 Format = Literal["vllm", "speculators"]
 ARCHITECTURE = "Qwen3DSparkModel"
 KNOWN = (ARCHITECTURE, "DSparkDraftModel", "DSparkSpeculator", "Lfm2DSparkDraftModel")
+SHARED = "DFlashDraftModel"
+"""ModelOpt gives its DSpark heads the architecture of DFlash heads."""
 
 
 def write_config(
@@ -82,17 +85,21 @@ def write_config(
         }
     outputs = [layer_id - 1 for layer_id in aux]
     nested: dict[str, Any] = {
+        "projector_type": "dspark",
         "target_layer_ids": outputs,
         "mask_token_id": config.mask_token_id,
         "use_aux_hidden_state": True,
     }
+    if config.num_target_layers is not None:  # mlx-vlm wants it to be the target's
+        nested["num_target_layers"] = config.num_target_layers
     causal: dict[str, Any] = {}
     if config.causal:
         nested["causal"] = causal["is_causal"] = True
     return {
         "architectures": [ARCHITECTURE],
         **layer,
-        "is_neox_style": config.is_neox_style,
+        "is_neox_style": config.is_neox_style,  # vLLM's name
+        "rope_is_neox_style": config.is_neox_style,  # SGLang's, mlx-vlm's and llama.cpp's
         **causal,
         "eagle_aux_hidden_state_layer_ids": aux,
         "target_layer_ids": outputs,
@@ -105,7 +112,10 @@ def is_dspark(raw: Any) -> bool:
     """Whether a `config.json` is of a DSpark head, in any dialect."""
     if not isinstance(raw, dict):
         return False
-    return raw.get("speculators_model_type") == "dspark" or architecture(raw) in KNOWN
+    name, nested = architecture(raw), raw.get("dflash_config")
+    if name == SHARED and isinstance(nested, dict):
+        return nested.get("projector_type") == "dspark"
+    return raw.get("speculators_model_type") == "dspark" or name in KNOWN
 
 
 def read_config(raw: Any, where: str) -> DSparkConfig:
@@ -122,18 +132,32 @@ def read_config(raw: Any, where: str) -> DSparkConfig:
     nested, dspark = (_mapping(raw, name, where) for name in ("dflash_config", "dspark_config"))
     rope = _mapping(layer, "rope_parameters", where) or _mapping(layer, "rope_scaling", where)
 
-    def given(name: str, *places: dict, default: Any = None) -> Any:
-        """A setting that may stand in several places, where it must be the same."""
-        values = [place[name] for place in (raw, *places) if place.get(name) is not None]
-        if any(value != values[0] for value in values[1:]):
-            raise DraftheadError(f"{where}: {name} is {' and '.join(map(repr, values))}: which?")
-        return values[0] if values else default
+    def given(*names: str, default: Any = None) -> Any:
+        """A setting that may stand in several places, or have several names, where it must be the
+        same."""
+        values = {
+            f"{place}{name}": part[name]
+            for place, part in (("", raw), ("dflash_config.", nested), ("dspark_config.", dspark))
+            for name in names
+            if part.get(name) is not None
+        }
+        found = list(values.values())
+        if any(value != found[0] for value in found[1:]):
+            said = " and ".join(f"{name} is {value!r:.80}" for name, value in values.items())
+            raise DraftheadError(f"{where}: {said}: which?", field=names[0])
+        return found[0] if found else default
 
-    _refuse(raw, layer, nested, dspark, rope, speculators, where)
+    bonus = given("dspark_bonus_anchor")
+    anchor = given("sample_from_anchor", "shift_label", default=not (bonus or speculators))
+    _refuse(raw, layer, nested, given, anchor, rope, where)
+    if bonus is not None and bonus is anchor:
+        raise DraftheadError(
+            f"{where}: sample_from_anchor is {anchor} (a block's first slot drafts) and "
+            f"dspark_bonus_anchor is {bonus} (it does not): which?",
+            field="sample_from_anchor",
+        )
     hidden, heads = layer.get("hidden_size"), layer.get("num_attention_heads")
     vocab = layer.get("vocab_size")
-    draft = given("draft_vocab_size", dspark) or vocab
-    enabled = given("enable_confidence_head", dspark, default=False)
     values = {
         "hidden_size": hidden,
         "intermediate_size": layer.get("intermediate_size"),
@@ -142,19 +166,20 @@ def read_config(raw: Any, where: str) -> DSparkConfig:
         "num_key_value_heads": layer.get("num_key_value_heads") or heads,
         "head_dim": layer.get("head_dim") or _quotient(hidden, heads),
         "vocab_size": vocab,
-        "draft_vocab_size": draft,
-        "target_hidden_size": given("target_hidden_size", dspark) or hidden,
-        "aux_layer_ids": _aux_layers(raw, nested, dspark, speculators, where),
+        "draft_vocab_size": given("draft_vocab_size") or vocab,
+        "target_hidden_size": given("target_hidden_size") or hidden,
+        "num_target_layers": given("num_target_layers"),
+        "aux_layer_ids": _aux_layers(raw, nested, dspark, where),
         "max_position_embeddings": layer.get("max_position_embeddings"),
-        "block_size": given("block_size", nested, dspark),
-        "mask_token_id": given("mask_token_id", nested, dspark),
-        "markov_rank": given("markov_rank", nested, dspark),
-        "confidence_head": enabled,
-        "confidence_with_markov": given("confidence_head_with_markov", dspark, default=False),
-        "causal": given("is_causal", default=nested.get("causal") or False),
+        "block_size": given("block_size"),
+        "mask_token_id": given("mask_token_id"),
+        "markov_rank": given("markov_rank"),
+        "confidence_head": given("enable_confidence_head", "use_confidence_head", default=False),
+        "confidence_with_markov": given("confidence_head_with_markov", default=False),
+        "causal": given("is_causal", "causal", default=False),
         "rms_norm_eps": layer.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta") or layer.get("rope_theta") or 1e6,
-        "is_neox_style": given("is_neox_style", default=raw.get("rope_is_neox_style", True)),
+        "is_neox_style": given("is_neox_style", "rope_is_neox_style", default=True),
         "own_lm_head": True,
     }
     try:
@@ -166,9 +191,7 @@ def read_config(raw: Any, where: str) -> DSparkConfig:
         raise DraftheadError(f"{where}: {field}{value}: {first['msg']}", field=field) from None
 
 
-def _aux_layers(
-    raw: dict, nested: dict, dspark: dict, speculators: bool, where: str
-) -> tuple[int, ...]:
+def _aux_layers(raw: dict, nested: dict, dspark: dict, where: str) -> tuple[int, ...]:
     """The layers whose inputs the head reads, from all places that name them."""
     inputs = [
         place[name]
@@ -209,21 +232,37 @@ def _quotient(a: Any, b: Any) -> int | None:
 
 
 def _refuse(
-    raw: dict, layer: dict, nested: dict, dspark: dict, rope: dict, speculators: bool, where: str
+    raw: dict,
+    layer: dict,
+    nested: dict,
+    given: Callable[..., Any],
+    anchor: Any,
+    rope: dict,
+    where: str,
 ) -> None:
-    """Raise for what this network does not compute."""
-    kind = raw.get("markov_head_type") or dspark.get("markov_head_type") or "vanilla"
-    anchor = raw.get("sample_from_anchor", dspark.get("sample_from_anchor", not speculators))
-    rope_type = rope.get("rope_type")
+    """Raise for what this network does not compute, and for what is no DSpark head after all."""
+    if architecture(raw) == "DSparkDraftModel" and layer.get("model_type") != "qwen3":
+        raise DraftheadError(
+            f"{where}: architectures is DSparkDraftModel and model_type "
+            f"{layer.get('model_type')!r:.80}: SpecForge's heads (model_type qwen3) and "
+            "DeepSeek-V4's (deepseek_v4) both have that name; write the model_type",
+            field="model_type",
+        )
+    projector = nested.get("projector_type", "dspark")
+    kind = given("markov_head_type", default="vanilla")
+    rope_type = rope.get("rope_type", rope.get("type"))
     kinds = layer.get("layer_types") or []
     sliding = not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     for wrong, what in (
+        (projector != "dspark", f"projector_type {projector!r:.80}, not 'dspark'"),
         (kind != "vanilla", f"markov_head_type {kind!r:.80}: vLLM serves only 'vanilla'"),
         (anchor is not True, "sample_from_anchor is false: its first slot drafts nothing"),
         (rope_type not in (None, "default"), f"rope_type {rope_type!r:.80}"),
         (sliding or nested.get("use_swa"), f"layer_types {kinds!r:.80}: sliding attention"),
+        (nested.get("attention_sink_bias"), "attention_sink_bias"),
         (layer.get("attention_bias"), "attention_bias"),
         (layer.get("hidden_act", "silu") != "silu", f"hidden_act {layer.get('hidden_act')!r:.80}"),
+        (layer.get("quantization_config"), "quantized weights"),
     ):
         if wrong:
             raise UnsupportedHead(f"{where}: {what}; drafthead does not compute that")

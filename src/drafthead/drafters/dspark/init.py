@@ -46,6 +46,7 @@ def head_config(
         vocab_size=vocab,
         draft_vocab_size=draft_vocab_size,
         target_hidden_size=target.hidden_size,
+        num_target_layers=target.num_layers,
         aux_layer_ids=aux_layers,
         max_position_embeddings=target.max_position_embeddings,
         block_size=section.block_size,
