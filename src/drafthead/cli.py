@@ -23,6 +23,7 @@ from drafthead.cli_options import (
     emit,
     one_stage,
     read_recipe,
+    run_stage,
 )
 from drafthead.cli_prove import bench, verify
 from drafthead.errors import ClaimFailed, DraftheadError, UnsupportedHead
@@ -191,7 +192,35 @@ def train(
         )
 
 
-_add_stage("export", "Write the folder that vLLM serves.")
+@app.command(
+    epilog="Example: drafthead export recipe.yaml --for vllm,sglang,llama.cpp,mlx",
+    rich_help_panel=STAGES,
+)
+def export(
+    recipe: RecipeFile,
+    engines: Annotated[
+        str | None,
+        typer.Option("--for", help="Engines that are to serve it: vllm,sglang,llama.cpp,mlx."),
+    ] = None,
+    runs: RunsDir = Path("runs"),
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the folder that vLLM serves; with --for, what other engines need besides, and say which
+    of them serve it and why not."""
+    from drafthead.drafters.export import export_for
+    from drafthead.drafters.support import check_engines
+    from drafthead.rundir import RunDir
+
+    loaded, names = read_recipe(recipe), engines.split(",") if engines else []
+    check_engines(names)
+    summary = run_stage("export", loaded, runs, overwrite)
+    if names:
+        run = RunDir(runs / loaded.name)
+        summary = {**summary, "engines": export_for(loaded, run, names, console=console)}
+    emit(summary, as_json)
+
+
 app.command(
     epilog="Example: drafthead verify recipe.yaml --k 1,2,3,5,7 --concurrency 64",
     rich_help_panel=STAGES,
@@ -277,6 +306,50 @@ def inspect(
         raise typer.Exit(UnsupportedHead.exit_code)
 
 
+class _LayerIds(StrEnum):
+    inputs = "inputs"
+    outputs = "outputs"
+
+
+@app.command(
+    epilog="Example: drafthead convert OWNER/NAME my-head --target ./my-model",
+    rich_help_panel=TOOLS,
+)
+def convert(
+    head: Annotated[str, typer.Argument(help="Head folder or hub id, in any format.")],
+    out: Annotated[Path, typer.Argument(help="The new head's folder.")],
+    target: Annotated[str | None, typer.Option(help="Target that the head is for.")] = None,
+    engine: Annotated[str, typer.Option("--for", help="Engine that is to serve it.")] = "vllm",
+    layer_ids: Annotated[
+        _LayerIds | None,
+        typer.Option(help="What eagle_config means, where that is not clear: SGLang's outputs."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a published head (vLLM's, speculators', SpecForge's, ModelOpt's, Liquid's) as an engine
+    reads it: its configuration and names; no weight is changed."""
+    from drafthead.drafters.export import convert_head, told
+    from drafthead.head.checkpoint import head_folder
+    from drafthead.progress import waiting, waiting_for_library
+    from drafthead.targets import load_target
+
+    with waiting_for_library(console, f"reading {target}"):
+        loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None
+    with waiting(console, f"converting {head}"):
+        found = convert_head(
+            head_folder(head),
+            out,
+            target=loaded,
+            engine=engine,
+            layer_ids=layer_ids and layer_ids.value,
+        )
+    for name, can in found["engines"].items():
+        console.print(told(name, can, out), soft_wrap=True)
+    if as_json:
+        emit(found, as_json)
+
+
 @app.command(
     epilog="Example: drafthead serve recipe.yaml --print -- --port 8001",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -291,11 +364,14 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve target and head with vLLM. Unknown arguments are passed on to it; --json prints the
-    plan as JSON and starts nothing: vLLM's log would follow it on stdout."""
+    plan as JSON and starts nothing: vLLM's log would follow it on stdout. --print also names the
+    commands of other engines that read the head."""
+    from drafthead.drafters.inspect import other_engines
     from drafthead.prove.proof import doubt
     from drafthead.prove.served import served_k
     from drafthead.rundir import RunDir
     from drafthead.serve import example_request, serve_plan
+    from drafthead.targets import recipe_target
 
     loaded = read_recipe(recipe)
     run = RunDir(runs / loaded.name)
@@ -310,10 +386,17 @@ def serve(
         if setting.notable:
             console.print(f"[yellow]{escape(setting.why)}[/yellow]", soft_wrap=True)
     request = example_request(plan)
+    if as_json or print_only:
+        target = recipe_target(loaded)
+        names = {"target_name": str(plan.settings[0].value), "head_name": str(run.head.resolve())}
+        engines = other_engines(run.head, target, k, **names)
     if as_json:
-        emit(plan.as_dict() | {"not_proved": not_proved, "example_request": request}, as_json)
+        more = {"not_proved": not_proved, "example_request": request, "other_engines": engines}
+        emit(plan.as_dict() | more, as_json)
     elif print_only:
         print(f"{plan.text()}\n\n# Once it is up:\n# {request}")
+        for engine, lines in engines.items():
+            print("\n".join([f"\n# In {engine}:", *(f"# {line}" for line in lines)]))
     else:
         console.print(f"once it is up: {escape(request)}", soft_wrap=True, highlight=False)
         os.execvpe(plan.command[0], plan.command, os.environ | plan.environment)

@@ -124,7 +124,7 @@ def bench(
     ] = None,
     heads: Annotated[
         list[str] | None,
-        typer.Option("--head", help="Also another EAGLE-3 head, folder or hub id; more are fine."),
+        typer.Option("--head", help="Also another head, folder or hub id; more are fine."),
     ] = None,
     baseline: Annotated[
         _Baseline | None, typer.Option(help="Also a drafter that needs no head: prompt lookup.")

@@ -146,7 +146,7 @@ class RunDir:
             "generate": [self.answers, self.states],
             "vocab": [self.vocab],
             "train": [self.train],
-            "export": [self.head, self.head_speculators],
+            "export": [self.head, self.head_speculators, self.root / "head-mlx"],
         }.get(stage, [])
 
 

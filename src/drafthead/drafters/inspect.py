@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from drafthead.drafters import DRAFTERS, drafter_of
+from drafthead.drafters.engines import ENGINES
+from drafthead.drafters.support import commands, support
 from drafthead.errors import DraftheadError
 from drafthead.head.formats import FLAGS
 from drafthead.targets import Target
@@ -21,15 +23,22 @@ def inspect_head(
     deep: bool = True,
     length: int | None = None,
 ) -> dict[str, Any]:
-    """Look at a head without running it; see `head.inspect.inspect_head` for what is returned. A
-    folder that is of no known kind is looked at as an EAGLE-3 head, which says what is missing.
-    length: the longest sequence of the engine; None is the target's own."""
+    """Look at a head without running it; see `head.inspect.inspect_head` for what is returned, to
+    which `engines` is added: see `support.support`. A folder that is of no known kind is looked at
+    as an EAGLE-3 head, which says what is missing. length: the longest sequence of the engine; None
+    is the target's own."""
     folder = Path(path)
     try:
         drafter = drafter_of(folder)
     except DraftheadError:
         drafter = DRAFTERS["eagle3"]
     about = drafter.inspect(folder, target, deep)
+    about["engines"] = support(about, folder, target)
+    if foreign := about["engines"]["vllm"]["foreign"]:
+        about["ok"] = False
+        about["problems"] += [
+            f"{words}; `drafthead convert HEAD OUT` mends it" for words in foreign
+        ]
     if target is not None:
         about["notes"] += beyond_reach(about, length or target.max_position_embeddings)
     return about
@@ -84,6 +93,19 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def other_engines(
+    folder: Path, target: Target, k: int, *, target_name: str, head_name: str
+) -> dict[str, list[str]]:
+    """The commands of the engines besides vLLM that serve the head in `folder` as it is, by title
+    and version. target_name, head_name: what the commands call the two."""
+    about = inspect_head(folder, target, deep=False)
+    return {
+        f"{engine.title} {engine.versions}": commands(name, about, target_name, head_name, k)
+        for name, engine in ENGINES.items()
+        if name != "vllm" and about["engines"][name]["serves"]
+    }
+
+
 def describe(found: dict[str, Any]) -> Group:
     """What `inspect_head` found, for people."""
     table = Table(show_header=False, box=None)
@@ -111,6 +133,14 @@ def describe(found: dict[str, Any]) -> Group:
             )
         for name, value in rows.items():
             table.add_row(name, escape(str(value)))
+    for name, engine in found.get("engines", {}).items():
+        if "config" in found:
+            can = "; ".join(["yes", *engine["notes"]])
+            if not engine["serves"]:
+                mend = f" (`drafthead convert --for {name}` mends it)" if engine["convert"] else ""
+                can = f"no{mend}: {'; '.join(engine['why'])}"
+            title = f"{ENGINES[name].title} {ENGINES[name].versions}"
+            table.add_row(title, escape(can))
     if "bytes" in found:
         table.add_row("weights", f"{found['parameters']:,} in {found['bytes'] / 1e6:.1f} MB")
     lines: list[Table | Text] = [table]

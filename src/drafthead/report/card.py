@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from drafthead.drafters.export import CHAT_TEMPLATE
+from drafthead.drafters.inspect import other_engines
 from drafthead.fsio import write_bytes
 from drafthead.machine import Gpu, Machine, repository, this_machine
 from drafthead.plan import Plan
@@ -266,6 +267,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         "several": several and several.shell(),
         "several_count": several and several.args["tensor_parallel_size"],
         "reasons": (several or one).explain(),
+        "engines": other_engines(r.run.head, target, r.served_k, target_name=base, head_name=repo),
         "needs_plugin": not stock or bool(ARCHITECTURES & set(target.architectures)),
         "install": install_words(),
         "vllm": (r.bench or r.verify)["machine"]["versions"].get("vllm", "0.32"),
