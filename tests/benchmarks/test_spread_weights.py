@@ -1,11 +1,14 @@
 """Weights that are made up so that experts route like a real model's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("vllm")
-from benchmarks.lib.spread_weights import E2M1_RMS, spread
+from benchmarks.lib import spread_weights
+from benchmarks.lib.spread_weights import E2M1_RMS, check_routing, spread
 
 VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -45,3 +48,17 @@ def test_every_matrix_has_the_deviation_of_its_fan_in_and_a_seed_of_its_own():
     assert (made["w13_weight_scale"].float() == 1).all()
     whole = values * made["w13_weight_scale_2"][0, 0]
     assert whole.std().item() == pytest.approx(1 / 16, rel=0.05)
+
+
+@pytest.mark.parametrize(("reached", "fit"), [({1: 4, 4: 13, 6: 18, 8: 21}, True), ({}, False)])
+def test_an_engine_whose_tokens_all_take_the_same_experts_is_refused(reached, fit, monkeypatch):
+    """32 experts of which 4 are taken: as independent tokens would, and as vLLM's dummies do."""
+    counted = lambda model, config, tokens: [reached.get(tokens, 4)] * 22
+    monkeypatch.setattr(spread_weights, "distinct_experts", counted)
+    experts = SimpleNamespace(num_experts=32, num_experts_per_tok=4)
+    config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=experts))
+    if fit:
+        assert check_routing(None, config) == reached
+    else:
+        with pytest.raises(RuntimeError, match="4 tokens reach 4"):
+            check_routing(None, config)
