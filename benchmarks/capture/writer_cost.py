@@ -86,6 +86,7 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict]:
             rows.copy_(torch.randn(rows.shape))
     store, root, units = work / "store", process._process.pid, []
     options = {"shard_bytes": 1 << 30, "greedy": True, "strict": False}
+    options |= {"trust_remote_code": False, "hf_overrides": None}
     trouble = process.open({"store": str(store)}, asdict(meta), str(work), options)
     rng = np.random.default_rng(0)
     send_unit(process)

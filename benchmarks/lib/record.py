@@ -1,5 +1,6 @@
 """What a benchmark leaves behind: a JSON file that begins with a flat `summary` of its figures."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ def flat(figures: dict, prefix: str = "") -> dict[str, float]:
     """Numbers of a nested dict by their joined names; a pair of numbers is `_low` and `_high`."""
     numbers: dict[str, float] = {}
     for name, value in figures.items():
-        key = "_".join(filter(None, (prefix, str(name).replace("-", "_").replace("/", "_"))))
+        key = "_".join(filter(None, (prefix, re.sub(r"\W", "_", str(name)))))
         if isinstance(value, dict):
             numbers |= flat(value, key)
         elif isinstance(value, int | float):

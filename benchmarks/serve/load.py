@@ -164,7 +164,7 @@ def empty_in_time(client: Client, seconds: float = 60) -> bool:
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if sum(value for name, _, value in client.metrics() if name in names) == 0:
+        if sum(sample.value for sample in client.metrics() if sample.name in names) == 0:
             return True
         time.sleep(0.5)
     return False
