@@ -28,8 +28,8 @@ With --peers (where `peers/pack` put speculators 0.9.0) its own capture follows 
 and LFM2.5-8B-A1B, on the very sequences that the plain engine wrote; the plain engine's own time
 for writing them counts as its generation (which favours it: its own goes over HTTP too).
 
-LFM2.5-8B-A1B stands in its exact shapes with dummy weights in NVFP4: its tokens mean nothing, its
-speed does. Checks of the states are made and not enforced there.
+LFM2.5-8B-A1B has its exact shapes in NVFP4 and made-up weights that route (spread_weights.py): its
+tokens mean nothing, its speed does. Checks of the states are made and not enforced there.
 
 Writes OUT/capture.json after every block.
 """
@@ -79,7 +79,7 @@ class Case:
 
 def dummy_lfm2(work: Path, tiny: bool) -> Case:
     """LFM2.5-8B-A1B's configuration, a checkpoint of just its embedding and final norm, and a
-    tokenizer of one word a token, which speculators' server does not do without."""
+    tokenizer of one word a token, which both sides need."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -94,6 +94,7 @@ def dummy_lfm2(work: Path, tiny: bool) -> Case:
     fast.save_pretrained(model)
     weights = work / "lfm2-weights"
     weights.mkdir(exist_ok=True)
+    fast.save_pretrained(weights)
     shutil.copy(model / "config.json", weights)
     dtype = torch.float32 if tiny else torch.bfloat16
     hidden = config["hidden_size"]
@@ -363,6 +364,7 @@ def main() -> None:
     finally:
         for case in running:
             case.close()
+    sys.exit(any("failed" in case.record for case in running))
 
 
 if __name__ == "__main__":

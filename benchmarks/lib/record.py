@@ -11,9 +11,11 @@ from drafthead.machine import this_machine
 
 def begin(benchmark: str) -> dict:
     """What every record says of its run."""
+    script = sys.modules["__main__"].__spec__  # None unless run by `python -m`
+    program = f"python -m {script.name}" if script else "python"
     return {
         "benchmark": benchmark,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": this_machine().as_dict(),
     }

@@ -22,7 +22,7 @@ def test_a_summary_has_the_numbers_by_their_joined_names(tmp_path):
     record = json.loads((tmp_path / "grid.json").read_text())
     assert record["summary"] == flat(figures)
     assert record["benchmark"] == "grid"
-    assert record["command"].startswith("python ")
+    assert record["command"].startswith("python")
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
