@@ -7,26 +7,26 @@
 
 For each target engines live side by side, each a vLLM of its own: plain (vLLM as it comes),
 capturing in bf16, capturing in fp8 (not for SmolLM2 in NVFP4, whose states are no other size). The
-engine's core shares its process with who asks, which halves the time to start. Blocks of the same
-prompts alternate between them, in units of a recipe's size.
+engine's core runs in the process that asks it (unless --own-process): it starts in half the time.
+Blocks of the same prompts alternate between the engines, in units of a recipe's size.
 
-What a run pays all along is `sustained_ratio`: the units after a block's first, each generated
-while the one before is written, against the same units of plain generation. What it pays once is
-`tail_s`, the writing of its last unit. `ratio` is the block with it, to its last byte on disk,
-`ratio_at_units` the same for longer runs (computed from the two), `generating_ratio` without it.
+`sustained_ratio` is the steady cost: the units after a block's first, each generated while the one
+before is written, against the same units of plain generation. `tail_s` is paid once: the writing of
+the last unit. `ratio` is the whole block to its last byte on disk, `ratio_at_units` the same for
+longer runs (computed from the two), `generating_ratio` leaves the tail out.
 
 With --apart FOLDER (in memory: /dev/shm/x) every second block is also measured with bf16 states
 written there, `bf16-memory`, and with them dropped where the writer would take them,
-`bf16-nowhere`: what these differ by is the disk, and the writer's work beside the engine. `host` is
-what each block cost the CPUs, from /proc, `written_s` how long each unit took to be on disk.
+`bf16-nowhere`: their differences are the cost of the disk and of the writer's work. `host` is the
+CPU time of each block, from /proc; `written_s` is the time until each unit was on disk.
 
 All engines get the same bytes for their KV cache; `kv_tokens` is what vLLM says it then holds, and
-`device_bytes` what capture takes beside it. `decode_against_prefill` holds the states of decoding
-against those of prefilling the very same sequences.
+`device_bytes` what capture takes beside it. `decode_against_prefill` compares the states of
+decoding with those of prefilling the same sequences.
 
 With --peers (where `peers/pack` put speculators 0.9.0) its own capture follows for SmolLM2 in bf16
-and LFM2.5-8B-A1B, on the very sequences that the plain engine wrote; the plain engine's own time
-for writing them counts as its generation (which favours it: its own goes over HTTP too).
+and LFM2.5-8B-A1B, on the sequences that the plain engine wrote. The plain engine's time
+to write them counts as its generation (this favours it: its own goes over HTTP, too).
 
 LFM2.5-8B-A1B has its exact shapes in NVFP4 and made-up weights that route (spread_weights.py): its
 tokens mean nothing, its speed does. Checks of the states are made and not enforced there.
@@ -41,6 +41,7 @@ import os
 import random
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One engine of capture.py's, in a process of its own: drafthead's `CaptureEngine`, spoken to in
+"""One engine of capture/overhead.py in a process of its own: drafthead's `CaptureEngine`, asked in
 JSON lines. `Engine` is the parent's side, `main` the child's."""
 
 import contextlib
@@ -21,8 +21,8 @@ KEPT = ("Model loading took", "Graph capturing finished", "KV cache size")
 
 
 class Engine:
-    """Starts a child and asks it. `spec` is `capture.py`'s for the case, with the format in
-    `encoding` and the store's folder in `store` (None: plain generation)."""
+    """Starts a child and asks it. `spec` is that of `capture/overhead.py` for the case, with the
+    format in `encoding` and the store's folder in `store` (None: plain generation)."""
 
     def __init__(self, name: str, spec: dict, work: Path):
         self.name, self.log = name, work / f"{spec['case']}-{name}.log"

@@ -1,4 +1,4 @@
-"""What train_step.py measures of DSpark: ours and speculators' on the same anchors."""
+"""What train/step.py measures of DSpark: ours and speculators' on the same anchors."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The engines that `gpu_lossless.py` starts and the requests that it gives them."""
+"""The engines that `lossless.engine_settings` starts and the requests that it gives them."""
 
 import random
 from dataclasses import dataclass, field

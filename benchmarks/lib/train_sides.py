@@ -1,4 +1,4 @@
-"""What train_step.py measures: shapes, documents and the sides, each with a `run(number)`."""
+"""What train/step.py measures: shapes, documents and the sides, each with a `run(number)`."""
 
 import dataclasses
 

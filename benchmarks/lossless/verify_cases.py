@@ -1,9 +1,8 @@
 """Is a trained head lossless on this machine, in every precision? `drafthead verify`'s judge on
-targets and heads as they lie there.
+given targets and heads.
 
     python -m benchmarks.lossless.verify_cases --out OUT --prompts stories=stories.jsonl \
-        --count 150 \
-        --case hybrid-fp32=TARGET,HEAD,float32 --case hybrid-nvfp4=TARGET,HEAD,bfloat16
+        --count 150 --case hybrid-fp32=TARGET,HEAD,float32 --case hybrid-nvfp4=TARGET,HEAD,bfloat16
     python -m benchmarks.lossless.verify_cases --out /tmp/v --tiny            # rehearsal on a CPU
 
 Each case is judged by itself: its engines, one for each k, the target alone, and the target alone

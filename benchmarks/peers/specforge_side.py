@@ -1,4 +1,4 @@
-"""SpecForge 0.2.0 as another side of train_step.py: its draft model, its loss, its optimizer.
+"""SpecForge 0.2.0 as another side of train/step.py: its draft model, its loss, its optimizer.
 
 What its trainer makes for offline EAGLE-3 at its defaults: bf16 model, flex attention, loss over
 the whole vocabulary's logits, fp32 masters under AdamW. In one process, so without its FSDP wrapper

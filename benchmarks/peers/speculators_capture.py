@@ -1,5 +1,5 @@
-"""speculators 0.9.0 capturing states, as it prescribes it: vLLM's server with the connector and the
-flags of its `launch_vllm.py`, and its own `generate-offline-data` over HTTP. For capture.py."""
+"""speculators 0.9.0 captures states in its own way: vLLM's server with the connector and the flags
+of its `launch_vllm.py`, and its `generate-offline-data` over HTTP. For capture/overhead.py."""
 
 import asyncio
 import contextlib
@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 from benchmarks.lib.capture_engine import kv_tokens
+from benchmarks.lib.lfm2_shapes import SPREAD
 from benchmarks.peers import speculators_side
 
 CLIENT_LIMIT = 90.0  # seconds
@@ -47,7 +48,8 @@ class Server:
         command += ["--max-num-seqs", str(spec["seqs"])]
         command += ["--gpu-memory-utilization", str(spec["share"])]
         command += ["--kv-cache-memory-bytes", str(spec["kv_bytes"])]
-        command += ["--load-format", "dummy"] if spec["dummy"] else []
+        for flag, value in SPREAD.items() if spec["dummy"] else ():
+            command += [f"--{flag.replace('_', '-')}", value]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 

@@ -1,6 +1,6 @@
 """speculators 0.9.0 as the other side of a benchmark: its model, its batches, its step.
 
-Imported by train_step.py and quality.py. `find` makes it importable; what it imports at start but
+Imported by train/step.py and quality.py. `find` makes it importable; what it imports at start but
 never calls in training (its vLLM client, its data set readers) is replaced by nothing if missing.
 """
 

@@ -8,10 +8,10 @@ Each --case is a target's folder and an EAGLE-3 head's; --lfm2 adds LFM2.5-8B-A1
 weights that route (spread_weights.py), a random head and acceptance that is synthetic and so named:
 only its costs mean anything.
 
-All engines of all cases start side by side; only then are they timed, one at work at a time, the
-target alone and every k in turn on the same prompts. The loads are gone through again and again, a
-few pairs of each, until --seconds are over: each point has about as many pairs as time allows.
-OUT/grid.json is written after every load.
+All engines of all cases start side by side. Then they are timed, one at a time: the target alone
+and every k in turn on the same prompts. The loops over the loads repeat, a few pairs of each, until
+--seconds are over, so that every point gets about as many pairs. OUT/grid.json is written after
+every load.
 
 On a GPU machine where each process takes a minute to start, a case a call (four engines) is about
 two minutes of starting and one of timing; --in-process halves the processes, but then the host's

@@ -1,16 +1,15 @@
 """Load test: minutes of mixed requests at a real server with the head on, then every answer judged.
 
     python -m benchmarks.serve.load --target TARGET --head HEAD --prompts prompts.jsonl \
-        --minutes 20 \
-        --out OUT
+        --minutes 20 --out OUT
     python -m benchmarks.serve.load --out /tmp/load --tiny --minutes 0.3  # rehearsal on a CPU
 
-So many users at once each ask, wait a little, and ask again. Prompts are cut to mixed lengths, from
-one token up, some are the beginning of others (prefix caching), answers are limited to 1 … 128
-tokens, and some users hang up in the middle. Meanwhile memory is sampled: the server's processes
-and the GPU.
+Users (--concurrency) each ask, wait a little, and ask again. Prompts have mixed lengths, from one
+token up; some are the beginning of others (prefix caching). Answers are limited to 1 … 128 tokens,
+and some users hang up in the middle. Meanwhile the memory of the server's processes and of the GPU
+is sampled.
 
-OUT/load.json says, and the exit code is 1 if one of them does not hold:
+OUT/load.json has three claims; the exit code is 1 if one does not hold:
 - lossless: every finished answer is what the engine without the head writes, token for token, but
   for ties within its numeric noise (drafthead.prove.lossless)
 - no request stuck: none took longer than the limit, and the server was empty at the end

@@ -10,8 +10,8 @@ prompts: the first human turns that can be salvaged from ShareGPT (read at run t
 the project). capture: the target answers them, its states go to a store, once for everything below.
 
 explore: the waves of quality_variants.py, several heads at a time in processes of their own on the
-one GPU (a head this narrow leaves it mostly idle), each the same number of tokens an epoch. Their
-seconds are those of sharing the GPU: compare accepted lengths, not these.
+one GPU (so narrow a head leaves it mostly idle), each with the same number of tokens an epoch.
+They share the GPU: compare their accepted lengths, not their seconds.
 
 duel: alone on the GPU, compiled before the clock starts, both sides' rows read and copied ahead by
 the same threads: ours, speculators 0.9.0 at its own defaults (learning rate 1e-3 falling

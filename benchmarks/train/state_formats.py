@@ -2,8 +2,7 @@
 
     python -m benchmarks.train.state_formats --out OUT --recipe recipes/demo.yaml --runs runs
     python -m benchmarks.train.state_formats --out OUT \
-        --recipe benchmarks/train/state_formats.yaml \
-        --runs OUT_OF_QUALITY/runs --target SMOLLM2
+        --recipe benchmarks/train/state_formats.yaml --runs OUT_OF_QUALITY/runs --target SMOLLM2
     python -m benchmarks.train.state_formats --out OUT --recipe RECIPE --runs RUNS --tiny
 
 Takes a finished run's states, which are in bf16, and its draft vocabulary. For each seed three
@@ -12,7 +11,7 @@ only the states' format differs, in training and in evaluation, as with a run of
 seed decides the weights and the order. The head counts as it is after the last step.
 
 On a GPU all heads train side by side in processes of their own: heads this narrow leave it idle.
-With --work what was finished is kept there, and the same command goes on with the rest.
+With --work finished heads are kept there, and the same command continues with the rest.
 OUT/state_formats.json is written after every head.
 """
 
