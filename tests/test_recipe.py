@@ -75,6 +75,7 @@ def test_misspelt_section_and_source_key(tmp_path):
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
         (GOOD | {"serve": {"num_speculative_tokens": 300}}, "serve.num_speculative_tokens.* 128"),
         (GOOD | {"bench": {"num_speculative_tokens": [129]}}, "bench.num_speculative_tokens.* 128"),
+        (GOOD | {"train": {"epochs": 1e6}}, "train.epochs.*1000"),
         (GOOD | {"train": {"seed": -1}}, "train.seed.*greater than or equal to 0"),
         (GOOD | {"generate": {"seed": 1 << 32}}, "generate.seed.*less than"),
         (GOOD | {"train": {"betas": [0.9, 1.0]}}, "train.betas.1.*less than 1"),

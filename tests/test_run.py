@@ -144,6 +144,10 @@ def test_changed_prompts_or_target_make_answers_stale(job):
     job.prompts.write_text(json.dumps({"prompt": "Bye"}) + "\n")
     with pytest.raises(DraftheadError, match="prompt_files"):
         job.execute(recipe)
+    other = job.prompts.rename(job.prompts.with_name("other.jsonl"))
+    with pytest.raises(DraftheadError, match=r"prompts\.sources.*other") as stale:
+        job.execute(job.recipe(prompts={"sources": [{"path": str(other)}]}))
+    assert "prompt_files" not in str(stale.value)  # hashes of names that the sources tell already
 
 
 def test_a_target_that_has_moved_makes_nothing_stale(job, llama, tmp_path):

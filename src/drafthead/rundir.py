@@ -155,8 +155,8 @@ def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
     found = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
-        if old == new:
-            continue
+        if old == new or (prefix == "prompt_files." and None in (old, new)):
+            continue  # of a file that is new or gone the sources tell
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         else:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -394,5 +395,8 @@ def test_other_bad_sources(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
     with pytest.raises(DraftheadError, match="not UTF-8"):
         load_chats(section(tmp_path / "b.jsonl"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DraftheadError, match="read more than once"):
+        load_chats(section(tmp_path / "pipe"))
     with pytest.raises(DraftheadError, match="cannot be loaded"):
         load_chats(PromptsSection(sources=[{"dataset": str(tmp_path / "nothing")}]))

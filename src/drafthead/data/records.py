@@ -24,12 +24,17 @@ def check_file(path: Path | str) -> None:
     """Check that a source's path is a file.
 
     Raises:
-        DraftheadError: it is a folder, or nothing.
+        DraftheadError: it is a folder, a pipe, or nothing.
     """
     if Path(path).is_dir():
         raise DraftheadError(
             f"prompts: {path} is a folder; name the JSONL or Parquet file in it, or give "
             "the folder as `dataset`"
+        )
+    if Path(path).exists() and not Path(path).is_file():
+        raise DraftheadError(
+            f"prompts: {path} is a pipe or a device; prompts are read more than once, so write "
+            "them to a file"
         )
     if not Path(path).is_file():
         raise DraftheadError(

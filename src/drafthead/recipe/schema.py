@@ -242,7 +242,7 @@ ENOUGH_STEPS = 3
 class TrainSection(Section):
     """Training of the head."""
 
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 3
     """Passes over the training states; the published head took 3."""
     start_from: str | None = None
     """A head to go on from, in vLLM's or speculators' format (`drafthead train --from HEAD`); null
