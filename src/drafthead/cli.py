@@ -368,7 +368,7 @@ def serve(
     commands of other engines that read the head."""
     from drafthead.drafters.inspect import other_engines
     from drafthead.prove.proof import doubt
-    from drafthead.prove.served import served_k
+    from drafthead.prove.served import as_served, served_k
     from drafthead.rundir import RunDir
     from drafthead.serve import example_request, serve_plan
     from drafthead.targets import recipe_target
@@ -376,7 +376,7 @@ def serve(
     loaded = read_recipe(recipe)
     run = RunDir(runs / loaded.name)
     k = served_k(loaded, run)
-    plan = serve_plan(loaded, runs, extra=context.args, k=k)
+    plan = serve_plan(as_served(loaded, run), runs, extra=context.args, k=k)
     not_proved = doubt(run, k)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)

@@ -218,6 +218,8 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
             own["prompt_files"] = hashes(recipe.bench.sources or [])
         if stage.name == "export" and recipe.export.speculators:
             own["k"] = recipe.serve.k  # which that format names
+        if stage.name == "verify":
+            own["temperature"] = recipe.bench.temperature  # of the sampled answers
         if stage.name == "train" and (start := recipe.train.start_from):
             folder = head_folder(start)
             if "train" in wanted and not (folder / "config.json").is_file():

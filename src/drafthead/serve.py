@@ -53,6 +53,12 @@ from vllm.engine.arg_utils import EngineArgs
 print(EngineArgs(**json.load(sys.stdin)).create_model_config().max_model_len)
 """
 _CPU_KV_CACHE_BYTES = 1 << 30
+# How drafts are drawn for sampled requests; greedy ones get the same either way.
+_DRAWN = {
+    "greedy": "sampled requests too get the likeliest drafts",
+    "probabilistic": "sampled requests get drafts drawn at their temperature, so that more are "
+    "kept; vLLM's own default is greedy",
+}
 # Of the memory that an engine may take, the share that the target's weights may take: the rest is
 # for KV cache, activations and CUDA graphs. With `gpu_memory_utilization` 0.9, 0.7 of a GPU.
 _WEIGHT_SHARE = 0.78
@@ -105,7 +111,22 @@ def reasoning_parser(recipe: Recipe, target: Target) -> str | None:
 def refused_sampling(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
     """Defaults of a server for this target that vLLM refuses with speculation: value by name.
 
-    As vLLM finds them: ``generation_config.json`` (or ``config.json``), then the
+    Raises:
+        DraftheadError: generation_config.json cannot be read.
+    """
+    defaults = request_defaults(target, extra)
+    given = {name: defaults.get(name) for name in _REFUSED_SAMPLING}
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (isinstance(value, int | float) and value <= _NO_SAMPLING)
+    }
+
+
+def request_defaults(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
+    """What a server for this target adds to each request that does not say otherwise.
+
+    As vLLM finds it: ``generation_config.json`` (or ``config.json``), then the
     ``override_generation_config`` of ``engine.extra``.
 
     Raises:
@@ -135,13 +156,7 @@ def refused_sampling(target: Target, extra: dict[str, Any]) -> dict[str, Any]:
             ) from None
         finally:
             logging.set_verbosity(level)
-    defaults |= extra.get("override_generation_config") or {}
-    given = {name: defaults.get(name) for name in _REFUSED_SAMPLING}
-    return {
-        name: value
-        for name, value in given.items()
-        if value is not None and not (isinstance(value, int | float) and value <= _NO_SAMPLING)
-    }
+    return defaults | (extra.get("override_generation_config") or {})
 
 
 def tensor_parallel(
@@ -321,7 +336,9 @@ def engine_plan(
         unsupported, warnings = look_at(recipe, head, target)
         if Path(head).is_dir():
             drafter = drafter_of(Path(head))
-        speculative_config = drafter.speculative_config(head, k)
+        method = recipe.serve.named_method
+        speculative_config = drafter.speculative_config(head, k, method)
+        why += f"; draft_sample_method: {_DRAWN[method]}"
         if "use_local_argmax_reduction" in speculative_config:
             why += (
                 "; use_local_argmax_reduction chooses the same drafts for less: among the ids that "

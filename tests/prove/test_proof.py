@@ -38,8 +38,8 @@ def test_a_verify_ended_before_it_signs_off_leaves_no_proof_of_another_outcome(
     name = "drafthead.prove.verify"
     monkeypatch.setattr(f"{name}.many_prompts", lambda *_: [])
     plan = Plan([Setting("model", "m", "")], {})
-    monkeypatch.setattr(f"{name}.verify_plans", lambda *_: Plans({1: plan}, plan, plan))
-    failed = Outcome([one | {"lossless": False} for one in runs], None)
+    monkeypatch.setattr(f"{name}.verify_plans", lambda *_: Plans({(1, "greedy"): plan}, plan, plan))
+    failed = Outcome([one | {"lossless": False} for one in runs])
     monkeypatch.setattr(f"{name}.prove_lossless", lambda *_: failed)
     monkeypatch.setattr(f"{name}.write_proof", ended)
     with pytest.raises(KeyboardInterrupt):

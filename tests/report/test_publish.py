@@ -206,7 +206,7 @@ def test_no_secret_is_published(made, monkeypatch):
 
     def prove(plans, *_):
         started.extend(plan.args for plan in plans.drafted.values())
-        return Outcome(read_json(run.verify_json, "")["runs"], None)
+        return Outcome(read_json(run.verify_json, "")["runs"])
 
     monkeypatch.setattr("drafthead.prove.verify.many_prompts", lambda *_: [])
     monkeypatch.setattr("drafthead.prove.verify.prove_lossless", prove)
@@ -231,7 +231,7 @@ def test_no_path_of_this_machine_is_published(made, monkeypatch, tmp_path):
     given = with_options(given, "train", {"start_from": str(tmp_path / "runs" / "old" / "head")})
 
     def prove(*_):
-        return Outcome(read_json(run.verify_json, "")["runs"], None)
+        return Outcome(read_json(run.verify_json, "")["runs"])
 
     monkeypatch.setattr("drafthead.prove.verify.many_prompts", lambda *_: [])
     monkeypatch.setattr("drafthead.prove.verify.prove_lossless", prove)

@@ -5,7 +5,7 @@
 Shapes: H head width, Ht target width, A aux layers, Vd draft vocabulary, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,6 +136,12 @@ class Drafter(Protocol):
         ids[i + 1] is known and ids[i + 2] comes next. Returns target ids int64 [M, k].
         """
 
+    def told(
+        self, head: Any, target: TargetSide, aux: Tensor, ids: Tensor, k: int, rows: Tensor
+    ) -> Iterator[Tensor]:
+        """Draft logits [M, Vd] of positions 1..k, as `draft` has them where every draft before was
+        the true token; beyond the end of `ids` they mean nothing."""
+
     def most_drafts(self, config: Any) -> float:
         """How many tokens a step a head of that configuration can draft at most."""
 
@@ -156,8 +162,9 @@ class Drafter(Protocol):
         """Write `folder`, as vLLM or as speculators reads it. k: what speculators' format proposes.
         embedding [V, H] if the head has its own."""
 
-    def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
-        """What vLLM is told to draft k tokens a step with a head, a folder or a hub id.
+    def speculative_config(self, folder: str, k: int, method: str) -> dict[str, Any]:
+        """What vLLM is told to draft k tokens a step with a head, a folder or a hub id. method:
+        its `draft_sample_method`.
 
         Raises:
             DraftheadError: the head cannot draft so many.

@@ -7,6 +7,7 @@ true rows before the next draft, so chains from different positions do not touch
 all positions can be drafted at once.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -88,6 +89,35 @@ def draft_chain(
     is where ids[i + 1] is known and ids[i + 2] comes next. Returns target ids int64 [M, k]:
     entry [m, j] is the draft for ids[rows[m] + 2 + j].
     """
+    drafts: list[Tensor] = []
+    follow = (drafts[-1] for _ in range(k - 1))
+    for decoded in decoded_chain(head, embedding, aux, ids, rows, follow, attend):
+        drafts.append(greedy(head, decoded))
+    return torch.stack(drafts, dim=1)
+
+
+def true_tokens(ids: Tensor, rows: Tensor, k: int) -> Iterator[Tensor]:
+    """What the drafts of positions 1..k - 1 would be if each were right: target ids int64 [M]. ids
+    int [T] and rows int [M] as in `draft_chain`; beyond the end of ids its last one."""
+    for step in range(k - 1):
+        yield ids[(rows + 2 + step).clamp(max=len(ids) - 1).to(ids.device)].long()
+
+
+@torch.no_grad()
+def decoded_chain(
+    head: Eagle3Head,
+    embedding: Tensor,
+    aux: Tensor,
+    ids: Tensor,
+    rows: Tensor | None,
+    follow: Iterable[Tensor],
+    attend: ChainAttention = prefix_attention,
+) -> Iterator[Tensor]:
+    """What the layers of the head give at each draft position [M, H] (see `Eagle3Head.decode`).
+
+    Arguments as in `draft_chain`. follow: target ids int64 [M] of the drafts at position 1, 2, …,
+    each asked for once what it is drafted from was given out.
+    """
     n = min(len(aux), len(ids) - 1)
     dtype, device = head.fc.weight.dtype, head.fc.weight.device
     positions = torch.arange(n, device=device)
@@ -110,12 +140,11 @@ def draft_chain(
     embeds = F.embedding(ids[1 : n + 1].to(embedding.device).long(), embedding)
     hidden = head.fuse(aux[:n].to(device, dtype))
     decoded = head.decode(embeds.to(device, dtype), hidden, positions, first)[rows]
-    drafts = [greedy(head, decoded)]
-    for step in range(1, k):
-        embeds = F.embedding(drafts[-1].to(embedding.device), embedding).to(device, dtype)
+    yield decoded
+    for step, tokens in enumerate(follow, 1):
+        embeds = F.embedding(tokens.to(embedding.device), embedding).to(device, dtype)
         decoded = head.decode(embeds, head.feedback(decoded), rows + step, later)
-        drafts.append(greedy(head, decoded))
-    return torch.stack(drafts, dim=1)
+        yield decoded
 
 
 def greedy(head: Eagle3Head, decoded: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from drafthead.progress import waiting
 from drafthead.prove.cells import Cells, forget
 from drafthead.prove.grid import ALL, FIRST, REST, How, Share, measure
 from drafthead.prove.pairing import METHOD, Point, Prompts
-from drafthead.prove.prediction import predicted_acceptance
+from drafthead.prove.prediction import predicted_acceptance, predicted_sampling
 from drafthead.prove.prompts import timed_prompts
 from drafthead.prove.proof import command_line, hash_folder, now
 from drafthead.prove.records import BENCH_AGAIN, Contest
@@ -196,12 +196,18 @@ def _servable(recipe: Recipe, run: RunDir) -> set[int]:
     return proved_ks(lossless_proof(run)) or set(candidates(recipe))
 
 
+def _told(cell: dict, method: str) -> dict:
+    """A measured point of the run's own head, with how its drafts were drawn."""
+    return cell | {"compared_speedup": cell["speedup"], "draft_sample_method": method}
+
+
 def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     """Measure the speed with the head against the speed without, and write ``bench.json``.
 
     Where the recipe names no k, each k that verify proves by default is timed on a few pairs, and
     the fastest again on other ones: the headline is of pairs that k was not chosen by. Named k are
-    each timed on all prompts. A head that turns out slower is a result, not an error.
+    each timed on all prompts. Where drafts may be drawn in two ways, that k is timed with both, on
+    the same pairs. A head that turns out slower is a result, not an error.
 
     Args:
         recipe: the run's recipe.
@@ -231,7 +237,8 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     spreads = [(own, _plans(own, target, ks, head)) for own in _on_each_number_of_gpus(recipe)]
     for own, plans in spreads:
         cells += _measure(own, run, target, plans, asked, points, console, share)
-    cells = [cell | {"compared_speedup": cell["speedup"]} for cell in cells]
+    method, *others = recipe.draft_methods
+    cells = [_told(cell, method) for cell in cells]
     best = fastest(cells, _servable(recipe, run)) or fastest(cells, ks) or cells[0]
     k = best["num_speculative_tokens"]
     own, plans = spreads[0]
@@ -239,15 +246,32 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         console.print(f"bench: k = {k} is the fastest; timing it on other pairs")
         point = replace(points[0], num_speculative_tokens=k)
         (again,) = _measure(own, run, target, {k: plans[k]}, asked, [point], console, REST)
-        again = again | {"compared_speedup": best["compared_speedup"]}
+        again = _told(again, method) | {"compared_speedup": best["compared_speedup"]}
         cells = [again if cell is best else cell for cell in cells]
         best = again
+    for other in others:
+        console.print(f"bench: the same with {other} drafts")
+        so = with_options(own, "serve", {"draft_sample_method": other})
+        at = [p for p in points if p.num_speculative_tokens == k and p.temperature]
+        share = REST if choosing else ALL
+        own_plans = _plans(so, target, [k], head)
+        rivals = _measure(so, run, target, own_plans, asked, at, console, share)
+        rivals = [_told(cell, other) for cell in rivals]
+        # Compared with the best on the same pairs.
+        scale = best["compared_speedup"] / best["speedup"]
+        rivals[0]["compared_speedup"] *= scale
+        cells += rivals
+        if rivals[0]["compared_speedup"] > best["compared_speedup"]:
+            best, plans = rivals[0], plans | own_plans
+    with waiting(console, "predicting the acceptance of sampled requests"):
+        sampled = predicted_sampling(recipe, run, target, points[0], k, timed)
     expected = predicted[k]
     result = {
         **top_level(best),
         "predicted_acceptance_by_position": expected,
         # Of fewer drafts than are served it would be too short.
         "predicted_accepted_length": 1 + sum(expected) if expected and len(expected) == k else None,
+        "predicted_sampling": sampled,
         "method": METHOD,
         "grid": [best, *(cell for cell in cells if cell is not best)],
         "head": {"sha256": hash_folder(run.head)},

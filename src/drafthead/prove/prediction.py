@@ -4,15 +4,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from drafthead.drafters import drafter_of
-from drafthead.drafters.base import TargetSide
+from drafthead.drafters.base import Drafter, TargetSide
 from drafthead.fsio import read_json
+from drafthead.ops.losses import Teacher
+from drafthead.prove.expected import Sampling, expected_acceptance
 from drafthead.prove.pairing import Point
 from drafthead.prove.records import Heldout
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
-from drafthead.serve import existing_head
+from drafthead.serve import existing_head, request_defaults
 from drafthead.states import Sample
 from drafthead.states.reader import StateReader
 from drafthead.targets import Target
@@ -71,14 +74,62 @@ def predicted_acceptance(
     samples = _samples(recipe, run, point, conversations)
     if not samples:
         return dict.fromkeys(ks)
+    drafter, head, side = _head(run, target)
+    totals = evaluate(drafter, head, side, samples, ks)
+    return {total.k: total.by_position for total in totals}
+
+
+def predicted_sampling(
+    recipe: Recipe,
+    run: RunDir,
+    target: Target,
+    point: Point,
+    k: int,
+    conversations: Collection[str],
+) -> list[dict[str, Any]]:
+    """Acceptance to be expected at temperatures 0, 0.7, 1 and the recipe's, with each way to draw
+    drafts, for requests that are else as the target's generation_config.json says; empty without
+    held-out states. See :mod:`drafthead.prove.expected`.
+
+    Args:
+        recipe: the run's recipe.
+        run: a run with an exported head.
+        target: the recipe's target.
+        point: how long answers are.
+        k: tokens drafted a step.
+        conversations: whose held-out answers are walked.
+    """
+    if not (run.states / "meta.json").exists():
+        return []
+    samples = _samples(recipe, run, point, conversations)
+    drafter, head, side = _head(run, target)
+    weight, eps = target.final_norm()
+    every = Teacher(weight.float(), eps, target.lm_head().float(), target.logits)
+    defaults, made = request_defaults(target, recipe.engine.extra), recipe.generate
+    cut = {"top_p": defaults.get("top_p") or 1.0, "top_k": max(0, defaults.get("top_k") or 0)}
+
+    def sampling(heat: float, **cut: Any) -> Sampling:
+        return Sampling(heat, **cut) if heat else Sampling(0.0)
+
+    heats = sorted({0.0, 0.7, 1.0, *recipe.bench.temperature})
+    return expected_acceptance(
+        drafter,
+        head,
+        replace(side, teacher=every),
+        samples,
+        k,
+        [sampling(heat, **cut) for heat in heats],
+        drawn_with=sampling(made.temperature, top_p=made.top_p),
+    )
+
+
+def _head(run: RunDir, target: Target) -> tuple[Drafter, Any, TargetSide]:
+    """The run's head in float32, and the target's side of it."""
     folder = Path(existing_head(run.head))
     drafter = drafter_of(folder)
     head, _ = drafter.load(folder, target)
-    head = head.float()
     lm_head = None if head.lm_head is not None else target.lm_head().float()
-    side = TargetSide(target.embedding().float(), lm_head=lm_head)
-    totals = evaluate(drafter, head, side, samples, ks)
-    return {total.k: total.by_position for total in totals}
+    return drafter, head.float(), TargetSide(target.embedding().float(), lm_head=lm_head)
 
 
 def _samples(

@@ -82,6 +82,16 @@ class Compared(Point):
 
     compared_speedup: Amount
     engines_at_once: Natural
+    draft_sample_method: NotRequired[str]
+
+
+class ExpectedSampling(TypedDict):
+    """Acceptance predicted for one way to sample and one to draw drafts."""
+
+    temperature: Amount
+    draft_sample_method: str
+    accepted_length: Amount
+    acceptance_by_position: Curve
 
 
 class Beside(TypedDict):
@@ -127,6 +137,7 @@ class Bench(Headline, Contest):
     acceptance_by_position: Curve
     predicted_acceptance_by_position: Curve | None
     predicted_accepted_length: Amount | None
+    predicted_sampling: NotRequired[list[ExpectedSampling]]
     grid: Annotated[list[Compared], Field(min_length=1)]
     commands: dict[Digits, str]
     command: str

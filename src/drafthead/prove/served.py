@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -13,7 +13,7 @@ from drafthead.fsio import Amount, Natural, read_json
 from drafthead.prove.pairing import load
 from drafthead.prove.proof import proof_path, read_proof
 from drafthead.prove.records import BENCH_AGAIN, ProvedHead
-from drafthead.recipe import Recipe, load_recipe
+from drafthead.recipe import Recipe, load_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan, existing_head
 
@@ -25,6 +25,7 @@ class _Cell(TypedDict):
     max_new_tokens: Natural
     tensor_parallel_size: Natural
     compared_speedup: Amount
+    draft_sample_method: NotRequired[str]
 
 
 class _Benched(TypedDict):
@@ -68,7 +69,11 @@ def with_headline(bench: dict, k: int) -> dict:
     if cell is None or cell is bench["grid"][0]:
         return bench
     others = [other for other in bench["grid"] if other is not cell]
-    nothing = {"predicted_acceptance_by_position": None, "predicted_accepted_length": None}
+    nothing: dict[str, Any] = {
+        "predicted_acceptance_by_position": None,
+        "predicted_accepted_length": None,
+        "predicted_sampling": [],
+    }
     return {**bench, **top_level(cell), **nothing, "grid": [cell, *others]}
 
 
@@ -88,9 +93,9 @@ def proved_ks(proof: dict | None) -> set[int]:
     return {int(k) for k in proof["served"]} if proof else set()
 
 
-def recommended_k(recipe: Recipe, run: RunDir) -> int | None:
-    """The fastest of the recipe's k that were proved *and* measured on the run's head; None if
-    there is none.
+def recommended(recipe: Recipe, run: RunDir) -> dict | None:
+    """The fastest of the recipe's ways to draft that were proved *and* measured on the run's head,
+    as the point of ``bench.json``; None if there is none.
 
     Raises:
         DraftheadError: ``bench.json`` is not what this version writes.
@@ -102,8 +107,31 @@ def recommended_k(recipe: Recipe, run: RunDir) -> int | None:
     bench = read_json(run.bench_json, what, _Benched, BENCH_AGAIN)
     if bench["head"]["sha256"] != proof["head"]["sha256"]:
         return None
-    best = fastest(bench["grid"], proved_ks(proof) & set(candidates(recipe)))
+    of_recipe = [c for c in bench["grid"] if method_of(c) in recipe.draft_methods]
+    return fastest(of_recipe, proved_ks(proof) & set(candidates(recipe)))
+
+
+def recommended_k(recipe: Recipe, run: RunDir) -> int | None:
+    """The k of :func:`recommended`."""
+    best = recommended(recipe, run)
     return None if best is None else best["num_speculative_tokens"]
+
+
+def method_of(cell: dict) -> str:
+    """``draft_sample_method`` of a measured point."""
+    return cell.get("draft_sample_method", "greedy")
+
+
+def as_served(recipe: Recipe, run: RunDir) -> Recipe:
+    """The recipe with ``serve.draft_sample_method`` as it is to be served: what the recipe names,
+    else what was measured fastest at the headline's temperature, else vLLM's default.
+
+    Raises:
+        DraftheadError: ``bench.json`` is not what this version writes.
+    """
+    best = recommended(recipe, run) if len(recipe.draft_methods) > 1 else None
+    method = recipe.serve.named_method if best is None else method_of(best)
+    return with_options(recipe, "serve", {"draft_sample_method": method})
 
 
 def served_k(recipe: Recipe, run: RunDir) -> int:
@@ -138,4 +166,5 @@ def engine_args(
         recipe = load_recipe(recipe)
     run = RunDir(Path(runs) / recipe.name)
     head = existing_head(head or run.head)
-    return engine_plan(recipe, head=head, num_speculative_tokens=served_k(recipe, run)).args
+    served = as_served(recipe, run)
+    return engine_plan(served, head=head, num_speculative_tokens=served_k(recipe, run)).args

@@ -1,8 +1,9 @@
 """Stage verify: the same tokens with the head as without it, proved and signed off."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,11 @@ _ANSWER_LENGTHS = (1, 2, 5, 17, 40)
 
 # Sampling is compared at a few contexts and positions, many times each. The seeds of the two
 # engines must not meet: the same draws on both would hide what differs.
-_SAMPLED_CONTEXTS, _SAMPLED_TOKENS, _SEEDS = 8, 8, 1 << 30
+_SAMPLED_CONTEXTS, _SAMPLED_TOKENS, _SEEDS = 8, 8, 1 << 29
+Way = tuple[int, str]
+"""How a head drafts: tokens a step, and vLLM's ``draft_sample_method``."""
+_TWIN: Way = (0, "")
+"""The target alone, set as with the head."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +107,15 @@ def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> 
     return found
 
 
-def _answers_in_all(work: Sequence[Workload], ks: Sequence[int], recipe: Recipe) -> int:
-    """How many answers are written before any are compared. ks: as in :func:`prove_lossless`, 0
-    for the target alone set as with the head."""
+def _answers_in_all(work: Sequence[Workload], ways: Sequence[Way], recipe: Recipe) -> int:
+    """How many answers are written before any are compared. ways: as in :func:`prove_lossless`,
+    `_TWIN` for the target alone set as with the head."""
     greedy = sum(len(w.prompts) for w in work)
-    sampled = min(_SAMPLED_CONTEXTS, len(work[0].prompts)) * recipe.verify.samples
-    again = 2 * sum(min(NOISE_ANSWERS, len(w.prompts)) for w in work) if 0 in ks else 0
-    with_head = len([k for k in ks if k])
-    return (with_head + 1) * greedy + 2 * sampled + again
+    contexts = min(_SAMPLED_CONTEXTS, len(work[0].prompts)) * len(temperatures(recipe))
+    again = 2 * sum(min(NOISE_ANSWERS, len(w.prompts)) for w in work) if _TWIN in ways else 0
+    with_head = [way for way in ways if way != _TWIN]
+    sampled = (1 + len({method for _, method in with_head})) * contexts * recipe.verify.samples
+    return (len(with_head) + 1) * greedy + sampled + again
 
 
 def _answers(
@@ -129,17 +135,18 @@ def _answers(
 def _draws(
     engine: EngineProcess, prompts: Sequence[list[int]], recipe: Recipe, seed: int
 ) -> list[np.ndarray]:
-    """Sampled answers at each context: token ids [samples, tokens], filled up with -1."""
+    """Sampled answers at each temperature and context: token ids [samples, tokens], filled up with
+    -1."""
     section = recipe.verify
     concurrency = section.concurrency or recipe.engine.max_num_seqs
     found = []
-    for context, prompt in enumerate(prompts):
+    for number, (heat, prompt) in enumerate(itertools.product(temperatures(recipe), prompts)):
         answers = engine.generate(
             [prompt] * section.samples,
             max_tokens=_SAMPLED_TOKENS,
             concurrency=concurrency,
-            temperature=1.0,
-            seed=seed + context * section.samples,
+            temperature=heat,
+            seed=seed + number * section.samples,
         )
         tokens = np.full((section.samples, _SAMPLED_TOKENS), -1)
         for row, completion in zip(tokens, answers.completions, strict=True):
@@ -148,12 +155,17 @@ def _draws(
     return found
 
 
+def temperatures(recipe: Recipe) -> list[float]:
+    """At which sampled answers are compared: the recipe's, 1 where it has none but greedy."""
+    return sorted({heat for heat in recipe.bench.temperature if heat}) or [1.0]
+
+
 @dataclass(frozen=True)
 class Plans:
     """How the engines are run."""
 
-    drafted: dict[int, Plan]
-    """For each number of tokens drafted a step."""
+    drafted: dict[Way, Plan]
+    """By how the head drafts."""
     base: Plan
     """The target alone."""
     twin: Plan
@@ -162,14 +174,22 @@ class Plans:
 
 
 def verify_plans(recipe: Recipe, head: str | Path, target: Target) -> Plans:
-    """Plans for each k to prove; with a head engine steps are as small as verify asks for."""
+    """Plans for each k to prove, and for the first k with the other method of drawing drafts that
+    may be served; with a head engine steps are as small as verify asks for."""
     ks = recipe.verify.num_speculative_tokens or default_ks(recipe)
     size, chunked = recipe.verify.max_num_batched_tokens, recipe
     if size is not None:
         extra = {**recipe.engine.extra, "max_num_batched_tokens": size}
         chunked = with_options(recipe, "engine", {"extra": extra})
+    first, *others = recipe.draft_methods
+    ways = [*((k, first) for k in ks), *((ks[0], method) for method in others)]
+
+    def plan(k: int, method: str) -> Plan:
+        so = with_options(chunked, "serve", {"draft_sample_method": method})
+        return engine_plan(so, head=head, target=target, num_speculative_tokens=k)
+
     return Plans(
-        {k: engine_plan(chunked, head=head, target=target, num_speculative_tokens=k) for k in ks},
+        {way: plan(*way) for way in ways},
         engine_plan(recipe, head=None, target=target),
         engine_plan(chunked, head=None, target=target),
     )
@@ -180,10 +200,12 @@ class Outcome:
     """What the engines gave."""
 
     runs: list[dict]
-    """For each k and workload, what :meth:`drafthead.prove.lossless.Examiner.compare` found, with
-    ``num_speculative_tokens``, ``workload`` and ``concurrency``."""
-    sampled: TwoSample | None
-    """The test of sampling with the first k, if it was asked for."""
+    """For each way of drafting and workload, what
+    :meth:`drafthead.prove.lossless.Examiner.compare` found, with ``num_speculative_tokens``,
+    ``draft_sample_method``, ``workload`` and ``concurrency``."""
+    sampled: dict[str, TwoSample] = field(default_factory=dict)
+    """The test of sampling with the first k, by ``draft_sample_method``; empty if it was not asked
+    for."""
     unprotected: tuple[str, ...] = ()
     """Faults that vLLM may have, whose patches an engine with the head did without."""
 
@@ -215,7 +237,8 @@ def prove_lossless(
         DraftheadError: an engine does not run, or drafts nothing with the head.
     """
     # An engine that drafts 0 tokens: the target alone, set as with the head.
-    needed = plans.drafted | ({0: plans.twin} if plans.twin.args != plans.base.args else {})
+    needed = plans.drafted | ({_TWIN: plans.twin} if plans.twin.args != plans.base.args else {})
+    several = len({method for _, method in plans.drafted}) > 1
     machine = this_machine()
     at_once = (
         machine.vllm_device == "cuda"
@@ -230,15 +253,20 @@ def prove_lossless(
         )
 
     alone = engine_of(plans.base, "target alone", "target")
-    others = {
-        k: engine_of(plan, f"with head, k={k}" if k else "target alone, set as with head", f"k{k}")
-        for k, plan in needed.items()
-    }
+
+    def name_of(way: Way) -> tuple[str, str]:
+        k, method = way
+        if way == _TWIN:
+            return "target alone, set as with head", "k0"
+        more = f", {method} drafts" if several else ""
+        return f"with head, k={k}{more}", f"k{k}{'-' * several + method * several}"
+
+    others = {way: engine_of(plan, *name_of(way)) for way, plan in needed.items()}
     unprotected: dict[str, None] = {}
     work: list[Workload] = []
     again: list[list[dict[int, Completion]]] | None = None
-    written: dict[int, list[list[Completion]]] = {}
-    draws: list[np.ndarray] = []
+    written: dict[Way, list[list[Completion]]] = {}
+    draws: dict[str, list[np.ndarray]] = {}
     alone_draws: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         with progress(console, "verify", None, unit="answers") as bar:
@@ -246,7 +274,7 @@ def prove_lossless(
                 engine.on_answer = bar.advance
             if at_once:
                 start([*others.values(), alone], stack, console)
-            for k, engine in others.items():
+            for way, engine in others.items():
                 with contextlib.ExitStack() as only_now:
                     if not at_once:
                         start([engine], only_now, console)
@@ -254,12 +282,13 @@ def prove_lossless(
                     work = work or workloads(recipe, prompts, engine.info["max_model_len"])
                     bar.total = _answers_in_all(work, list(others), recipe)
                     bar.advance(0, note=engine.name)
-                    if k == 0:
+                    if way == _TWIN:
                         again = [
                             once_more(engine, w.prompts, w.max_tokens, w.concurrency) for w in work
                         ]
                         continue
-                    written[k] = _answers(engine, work)
+                    k, method = way
+                    written[way] = _answers(engine, work)
                     if not engine.counters().drafts:
                         raise DraftheadError(
                             f"verify: with k = {k} nothing was drafted, so that the same answers "
@@ -267,8 +296,9 @@ def prove_lossless(
                             "longer answers"
                         )
                     contexts = work[0].prompts[:_SAMPLED_CONTEXTS]
-                    if recipe.verify.samples and not draws:
-                        draws = _draws(engine, contexts, recipe, seed=_SEEDS)
+                    if recipe.verify.samples and method not in draws:
+                        seed = _SEEDS * (1 + len(draws))
+                        draws[method] = _draws(engine, contexts, recipe, seed=seed)
             if not at_once:
                 start([alone], stack, console)
             bar.advance(0, note=alone.name)
@@ -295,17 +325,17 @@ def prove_lossless(
             runs = [
                 {
                     "num_speculative_tokens": k,
+                    "draft_sample_method": method,
                     "workload": w.name,
                     "concurrency": w.concurrency,
                     **examiners[i].compare(wanted[i], answers[i]),
                 }
-                for k, answers in written.items()
+                for (k, method), answers in written.items()
                 for i, w in enumerate(work)
             ]
-    if not draws:
-        return Outcome(runs, None, tuple(unprotected))
     with waiting(console, "comparing the sampled answers"):
-        return Outcome(runs, two_sample(alone_draws, draws), tuple(unprotected))
+        sampled = {method: two_sample(alone_draws, drawn) for method, drawn in draws.items()}
+    return Outcome(runs, sampled, tuple(unprotected))
 
 
 def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -330,26 +360,32 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     head = existing_head(run.head)
     prompts = many_prompts(run, recipe.verify.prompts)
     plans = verify_plans(recipe, head, target)
-    console.print(f"verify: {len(prompts)} prompts, k = {', '.join(map(str, plans.drafted))}")
+    ks = ", ".join(dict.fromkeys(str(k) for k, _ in plans.drafted))
+    console.print(f"verify: {len(prompts)} prompts, k = {ks}")
     outcome = prove_lossless(plans, prompts, recipe, target, run.root / "logs", console)
     runs, sampled = outcome.runs, outcome.sampled
     result = {
-        "lossless": all(r["lossless"] for r in runs) and (sampled is None or sampled.same),
+        "lossless": all(r["lossless"] for r in runs) and all(t.same for t in sampled.values()),
         **{
             name: sum(r[name] for r in runs)
             for name in ("prompts", "identical", "ties", "differences", "tokens")
         },
         "runs": runs,
         "words": noise_words({"runs": runs}),
-        "sampled": sampled and {**asdict(sampled), "words": sampled.words},
+        "sampled": sampled_record(sampled, temperatures(recipe)),
         "unprotected": list(outcome.unprotected),
         "command": command_line(),
         "machine": this_machine().as_dict(),
     }
     proof_path(run).unlink(missing_ok=True)  # of another outcome; hashing a target takes minutes
     write_json(run.verify_json, result)
-    public = {k: plan.public for k, plan in plans.drafted.items()}
-    served = {k: {"command": p.shell(), "engine_args": p.args} for k, p in public.items()}
+    served: dict[int, dict] = {}
+    for (k, method), plan in plans.drafted.items():
+        p = plan.public
+        how = {"command": p.shell(), "engine_args": p.args, "draft_sample_methods": [method]}
+        served.setdefault(k, how)
+        if method not in served[k]["draft_sample_methods"]:
+            served[k]["draft_sample_methods"].append(method)
     with waiting(console, "hashing target and head"):
         write_proof(run, recipe.target.path, target, result, served, prompts)
     console.print(
@@ -360,14 +396,34 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         console.print(line)
     for line in outcome.unprotected:
         console.print(f"[yellow]{escape(line)}[/yellow]", soft_wrap=True)
-    if sampled is not None:
-        console.print(sampled.words)
+    if result["sampled"]:
+        console.print(result["sampled"]["words"])
     if not all(r["lossless"] for r in runs):
         raise ClaimFailed(_failure(runs, run))
-    if sampled is not None and not sampled.same:
-        raise ClaimFailed(f"not lossless: {sampled.words} See {run.verify_json}")
+    if not result["lossless"]:
+        raise ClaimFailed(f"not lossless: {result['sampled']['words']} See {run.verify_json}")
     told = ("lossless", "prompts", "identical", "ties", "differences", "unprotected")
     return {key: result[key] for key in told}
+
+
+def sampled_record(sampled: dict[str, TwoSample], heats: Sequence[float]) -> dict | None:
+    """The tests of sampling as ``verify.json`` has them: the figures of the least sure one, and
+    what each found in words; None without one. heats: the temperatures that they were of."""
+    if not sampled:
+        return None
+    at = ", ".join(f"{heat:g}" for heat in heats)
+    words = [
+        test.words.replace("Sampling:", f"Sampling at temperature {at}, {method} drafts:")
+        for method, test in sampled.items()
+    ]
+    weakest = max(sampled.values(), key=lambda t: (not t.same, t.detectable_shift or 1.0))
+    tests = {method: asdict(test) for method, test in sampled.items()}
+    return {
+        **asdict(weakest),
+        "temperatures": list(heats),
+        "tests": tests,
+        "words": " ".join(words),
+    }
 
 
 def _failure(runs: list[dict], run: RunDir) -> str:

@@ -381,6 +381,12 @@ class ServeSection(Section):
     """Tokens drafted a step (k). null: 1 to 5 are proved and measured, and the fastest of those is
     served. More than five hardly ever pay, and each k is an engine to start twice. Name one to
     prove, measure and serve that one alone."""
+    draft_sample_method: Literal["auto", "greedy", "probabilistic"] = "auto"
+    """How drafts are drawn for sampled requests: vLLM's argument of that name. `greedy` takes the
+    likeliest token: it is kept as often as the target would have drawn it. `probabilistic` draws
+    from the head's distribution at the request's temperature: kept more often the hotter, for a
+    longer draft step. Greedy requests get the same drafts either way. auto: `greedy`, unless
+    `bench.temperature` begins above 0 and bench found `probabilistic` faster there."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] | None = None
     """GPUs to serve on; null is the engine's if it is above 1, else the fewest that hold the
     weights."""
@@ -389,6 +395,11 @@ class ServeSection(Section):
     def k(self) -> int:
         """Tokens drafted a step as far as the recipe says."""
         return self.num_speculative_tokens or 3
+
+    @property
+    def named_method(self) -> str:
+        """`draft_sample_method` as far as the recipe says; vLLM's default where it does not."""
+        return "greedy" if self.draft_sample_method == "auto" else self.draft_sample_method
 
     @property
     def candidates(self) -> list[int]:
@@ -419,8 +430,9 @@ class VerifySection(Section):
     """Also cut prompts and answers to random lengths, from one token up: the batches in which
     faults of speculation have hidden."""
     samples: Annotated[int, Field(ge=0)] = 0
-    """Answers sampled at each context, with and without the head, to compare their distributions;
-    0 leaves that test out. 500 detect a shift of a tenth of the probability."""
+    """Answers sampled at each context, with and without the head, to compare their distributions,
+    at each temperature of `bench.temperature` (1 if that has none); 0 leaves that test out. 500
+    detect a shift of a tenth of the probability."""
 
 
 class BenchSection(Section):
@@ -449,7 +461,8 @@ class BenchSection(Section):
     """Requests at once, each that ends replaced by the next; each number is a row of the grid, the
     first is the headline's."""
     temperature: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
-    """Sampling temperatures of the grid; the first is the headline's."""
+    """Sampling temperatures of the grid; the first is the headline's, by which k and
+    `serve.draft_sample_method` are chosen: begin with the one that your users have."""
     tensor_parallel_size: (
         Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None
     ) = None
@@ -496,6 +509,13 @@ class Recipe(Section):
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
     publish: PublishSection = PublishSection()
+
+    @property
+    def draft_methods(self) -> list[str]:
+        """Each `serve.draft_sample_method` to prove and measure, vLLM's default first."""
+        if self.serve.draft_sample_method == "auto" and self.bench.temperature[0]:
+            return ["greedy", "probabilistic"]
+        return [self.serve.named_method]
 
     @property
     def ttt_steps(self) -> int:

@@ -119,7 +119,11 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
 
     def plan(count: int) -> Plan:
         serve = r.recipe.serve.model_copy(
-            update={"num_speculative_tokens": r.served_k, "tensor_parallel_size": count}
+            update={
+                "num_speculative_tokens": r.served_k,
+                "tensor_parallel_size": count,
+                "draft_sample_method": r.draft_sample_method,
+            }
         )
         # What was fixed for this machine (dtype, cache, sequences) is no advice to another.
         given = r.recipe.engine

@@ -23,7 +23,7 @@ from drafthead.prove.records import (
     Verified,
     WrittenHead,
 )
-from drafthead.prove.served import recommended_k, served_k, with_headline
+from drafthead.prove.served import as_served, recommended_k, served_k, with_headline
 from drafthead.recipe import Recipe, without_paths, without_secrets
 from drafthead.rundir import RECORD_MEND, RunDir
 from drafthead.train.log import read_metrics
@@ -50,6 +50,8 @@ class Results:
     head_config: dict
     served_k: int
     """Tokens to draft a step, measured or not."""
+    draft_sample_method: str
+    """How drafts are drawn when served."""
 
     @property
     def target_name(self) -> str:
@@ -117,6 +119,7 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
         bench=with_headline(bench, k) if bench else {},
         proof=proof,
         served_k=k,
+        draft_sample_method=as_served(recipe, run).serve.named_method,
         training=optional(run.train / "best.json", "the held-out evaluation", Training),
         coverage=None
         if recipe.train.start_from

@@ -8,6 +8,7 @@ import jinja2
 
 from drafthead.head.checkpoint import trained_steps
 from drafthead.prove.pairing import LOAD
+from drafthead.prove.served import method_of
 from drafthead.recipe import without_paths
 from drafthead.report.results import Results
 
@@ -41,6 +42,8 @@ def load_words(cell: dict, cells: Sequence[dict]) -> str:
         found.append(f"T={cell['temperature']:g}")
     if cell["tensor_parallel_size"] > 1:
         found.append(f"{cell['tensor_parallel_size']} GPUs")
+    if len({method_of(other) for other in cells}) > 1:
+        found.append(f"{method_of(cell)} drafts")
     return ", ".join(found)
 
 
@@ -124,9 +127,11 @@ def grid_table(bench: dict) -> dict | None:
     """
     ks = sorted({cell["num_speculative_tokens"] for cell in bench["grid"]})
     loads: dict[tuple, dict[int, dict]] = {}
+    of_one_method = [cell | {"draft_sample_method": "greedy"} for cell in bench["grid"]]
     for cell in bench["grid"]:
         at = tuple(cell[name] for name in LOAD)
-        loads.setdefault(at, {})[cell["num_speculative_tokens"]] = cell
+        # Of two ways to draw drafts the headline's comes first.
+        loads.setdefault(at, {}).setdefault(cell["num_speculative_tokens"], cell)
     if len(ks) * len(loads) < 2:
         return None
     rows = []
@@ -139,7 +144,7 @@ def grid_table(bench: dict) -> dict | None:
             else None
             for k in ks
         ]
-        rows.append({"name": load_words(best, bench["grid"]), "cells": cells})
+        rows.append({"name": load_words(best, of_one_method), "cells": cells})
     return {"ks": ks, "rows": rows}
 
 
@@ -194,6 +199,33 @@ def facts(r: Results) -> list[tuple[str, str]]:
     return found
 
 
+def sampling_words(bench: dict) -> list[str]:
+    """What the two ways to draw drafts are expected to give at each temperature, and what choosing
+    one loses where the other is better; empty without a prediction."""
+    by_heat: dict[float, dict[str, float]] = {}
+    for one in bench.get("predicted_sampling", []):
+        lengths = by_heat.setdefault(one["temperature"], {})
+        lengths[one["draft_sample_method"]] = one["accepted_length"]
+    if not by_heat:
+        return []
+    served, k = method_of(bench), bench["num_speculative_tokens"]
+    told = "; ".join(
+        f"at temperature {heat:g} "
+        + ", ".join(f"{length:.2f} with {method} drafts" for method, length in lengths.items())
+        for heat, lengths in by_heat.items()
+    )
+    lost = {
+        heat: 1 - lengths[served] / max(lengths.values())
+        for heat, lengths in by_heat.items()
+        if lengths[served] < 0.99 * max(lengths.values())
+    }
+    words = f"Tokens a step expected of sampled requests from held-out states, k = {k}: {told}."
+    chosen = f" Served with {served} drafts"
+    if lost:
+        chosen += ": " + ", ".join(f"{x:.0%} fewer at {heat:g}" for heat, x in lost.items())
+    return [words + chosen + "."]
+
+
 def setting(bench: dict) -> str:
     """The headline's conditions in words."""
     at_once = bench["concurrency"]
@@ -220,7 +252,7 @@ def beyond_reason(bench: dict) -> bool:
 
 def notes(r: Results) -> list[str]:
     """What the choice of k rests on, and how the figures were taken where that matters."""
-    found = [] if r.bench else [NOT_MEASURED]
+    found = sampling_words(r.bench) if r.bench else [NOT_MEASURED]
     if r.recommended:
         ks = sorted({cell["num_speculative_tokens"] for cell in r.bench["grid"]})
         first = r.bench["grid"][0]

@@ -115,9 +115,9 @@ def test_broken_heads_are_refused(tmp_path, change, named):
 def test_more_drafts_than_the_block_are_refused(tmp_path):
     folder = tmp_path / "h"
     save_head(small_head(), folder, {})
-    assert DSpark().speculative_config(str(folder), 4)["num_speculative_tokens"] == 4
+    assert DSpark().speculative_config(str(folder), 4, "greedy")["num_speculative_tokens"] == 4
     with pytest.raises(DraftheadError) as error:
-        DSpark().speculative_config(str(folder), 5)
+        DSpark().speculative_config(str(folder), 5, "greedy")
     assert error.value.field == "serve.num_speculative_tokens"
 
 

@@ -1,6 +1,6 @@
 """DSpark behind the interface of all drafters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from drafthead.drafters.base import TargetSide
 from drafthead.drafters.dspark.checkpoint import load_head, save_head
 from drafthead.drafters.dspark.config import DSparkConfig
-from drafthead.drafters.dspark.drafting import draft_blocks
+from drafthead.drafters.dspark.drafting import draft_blocks, told_blocks
 from drafthead.drafters.dspark.formats import is_dspark, read_config
 from drafthead.drafters.dspark.init import head_config, new_head
 from drafthead.drafters.dspark.inspect import inspect_dspark
@@ -109,6 +109,12 @@ class DSpark:
         lm_head = target.lm_head if head.lm_head is None else None
         return draft_blocks(head, target.embedding, aux, ids, k, rows, lm_head)
 
+    def told(
+        self, head: DSparkHead, target: TargetSide, aux: Tensor, ids: Tensor, k: int, rows: Tensor
+    ) -> Iterator[Tensor]:
+        lm_head = target.lm_head if head.lm_head is None else None
+        return told_blocks(head, target.embedding, aux, ids, k, rows, lm_head)
+
     def most_drafts(self, config: DSparkConfig) -> float:
         return config.block_size
 
@@ -144,14 +150,19 @@ class DSpark:
             dtype=dtype,
         )
 
-    def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
+    def speculative_config(self, folder: str, k: int, method: str) -> dict[str, Any]:
         if Path(folder).is_dir() and k > (most := self.read(Path(folder)).block_size):
             # vLLM does not look, and drafts what no training has seen.
             raise DraftheadError(
                 f"{folder}: {k} drafts a step, the head was trained for blocks of {most}",
                 field="serve.num_speculative_tokens",
             )
-        return {"method": "dspark", "model": folder, "num_speculative_tokens": k}
+        return {
+            "method": "dspark",
+            "model": folder,
+            "num_speculative_tokens": k,
+            "draft_sample_method": method,
+        }
 
     def inspect(self, folder: Path, target: Target | None, deep: bool) -> dict[str, Any]:
         return inspect_dspark(folder, target)

@@ -6,6 +6,8 @@ Their base logits are fixed then; what the Markov head adds follows the drafts f
 No block leaves anything behind for the next one, so blocks of all anchors can be drafted at once.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +39,37 @@ def draft_blocks(
     Raises:
         DraftheadError: k is more than the head's block, or a row has no states.
     """
+    normed, first = _block_states(head, embedding, aux, ids, k, rows)
+    chunk = max(1, LOGIT_BYTES // (4 * k * head.config.draft_vocab_size))
+    parts = zip(normed.split(chunk), first.split(chunk))
+    drafts = [_chain(head, states, previous, lm_head) for states, previous in parts]
+    return torch.cat(drafts) if drafts else first.new_empty(0, k)
+
+
+@torch.no_grad()
+def told_blocks(
+    head: DSparkHead,
+    embedding: Tensor,
+    aux: Tensor,
+    ids: Tensor,
+    k: int,
+    rows: Tensor,
+    lm_head: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Draft logits [M, Vd] of positions 1..k, where every draft before was the true token; beyond
+    the end of ids its last one. Arguments as in `draft_blocks`."""
+    normed, previous = _block_states(head, embedding, aux, ids, k, rows)
+    for step in range(k):
+        yield head.logits(normed[:, step], lm_head) + head.markov_head(previous)
+        after = (rows + 2 + step).clamp(max=len(ids) - 1)
+        previous = ids[after.to(ids.device)].to(previous.device).long()
+
+
+def _block_states(
+    head: DSparkHead, embedding: Tensor, aux: Tensor, ids: Tensor, k: int, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the LM head reads [M, k, H], and the anchors int64 [M]. Arguments as in
+    `draft_blocks`."""
     config, device, dtype = head.config, head.fc.weight.device, head.fc.weight.dtype
     if k > config.block_size:
         raise DraftheadError(
@@ -61,11 +94,7 @@ def draft_blocks(
     tokens[:, 0] = ids.to(tokens.device)[anchors.to(tokens.device)]
     x = F.embedding(tokens.flatten().to(embedding.device).long(), embedding).to(device, dtype)
     normed = head.decode(x, head.rotary(own, dtype), attend).unflatten(0, (-1, k))
-    first = tokens[:, 0].to(device).long()
-    chunk = max(1, LOGIT_BYTES // (4 * k * config.draft_vocab_size))
-    parts = zip(normed.split(chunk), first.split(chunk))
-    drafts = [_chain(head, states, previous, lm_head) for states, previous in parts]
-    return torch.cat(drafts) if drafts else first.new_empty(0, k)
+    return normed, tokens[:, 0].to(device).long()
 
 
 def _chain(head: DSparkHead, normed: Tensor, previous: Tensor, lm_head: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """EAGLE-3 behind the interface of all drafters."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from drafthead.drafters.eagle3.packing import Row, pack_row
 from drafthead.drafters.eagle3.step import Objective, TrainStep
 from drafthead.head.checkpoint import load_head, read_folder, save_head
 from drafthead.head.config import HeadConfig, head_config
-from drafthead.head.drafting import draft_chain
+from drafthead.head.drafting import decoded_chain, draft_chain, true_tokens
 from drafthead.head.formats import NATIVE_ARCHITECTURES, Format, Provenance
 from drafthead.head.init import new_head
 from drafthead.head.inspect import inspect_head
@@ -103,6 +103,14 @@ class Eagle3:
     ) -> Tensor:
         return draft_chain(head, target.embedding, aux, ids, k, rows)
 
+    def told(
+        self, head: Eagle3Head, target: TargetSide, aux: Tensor, ids: Tensor, k: int, rows: Tensor
+    ) -> Iterator[Tensor]:
+        for decoded in decoded_chain(
+            head, target.embedding, aux, ids, rows, true_tokens(ids, rows, k)
+        ):
+            yield head.logits(head.output(decoded))
+
     def most_drafts(self, config: HeadConfig) -> float:
         return math.inf
 
@@ -130,14 +138,17 @@ class Eagle3:
             dtype=dtype,
         )
 
-    def speculative_config(self, folder: str, k: int) -> dict[str, Any]:
+    def speculative_config(self, folder: str, k: int, method: str) -> dict[str, Any]:
         # The reduction chooses the same drafts for less: among the ids that the head can draft, not
-        # over the target's whole vocabulary. vLLM has it for every class of EAGLE-3 heads.
+        # over the target's whole vocabulary. vLLM has it for every class of EAGLE-3 heads, and
+        # refuses it with drafts that are drawn.
+        reduced = {"use_local_argmax_reduction": True} if method == "greedy" else {}
         return {
             "method": "eagle3",
             "model": folder,
             "num_speculative_tokens": k,
-            "use_local_argmax_reduction": True,
+            "draft_sample_method": method,
+            **reduced,
         }
 
     def inspect(self, folder: Path, target: Target | None, deep: bool) -> dict[str, Any]:
