@@ -56,6 +56,7 @@ def test_method_is_explicit_and_k_from_the_recipe(recipe):
         "method": "eagle3",
         "model": "h",
         "num_speculative_tokens": 5,
+        "draft_sample_method": "greedy",
         "use_local_argmax_reduction": True,
     }
     assert "speculative_config" not in engine_plan(recipe(), head=None, machine=CPU).args

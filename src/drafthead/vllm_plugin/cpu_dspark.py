@@ -27,8 +27,6 @@ def _as_dflash(stock):
     def __post_init__(self):
         result = stock(self)
         if self.method == "dspark" and is_dspark(self):
-            if self.draft_sample_method != "greedy":
-                raise ValueError("DSpark on a CPU drafts greedily: leave draft_sample_method out")
             self.method = "dflash"
         return result
 
@@ -50,22 +48,53 @@ def _one_query_less(stock):
     return set_inputs_first_pass
 
 
+def _chain(proposer, hidden_states, choose):
+    """hidden_states [requests * drafts, H] -> target ids [requests * drafts]. choose: of logits
+    over the draft vocabulary [requests, Vd] the target ids to draft [requests]."""
+    model, drafts = proposer.model, proposer.num_speculative_tokens
+    base = model.compute_draft_logits(hidden_states).unflatten(0, (-1, drafts))
+    previous = proposer.input_ids[: len(hidden_states) : drafts]  # the anchors
+    chain = []
+    for step in range(drafts):
+        previous = choose(base[:, step] + model.markov_bias(model.markov_embed(previous)))
+        chain.append(previous)
+    return torch.stack(chain, dim=1).flatten()
+
+
 def _one_after_the_other(stock):
     def _greedy_sample(self, hidden_states):
-        """hidden_states [requests * drafts, H] -> target ids [requests * drafts]."""
         if not is_dspark(self.speculative_config):
             return stock(self, hidden_states)
-        model, drafts = self.model, self.num_speculative_tokens
-        base = model.compute_draft_logits(hidden_states).unflatten(0, (-1, drafts))
-        previous = self.input_ids[: len(hidden_states) : drafts]  # the anchors
-        chain = []
-        for step in range(drafts):
-            logits = base[:, step] + model.markov_bias(model.markov_embed(previous))
-            previous = model.map_draft_to_target(logits.argmax(dim=-1))
-            chain.append(previous)
-        return torch.stack(chain, dim=1).flatten()
+        likeliest = lambda logits: self.model.map_draft_to_target(logits.argmax(dim=-1))
+        return _chain(self, hidden_states, likeliest)
 
     return _greedy_sample
+
+
+def _drawn_one_after_the_other(stock):
+    def _sample_draft_tokens(self, hidden_states, sampling_metadata):
+        greedy = not self._enable_probabilistic_draft_probs or sampling_metadata.all_greedy
+        if greedy or not is_dspark(self.speculative_config):
+            return stock(self, hidden_states, sampling_metadata)
+        from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
+
+        vocab = self.vllm_config.model_config.get_vocab_size()
+        distributions = []
+
+        def drawn(logits):
+            ids = self.model.map_draft_to_target(torch.arange(logits.shape[-1]))
+            whole = logits.new_full((len(logits), vocab), float("-inf"))
+            whole[:, ids] = logits
+            tokens, probabilities = compute_probs_and_sample_next_token(
+                whole, sampling_metadata, self.use_fp64_gumbel
+            )
+            distributions.append(probabilities)
+            return tokens
+
+        tokens = _chain(self, hidden_states, drawn)
+        return tokens, torch.stack(distributions, dim=1).flatten(0, 1)
+
+    return _sample_draft_tokens
 
 
 REPLACEMENTS = (
@@ -80,5 +109,10 @@ REPLACEMENTS = (
         "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._greedy_sample",
         "self hidden_states",
         _one_after_the_other,
+    ),
+    Replacement(
+        "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._sample_draft_tokens",
+        "self hidden_states sampling_metadata",
+        _drawn_one_after_the_other,
     ),
 )
