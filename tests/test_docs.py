@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
 PAGES = sorted((ROOT / "docs").rglob("*.md")) + ROOT_PAGES
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-FILES = {"json", "html", "md", "jsonl", "py", "yaml", "log", "safetensors", "done", "begun"}
+FILES = {"json", "html", "md", "jsonl", "py", "yaml", "log", "safetensors", "gguf", "done", "begun"}
 """Endings that make `verify.json` a file and no key of the section `verify`."""
 
 
