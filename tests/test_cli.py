@@ -75,6 +75,11 @@ def truncated_head():
     path.write_bytes(path.read_bytes()[:900])
 
 
+def head_without_weights():
+    crafted.head(Path("runs/r/head"), Path("target"))
+    Path("runs/r/head/model.safetensors").unlink()
+
+
 def head_of_another_target():
     crafted.head(Path("runs/r/head"), Path("target"))
     path = Path("runs/r/head/config.json")
@@ -186,6 +191,11 @@ def test_wrong_input_is_one_message_before_any_work(place, drafthead, change, wo
         (folder("runs/r"), ("train", "r.yaml", "--from", "nope"), "train.start_from: nope"),
         (nothing, ("serve", "r.yaml", "--print"), "no head there"),
         (truncated_head, ("serve", "r.yaml", "--print"), "not a whole safetensors file"),
+        (
+            head_without_weights,
+            ("serve", "r.yaml", "--print"),
+            "error: {0}/runs/r/head: no *.safetensors",
+        ),
         (head_of_another_target, ("serve", "r.yaml", "--print"), "head of another target"),
         (
             head_of_another_target,
@@ -222,7 +232,7 @@ def test_wrong_use_is_one_message(place, drafthead, quick_doctor, change, args, 
     code, _, err = drafthead(*args)
     assert code == 2
     assert set(place.rglob("[!.]*")) == before, "a mistake leaves nothing behind"
-    assert words in " ".join(err.replace("│", " ").split())
+    assert words.format(place) in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
 
 

@@ -85,7 +85,8 @@ def check_fit(folder: Path, target: Target, length: int) -> tuple[list[str], lis
     """
     about = inspect_head(folder, target, deep=False)
     if about["problems"]:
-        raise DraftheadError("\n".join(f"{folder}: {problem}" for problem in about["problems"]))
+        named = (p.removeprefix(f"{folder}: ") for p in about["problems"])
+        raise DraftheadError("\n".join(f"{folder}: {problem}" for problem in named))
     return about["unsupported"], beyond_reach(about, length)
 
 
