@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--smollm2-nvfp4", type=Path, help="the same in NVFP4")
     parser.add_argument("--peers", type=Path, help="where speculators 0.9.0 lies unpacked")
     parser.add_argument("--seconds", type=float, default=0, help="of blocks for each target")
-    parser.add_argument("--blocks", type=int, default=3, help="at least so many")
+    parser.add_argument("--blocks", type=int, default=3, help="at least")
     parser.add_argument("--seqs", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=256, help="prompts of a unit")
     parser.add_argument("--units", type=int, default=3, help="units of a block")

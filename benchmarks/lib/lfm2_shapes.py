@@ -83,12 +83,12 @@ def write_head(
     aux: tuple[int, ...] | None = None,
     norms: tuple[str, ...] = (),
 ) -> None:
-    """A random head with a draft vocabulary of so many rows; one that is there is kept.
+    """Write a random head, unless the folder has one.
 
     Args:
         folder: where to.
         tiny: for the target that a CPU can run.
-        rows: of its LM head.
+        rows: of its LM head, the draft vocabulary.
         shape: the target's config.json, if it is not LFM2.5-8B-A1B's.
         aux: ids of its auxiliary layers, then.
         norms: norms that the head has, as `HeadConfig` names them.

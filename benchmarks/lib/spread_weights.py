@@ -28,7 +28,7 @@ E2M1_RMS = 2.926
 TOKENS = (1, 4, 6, 8)
 """Tokens of the steps whose experts are counted: plain, and k = 3, 5 and 7."""
 LEAST = 0.8
-"""Of the experts that independent tokens would reach, so many have to be reached."""
+"""Share of the experts that independent tokens would reach, below which weights are refused."""
 
 
 @torch.no_grad()

@@ -306,10 +306,13 @@ def main() -> int:
     def write() -> None:
         record["engines"] = report(timings, about, ks)
         names = ("ms_per_step", "ratio_to_plain", "tokens_per_s", "distinct_experts")
-        figures = {
-            name: pick(row, *names) | pick(row.get("profile", {}), "device_busy_ms_per_step")
-            for name, row in record["engines"].items()
-        }
+        figures = {}
+        for name, row in record["engines"].items():
+            figures[name] = pick(row, *names)
+            busy = row.get("profile", {}).get("device_busy_ms_per_step")
+            if busy and "ms_per_step" in row:  # how far a faster host could shorten the step
+                over = row["ms_per_step"]["median"] / busy
+                figures[name] |= {"device_busy_ms_per_step": busy, "wall_over_busy": over}
         save(args.out / "step_cost.json", record, figures)
 
     try:
