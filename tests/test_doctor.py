@@ -170,6 +170,26 @@ def test_sampling_that_every_request_would_be_refused_for_is_warned_of(recipe, t
     assert "top_k" not in words
 
 
+def test_what_a_server_adds_to_requests_is_held_against_what_bench_measures(recipe, tmp_path):
+    def found(**sections):
+        changed = recipe
+        for section, options in sections.items():
+            changed = with_options(changed, section, options)
+        findings = doctor.check_recipe(changed, RunDir(tmp_path / "runs" / "r"), CPU)
+        return {f.what: f for f in findings if f.what in ("sampling", "adapters")}
+
+    assert found()["sampling"].state == "ok"
+    said = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(said))
+    warned = found()["sampling"]
+    assert warned.state == "warning"
+    assert "bench.temperature: [0.6, 0]" in warned.mend
+    assert "top_k 20, repetition_penalty 1.05" in warned.found
+    assert found(bench={"temperature": [0.6]})["sampling"].state == "ok"
+    assert "adapters" not in found()
+    assert found(engine={"extra": {"enable_lora": True}})["adapters"].state == "warning"
+
+
 def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypatch):
     run = RunDir(tmp_path / "runs" / "r")
     usage = namedtuple("usage", "total used free")

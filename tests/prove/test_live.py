@@ -12,7 +12,7 @@ import pytest
 from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.head.acceptance import Acceptance
-from drafthead.prove.live import LiveFacts, _alone, compare_templates, conclude
+from drafthead.prove.live import LiveFacts, _alone, compare_templates, conclude, share_longer
 from drafthead.prove.server import Client, connections, parse_metrics, spec_counters
 from drafthead.targets import load_target
 from tests import templates
@@ -37,6 +37,33 @@ def test_metrics_page():
     samples = parse_metrics(PAGE)
     assert spec_counters(samples) == Acceptance(42, 126, [29, 1])
     assert spec_counters([]) == Acceptance()
+
+
+def test_answers_longer_than_any_of_training_are_counted_from_the_histogram():
+    page = """\
+# TYPE vllm:request_generation_tokens histogram
+vllm:request_generation_tokens_bucket{engine="0",le="100.0"} 4.0
+vllm:request_generation_tokens_bucket{engine="0",le="500.0"} 6.0
+vllm:request_generation_tokens_bucket{engine="0",le="+Inf"} 8.0
+vllm:request_generation_tokens_count{engine="0"} 8.0
+vllm:request_generation_tokens_sum{engine="0"} 4000.0
+"""
+    samples = parse_metrics(page)
+    assert [share_longer(samples, n) for n in (100, 200, 500, 501)] == [0.5, 0.25, 0.25, 0.0]
+    assert share_longer([], 100) is None
+    (found,) = [f for f in conclude(replace(GOOD, longer=0.25)) if "longer" in f.found]
+    assert (found.what, found.state) == ("traffic", "warning")
+    assert not [f for f in conclude(replace(GOOD, longer=0.05)) if "longer" in f.found]
+
+
+def test_drafts_that_nobody_got_are_told():
+    traffic = Acceptance(400, 1200, [300, 200, 100])
+    facts = replace(GOOD, traffic=traffic, answers=20, tokens=20 + 400 + 590)
+    (found,) = [f for f in conclude(facts) if "beyond" in f.found]
+    assert found.state == "ok"
+    assert "10 of 600" in found.found
+    exact = replace(facts, tokens=20 + 400 + 600)
+    assert not [f for f in conclude(exact) if "beyond" in f.found]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from drafthead.data.chats import Chat, Chats, SourceCounts
 from drafthead.data.estimate import Estimate, estimate, opening_lengths
 from drafthead.data.records import check_file
 from drafthead.data.template import Template, recipe_template
+from drafthead.drafters import drafter_of
 from drafthead.drafters.inspect import inspect_head
 from drafthead.errors import DraftheadError
 from drafthead.finding import Finding
@@ -31,12 +32,23 @@ from drafthead.serve import (
     engines_that_fit,
     longest_sequence,
     refused_sampling,
+    request_defaults,
 )
 from drafthead.targets import Target, recipe_target
 from drafthead.train.stage import check_shape
 from drafthead.vocab import check_size
 
 _FEW_STEPS = 200
+# Of generation_config.json what vLLM's server adds to each request besides a temperature, and what
+# the value that changes nothing is.
+_ADDED = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+# By what of a head's path vLLM guesses the method, in its order.
+_GUESSED = (
+    ("eagle-", "eagle"),
+    ("eagle3", "eagle3"),
+    ("dflash", "dflash"),
+    ("dspark", "dspark"),
+)
 _LEFT_OUT = "nothing to do if you can spare them; else correct the records named"
 _TOO_LONG = "raise engine.max_model_len, as far as the target reaches, or take shorter prompts"
 _CORRECT = "correct the recipe, or the file that the message names"
@@ -79,7 +91,8 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
             findings += _trained_steps(recipe)
         with _fault(findings, "recipe", _CORRECT):
             max_len = longest_sequence(recipe, target)
-        findings += _served_otherwise(recipe, target) + _memory(recipe, target, machine)
+        findings += _served_otherwise(recipe, target) + _requests(recipe, target)
+        findings += _memory(recipe, target, machine)
     with _fault(findings, "prompts", _CORRECT):
         chats = conversations(recipe, template)
         findings += _sources(chats.sources, "prompts")
@@ -135,6 +148,43 @@ def _served_otherwise(recipe: Recipe, target: Target) -> list[Finding]:
             "--override-generation-config"
         )
         findings.append(Finding("sampling", "warning", words, fix))
+    return findings
+
+
+def _requests(recipe: Recipe, target: Target) -> list[Finding]:
+    """What a server adds to requests, held against what bench measures; and adapters beside a
+    head."""
+    findings = []
+    extra = recipe.engine.extra
+    defaults = request_defaults(target, extra)
+    # vLLM samples at temperature 1 where neither request nor generation_config.json names another.
+    heat = 1.0 if defaults.get("temperature") is None else float(defaults["temperature"])
+    added = {
+        name: defaults[name]
+        for name, neutral in _ADDED.items()
+        if defaults.get(name) not in (None, neutral)
+    }
+    words = f"requests that name no temperature are sampled at {heat:g}"
+    if added:
+        words += ", with " + ", ".join(f"{name} {value:g}" for name, value in added.items())
+    first = recipe.bench.temperature[0]
+    if heat and not first:
+        words += "; bench's first temperature is 0, where more drafts are kept"
+    if defaults.get("temperature") and not first:
+        fix = f"bench.temperature: [{heat:g}, 0], unless your users send temperature 0"
+        findings.append(Finding("sampling", "warning", words, fix))
+    else:
+        findings.append(Finding("sampling", "ok", words))
+    if extra.get("enable_lora") or extra.get("lora_modules"):
+        words = (
+            "the head drafts for the target without adapters: answers of an adapter stay its own, "
+            "but few drafts are kept"
+        )
+        fix = (
+            "a head of its own, trained on the adapter's answers: merge it into the target, and "
+            "`drafthead train --from HEAD`"
+        )
+        findings.append(Finding("adapters", "warning", words, fix))
     return findings
 
 
@@ -296,6 +346,12 @@ def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
     except DraftheadError:
         return []
     about = inspect_head(run.head, target, length=recipe.engine.max_model_len)
+    name, kind = str(run.head.absolute()).lower(), drafter_of(run.head).kind
+    guess = next((method for part, method in _GUESSED if part in name), "draft_model")
+    about["notes"] += [
+        f"without its `method` vLLM would take it for {guess} from the path: who serves it by "
+        f'another command than drafthead serve names "method": "{kind}"'
+    ] * (guess != kind)
     words = ["drafthead", "inspect", str(run.head), "--target", recipe.target.path]
     look = shlex.join(words)
     return [

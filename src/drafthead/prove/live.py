@@ -5,6 +5,7 @@ are read. That separates the causes: prompts given as ids bypass the server's ch
 they are prompts whose acceptance training has predicted.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -18,7 +19,7 @@ from drafthead.prove.prediction import predicted_by_training
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.records import BENCH_AGAIN, Bench, Stored
 from drafthead.prove.served import recommended_k, served_k
-from drafthead.prove.server import Client, total
+from drafthead.prove.server import Client, Sample, total
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 
@@ -29,6 +30,7 @@ reach 0.5 to 0.8, and a fault of wiring leaves a few percent."""
 POINTS = 0.05
 """Distance from the prediction that 16 answers do not explain."""
 ENOUGH_DRAFTS = 200
+_SOME_LONGER = 0.1
 _NO_DRAFTS = (
     "with structured outputs vLLM drops drafts that the grammar does not allow: compare with a "
     "request that has no response_format; else look for a failed patch in the server's log"
@@ -47,6 +49,10 @@ class LiveFacts:
     """Answers that its users got before the probes."""
     tokens: int = 0
     """Tokens of those answers."""
+    longer: float | None = None
+    """Share of those answers that are longer than any that the head was trained on."""
+    trained_tokens: int = 0
+    """Tokens of the longest answer that it may have been trained on."""
     probe: Acceptance | None = None
     """Counters of the run's held-out prompts, given as token ids."""
     predicted: list[float] | None = None
@@ -70,7 +76,8 @@ class LiveFacts:
     @property
     def undrafted(self) -> int:
         """Tokens of its users' answers that came without a draft, the first of each aside: the
-        prompt's own step yields that one."""
+        prompt's own step yields that one. Below 0 it is how many drafts the counters have as
+        accepted that nobody got: they stood beyond `max_tokens` or a stop."""
         return self.tokens - self.answers - self.traffic.drafts - sum(self.traffic.accepted)
 
 
@@ -199,6 +206,24 @@ def _traffic(facts: LiveFacts) -> list[Finding]:
     """Users' answers: whether they are drafted for, and their acceptance against that of the
     held-out prompts."""
     traffic, found = facts.traffic, []
+    if facts.longer and facts.longer > _SOME_LONGER:
+        words = (
+            f"{facts.longer:.0%} of the answers are longer than {facts.trained_tokens:,} tokens, "
+            "and the head was trained on none so long"
+        )
+        mend = (
+            "see in bench how acceptance goes on with the position in an answer (bench.json, "
+            "predicted_sampling); raise generate.max_new_tokens and train on"
+        )
+        found.append(Finding("traffic", "warning", words, mend))
+    if traffic.drafts >= ENOUGH_DRAFTS and facts.tokens and facts.undrafted < 0:
+        beyond = -facts.undrafted
+        length = (facts.tokens - facts.answers) / traffic.drafts
+        words = (
+            f"{beyond:,} of {sum(traffic.accepted):,} drafts that the counters have as accepted "
+            f"stood beyond the end of an answer; users got {length:.2f} tokens a step at most"
+        )
+        found.append(Finding("traffic", "ok", words))
     cut = traffic.drafts * traffic.k - traffic.draft_tokens
     if facts.tokens >= ENOUGH_DRAFTS and facts.undrafted > facts.tokens / 2:
         share = facts.undrafted / facts.tokens
@@ -253,6 +278,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     )
     if recipe is None:
         return seen
+    trained = recipe.generate.max_new_tokens
     from drafthead.capture.plan import make_plan
     from drafthead.drafters.inspect import inspect_head
 
@@ -278,6 +304,8 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         )
     return replace(
         seen,
+        longer=share_longer(samples, trained),
+        trained_tokens=trained,
         probe=probe,
         predicted=predicted_by_training(run, served_k(recipe, run)),
         template_agrees=agree,
@@ -290,6 +318,20 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
         base_tokens_per_s=_alone(bench),
         best_k=recommended_k(recipe, run),
     )
+
+
+def share_longer(samples: Sequence[Sample], tokens: int) -> float | None:
+    """Share of a server's answers that are certainly longer than so many tokens, by its histogram
+    of them; None without an answer."""
+    name = "vllm:request_generation_tokens_bucket"
+    counts: dict[float, float] = {}
+    for sample in samples:
+        if sample.name == name:
+            edge = float(sample.labels["le"])
+            counts[edge] = counts.get(edge, 0) + sample.value
+    every = counts.get(math.inf)
+    edges = [edge for edge in counts if edge >= tokens]
+    return 1 - counts[min(edges)] / every if every and edges else None
 
 
 def compare_templates(
