@@ -34,8 +34,9 @@ def partners() -> torch.Tensor:
     return partner
 
 
-def target(folder: Path, partner: torch.Tensor | None = None) -> Path:
-    """Write the target, with a tokenizer, and return its folder."""
+def target(folder: Path, partner: torch.Tensor | None = None, scale: float = 1.0) -> Path:
+    """Write the target, with a tokenizer, and return its folder. scale: of its logits; with less
+    than 1 it is less sure, so that sampling and penalties change what it writes."""
     partner = partners() if partner is None else partner
     folder.mkdir(parents=True, exist_ok=True)
     tiny.tiny_tokenizer(folder)
@@ -61,14 +62,14 @@ def target(folder: Path, partner: torch.Tensor | None = None) -> Path:
         embedding = torch.randn(tiny.VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
         embedding /= embedding.norm(dim=1, keepdim=True) / HIDDEN**0.5
         model.model.embed_tokens.weight.copy_(embedding)
-        model.lm_head.weight[partner] = embedding
+        model.lm_head.weight[partner] = embedding * scale
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
     return folder
 
 
-def head(folder: Path, target_folder: Path) -> Path:
-    """Write the head for a target of :func:`target`, as vLLM reads it."""
+def head(folder: Path, target_folder: Path, scale: float = 1.0) -> Path:
+    """Write the head for a target of :func:`target`, as vLLM reads it. scale: of its logits."""
     from safetensors import safe_open
 
     with safe_open(target_folder / "model.safetensors", "pt") as file:
@@ -114,7 +115,7 @@ def head(folder: Path, target_folder: Path) -> Path:
             "layers.0.hidden_norm.weight": one.clone(),
             "layers.0.post_attention_layernorm.weight": one.clone(),
             "norm.weight": one.clone(),
-            "lm_head.weight": embedding[:DRAFT_VOCAB].clone(),
+            "lm_head.weight": embedding[:DRAFT_VOCAB] * scale,
             "d2t": zero(DRAFT_VOCAB, dtype=torch.int64),
             "t2d": torch.arange(tiny.VOCAB) < DRAFT_VOCAB,
         },

@@ -61,10 +61,10 @@ def saved(head, folder):
 
 
 @torch.no_grad()
-def repeating(target):
+def repeating(target, aux_layers=(2, 3, 6)):
     """A head that drafts the last token again and again: right where the target repeats itself."""
     head = shaped(target, draft_vocab_size=target.vocab_size - 100, num_hidden_layers=1,
-                  markov_rank=128, aux_layer_ids=(2, 3, 6))  # fmt: skip
+                  markov_rank=128, aux_layer_ids=aux_layers)  # fmt: skip
     layer, embedding = head.layers[0], target.embedding().float()
     for p in (layer.self_attn.o_proj, layer.mlp.down_proj):
         p.weight.zero_()

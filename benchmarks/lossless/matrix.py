@@ -1,0 +1,89 @@
+"""Are answers with a head those of the target alone, whatever a request asks for?
+
+    python -m benchmarks.lossless.matrix --out DIR
+
+Tiny targets (dense, hybrid) in fp32 on the CPU, EAGLE-3 and DSpark heads that are right now and
+then, drafts taken or drawn; structured output, penalties, bad words, stop tokens and strings,
+log-probabilities, several answers, streaming, aborts; each on an engine as vLLM sets it and on one
+with prefix caching, prompts in chunks, priorities and preemption. Writes DIR/matrix.json.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import tests.conftest  # noqa: F401  (the environment, before vLLM reads it)
+from drafthead.fsio import read_json, write_json
+from drafthead.machine import this_machine
+from tests.vllm.engines import engine
+from tests.vllm.options import HARD, answers, pair, speculative
+
+K = 3
+SETTINGS = {"defaults": {}, "hard": HARD}
+
+
+def measure(folder: Path, kind: str, drafter: str, method: str) -> dict:
+    """Every way to ask, on each setting: whether answers are the target's, and the acceptance."""
+    target, head = pair(folder, kind, drafter)
+    with engine(target, skip_tokenizer_init=False) as llm:
+        alone = answers(llm, drafted=False)
+    rows = {}
+    for setting, arguments in SETTINGS.items():
+        speculation = speculative(drafter, head, K, method)
+        with engine(target, speculation, skip_tokenizer_init=False, **arguments) as llm:
+            for name, got in answers(llm, drafted=True).items():
+                drafts, tokens = got["num_drafts"], got["num_draft_tokens"]
+                differ = [a != b for a, b in zip(alone[name]["answers"], got["answers"])]
+                rows[f"{kind}, {drafter}, {method}, {setting}: {name}"] = {
+                    "answers": len(differ),
+                    "differ": sum(differ),
+                    "drafts": drafts,
+                    "cut": round(1 - tokens / (K * drafts), 4) if drafts else None,
+                    "accepted_by_counters": round(got["num_accepted_tokens"] / tokens, 4)
+                    if tokens
+                    else None,
+                    "tokens_a_step": round(1 + got["num_accepted_tokens"] / drafts, 4)
+                    if drafts
+                    else None,
+                }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="such as dense-eagle3-greedy")
+    options = parser.parse_args()
+    begun, path = time.monotonic(), options.out / "matrix.json"
+    rows = read_json(path, "rows of an earlier part")["rows"] if path.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("dense", "hybrid"):
+            for drafter in ("eagle3", "dspark"):
+                for method in ("greedy", "probabilistic"):
+                    if options.only in f"{kind}-{drafter}-{method}":
+                        at = Path(folder) / method
+                        rows |= measure(at, kind, drafter, method)
+    summary = {
+        "rows": len(rows),
+        "answers": sum(row["answers"] for row in rows.values()),
+        "differ": sum(row["differ"] for row in rows.values()),
+        "rows_without_an_accepted_draft": sum(
+            not (row["tokens_a_step"] or 1) > 1 for row in rows.values()
+        ),
+    }
+    record = {
+        "summary": summary,
+        "machine": this_machine().as_dict(),
+        "seconds": round(time.monotonic() - begun),
+        "rows": rows,
+    }
+    write_json(path, record)
+    for name, row in rows.items():
+        if row["differ"] or not (row["tokens_a_step"] or 1) > 1:
+            print(name, row)
+    print(summary)
+
+
+if __name__ == "__main__":
+    main()
