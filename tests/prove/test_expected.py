@@ -21,7 +21,8 @@ def test_a_walk_without_chance_is_the_walk():
     rates = np.array([truth[row + 1 : row + 5] == chains[row] for row in range(39)], dtype=float)
     steps, accepted = expected_walk(rates)
     walked = walk(chains, answer, np.ones(2, dtype=bool))
-    assert (steps, accepted.tolist()) == (walked.drafts, walked.accepted)
+    assert steps.sum() == walked.drafts
+    assert accepted.sum(axis=0).tolist() == walked.accepted
     assert 0 < walked.accepted[2] < walked.drafts
 
 
@@ -37,7 +38,7 @@ def test_a_walk_by_chance_is_the_mean_of_walks():
             n = np.argmin(np.append(rng.random(3) < rates[row], False))
             seen += [1, *(np.arange(3) < n)]
             row += n + 1
-    assert seen / times == pytest.approx([steps, *accepted], abs=0.05)
+    assert seen / times == pytest.approx([steps.sum(), *accepted.sum(axis=0)], abs=0.05)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(0.7, 1, 3)])
@@ -83,6 +84,22 @@ def test_greedy_requests_are_the_walk_whatever_draws_the_drafts():
     assert [f["draft_sample_method"] for f in found] == ["greedy", "probabilistic"]
     for one_way in found:
         assert one_way["acceptance_by_position"] == pytest.approx(walked.by_position)
+        (stretch,) = one_way["by_answer_position"]
+        assert stretch["accepted_length"] == pytest.approx(walked.accepted_length)
+
+
+def test_acceptance_is_told_apart_by_the_position_in_an_answer():
+    """A head that is right for the first 128 tokens and never after."""
+    head = small_head(max_position_embeddings=512)
+    embedding, aux, ids = states(head, 300)
+    side = TargetSide(embedding, teacher=Teacher(torch.ones(32), 1e-6, embedding))
+    for row in range(7, 7 + 130):
+        ids[row + 2] = Eagle3().draft(head, side, aux, ids, 1, torch.tensor([row]))[0, 0]
+    at = Sampling(0.0)
+    found = expected_acceptance(Eagle3(), head, side, [sample(ids, 8, aux)], 1, [at], at)[0]
+    first, second, *_ = found["by_answer_position"]
+    assert (first["begin"], first["accepted_length"], second["begin"]) == (0, 2.0, 128)
+    assert second["accepted_length"] < 1.2
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "dspark"])

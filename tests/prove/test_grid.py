@@ -16,7 +16,7 @@ from drafthead.prove.bench import _on_each_number_of_gpus, bench, contest
 from drafthead.prove.grid import ALL, FIRST, REST, How, measure, shared
 from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
 from drafthead.prove.proof import hash_folder, seal
-from drafthead.prove.served import recommended_k, served_k, with_headline
+from drafthead.prove.served import as_served, recommended_k, served_k, with_headline
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
@@ -118,13 +118,15 @@ SECONDS = {0: 0.2, 1: 0.16, 2: 0.1, 3: 0.12, 4: 0.25, 5: 0.3, 7: 0.05}
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Engines that take ``SECONDS`` a token, in the place of vLLM's; returns what they were asked:
-    name, prompts or start or end, and how."""
+    """Engines that take ``SECONDS`` a token, a fifth less with drawn drafts, in the place of
+    vLLM's; returns what they were asked: name, prompts or start or end, and how."""
     asked = []
 
     def running(plan, over, log, name):
-        k = plan.args.get("speculative_config", {}).get("num_speculative_tokens", 0)
-        engine = Started(str(k), SECONDS[k], asked)
+        drafting = plan.args.get("speculative_config", {})
+        k = drafting.get("num_speculative_tokens", 0)
+        drawn = drafting.get("draft_sample_method") == "probabilistic"
+        engine = Started(str(k), SECONDS[k] * (0.8 if drawn else 1), asked)
         engine.share = plan.args.get("gpu_memory_utilization")
         return engine
 
@@ -277,6 +279,28 @@ def test_where_none_is_named_five_k_are_timed_and_the_fastest_again(benched, eng
     assert served_k(recipe, run) == recommended_k(recipe, run) == 3
     assert with_headline(result, 3)["speedup"] == pytest.approx(0.2 / 0.12)
     assert with_headline(result, 9) == result
+
+
+@pytest.mark.parametrize("heats", [[0.0, 0.7], [0.7, 0.0, 1.0]])
+def test_how_drafts_are_drawn_is_measured_at_the_recipes_temperature(benched, engines, heats):
+    recipe, run = benched(bench={"warmup": 0, "temperature": heats})
+    assert as_served(recipe, run).serve.draft_sample_method == "greedy"  # nothing was measured
+    prove(run, [1, 2, 3, 4, 5])
+    assert bench(recipe, run, console=QUIET)["num_speculative_tokens"] == 2
+    result = read_json(run.bench_json, "")
+    drawn = [c for c in result["grid"] if c["draft_sample_method"] == "probabilistic"]
+    if not heats[0]:
+        assert drawn == []
+        assert as_served(recipe, run).serve.draft_sample_method == "greedy"
+        return
+    assert [(c["num_speculative_tokens"], c["temperature"]) for c in drawn] == [(2, 0.7), (2, 1.0)]
+    assert result["draft_sample_method"] == "probabilistic"
+    assert "probabilistic" in result["commands"]["2"]
+    assert result["speedup"] == pytest.approx(0.2 / 0.08)
+    assert as_served(recipe, run).serve.draft_sample_method == "probabilistic"
+    assert recommended_k(recipe, run) == 2
+    named = with_options(recipe, "serve", {"draft_sample_method": "greedy"})
+    assert as_served(named, run).serve.draft_sample_method == "greedy"
 
 
 def test_the_headline_is_of_what_was_proved(benched, engines):

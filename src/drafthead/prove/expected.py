@@ -24,6 +24,8 @@ from drafthead.states import Sample
 
 METHODS = ("greedy", "probabilistic")
 """vLLM's `draft_sample_method`."""
+_STRETCHES = (0, 128, 256, 512, 1024, 2048, 4096)
+"""Where stretches of an answer begin, whose acceptance is told apart."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,16 @@ def kept(
     return dict(zip(METHODS, (likeliest, drawn), strict=True))
 
 
-def expected_walk(rates: np.ndarray) -> tuple[float, np.ndarray]:
-    """Steps and accepted drafts to be expected of one answer.
+def expected_walk(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and accepted drafts to be expected of one answer, by where in it a step begins.
 
     Args:
         rates: [n - 1, k]: the chance that draft j + 1 of a step that begins at answer token c is
             kept if those before it were; 0 beyond the end of the answer.
 
     Returns:
-        Expected number of steps, and of drafts accepted at each position [k].
+        Expected number of steps that begin at each token [n - 1], and of drafts that they have
+        accepted at each position [n - 1, k].
     """
     rows, k = rates.shape
     begins = np.zeros(rows + k + 1)
@@ -96,7 +99,7 @@ def expected_walk(rates: np.ndarray) -> tuple[float, np.ndarray]:
         ends = -np.diff(reached[row], prepend=1.0, append=0.0)
         begins[row + 1 : row + k + 2] += begins[row] * ends
     steps = begins[:rows]
-    return float(steps.sum()), steps @ reached
+    return steps, steps[:, None] * reached
 
 
 @torch.no_grad()
@@ -123,12 +126,14 @@ def expected_acceptance(
 
     Returns:
         JSON-able, for each: ``temperature, top_p, top_k, draft_sample_method, accepted_length,
-        acceptance_by_position``.
+        acceptance_by_position``, and ``by_answer_position``: of the steps that begin at each
+        stretch of an answer, ``begin`` (a token's number), ``steps`` and ``accepted_length``.
     """
     assert target.teacher is not None
     ids = drafter.target_ids(head)
     ways = [(sampling, method) for sampling in samplings for method in METHODS]
-    steps, accepted = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, np.zeros(k))
+    # By stretch of an answer: steps, then accepted drafts at each position.
+    counts = {way: np.zeros((len(_STRETCHES), 1 + k)) for way in ways}
     for sample in samples:
         rows = torch.arange(sample.prompt_len - 1, len(sample.ids) - 2)
         if not len(rows) or not sample.loss_mask.any():
@@ -148,19 +153,28 @@ def expected_acceptance(
                 for method, chances in each.items():
                     rates[sampling, method][:known, j] = chances.numpy(force=True)
         for way in ways:
-            more_steps, more = expected_walk(rates[way])
-            steps[way] += more_steps
-            accepted[way] = accepted[way] + more
+            steps, accepted = expected_walk(rates[way])
+            stretch = np.searchsorted(_STRETCHES, np.arange(len(rows)), side="right") - 1
+            np.add.at(counts[way], stretch, np.column_stack([steps, accepted]))
     return [
         {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "draft_sample_method": method,
-            "accepted_length": float(1 + accepted[sampling, method].sum() / steps[way]),
-            "acceptance_by_position": (accepted[sampling, method] / steps[way]).tolist(),
+            "accepted_length": float(1 + every[1:].sum() / every[0]),
+            "acceptance_by_position": (every[1:] / every[0]).tolist(),
+            "by_answer_position": [
+                {
+                    "begin": begin,
+                    "steps": float(row[0]),
+                    "accepted_length": float(1 + row[1:].sum() / row[0]),
+                }
+                for begin, row in zip(_STRETCHES, counts[sampling, method])
+                if row[0]
+            ],
         }
-        for way in ways
-        for sampling, method in [way]
-        if steps[way]
+        for sampling, method in ways
+        for every in [counts[sampling, method].sum(axis=0)]
+        if every[0]
     ]

@@ -231,6 +231,7 @@ def figures(blocks: Sequence[Block]) -> dict:
         "acceptance_by_position": counters.by_position,
         "conditional_acceptance_by_position": counters.conditional,
         "drafts": counters.drafts,
+        "accepted_past_end": past_end(blocks),
         "step_s": typical_steps(pairs),
         "latency": {
             name: latencies(
@@ -243,6 +244,16 @@ def figures(blocks: Sequence[Block]) -> dict:
             for name in ("base", "drafted")
         },
     }
+
+
+def past_end(blocks: Sequence[Block]) -> int:
+    """Drafts that vLLM counts as accepted and nobody got: they stood beyond the longest answer
+    allowed, or beyond its end. A step yields a token of the target's own besides its drafts, and
+    the prompt's step yields the first."""
+    of = [b.drafted for b in blocks]
+    delivered = sum(g.tokens - len(g.completions) for g in of)
+    steps = sum(b.counters.drafts + sum(b.counters.accepted) for b in blocks)
+    return max(0, steps - delivered)
 
 
 def summarize(point: Point, blocks: Sequence[Block]) -> dict:

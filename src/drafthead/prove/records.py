@@ -45,6 +45,7 @@ class Measured(TypedDict):
     base_tokens_per_s: Amount
     drafted_tokens_per_s: Amount
     accepted_length: Amount | None
+    accepted_past_end: NotRequired[Count]
     latency: Latencies
 
 
@@ -85,6 +86,13 @@ class Compared(Point):
     draft_sample_method: NotRequired[str]
 
 
+class Stretch(TypedDict):
+    """Of an answer, from the token ``begin`` on."""
+
+    begin: Count
+    accepted_length: Amount
+
+
 class ExpectedSampling(TypedDict):
     """Acceptance predicted for one way to sample and one to draw drafts."""
 
@@ -92,6 +100,7 @@ class ExpectedSampling(TypedDict):
     draft_sample_method: str
     accepted_length: Amount
     acceptance_by_position: Curve
+    by_answer_position: list[Stretch]
 
 
 class Beside(TypedDict):

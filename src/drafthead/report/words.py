@@ -223,7 +223,14 @@ def sampling_words(bench: dict) -> list[str]:
     chosen = f" Served with {served} drafts"
     if lost:
         chosen += ": " + ", ".join(f"{x:.0%} fewer at {heat:g}" for heat, x in lost.items())
-    return [words + chosen + "."]
+    found = [words + chosen + "."]
+    stretches = bench["predicted_sampling"][0]["by_answer_position"]
+    if len(stretches) > 1:
+        told = ", ".join(f"{s['accepted_length']:.2f} from {s['begin']}" for s in stretches)
+        found.append(
+            f"By the position in an answer, at temperature {min(by_heat):g}: {told} tokens on."
+        )
+    return found
 
 
 def setting(bench: dict) -> str:
@@ -266,6 +273,11 @@ def notes(r: Results) -> list[str]:
         found.append(
             f"{r.bench['speedup']:.2f}× is more than {r.bench['accepted_length']:.2f} tokens a "
             "step can give: something else ran on this machine. Measure again when it is idle."
+        )
+    if beyond := r.bench.get("accepted_past_end"):
+        found.append(
+            f"Acceptance is counted as vLLM does: {beyond:,} drafts with it that stood beyond the "
+            "end of an answer, which nobody got. Tokens a second are of what was got."
         )
     if r.bench and r.bench["grid"][0]["engines_at_once"] == 1:
         found.append(
