@@ -17,7 +17,7 @@ from drafthead.fsio import write_json
 from drafthead.head.checkpoint import read_folder
 from drafthead.recipe import load_recipe
 from drafthead.run import NAMES, execute
-from drafthead.rundir import RunDir
+from drafthead.rundir import MADE, RunDir
 from drafthead.targets import Target, recipe_target
 from tests import templates
 from tests.prove import crafted
@@ -66,6 +66,8 @@ def job(tmp_path, llama, monkeypatch):
             if name == "generate":
                 run.answers.mkdir(exist_ok=True)
                 (run.answers / "part").write_text("answers")
+            if name in MADE:
+                (run.root / MADE[name]).mkdir(exist_ok=True)
             return {"made": name}
 
         return stage
@@ -81,6 +83,17 @@ def test_runs_in_order_once(job):
     result = job.execute(recipe)
     assert job.ran == []
     assert result["train"]["made"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("deleted", "again"),
+    [("head", ["export", "report"]), ("bench.json", ["bench", "report"]), ("answers", [])],
+)
+def test_what_was_deleted_is_made_again_unless_it_took_hours(job, deleted, again):
+    job.execute(job.recipe())
+    shutil.rmtree(job.root / deleted)
+    job.execute(job.recipe())
+    assert job.ran == again
 
 
 def test_a_change_redoes_only_what_depends_on_it(job):

@@ -22,6 +22,16 @@ class Done(TypedDict):
     summary: dict[str, Any]
 
 
+MADE = {
+    "export": "head",
+    "verify": "verify.json",
+    "bench": "bench.json",
+    "report": "report.html",
+}
+"""What stages leave that take minutes. Answers and states that were deleted for their disk stay
+done: hours of work start by no accident."""
+
+
 @dataclass(frozen=True)
 class RunDir:
     """The paths of one run, under ``root`` (usually ``runs/NAME``)."""
@@ -75,9 +85,10 @@ class RunDir:
         return self.root / ".stages" / f"{stage}.{state}.json"
 
     def finished(self, stage: str, inputs: dict) -> dict | None:
-        """The summary of ``stage`` if it ended before with the same ``inputs``, else None."""
-        path = self.record(stage, "done")
-        if not path.exists():
+        """The summary of ``stage`` if it ended before with the same ``inputs``, else None; also
+        None if what it left was deleted and is soon made again."""
+        path, made = self.record(stage, "done"), MADE.get(stage)
+        if not path.exists() or (made is not None and not (self.root / made).exists()):
             return None
         record = read_json(path, f"the record of stage {stage}", Done, RECORD_MEND)
         return record["summary"] if record["inputs"] == inputs else None
