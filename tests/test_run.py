@@ -96,6 +96,16 @@ def test_what_was_deleted_is_made_again_unless_it_took_hours(job, deleted, again
     assert job.ran == again
 
 
+def test_deleted_answers_are_made_again_once_they_are_missed(job):
+    job.execute(job.recipe())
+    shutil.rmtree(job.root / "answers")
+    job.fail, job.error = "verify", DraftheadError("no answers", field="answers")
+    with pytest.raises(DraftheadError):
+        job.execute(job.recipe(), first="verify", again=True)
+    job.execute(job.recipe(), last="generate")
+    assert job.ran == ["generate"]
+
+
 def test_a_change_redoes_only_what_depends_on_it(job):
     job.execute(job.recipe())
     job.execute(job.recipe(serve={"num_speculative_tokens": 5}))

@@ -352,6 +352,8 @@ def execute(
                 console.print(f"[red]{stage.name}: {escape(str(error))}[/red]")
                 failed = error
             except (DraftheadError, KeyboardInterrupt) as error:
+                if getattr(error, "field", None) == "answers":  # deleted since: or the command
+                    run.forget(NAMES[0])  # that the error names would find nothing to do
                 if stopped is not None:  # a report cannot be made of what there is
                     console.print(f"[red]{stage.name}: {escape(str(error))}[/red]")
                 elif stage.name == "bench" and NAMES[-1] in wanted:

@@ -406,6 +406,7 @@ def test_other_drafters_that_were_measured_are_not_again_once_a_later_one_is_end
 def test_other_drafters_are_measured_at_the_headlines_k(benched, engines):
     recipe, run = benched(bench={"warmup": 0})
     bench(recipe, run, console=QUIET)
+    run.report_html.touch()
     run.finish("report", {}, {})
     found = contest(recipe, run, heads=[], ngram=True, console=QUIET)
     assert found["ngram"]["verdict"] == "faster"
