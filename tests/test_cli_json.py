@@ -65,6 +65,7 @@ FINE = {
     **{f"drafthead {name}": ("r.yaml",) for name in NAMES},
     "drafthead quantize": ("target", "out", "--prompts", "p.jsonl"),
     "drafthead inspect": ("runs/r/head", "--target", "target"),
+    "drafthead convert": ("runs/r/head", "converted"),
     "drafthead serve": ("r.yaml",),
     "drafthead publish": (
         *("published.yaml", "--repo", "a/b", "--dry-run", "--runs", "published/runs"),
@@ -87,6 +88,14 @@ def test_one_object(command, drafthead):
     assert isinstance(json.loads(out), dict)
 
 
+def test_serve_names_the_commands_of_other_engines(drafthead):
+    """SGLang reads the head; mlx-vlm has no hook for a Llama, llama.cpp would take other layers."""
+    found = json.loads(drafthead("serve", "r.yaml", "--json")[1])["other_engines"]
+    assert list(found) == ["SGLang 0.5.23"]
+    printed = drafthead("serve", "r.yaml", "--print")[1]
+    assert f"# {found['SGLang 0.5.23'][0]}" in printed
+
+
 @pytest.mark.parametrize(
     ("args", "code", "key"),
     [
@@ -94,6 +103,8 @@ def test_one_object(command, drafthead):
         (("train", "r.yaml", "--runs", "nowhere"), 2, "error"),
         (("init", "nowhere"), 2, "error"),
         (("inspect", "empty"), 2, "problems"),
+        (("convert", "empty", "none"), 2, "error"),
+        (("export", "r.yaml", "--for", "vllm,nosuch"), 2, "error"),
         (("states", "check", "broken"), 1, "faults"),
         (("doctor", "--url", "http://127.0.0.1:9"), 2, "error"),
         (("run",), 2, "error"),

@@ -311,6 +311,14 @@ def test_hooks_of_targets(tmp_path, lfm2_moe):
     assert [name for name in can if can[name]["serves"]] == ["vllm", "sglang", "llama.cpp", "mlx"]
 
 
+def test_what_an_engine_does_not_compute_is_not_converted(tmp_path, target):
+    folder, _ = eagle3(tmp_path / "h", target, norm_before_residual=True)
+    with pytest.raises(DraftheadError, match="norm_before_residual") as error:
+        convert_head(folder, tmp_path / "out", target=target, engine="sglang")
+    assert error.value.field == "for"
+    assert not (tmp_path / "out").exists()
+
+
 def test_mlx_gets_a_layout_of_its_own(tmp_path, lfm2_moe):
     target = load_target(lfm2_moe)
     folder, _ = eagle3(tmp_path / "e", target)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from drafthead.drafters.export import export
+from drafthead.drafters.export import export, export_for
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
@@ -93,3 +93,21 @@ def test_the_recipes_chat_template_is_published_with_the_head(tmp_path, llama):
     export(recipe(llama, target=target), run, console=Console(quiet=True))
     assert (run.head / "chat_template.jinja").read_text() == templates.CHATML
     assert load_head(run.head)
+
+
+def test_other_engines_get_what_they_read(tmp_path, lfm2_moe):
+    run, console = RunDir(tmp_path / "run"), Console(quiet=True)
+    trained(lfm2_moe, run, aux_layer_ids=(1, 2, 4))
+    wanted = recipe(lfm2_moe)
+    export(wanted, run, console=console)
+    found = export_for(wanted, run, ["vllm", "sglang", "mlx"], console=console)
+    assert [found[name]["serves"] for name in found] == [True, False, True]
+    assert found["vllm"]["folder"] == str(run.head)  # what SGLang does not serve, is not written
+    mlx = load_head(found["mlx"]["folder"])
+    assert (mlx.read.format, mlx.embedding.shape) == (
+        "speculators",
+        (mlx.head.config.vocab_size, 64),
+    )
+    with pytest.raises(DraftheadError, match="EAGLE-3 hook") as error:
+        export_for(wanted, run, ["sglang"], console=console)
+    assert error.value.field == "for"

@@ -76,7 +76,7 @@ def head(folder: Path, target_folder: Path, scale: float = 1.0) -> Path:
         embedding = file.get_tensor("model.embed_tokens.weight")
     folder.mkdir(parents=True)
     config = {
-        "architectures": ["Eagle3LlamaForCausalLM"],
+        "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "hidden_size": HIDDEN,
         "intermediate_size": 64,
@@ -95,7 +95,10 @@ def head(folder: Path, target_folder: Path, scale: float = 1.0) -> Path:
         "target_hidden_size": HIDDEN,
         "num_aux_hidden_states": 3,
         "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
-        "eagle_config": {"use_aux_hidden_state": True},
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
+        },
         "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))

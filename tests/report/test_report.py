@@ -243,6 +243,9 @@ def test_the_report_is_of_the_k_to_serve(tmp_path, ks, proved, named, served, wo
         assert f"{cell['speedup']:.2f}×" in text
         assert f"{cell['accepted_length']:.2f}" in text
     card = (run.head / "README.md").read_text()
+    # In other engines, those that serve this head: SGLang does, mlx-vlm has no hook for Llama.
+    assert f"--speculative-num-steps {served} " in card
+    assert "mlx_vlm" not in card
     for text in (html, markdown):
         assert "was not proved" not in text
         assert f"vllm serve measured --k {served}" in text

@@ -113,9 +113,10 @@ def _share(head: DSparkHead, target: Target) -> None:
     """Write how many layers the target has, and leave an LM head that is the target's to it: other
     engines than vLLM have no place for one."""
     changes: dict[str, Any] = {"num_target_layers": target.num_layers}
-    if head.lm_head is not None and head.config.draft_vocab_size == target.vocab_size:
-        theirs = target.lm_head() * target.logits.scale
-        if torch.equal(head.lm_head.weight, theirs.to(head.lm_head.weight.dtype)):
+    whole = head.config.draft_vocab_size == target.vocab_size and target.logits.scale == 1
+    if head.lm_head is not None and whole:
+        own = head.lm_head.weight
+        if torch.equal(own, target.lm_head().to(own.dtype)):
             head.lm_head, changes["own_lm_head"] = None, False
     head.config = head.config.model_copy(update=changes)
 
@@ -185,7 +186,8 @@ def convert_head(
 
     Raises:
         UnsupportedHead: drafthead does not know what the head computes.
-        DraftheadError: it is broken, could mean two things, or `out` is there already.
+        DraftheadError: it is broken, could mean two things, the engine does not serve it however
+            it is written, or `out` is there already.
     """
     check_engines([engine])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -199,9 +201,10 @@ def convert_head(
         k = about.get("config", {}).get("block_size", 3)
         wanted = layout(engine, about)
         found = _write(source, out, wanted, target, k, with_embedding=wanted != "vllm")
-    if found["problems"]:
+    if not (can := found["engines"][engine])["serves"]:
         clear(out)
-        raise DraftheadError("\n".join(f"{source}: {problem}" for problem in found["problems"]))
+        why = "\n".join(f"{ENGINES[engine].title}: {reason}" for reason in can["why"])
+        raise DraftheadError(why, field="for")
     return found
 
 
