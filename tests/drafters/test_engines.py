@@ -278,6 +278,7 @@ CHANGES = {
     "norm_output": (eagle3, {"norm_output": True}, "llama.cpp mlx tensorrt-llm"),
     "two layers": (eagle3, {"num_hidden_layers": 2}, "sglang llama.cpp tensorrt-llm"),
     "four aux layers": (eagle3, {"aux_layer_ids": (1, 2, 3, 4)}, "llama.cpp mlx"),
+    "the embedding's output": (eagle3, {"aux_layer_ids": (0, 2, 4)}, "mlx"),
     "biases": (eagle3, {"attention_bias": True}, "sglang llama.cpp"),
     "reduced": (dspark_head, {"draft_vocab_size": 100, "own_lm_head": True}, "sglang mlx"),
     "own LM head": (dspark_head, {"own_lm_head": True}, "sglang mlx"),
@@ -309,6 +310,12 @@ def test_hooks_of_targets(tmp_path, lfm2_moe):
     folder, _ = dspark_head(tmp_path / "d", target)
     can = inspect_head(folder, target)["engines"]
     assert [name for name in can if can[name]["serves"]] == ["vllm", "sglang", "llama.cpp", "mlx"]
+
+
+def test_the_last_layers_output_needs_a_target_that_gives_it(tmp_path, target, lfm2_moe):
+    folder, _ = dspark_head(tmp_path / "h", target, aux_layer_ids=(1, 2, 6))
+    for model, serves in ((target, False), (load_target(lfm2_moe), True)):
+        assert inspect_head(folder, model)["engines"]["sglang"]["serves"] is serves
 
 
 def test_what_an_engine_does_not_compute_is_not_converted(tmp_path, target):

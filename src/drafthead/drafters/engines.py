@@ -155,6 +155,11 @@ Qwen3VLMoeForConditionalGeneration Qwen3_5ForCausalLM Qwen3_5ForConditionalGener
 Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration TeleFLMForCausalLM
 """
 # Classes of targets in 0.5.23 with set_eagle3_layers_to_capture, set_dflash_layers_to_capture.
+# Those of them that also hand over what leaves the last layer.
+_SGLANG_LAST = """
+GptOssForCausalLM LagunaForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM MiMoV2FlashForCausalLM
+MiniMaxM3SparseForCausalLM NemotronHForCausalLM
+"""
 _MLX = (
     *("gemma4", "gemma4_text", "glm_moe_dsa", "laguna", "lfm2", "lfm2_moe", "lfm2_vl"),
     *("minimax_m3", "muse_glimmer", "nemotron_h", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
@@ -280,6 +285,18 @@ LIMITS = (
         "set_eagle3_layers_to_capture in srt/models/",
         lambda h: h.target and not {*h.target.architectures} & {*_SGLANG_EAGLE3.split()},
         mend="head.kind: dspark",
+    ),
+    Limit(
+        "sglang",
+        _BOTH,
+        "the output of the target's last layer, which the target's class does not hand over",
+        "forward in srt/models/",
+        lambda h: (
+            h.target
+            and max(h.config["aux_layer_ids"]) == h.target.num_layers
+            and not {*h.target.architectures} & {*_SGLANG_LAST.split()}
+        ),
+        mend="head.aux_layers",
     ),
     Limit(
         "sglang",
@@ -411,6 +428,15 @@ LIMITS = (
         "other than three aux layers",
         "speculative/drafters/eagle3/eagle3.py",
         lambda h: len(h.config["aux_layer_ids"]) != 3,
+    ),
+    Limit(
+        "mlx",
+        _EAGLE3,
+        "the embedding's output as an aux layer (0): it takes the first layer's in its place",
+        "speculative/drafters/eagle3/config.py",
+        lambda h: 0 in h.config["aux_layer_ids"],
+        silent=True,
+        mend="head.aux_layers",
     ),
     Limit(
         "mlx",
