@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  (the environment, before vLLM reads it)
-from drafthead.fsio import read_json, write_json
-from drafthead.machine import this_machine
+from benchmarks.lib.record import begin, save
+from drafthead.fsio import read_json
 from tests.vllm.engines import engine
 from tests.vllm.options import HARD, answers, pair, speculative
 
@@ -72,13 +72,8 @@ def main() -> None:
             not (row["tokens_a_step"] or 1) > 1 for row in rows.values()
         ),
     }
-    record = {
-        "summary": summary,
-        "machine": this_machine().as_dict(),
-        "seconds": round(time.monotonic() - begun),
-        "rows": rows,
-    }
-    write_json(path, record)
+    record = begin("matrix") | {"seconds": round(time.monotonic() - begun), "rows": rows}
+    save(path, record, summary)
     for name, row in rows.items():
         if row["differ"] or not (row["tokens_a_step"] or 1) > 1:
             print(name, row)
