@@ -281,6 +281,15 @@ def test_hashes_are_kept_for_the_next_process(tmp_path, hashed, monkeypatch, dam
     assert hashed == ["target", "a", *(["target"] if damaged else [])]
 
 
+def test_a_run_that_cannot_be_written_to_keeps_no_hashes(tmp_path, hashed, monkeypatch):
+    monkeypatch.setattr(fsio, "_WORTH_KEEPING", 1)
+    (tmp_path / "run").touch()
+    fsio.keep_hashes(tmp_path / "run")
+    assert fsio.file_hash(tmp_path / "run") == hashlib.sha256(b"").hexdigest()
+    (tmp_path / "a").write_text("a")
+    assert fsio.file_hash(tmp_path / "a") == hashlib.sha256(b"a").hexdigest()
+
+
 def test_hashes_are_kept_in_the_run_though_the_working_folder_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(fsio, "_hashes", fsio._Hashes())
     monkeypatch.setattr(fsio, "_WORTH_KEEPING", 1)

@@ -290,7 +290,9 @@ class _Hashes:
             with self._lock:
                 self._entries[path] = [*state, digest]
                 if self.file is not None and state[0] >= _WORTH_KEEPING:
-                    write_json(self.file, self._read() | {path: self._entries[path]})
+                    # A run that cannot be written to is hashed anew each time.
+                    with contextlib.suppress(OSError, DraftheadError):
+                        write_json(self.file, self._read() | {path: self._entries[path]})
         return digest
 
     def _read(self) -> dict[str, list]:
