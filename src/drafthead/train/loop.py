@@ -79,13 +79,26 @@ def fit(task: Task, folder: Path, world: World, console: Console) -> dict:
     return _Fit(task, folder, world, console).run()
 
 
+class _Stopwatch:
+    """Seconds of training, those of the processes before this one included."""
+
+    def __init__(self, before: float):
+        self._started = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def leave_out(self, seconds: float) -> None:
+        self._started += seconds
+
+
 class _Fit:
     def __init__(self, task: Task, folder: Path, world: World, console: Console):
         self.task, self.folder, self.world, self.console = task, folder, world, console
         settings, device = task.settings, world.device
-        self.found = checkpoint.read_progress(folder / "checkpoint")
+        self.resumed = checkpoint.read_progress(folder / "checkpoint")
         rows_per_step = (
-            self.found.rows_per_step if self.found else settings.rows_per_step or world.size
+            self.resumed.rows_per_step if self.resumed else settings.rows_per_step or world.size
         )
         check(settings, rows_per_step, world)
         self.heldout = heldout(task.reader)
@@ -125,15 +138,15 @@ class _Fit:
                 task.reader.meta.fingerprint,
             ]
         )
-        self.progress = self.found or checkpoint.Progress(inputs, rows_per_step, k=task.k)
-        if self.found:
-            if self.found.inputs != inputs:
+        self.progress = self.resumed or checkpoint.Progress(inputs, rows_per_step, k=task.k)
+        if self.resumed:
+            if self.resumed.inputs != inputs:
                 raise DraftheadError(
                     f"{folder}/checkpoint: made with other settings or states; give this run "
                     f"another name, or delete {folder} to train anew"
                 )
-            checkpoint.load(folder / "checkpoint", self.found, self.optimizer.load_state_dict)
-            if self.found.best_step >= 0 and self.found.k != task.k:
+            checkpoint.load(folder / "checkpoint", self.resumed, self.optimizer.load_state_dict)
+            if self.resumed.best_step >= 0 and self.resumed.k != task.k:
                 at_k = self.acceptance(self._best(), [task.k])[0]
                 self.progress.best_length = at_k.accepted_length or 0.0
             self.progress.k = task.k
@@ -164,9 +177,8 @@ class _Fit:
         self.task.reader.expect(index for number in numbers for index in plan.rows[number])
         batches = prefetch(self.make, numbers, world.device)
         meter = Meter(world, self.trainer.steps, self.rate)
-        started = saved = time.monotonic()
-        before, cost, aside = progress.seconds, 0.0, 0.0
-        waited_before = progress.waited
+        watch, waited_before = _Stopwatch(progress.seconds), progress.waited
+        save_at = time.monotonic() + CHECKPOINT_SECONDS
         lost = beyond(self.task.reader, self.task.settings.row_tokens)
         if world.first and lost >= 0.001:
             self.console.print(
@@ -179,23 +191,26 @@ class _Fit:
                 while progress.step < plan.steps and not progress.stopped:
                     norm = self._step(batches, meter)
                     progress.step += 1
-                    evaluating = progress.step in self.eval_steps
                     meter.update(norm, progress.step)
+                    evaluating = progress.step in self.eval_steps
                     if evaluating or progress.step % LOG_EVERY == 0:
                         self._report(meter, log)
-                    now = time.monotonic()
-                    progress.seconds = before + now - started - aside
+                    progress.seconds = watch.seconds()
                     progress.waited = waited_before + meter.waited
-                    if evaluating:
-                        self._evaluate(log)
-                    due = now - saved > max(CHECKPOINT_SECONDS, cost / CHECKPOINT_SHARE)
-                    if evaluating or due:
+                    # Evaluating and saving count neither as training nor as waiting.
+                    if evaluating or time.monotonic() > save_at:
+                        paused = time.monotonic()
+                        if evaluating:
+                            self._evaluate(log)
                         begun = time.monotonic()
                         self._save()
                         saved = time.monotonic()
-                        cost = saved - begun
-                        aside += saved - now
-                        meter.leave_out(saved - now)
+                        watch.leave_out(saved - paused)
+                        meter.leave_out(saved - paused)
+                        # The longer a checkpoint takes, the fewer are written.
+                        save_at = saved + max(
+                            CHECKPOINT_SECONDS, (saved - begun) / CHECKPOINT_SHARE
+                        )
             finally:
                 batches.close()
         return self._finish(plan)
