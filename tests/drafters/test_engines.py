@@ -133,22 +133,31 @@ def flags_off(raw):
 
 
 # Each dialect: what makes a head of it, and the engines that serve it as it is; the first two are
-# what drafthead writes. Layers 1, 2, 4 are not the default of a target of six layers: llama.cpp's
-# converter would take 2, 3, 3.
+# what drafthead writes. Layers 1, 2, 4 are not the default of a target of six layers.
 DIALECTS = {
-    "vLLM": (eagle3, {}, lambda f: None, "vllm sglang"),
+    "vLLM": (eagle3, {}, lambda f: None, "vllm sglang llama.cpp"),
     "vLLM, DSpark": (dspark_head, {}, lambda f: None, "vllm sglang llama.cpp"),
     "vLLM's older name": (
         eagle3,
         {},
         lambda f: edit(f, without(architectures=["Eagle3LlamaForCausalLM"], eagle_config={})),
-        "vllm",
+        "vllm llama.cpp",
     ),
-    "speculators": (eagle3, {"format": "speculators"}, lambda f: None, "vllm"),
-    "speculators, DSpark": (dspark_head, {"format": "speculators"}, lambda f: None, "vllm"),
+    "speculators": (eagle3, {"format": "speculators"}, lambda f: None, "vllm llama.cpp"),
+    "speculators, DSpark": (
+        dspark_head,
+        {"format": "speculators"},
+        lambda f: None,
+        "vllm llama.cpp",
+    ),
     "ModelOpt": (eagle3, {}, lambda f: edit(f, modelopt_eagle3), "sglang"),
     "transformers' prefix": (eagle3, {}, lambda f: edit(f, names="model.{}".format), ""),
-    "SpecForge, DSpark": (dspark_head, {}, lambda f: edit(f, specforge_dspark), "sglang"),
+    "SpecForge, DSpark": (
+        dspark_head,
+        {},
+        lambda f: edit(f, specforge_dspark),
+        "sglang llama.cpp",
+    ),
     "ModelOpt, DSpark": (
         dspark_head,
         {},
@@ -281,8 +290,7 @@ CHANGES = {
     "the embedding's output": (eagle3, {"aux_layer_ids": (0, 2, 4)}, "mlx"),
     "biases": (eagle3, {"attention_bias": True}, "sglang llama.cpp"),
     "reduced": (dspark_head, {"draft_vocab_size": 100, "own_lm_head": True}, "sglang mlx"),
-    "own LM head": (dspark_head, {"own_lm_head": True}, "sglang mlx"),
-    "causal": (dspark_head, {"causal": True}, "llama.cpp"),
+    "own LM head": (dspark_head, {"own_lm_head": True}, "sglang mlx llama.cpp"),
     "plain confidence": (dspark_head, {"confidence_with_markov": False}, "llama.cpp"),
 }
 

@@ -17,6 +17,10 @@ from drafthead.head.formats import AUX_IDS, FLAGS
 from drafthead.targets import Target
 
 KINDS = {"eagle3": "EAGLE-3", "dspark": "DSpark"}
+LLAMA_CPP_EAGLE3 = {
+    *("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel"),
+    "LlamaForCausalLM",
+}
 PORTABLE, SPECFORGE, LIQUID = "LlamaForCausalLMEagle3", "DSparkDraftModel", "Lfm2DSparkDraftModel"
 
 
@@ -42,8 +46,8 @@ ENGINES = {
     "sglang": Engine("SGLang", "0.5.23", "read: its wheel"),
     "llama.cpp": Engine(
         "llama.cpp",
-        "b11193",
-        "read: its repository, at the commits named below",
+        "b11549",
+        "read: its source as in xllamacpp 2026.10.11549",
         ("head and target are converted to GGUF first",),
     ),
     "mlx": Engine(
@@ -106,6 +110,11 @@ class Limit:
 
 def _window(head: Head) -> bool:
     return "sliding_attention" in (head.config.get("layer_types") or ())
+
+
+def _mute_rope(head: Head) -> bool:
+    """Whether only vLLM's key says that RoPE is interleaved."""
+    return head.config["is_neox_style"] is not head.raw.get("rope_is_neox_style", True)
 
 
 def _reduced(head: Head) -> bool:
@@ -343,41 +352,42 @@ LIMITS = (
     Limit(
         "llama.cpp",
         _EAGLE3,
-        "its converter does not know the architecture",
-        "conversion/llama.py at 0274f0f",
-        lambda h: architecture(h.raw) not in (PORTABLE, "Eagle3Speculator", "Eagle3DraftModel"),
+        "its converter does not know the architecture, or misses draft_vocab_size",
+        "conversion/llama.py",
+        lambda h: (
+            architecture(h.raw) not in LLAMA_CPP_EAGLE3 or h.raw.get("draft_vocab_size") is None
+        ),
+        layout=True,
+    ),
+    Limit(
+        "llama.cpp",
+        _EAGLE3,
+        f"{AUX_IDS} does not stand at the top of config.json: it takes 2, n/2 and n - 3",
+        "conversion/llama.py",
+        lambda h: not h.raw.get(AUX_IDS) and (h.target is None or _not_default(h)),
+        silent=True,
         layout=True,
     ),
     Limit(
         "llama.cpp",
         _EAGLE3,
         "more than one layer, or other than three aux layers",
-        "models/eagle3.cpp at 8002c4c",
+        "models/eagle3.cpp",
         lambda h: h.config["num_hidden_layers"] > 1 or len(h.config["aux_layer_ids"]) != 3,
     ),
     Limit(
         "llama.cpp",
         _EAGLE3,
-        "other layers than 2, n/2 and n - 3, which its converter writes whatever the head says: "
-        "see eagle3.target_layers in the file that it makes",
-        "conversion/llama.py at 0274f0f",
-        _not_default,
-        silent=True,
-        mend="head.aux_layers: null",
-    ),
-    Limit(
-        "llama.cpp",
-        _EAGLE3,
-        "fc_norm, norm_before_fc, attention_bias: tensors that its converter does not know",
-        "conversion/llama.py at 0274f0f, models/eagle3.cpp at 8002c4c",
-        lambda h: any(h.config[n] for n in ("fc_norm", "norm_before_fc", "attention_bias")),
+        "fc_norm, attention_bias: tensors that its converter does not know",
+        "conversion/llama.py",
+        lambda h: h.config["fc_norm"] or h.config["attention_bias"],
         mend="head.fc_norm: false",
     ),
     Limit(
         "llama.cpp",
         _EAGLE3,
         "norm_output, or a sliding window, which it does not know",
-        "models/eagle3.cpp at 8002c4c",
+        "models/eagle3.cpp",
         lambda h: h.config["norm_output"] or _window(h),
         silent=True,
         mend="head.norm_output: false",
@@ -385,33 +395,36 @@ LIMITS = (
     Limit(
         "llama.cpp",
         _DSPARK,
-        "config.json is in speculators' format, or its architecture is not known to the converter",
-        "as told in its pull requests 25173 and 27383",
-        lambda h: h.speculators or architecture(h.raw) not in (ARCHITECTURE, LIQUID),
+        "its converter does not know the architecture",
+        "conversion/qwen.py",
+        lambda h: architecture(h.raw) not in (ARCHITECTURE, SPECFORGE, LIQUID, "DSparkSpeculator"),
         layout=True,
     ),
     Limit(
         "llama.cpp",
         _DSPARK,
-        "another width than the target's",
-        "models/dflash.cpp at 01b78a1",
-        _narrow,
+        "is_neox_style is false, and rope_is_neox_style, its own key, is left out",
+        "conversion/qwen.py",
+        _mute_rope,
+        silent=True,
+        layout=True,
     ),
+    Limit(
+        "llama.cpp",
+        _DSPARK,
+        "an LM head of its own for the whole vocabulary, which its converter leaves out",
+        "conversion/qwen.py",
+        lambda h: h.config["own_lm_head"] and not _reduced(h),
+        silent=True,
+        mend="train.lm_head_rate: 0",
+    ),
+    Limit("llama.cpp", _DSPARK, "another width than the target's", "models/dflash.cpp", _narrow),
     Limit(
         "llama.cpp",
         _DSPARK,
         "a confidence head that does not read the Markov embedding",
-        "models/dflash.cpp at 01b78a1",
+        "models/dflash.cpp",
         lambda h: h.config["confidence_head"] and not h.config["confidence_with_markov"],
-    ),
-    Limit(
-        "llama.cpp",
-        _DSPARK,
-        "causal blocks",
-        "models/dflash.cpp at 01b78a1",
-        lambda h: h.config["causal"],
-        silent=True,
-        mend="head.causal: false",
     ),
     # mlx-vlm.
     Limit(
@@ -472,7 +485,7 @@ LIMITS = (
         _DSPARK,
         "is_neox_style is false, and rope_is_neox_style, its own key, is left out",
         "run: findings/mlx-vlm-dspark-config.sh",
-        lambda h: h.config["is_neox_style"] is not h.raw.get("rope_is_neox_style", True),
+        _mute_rope,
         silent=True,
         layout=True,
     ),
