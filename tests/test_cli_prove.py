@@ -69,14 +69,23 @@ def test_a_value_that_is_none_is_named(given):
         given("bench", "--temperature", "0,warm")
 
 
-def test_other_drafters_come_after_the_bench(given, monkeypatch):
-    called = {}
+def test_other_drafters_come_after_the_bench(given, monkeypatch, tmp_path):
+    """Other heads are fetched and looked at first."""
+    called, looked = {}, []
 
     def contest(recipe, run, *, heads, ngram, console):
         called.update(heads=heads, ngram=ngram, run=str(run.root))
         return {"ngram": {"speedup": 1.2}}
 
+    def look_at(recipe, head, target):
+        looked.append(head)
+        return [], []
+
     monkeypatch.setattr("drafthead.prove.bench.contest", contest)
+    monkeypatch.setattr("drafthead.head.checkpoint.head_folder", lambda head: tmp_path / head)
+    monkeypatch.setattr("drafthead.serve.look_at", look_at)
+    monkeypatch.setattr("drafthead.targets.recipe_target", lambda recipe: None)
     _, result = given("bench", "--head", "o/a", "--head", "o/b", "--baseline", "ngram")
     assert called == {"heads": ["o/a", "o/b"], "ngram": True, "run": "runs/r"}
+    assert looked == [tmp_path / "o/a", tmp_path / "o/b"]
     assert result == {"stage": "bench", "beside": {"ngram": {"speedup": 1.2}}}

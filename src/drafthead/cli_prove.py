@@ -149,11 +149,12 @@ def bench(
     found = _with_options(recipe, "bench", options)
     unsupported = False
     if heads:
+        from drafthead.head.checkpoint import head_folder
         from drafthead.serve import existing_head, look_at
         from drafthead.targets import recipe_target
 
-        # Looked at now, not after hours of measuring.
-        for folder in [head for head in map(existing_head, heads) if Path(head).is_dir()]:
+        # Fetched and looked at now, not after hours of measuring.
+        for folder in [head_folder(existing_head(head)) for head in heads]:
             unsupported |= bool(look_at(found, folder, recipe_target(found))[0])
     summary = run_stage("bench", found, runs, overwrite, again)
     if heads or baseline:

@@ -234,7 +234,8 @@ class HeadFiles:
             return []
         return [
             f"vLLM refuses these names: {some(self.refused)}. Save the tensors without "
-            f"{' '.join(PREFIXES)}, and leave {' '.join(LEFTOVERS)} out"
+            f"{' '.join(PREFIXES)}, and leave {' '.join(LEFTOVERS)} out: `drafthead convert HEAD "
+            "OUT` does"
         ]
 
     def d2t(self, config: HeadConfig) -> Tensor:

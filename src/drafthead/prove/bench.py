@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from drafthead.errors import UnsupportedHead
 from drafthead.fsio import RunLock, read_json, write_json
+from drafthead.head.checkpoint import head_folder
 from drafthead.machine import this_machine
 from drafthead.plan import Plan
 from drafthead.progress import waiting
@@ -143,7 +144,7 @@ def contest(
     Args:
         recipe: the run's recipe; its grid is measured.
         run: a run that has been benched.
-        heads: folders or hub ids of EAGLE-3 heads, in vLLM's or speculators' format.
+        heads: folders or hub ids of heads that `inspect` finds no fault with.
         ngram: also draft by looking up the last tokens in the text so far, without a head.
         console: where people read what happens.
 
@@ -170,7 +171,7 @@ def _contest(
         label = _label(head)
         if label in drafters:  # of two folders that end alike
             label += f" ({len(drafters) + 1})"
-        drafters[label] = {"head": existing_head(head)}
+        drafters[label] = {"head": head_folder(existing_head(head))}
     if ngram:
         drafters["ngram"] = {"speculative_config": _NGRAM}
     beside = result.get("beside", {})
