@@ -9,7 +9,18 @@ import drafthead
 
 SOURCE = Path(drafthead.__file__).parent
 ORDER = (
-    *("errors", "progress", "machine", "finding", "fsio", "recipe", "rundir", "targets", "data"),
+    *(
+        "errors",
+        "progress",
+        "machine",
+        "finding",
+        "fsio",
+        "process",
+        "recipe",
+        "rundir",
+        "targets",
+        "data",
+    ),
     *("ops", "states", "head", "drafters", "plan", "serve", "vocab", "init", "quantize", "capture"),
     *("train", "prove"),
     *("report", "run", "doctor"),

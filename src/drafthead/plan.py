@@ -1,7 +1,6 @@
 """What vLLM is told and why, as arguments, as flags and for people to read."""
 
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -13,39 +12,6 @@ from drafthead.recipe import without_paths, without_secrets
 
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs."""
-
-# What vLLM and PyTorch print when memory runs out, what it means, and the keys to change. The first
-# that matches counts: an engine that has no memory left prints more errors after the cause.
-_NO_MEMORY = (
-    (
-        "(Free memory on device|Available memory on node).* is less than",
-        "less memory is free than the engine asks for",
-        "lower engine.gpu_memory_utilization (on a CPU engine.kv_cache_memory_bytes), or end the "
-        "processes that hold it",
-    ),
-    (
-        "No available memory for the cache blocks",
-        "the target's weights leave no memory for the KV cache",
-        "raise engine.gpu_memory_utilization, or use more GPUs (serve.tensor_parallel_size)",
-    ),
-    (
-        "To serve at least one request",
-        "the KV cache has no room for one sequence of the longest length",
-        "lower engine.max_model_len, or raise engine.gpu_memory_utilization or, where it is set, "
-        "engine.kv_cache_memory_bytes",
-    ),
-    (
-        "CUDA out of memory|OutOfMemoryError|not enough GPU memory",
-        "the GPU's memory is full",
-        "lower engine.max_num_seqs or engine.gpu_memory_utilization, or use more GPUs "
-        "(serve.tensor_parallel_size)",
-    ),
-    (
-        "DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|MemoryError",
-        "this machine's memory is full",
-        "lower engine.kv_cache_memory_bytes, or end what else runs here",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -161,19 +127,3 @@ class Plan:
             "unsupported": list(self.unsupported),
             "warnings": list(self.warnings),
         }
-
-
-def memory_fault(log: Path, begin: int) -> str:
-    """The cause and the fix, if an engine ran out of memory; else empty.
-
-    Args:
-        log: file that the engine printed to.
-        begin: offset at which this engine began to print.
-    """
-    with log.open("rb") as file:
-        file.seek(begin)
-        text = file.read().decode(errors="replace")
-    for pattern, cause, fix in _NO_MEMORY:
-        if re.search(pattern, text):
-            return f"{cause}; {fix}"
-    return ""

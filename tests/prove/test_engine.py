@@ -15,7 +15,7 @@ import sys, time
 from pathlib import Path
 from drafthead.prove.engine import EngineProcess
 engine = EngineProcess({}, env={}, log=Path(sys.argv[1]), name="target alone").start()
-print(engine._process.pid, flush=True)
+print(engine._child.process.pid, flush=True)
 time.sleep(86_400)
 """
 

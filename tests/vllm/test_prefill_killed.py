@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 import pytest
 from rich.console import Console
 
-from drafthead.capture.child import Child
 from drafthead.capture.engine import CaptureEngine
 from drafthead.capture.generate import generate_units, prefill_units
 from drafthead.capture.plan import make_plan
 from drafthead.errors import DraftheadError
 from drafthead.fsio import sweep
+from drafthead.process import Child
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states.check import check_store

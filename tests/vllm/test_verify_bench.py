@@ -243,14 +243,14 @@ def test_an_engine_that_cannot_start_or_dies_is_a_clear_error(target, tmp_path):
     engine = EngineProcess(args, env={}, log=tmp_path / "log", name="target alone")
     with pytest.raises(DraftheadError, match=r"target alone: vLLM did not start: .*nowhere"):
         engine.__enter__()
-    assert engine._process is None  # ended and waited for
+    assert engine._child is None  # ended and waited for
     args = {"model": str(target), "enforce_eager": True, "kv_cache_memory_bytes": 1 << 50}
     engine = EngineProcess(args, env={}, log=tmp_path / "log", name="target alone")
     with pytest.raises(DraftheadError, match=r"engine\.kv_cache_memory_bytes"):
         engine.__enter__()
     engine = EngineProcess(args, env={}, log=tmp_path / "log", name="target alone")
     engine.start()
-    os.kill(engine._process.pid, signal.SIGKILL)
+    os.kill(engine._child.process.pid, signal.SIGKILL)
     with pytest.raises(DraftheadError, match=r"signal 9.*out of memory"):
         engine.wait_ready()
     engine.close()

@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 import psutil
 from rich.console import Console
 
-from drafthead.capture.child import Child, child_main
 from drafthead.capture.plan import WorkPlan, plan_elsewhere
 from drafthead.capture.work import answers_in, work
 from drafthead.data.answers import part_path
@@ -33,6 +32,7 @@ from drafthead.data.chats import Chat
 from drafthead.data.template import given_template
 from drafthead.errors import DraftheadError
 from drafthead.machine import install_command
+from drafthead.process import Child, child_main
 from drafthead.progress import progress
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir

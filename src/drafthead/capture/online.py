@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from drafthead.capture.checks import NOT_FINITE, check_share
-from drafthead.capture.child import Child, child_main
 from drafthead.capture.engine import CaptureEngine
 from drafthead.capture.generate import as_wanted
 from drafthead.capture.pages import PAGE, SharedPages, pages_needed
@@ -26,6 +25,7 @@ from drafthead.capture.plan import make_plan
 from drafthead.data.answers import Answer, part_path, read_part
 from drafthead.errors import DraftheadError
 from drafthead.fsio import keep_hashes
+from drafthead.process import Child, child_main
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import Sample, Samples, StateReader

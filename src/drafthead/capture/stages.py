@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from drafthead.capture.checks import FIXES, check_share
-from drafthead.capture.child import Child, child_main
 from drafthead.capture.cluster import spread
 from drafthead.capture.plan import WorkPlan, make_plan
 from drafthead.capture.work import answers_in, work
@@ -17,6 +16,7 @@ from drafthead.data.answers import Answer, part_path, read_answers, read_left_ou
 from drafthead.data.chats import count_left_out
 from drafthead.errors import DraftheadError
 from drafthead.fsio import keep_hashes
+from drafthead.process import Child, child_main
 from drafthead.progress import progress, waiting
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir

@@ -5,25 +5,15 @@ other, and lets two engines (with and without the head) live side by side for pa
 """
 
 import abc
-import contextlib
 import itertools
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
-from drafthead.fsio import log_tail
 from drafthead.head.acceptance import Acceptance
-from drafthead.plan import memory_fault
+from drafthead.process import Child
 
 Answering = TypeVar("Answering")
 
@@ -130,34 +120,18 @@ class EngineProcess(Startable["EngineProcess"]):
         self.info: dict[str, Any] = {}
         self.on_answer: Callable[[], None] | None = None
         """Called for each answer that ends, while :meth:`generate` still waits for the others."""
-        self._process: subprocess.Popen | None = None
+        self._child: Child | None = None
 
     def start(self) -> "EngineProcess":
         """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        mine, theirs = socket.socketpair()
-        self._connection = Connection(mine.detach())
-        life_read, self._life = os.pipe()
-        command = [sys.executable, "-m", "drafthead.prove.engine_worker"]
-        with self.log.open("ab") as output:
-            self._log_start = output.tell()
-            self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(life_read)],
-                env={**os.environ, **self.env},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=(theirs.fileno(), life_read),
-                start_new_session=True,
-            )
-        theirs.close()
-        os.close(life_read)
-        self._send({"op": "start", "args": {**self.args, "disable_log_stats": False}})
+        order = {**self.args, "disable_log_stats": False}
+        module = "drafthead.prove.engine_worker"
+        self._child = Child(self.name, module, order, self.log, self.env)
         return self
 
     def wait_ready(self) -> "EngineProcess":
         """Wait until the engine can answer."""
-        if self._process is None:
+        if self._child is None:
             self.start()
         self.info = self._receive("did not start")
         return self
@@ -188,7 +162,8 @@ class EngineProcess(Startable["EngineProcess"]):
             logprobs: likeliest tokens to give log-probabilities of, at each position.
             prefix_cache: let prompts that were met before come out of the engine's cache.
         """
-        self._send(
+        answer = self._ask(
+            "failed while generating",
             {
                 "op": "generate",
                 "prompts": [list(map(int, prompt)) for prompt in prompts],
@@ -201,9 +176,8 @@ class EngineProcess(Startable["EngineProcess"]):
                 "logprobs": logprobs,
                 "prefix_cache": prefix_cache,
                 "report": self.on_answer is not None,
-            }
+            },
         )
-        answer = self._receive("failed while generating")
         completions = [
             Completion(
                 ids=result["ids"],
@@ -224,56 +198,35 @@ class EngineProcess(Startable["EngineProcess"]):
             For each sequence and position the log-probabilities of its token and of the ``top``
             likeliest; nothing for the first.
         """
-        self._send({"op": "score", "sequences": [list(map(int, s)) for s in sequences], "top": top})
-        answer = self._receive("failed while scoring")
+        ids = [list(map(int, sequence)) for sequence in sequences]
+        answer = self._ask("failed while scoring", {"op": "score", "sequences": ids, "top": top})
         return [[{int(k): v for k, v in row.items()} for row in rows] for rows in answer["rows"]]
 
     def counters(self) -> Acceptance:
         """Speculation counters since the engine's start (all zero without speculation)."""
-        self._send({"op": "counters"})
-        return Acceptance(**self._receive("failed while reading its counters"))
+        return Acceptance(**self._ask("failed while reading its counters", {"op": "counters"}))
 
     def close(self) -> None:
         """End the engine and everything that it started."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        self._connection.close()
-        os.close(self._life)
-        kill_group(process.pid)
-        process.wait()
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
 
-    def _send(self, message: dict) -> None:
-        try:
-            self._connection.send_bytes(json.dumps(message).encode())
-        except OSError:
-            raise self._death("died") from None
+    def _ask(self, failure: str, request: dict) -> dict:
+        assert self._child is not None
+        self._child.send(request)
+        return self._receive(failure)
 
     def _receive(self, failure: str) -> dict:
-        try:
-            answer = json.loads(self._connection.recv_bytes())
-            while "ended" in answer:
-                if self.on_answer is not None:
-                    self.on_answer()
-                answer = json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            raise self._death(failure) from None
-        if "error" in answer:
-            cause = memory_fault(self.log, self._log_start) or f"vLLM {failure}"
-            raise DraftheadError(f"{self.name}: {cause}: {answer['error']} (its log: {self.log})")
+        """The engine's answer. ``failure``: what errors say of the engine, or of vLLM."""
+        assert self._child is not None
+        answer = self._child.receive(failure)
+        while answer is not None and "ended" in answer:
+            if self.on_answer is not None:
+                self.on_answer()
+            answer = self._child.receive(failure)
+        assert answer is not None, "it serves until it is killed"
+        if "failed" in answer:
+            cause = self._child.memory_fault() or f"vLLM {failure}"
+            raise DraftheadError(f"{self.name}: {cause}: {answer['failed']} (its log: {self.log})")
         return answer["ok"]
-
-    def _death(self, failure: str) -> DraftheadError:
-        assert self._process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=120)  # its memory may be long in being given back
-        code = self._process.returncode
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        cause = memory_fault(self.log, self._log_start)
-        if not cause and code == -signal.SIGKILL:
-            cause = "out of memory? lower engine.kv_cache_memory_bytes or engine.max_num_seqs"
-        return DraftheadError(
-            f"{self.name}: the vLLM process {failure} ({how})"
-            + (f": {cause}" if cause else "")
-            + f"\n{log_tail(self.log, self._log_start)}"
-        )

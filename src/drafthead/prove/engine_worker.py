@@ -1,30 +1,20 @@
-"""The child's side of :mod:`drafthead.prove.engine`: one vLLM engine, requests over a socket.
+"""The child's side of :mod:`drafthead.prove.engine`: one vLLM engine that answers requests.
 
-Run as ``python -m drafthead.prove.engine_worker SOCKET_FD LIFE_FD``. Messages are JSON, one at a
-time: an object with ``op`` comes in, an object with ``ok`` or ``error`` goes back. Before it comes
-one with ``ended`` for each answer that ends, if the request asks for a ``report``. LIFE_FD is a
-pipe whose other end only the parent holds: when the parent ends, however it ends, reading it
-returns and this process kills its whole group, vLLM's own children with it.
+The order holds the arguments of ``vllm.LLM``. Each later message is a request with ``op``; its
+answer has ``ok``, or ``failed`` with the reason. Before the answer comes one message with ``ended``
+for each completion that ends, if the request asks for a ``report``.
 """
 
 import contextlib
-import json
-import os
-import sys
-import threading
+import queue
 import time
+import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
-from drafthead.capture.child import die_with_group
+from drafthead.process import child_main
 from drafthead.serve import llm_class
 from drafthead.vllm_plugin.registry import unprotected
-
-
-def _die_with_parent(life_fd: int) -> None:
-    os.read(life_fd, 1)
-    die_with_group()
 
 
 def counters(llm: Any) -> dict:
@@ -130,47 +120,47 @@ def score(llm: Any, sequences: list[list[int]], top: int) -> dict:
     return {"rows": found}
 
 
-def main() -> None:
-    connection = Connection(int(sys.argv[1]))
-    threading.Thread(target=_die_with_parent, args=(int(sys.argv[2]),), daemon=True).start()
+_requests: queue.SimpleQueue[dict] = queue.SimpleQueue()
 
-    def reply(message: dict) -> None:
-        connection.send_bytes(json.dumps(message).encode())
+
+def _serve(args: dict, report: Callable[[dict], None]) -> None:
+    """Start an engine with these arguments, then do what each request says."""
+
+    def reply(work: Callable[..., dict], *given: Any) -> None:
+        try:
+            report({"ok": work(*given)})
+        except Exception as error:
+            traceback.print_exc()
+            report({"failed": f"{type(error).__name__}: {error}"})
 
     llm: Any = None
-    while True:
-        request = json.loads(connection.recv_bytes())
-        try:
-            if request["op"] == "start":
-                llm = llm_class()(**request["args"])
-                config = llm.llm_engine.vllm_config
-                reply(
-                    {
-                        "ok": {
-                            "dtype": str(config.model_config.dtype).removeprefix("torch."),
-                            "quantization": config.model_config.quantization,
-                            "max_model_len": config.model_config.max_model_len,
-                            "unprotected": unprotected(
-                                config.model_config.hf_text_config.model_type
-                            ),
-                        }
-                    }
-                )
-            elif request["op"] == "generate":
-                reply({"ok": generate(llm, request, lambda: reply({"ended": 1}))})
-            elif request["op"] == "score":
-                reply({"ok": score(llm, request["sequences"], request["top"])})
-            elif request["op"] == "counters":
-                reply({"ok": counters(llm)})
-            else:
-                raise ValueError(f"unknown op {request['op']!r}")
-        except Exception as error:
-            import traceback
 
-            traceback.print_exc()
-            reply({"error": f"{type(error).__name__}: {error}"})
+    def start() -> dict:
+        nonlocal llm
+        llm = llm_class()(**args)
+        config = llm.llm_engine.vllm_config.model_config
+        return {
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "quantization": config.quantization,
+            "max_model_len": config.max_model_len,
+            "unprotected": unprotected(config.hf_text_config.model_type),
+        }
+
+    def answer(request: dict) -> dict:
+        match request["op"]:
+            case "generate":
+                return generate(llm, request, lambda: report({"ended": 1}))
+            case "score":
+                return score(llm, request["sequences"], request["top"])
+            case "counters":
+                return counters(llm)
+            case unknown:
+                raise ValueError(f"unknown op {unknown!r}")
+
+    reply(start)
+    while True:
+        reply(answer, _requests.get())
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        main()
+    child_main(_serve, _requests.put)

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -23,11 +22,10 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from drafthead.capture.child import kill_group
 from drafthead.errors import DraftheadError
-from drafthead.fsio import log_tail
 from drafthead.head.acceptance import Acceptance
-from drafthead.plan import Plan, memory_fault
+from drafthead.plan import Plan
+from drafthead.process import Process, kill_group, kill_with_parent
 from drafthead.prove.engine import Completion, Generation, Startable
 
 _PLAIN = {
@@ -43,12 +41,6 @@ _TIMEOUT = httpx.Timeout(600, connect=30)
 """Seconds; a server on a busy machine may be long in answering."""
 _COUNTING_S = 60.0
 """Within which an answer's tokens are on the metrics page."""
-_WATCH = """
-import sys
-from drafthead.capture.child import kill_group
-sys.stdin.read()  # until who started the server ends, however that ends
-kill_group(int(sys.argv[1]))
-"""
 
 
 def parse_metrics(text: str) -> list[Sample]:
@@ -311,49 +303,33 @@ class ServerProcess(Startable[Client]):
 
     def __init__(self, plan: Plan, *, log: Path, name: str):
         self.plan, self.log, self.name = plan, log, name
-        self._process: subprocess.Popen | None = None
+        self._server: Process | None = None
         self._watcher: subprocess.Popen | None = None
         self._grace = 0  # s: what still loads has nothing to put in order
 
     def start(self) -> None:
         """Begin loading the model and return at once; :meth:`wait_ready` waits for it."""
         self._port = _free_port()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as output:
-            self._log_start = output.tell()
-            self._process = subprocess.Popen(
-                [*self.plan.command, "--host", "127.0.0.1", "--port", str(self._port)],
-                # Who has the key of another server set would be refused by this one.
-                env={**os.environ, **self.plan.environment, "VLLM_API_KEY": ""},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self._watcher = subprocess.Popen(
-            [sys.executable, "-c", _WATCH, str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        command = [*self.plan.command, "--host", "127.0.0.1", "--port", str(self._port)]
+        # A user who has another server's key set would be refused by this one.
+        environment = self.plan.environment | {"VLLM_API_KEY": ""}
+        self._server = Process(self.name, command, self.log, environment)
+        self._watcher = kill_with_parent(self._server.process.pid)
 
     def wait_ready(self) -> Client:
         """Wait until the server is healthy; what asks it."""
-        if self._process is None:
+        if self._server is None:
             self.start()
-        assert self._process is not None
-        client = Client(f"http://127.0.0.1:{self._port}", self.name, self._process.pid)
+        assert self._server is not None
+        process = self._server.process
+        client = Client(f"http://127.0.0.1:{self._port}", self.name, process.pid)
         while True:
             with contextlib.suppress(DraftheadError):
                 client.get("/health")
                 self._grace = 20
                 return client
-            if self._process.poll() is not None:
-                cause = memory_fault(self.log, self._log_start)
-                raise DraftheadError(
-                    f"{self.name}: vllm serve ended"
-                    + (f": {cause}" if cause else "")
-                    + f"\n{log_tail(self.log, self._log_start)}"
-                )
+            if process.poll() is not None:
+                raise self._server.death("vllm serve ended")
             time.sleep(0.5)
 
     def close(self) -> None:
@@ -361,11 +337,12 @@ class ServerProcess(Startable[Client]):
         if self._watcher is not None:
             self._watcher.kill()
             self._watcher.communicate()
-        if self._process is None:
+        if self._server is None:
             return
+        process = self._server.process
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=self._grace)
-        kill_group(self._process.pid)
-        self._process.wait()
+            process.wait(timeout=self._grace)
+        kill_group(process.pid)
+        process.wait()

@@ -9,15 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from drafthead.capture.child import Child
 from drafthead.errors import DraftheadError
+from drafthead.process import Child, memory_fault
 from tests.processes import ended, wait_for
 
 MODULE = """
 import os, signal, subprocess, time
 from multiprocessing.shared_memory import SharedMemory
 
-from drafthead.capture.child import child_main
+from drafthead.process import child_main
 
 
 def work(order, report):
@@ -54,7 +54,7 @@ def test_what_a_child_started_ends_with_it(child, then):
     made = next(messages)
     started = psutil.Process(made["started"])
     if then == "die":
-        with pytest.raises(DraftheadError, match=r"a test: the vLLM process died \(exit code -9\)"):
+        with pytest.raises(DraftheadError, match=r"a test: the vLLM process died \(signal 9\)"):
             next(messages)
     child.close()
     wait_for(lambda: ended([started]))
@@ -78,3 +78,33 @@ def test_a_parent_that_is_killed_amid_a_message_takes_its_child_along(tmp_path):
     child.wait()
     wait_for(lambda: ended([started]))
     wait_for(lambda: not Path("/dev/shm", made["memory"]).exists())
+
+
+# As vLLM 0.32 and PyTorch 2.11 print them.
+LOGS = {
+    "ValueError: Free memory on device cuda:0 (35.2/79.2 GiB) on startup is less than desired GPU "
+    "memory utilization (0.9, 71.3 GiB). Decrease": "engine.gpu_memory_utilization",
+    "ValueError: Available memory on node 0 (20.1/23.4 GiB) on kv cache allocation is less than "
+    "requested memory for kv (1024.0 GiB).": "engine.kv_cache_memory_bytes",
+    "ValueError: No available memory for the cache blocks. Try": "serve.tensor_parallel_size",
+    "ValueError: To serve at least one request with the model's max seq len (8192), (2.0 GiB KV "
+    "cache is needed": "engine.max_model_len",
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB": "engine.max_num_seqs",
+    "RuntimeError: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 1099511627776 bytes.": "engine.kv_cache_memory_bytes",
+}
+
+
+@pytest.mark.parametrize("line", LOGS)
+def test_memory_that_ran_out_is_named_with_the_key_to_change(tmp_path, line):
+    log = tmp_path / "log"
+    before = "torch.OutOfMemoryError: of an engine before\n"
+    log.write_text(f"{before}(EngineCore pid=7) ERROR {line}\nRuntimeError: see root cause above\n")
+    assert LOGS[line] in memory_fault(log, len(before))
+
+
+def test_other_faults_are_not_blamed_on_memory(tmp_path):
+    log = tmp_path / "log"
+    free = "Free memory on device (70/79 GiB) on startup. Desired GPU memory utilization is (0.9)\n"
+    log.write_text(f"{free}KeyError: 'layers.0.norm'\n")
+    assert memory_fault(log, 0) == ""

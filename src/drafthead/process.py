@@ -1,0 +1,270 @@
+"""Child processes: each has a log of its own and ends with its parent.
+
+An engine runs in a child process, so that its memory is given back for certain, and what vLLM does
+to its process and prints stays away from training and from other engines.
+
+`Process` runs any command. `Child` runs a module that calls `child_main`, and the two exchange
+JSON lines: an order, then messages either way.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from drafthead.errors import DraftheadError
+from drafthead.fsio import log_tail
+
+# What vLLM and PyTorch print when memory runs out, what it means, and the keys to change. The first
+# that matches counts: an engine that has no memory left prints more errors after the cause.
+_NO_MEMORY = (
+    (
+        "(Free memory on device|Available memory on node).* is less than",
+        "less memory is free than the engine asks for",
+        "lower engine.gpu_memory_utilization (on a CPU engine.kv_cache_memory_bytes), or end the "
+        "processes that hold it",
+    ),
+    (
+        "No available memory for the cache blocks",
+        "the target's weights leave no memory for the KV cache",
+        "raise engine.gpu_memory_utilization, or use more GPUs (serve.tensor_parallel_size)",
+    ),
+    (
+        "To serve at least one request",
+        "the KV cache has no room for one sequence of the longest length",
+        "lower engine.max_model_len, or raise engine.gpu_memory_utilization or, where it is set, "
+        "engine.kv_cache_memory_bytes",
+    ),
+    (
+        "CUDA out of memory|OutOfMemoryError|not enough GPU memory",
+        "the GPU's memory is full",
+        "lower engine.max_num_seqs or engine.gpu_memory_utilization, or use more GPUs "
+        "(serve.tensor_parallel_size)",
+    ),
+    (
+        "DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|MemoryError",
+        "this machine's memory is full",
+        "lower engine.kv_cache_memory_bytes, or end what else runs here",
+    ),
+)
+
+
+class Process:
+    """A command in a process group of its own, whose output is appended to a log.
+
+    Args:
+        name: what errors call it.
+        command: to run.
+        log: file for stderr, and for stdout unless a pipe is given; errors quote its end.
+        environment: set in the process beside this one's.
+        stdin, stdout: as for ``subprocess.Popen``; stdout None is the log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
+    ):
+        self.name, self.log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self.process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=output if stdout is None else stdout,
+                stderr=output,
+                text=True,
+                start_new_session=True,
+                env=_environment() | dict(environment or {}),
+            )
+
+    def memory_fault(self) -> str:
+        """The cause and the fix, if the log says that memory ran out; else empty."""
+        return memory_fault(self.log, self._log_start)
+
+    def death(self, what: str) -> DraftheadError:
+        """The error for a process that has ended: ``what`` happened, how it ended, the cause as
+        far as it is known, and the end of the log."""
+        code = self.process.returncode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        cause = self.memory_fault()
+        if not cause and code == -signal.SIGKILL:
+            cause = "out of memory? lower engine.kv_cache_memory_bytes or engine.max_num_seqs"
+        return DraftheadError(
+            f"{self.name}: {what} ({how})"
+            + (f": {cause}" if cause else "")
+            + f"\n{log_tail(self.log, self._log_start)}"
+        )
+
+    def close(self) -> None:
+        """Kill the process and everything that it started."""
+        self.process.kill()
+        self.reap()
+
+    def reap(self) -> int:
+        """Wait for the process, kill any processes it left behind, and return its exit code."""
+        with contextlib.suppress(ChildProcessError):  # another thread has reaped it
+            # Unreaped it keeps its number, so the group is no other's.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            kill_group(self.process.pid)
+        return self.process.wait()
+
+
+class Child(Process):
+    """The parent's side of ``python -m module``, where the module runs ``child_main``.
+
+    Args:
+        name: what errors call it.
+        module: to run.
+        order: JSON-able; the first message.
+        log: as for ``Process``.
+        environment: as for ``Process``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        order: dict[str, Any],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ):
+        command, pipe = [sys.executable, "-m", module], subprocess.PIPE
+        super().__init__(name, command, log, environment, stdin=pipe, stdout=pipe)
+        self.send(order)
+
+    def send(self, message: Any) -> None:
+        """Send one message. Nothing happens if the child is dead: ``receive`` raises that."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def receive(self, failure: str = "died") -> dict | None:
+        """Wait for the child's next message; None once it has ended well.
+
+        Raises:
+            DraftheadError: the child's own error, or it ended otherwise; then the error says
+                ``failure``.
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if line:
+            message: dict = json.loads(line)
+            if "error" in message:
+                raise DraftheadError(message["error"])
+            return message
+        if self.reap() != 0:
+            raise self.death(f"the vLLM process {failure}")
+        return None
+
+    def messages(self) -> Iterator[dict]:
+        """All messages until the child ends. Errors as for ``receive``."""
+        while (message := self.receive()) is not None:
+            yield message
+
+    def close(self) -> None:
+        super().close()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def child_main(
+    work: Callable[[dict, Callable[[dict], None]], None],
+    receive: Callable[[Any], None] = lambda _: None,
+) -> None:
+    """The child's side: run ``work(order, report)``; a thread calls ``receive`` for each later
+    message.
+
+    stdin closes when the parent ends, however it ends; then this process ends too.
+    """
+    order: dict[str, Any] = json.loads(sys.stdin.readline())
+
+    def listen() -> None:
+        try:
+            for line in sys.stdin:
+                receive(json.loads(line))
+        finally:  # the last line may be cut short
+            kill_group(os.getpgrp())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints to stdout goes to the log
+    threading.Thread(target=listen, daemon=True).start()
+
+    def report(message: dict) -> None:
+        out.write(json.dumps(message) + "\n")
+
+    try:
+        work(order, report)
+    except DraftheadError as error:
+        report({"error": str(error)})
+        sys.exit(error.exit_code)
+
+
+def kill_group(group: int) -> None:
+    """SIGKILL every process of a group except this one and Python's resource tracker. The tracker
+    ends by itself after all others have, and removes the shared memory that they left."""
+    for _ in range(2):  # one may be started while the others are killed, but none after that
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                member = process.pid != os.getpid() and os.getpgid(process.pid) == group
+                if member and not any("resource_tracker" in part for part in process.cmdline()):
+                    process.kill()
+
+
+def kill_with_parent(group: int) -> subprocess.Popen:
+    """Start a process that kills ``group`` as soon as this process ends, however it ends. For
+    commands that do not run ``child_main``."""
+    command = [sys.executable, "-m", __name__, str(group)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what torchrun sets for a training process: an engine is not one."""
+    torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kinds = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in torchrun and not name.startswith(kinds)
+    }
+
+
+def memory_fault(log: Path, begin: int) -> str:
+    """The cause and the fix, if an engine ran out of memory; else empty.
+
+    Args:
+        log: file that the engine printed to.
+        begin: offset at which this engine began to print.
+    """
+    with log.open("rb") as file:
+        file.seek(begin)
+        text = file.read().decode(errors="replace")
+    for pattern, cause, fix in _NO_MEMORY:
+        if re.search(pattern, text):
+            return f"{cause}; {fix}"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.stdin.read()  # returns when the parent, which holds the other end, has ended
+    kill_group(int(sys.argv[1]))
