@@ -48,7 +48,7 @@ def make_target(folder: Path, vocab: int, width: int, layers: int) -> None:
 
 
 def steps() -> list[np.ndarray]:
-    """The notes of a unit's steps, int64 [sequences, 4] each, see `Captured.note`."""
+    """The notes of a unit's steps, int64 [sequences, 4] each, see `SequenceAssembler.note`."""
     found, row = [], 0
     for first in range(0, SEQUENCES, AT_ONCE):
         keys = np.arange(first, first + AT_ONCE)

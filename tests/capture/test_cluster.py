@@ -12,8 +12,8 @@ from rich.console import Console
 
 from drafthead.capture.cluster import (
     ATTEMPTS,
-    Board,
-    Hand,
+    Worker,
+    WorkQueue,
     _connected,
     _describe,
     _order,
@@ -37,7 +37,7 @@ QUIET = Console(quiet=True)
 
 
 def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
-    board = Board([0, 1, 2, 3, 4])
+    board = WorkQueue([0, 1, 2, 3, 4])
     assert [board.take("a"), board.take("b"), board.take("a")] == [0, 1, 2]
     board.finish("a", 0)
     assert board.lose("a") is None  # it held 2
@@ -51,7 +51,7 @@ def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
 
 
 def test_a_worker_that_was_lost_is_given_nothing_more():
-    board = Board([0, 1])
+    board = WorkQueue([0, 1])
     assert board.take("a") == 0
     board.lose("a")
     assert board.take("a") is None  # it asked before it died: nobody would ever do that unit
@@ -59,7 +59,7 @@ def test_a_worker_that_was_lost_is_given_nothing_more():
 
 
 def test_answers_are_counted_since_the_last_look():
-    board = Board([])
+    board = WorkQueue([])
     board.count(1, 30)
     board.count(2, 50)
     assert board.look() == (0, 0, 3, 80)
@@ -67,12 +67,12 @@ def test_answers_are_counted_since_the_last_look():
 
 
 def test_what_kills_every_worker_is_named():
-    board = Board([7, 8])
+    board = WorkQueue([7, 8])
     for worker in range(ATTEMPTS):
         assert board.take(str(worker)) == 7
         found = board.lose(str(worker))
     assert found == "unit 7"
-    board = Board([7])
+    board = WorkQueue([7])
     assert [board.lose(str(w)) for w in range(ATTEMPTS)][-1] == "starting an engine"
 
 
@@ -202,7 +202,7 @@ def test_a_unit_that_is_not_whole_there_is_not_brought(tmp_path, name):
 def test_a_worker_brings_the_answers_of_a_unit_that_it_is_to_prefill(tmp_path):
     write_part(tmp_path / "there" / "answers", 3, [], {"too long": ["c3"]})
     order = {"stage": "capture", "run": str(tmp_path / "run")}
-    hand = Hand("000", order, {3: []}, None, f"file://{tmp_path}/there")
+    hand = Worker("000", order, {3: []}, None, f"file://{tmp_path}/there")
     try:
         assert hand._asked(3) == (3, [])
         assert read_left_out(hand.run.answers) == {"too long": ["c3"]}

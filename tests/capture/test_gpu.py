@@ -10,7 +10,7 @@ from rich.console import Console
 
 from drafthead.capture import stages
 from drafthead.capture.online import open_states
-from drafthead.capture.tap import Tap
+from drafthead.capture.recorder import StateRecorder
 from drafthead.drafters.eagle3.batch import Batch
 from drafthead.drafters.eagle3.packing import pack_row
 from drafthead.ops.vocabulary import draft_ids
@@ -20,7 +20,7 @@ from drafthead.states.format import encode
 from drafthead.targets import recipe_target
 from drafthead.train.batches import prefetch
 from drafthead.train.plan import Plan
-from tests.capture.taker import Taker
+from tests.capture.fake_writer import FakeWriter
 from tests.vllm.runs import recipe_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("encoding", ["bf16", "fp8", "fp8-aux"])
 def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
     device = torch.device("cuda")
-    taker = Taker(2 * 64, 3, 256, encoding)
-    tap = Tap(torch.bfloat16, device, taker)
-    assert all(tensor.is_pinned() for tensor in taker.rows.tensors)
+    writer = FakeWriter(2 * 64, 3, 256, encoding)
+    recorder = StateRecorder(torch.bfloat16, device, writer)
+    assert all(tensor.is_pinned() for tensor in writer.rows.tensors)
     g = torch.Generator().manual_seed(0)
     outputs = [torch.zeros(64, 256, device=device, dtype=torch.bfloat16) for _ in range(3)]
     for unit in range(3):
@@ -40,10 +40,10 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
             n = int(torch.randint(1, 65, (1,), generator=g))
             for layer, output in enumerate(outputs):  # as a replayed CUDA graph does
                 output[:n].copy_(expected[step, :n, layer], non_blocking=False)
-            tap.record(outputs, [(unit * 100 + step, 0, n)])
+            recorder.record(outputs, [(unit * 100 + step, 0, n)])
             expected[step, n:] = 0
-        tap.end_unit()
-        captured = taker.take()
+        recorder.end_unit()
+        captured = writer.take()
         for step in range(40):
             n = int((expected[step].float().abs().sum((1, 2)) > 0).sum())
             rows = captured.resolve({unit * 100 + step: [0] * (n + 1)})
@@ -51,8 +51,8 @@ def test_rows_reach_the_host_although_each_step_overwrites_the_last(encoding):
             wanted = encode(expected[step, :n], encoding)
             for a, b in zip(found, wanted.values(), strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    tap.close()
-    assert not any(tensor.is_pinned() for tensor in taker.rows.tensors)
+    recorder.close()
+    assert not any(tensor.is_pinned() for tensor in writer.rows.tensors)
 
 
 def batches(recipe: Recipe, run: RunDir, device: torch.device) -> list[Batch]:

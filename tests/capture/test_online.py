@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from drafthead.capture import online
-from drafthead.capture.pages import PAGE, SharedPages, pages_needed
 from drafthead.capture.plan import make_plan
+from drafthead.capture.shared_memory import PAGE, PagePool, pages_needed
 from drafthead.data.answers import Answer, write_part
 from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
@@ -32,7 +32,7 @@ class FakeEngine:
     unusable: tuple[int, ...] = ()
 
     def __init__(self, what, module, order, log, environment):
-        self.pages = SharedPages.open(order["pages"])
+        self.pages = PagePool.open(order["pages"])
         self.inbox, self.log, self.under_way = queue.Queue(), [], set()
 
     def send(self, message):
@@ -186,13 +186,13 @@ def test_layers_can_be_chosen(made):
 
 
 def test_pages_are_shared_with_another_process():
-    pages = SharedPages.create(5)
+    pages = PagePool.create(5)
     tensors = [torch.arange(PAGE // 4 + 7, dtype=torch.float32), torch.arange(9).bool()]
     size = sum(t.nbytes for t in tensors)
     child = os.fork()
     if child == 0:
         try:
-            SharedPages.open(pages.path).put([4, 1], tensors)
+            PagePool.open(pages.path).put([4, 1], tensors)
         finally:
             os._exit(0)
     os.waitpid(child, 0)  # this one: others of other tests may end now

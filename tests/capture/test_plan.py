@@ -11,9 +11,8 @@ from transformers import AutoTokenizer
 
 from drafthead.capture import stages
 from drafthead.capture.engine import Written
-from drafthead.capture.generate import answer_unit, generate_units
+from drafthead.capture.generate import answer_unit, answers_in, generate_units
 from drafthead.capture.plan import make_plan
-from drafthead.capture.work import answers_in
 from drafthead.data.answers import Answer, write_part
 from drafthead.data.chats import load_chats
 from drafthead.errors import DraftheadError

@@ -1,4 +1,4 @@
-"""The process that writes states, with a tap on the CPU in the engine's place."""
+"""The process that writes states, with a recorder on the CPU in the engine's place."""
 
 import os
 import signal
@@ -13,10 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from drafthead.capture import captured, writer_process
+from drafthead.capture import assemble, writer_process
 from drafthead.capture.checks import ALL_ZERO, MISSING, NOT_FINITE
-from drafthead.capture.pages import PAGE, SharedPages
-from drafthead.capture.tap import Tap
+from drafthead.capture.recorder import StateRecorder
+from drafthead.capture.shared_memory import PAGE, PagePool
 from drafthead.capture.writer_process import WriterProcess
 from drafthead.states import StateReader, StoreMeta, memory
 from drafthead.states.check import check_store
@@ -42,7 +42,7 @@ class Engine:
 
     def __init__(self, process, sink, target, meta=META):
         self.process = process
-        self.tap = Tap(torch.float32, torch.device("cpu"), self.process)
+        self.recorder = StateRecorder(torch.float32, torch.device("cpu"), self.process)
         self.trouble = self.process.open(sink, asdict(meta), str(target), OPTIONS)
 
     def run(self, key, tokens=40, *, factor=1.0):
@@ -50,13 +50,13 @@ class Engine:
         states = states_of(key, tokens) * factor
         for start in range(0, len(states), 2):
             rows = states[start : start + 2]
-            self.tap.record(list(rows.unbind(1)), [(key, start, len(rows))])
+            self.recorder.record(list(rows.unbind(1)), [(key, start, len(rows))])
 
     def save(self, key, place, tokens=40):
         return self.save_all([key], place, tokens)
 
     def save_all(self, keys, place, tokens=40):
-        self.tap.end_unit()
+        self.recorder.end_unit()
         sequences = {key: list(range(tokens)) for key in keys}
         self.process.send_unit(place, sequences, [wanted(key, 5) for key in keys])
         return self.process.trouble()
@@ -98,13 +98,16 @@ def test_units_of_more_rows_than_the_ring_has_arrive_whole(engine, tmp_path):
 
 def test_a_smaller_unit_lies_in_the_memory_of_a_larger_one(monkeypatch):
     monkeypatch.setattr(memory, "_free", {})
-    for module in (captured, writer_process):
+    for module in (assemble, writer_process):
         monkeypatch.setattr(module, "SEGMENT_ROWS", 8)
     real, made = memory.mmap.mmap, []
     monkeypatch.setattr(memory.mmap, "mmap", lambda *a, **k: made.append(a) or real(*a, **k))
     sizes = []
     for tokens in (9, 6, 4, 3):
-        rows, sequences = captured.Captured(), {key: list(range(tokens)) for key in range(6)}
+        rows, sequences = (
+            assemble.SequenceAssembler(),
+            {key: list(range(tokens)) for key in range(6)},
+        )
         for key in sequences:
             rows.note(np.array([[key, rows.rows, 0, tokens - 1]]))
             rows.append(states_of(key, tokens))
@@ -117,7 +120,7 @@ def test_a_smaller_unit_lies_in_the_memory_of_a_larger_one(monkeypatch):
 
 
 def test_states_reach_pages(process, llama):
-    pages = SharedPages.create(3)
+    pages = PagePool.create(3)
     engine = Engine(process, {"pages": pages.path}, llama)
     engine.run(0)
     engine.save(0, [[2]])
@@ -146,7 +149,7 @@ def test_unusable_samples_are_left_out_of_their_unit(engine, tmp_path):
 
 
 def test_pages_of_an_unusable_sample_are_zero(process, llama):
-    pages = SharedPages.create(3)
+    pages = PagePool.create(3)
     pages.put([0, 1, 2], [torch.ones(3 * PAGE, dtype=torch.uint8)])
     engine = Engine(process, {"pages": pages.path}, llama)
     engine.run(0, factor=float("inf"))

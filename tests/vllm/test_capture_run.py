@@ -12,9 +12,8 @@ from rich.console import Console
 
 from drafthead.capture import stages
 from drafthead.capture.engine import CaptureEngine
-from drafthead.capture.generate import generate_units, prefill_units
+from drafthead.capture.generate import answers_in, generate_units, prefill_units
 from drafthead.capture.plan import make_plan
-from drafthead.capture.work import answers_in
 from drafthead.data.answers import read_answers, read_left_out, read_part
 from drafthead.errors import DraftheadError
 from drafthead.fsio import RunLock

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from drafthead.capture import stages
 from drafthead.capture.cluster import _here, on_cluster
+from drafthead.capture.generate import work
 from drafthead.capture.plan import make_plan
-from drafthead.capture.work import work
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from tests.processes import below, ended, wait_for

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from drafthead.capture.history import History
+from drafthead.capture.generate import History
 from drafthead.data.content_format import takes_parts
 from drafthead.data.template import Template
 from tests.templates import CONTENT_FORMATS, KEEPS_THINKING, STRIPS_THINKING, TEMPLATES

@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 import psutil
 from rich.console import Console
 
+from drafthead.capture.generate import answers_in, work
 from drafthead.capture.plan import WorkPlan, plan_elsewhere
-from drafthead.capture.work import answers_in, work
 from drafthead.data.answers import part_path
 from drafthead.data.chats import Chat
 from drafthead.data.template import given_template
@@ -48,7 +48,7 @@ _ANSWER_SECONDS = 5.0
 """Within which a cluster's head takes a connection."""
 
 
-class Board:
+class WorkQueue:
     """Who works on what. An actor of its own, so that workers ask it and not the driver."""
 
     def __init__(self, units: list[int]):
@@ -99,7 +99,7 @@ class Board:
         return len(self._open), sum(map(len, self._held.values())), answers, tokens
 
 
-class Hand:
+class Worker:
     """A worker: an engine's process, and the way of its units to the run's folder or location."""
 
     def __init__(
@@ -203,10 +203,10 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
                 location.put(part, f"answers/{part.name}")
     chats = {n: [(asdict(chat), split) for chat, split in plan.units[n]] for n in todo}
     with _connected(recipe) as ray:
-        board = ray.remote(**_here(ray))(Board).remote(todo)
+        board = ray.remote(**_here(ray))(WorkQueue).remote(todo)
         gpus = ray.cluster_resources().get("GPU")
         need = {"num_gpus": recipe.engine.tensor_parallel_size} if gpus else {"num_cpus": 1}
-        hand = ray.remote(max_restarts=0, **need)(Hand)
+        hand = ray.remote(max_restarts=0, **need)(Worker)
         room = _room(ray, need)
         wanted = min(len(todo), cluster.workers or room)
         shared, order, hired = ray.put(chats), _order(stage, plan, run), 0

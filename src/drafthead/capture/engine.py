@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from drafthead.capture.pages import SharedPages
-from drafthead.capture.tap import KEY
+from drafthead.capture.recorder import KEY
+from drafthead.capture.shared_memory import PagePool
 from drafthead.errors import DraftheadError
 from drafthead.machine import install_command, this_machine
 from drafthead.recipe import Recipe
@@ -67,7 +67,7 @@ class CaptureEngine:
         recipe: Recipe,
         target: Target,
         meta: StoreMeta,
-        sink: Path | SharedPages | None,
+        sink: Path | PagePool | None,
         *,
         strict: bool = True,
     ):

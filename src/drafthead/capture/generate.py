@@ -11,7 +11,6 @@ import numpy as np
 
 from drafthead.capture.checks import check_share
 from drafthead.capture.engine import CaptureEngine, Wanted, Written
-from drafthead.capture.history import History
 from drafthead.capture.plan import WorkPlan
 from drafthead.data.answers import (
     Answer,
@@ -22,10 +21,13 @@ from drafthead.data.answers import (
     write_part,
 )
 from drafthead.data.chats import Chat
+from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.fsio import shortened
+from drafthead.rundir import RunDir
 from drafthead.serve import reasoning_parser
 from drafthead.states.index import load_unit, unit_path
+from drafthead.states.writer import open_store
 
 # Tokens that a template puts around one more turn; more than any known one does.
 _TURN_MARGIN = 64
@@ -175,6 +177,50 @@ def as_wanted(key: int, answer: Answer) -> Wanted:
         conversation=answer.conversation,
         split=answer.split,
     )
+
+
+class History:
+    """Answers as later turns show them to the chat template.
+
+    The server leaves out special tokens and, if it has a reasoning parser, the thinking, which chat
+    clients do not send back.
+
+    Args:
+        template: the target's.
+        parser: the server's ``--reasoning-parser``, None without one.
+    """
+
+    def __init__(self, template: Template, parser: str | None):
+        self._template, self._parser = template, parser
+
+    def content(self, ids: Sequence[int]) -> str | None:
+        """The `content` of the server's message for an answer; None if it is all thinking.
+
+        Raises:
+            DraftheadError: vLLM's parser cannot read the answer.
+        """
+        if not self._parser:
+            return self._template.answer_text(ids, special_tokens=False)
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.parser import ParserManager
+
+        try:
+            parser_class = ParserManager.get_parser(
+                reasoning_parser_name=self._parser, is_harmony=self._parser == "openai_gptoss"
+            )
+            # A parser keeps a state: each answer gets its own, as each request does.
+            parser = parser_class(
+                self._template.tokenizer, None, chat_template_kwargs=self._template.arguments
+            )
+            request = parser.adjust_request(ChatCompletionRequest(messages=[]))
+            text = self._template.answer_text(ids, special_tokens=not request.skip_special_tokens)
+            _, content, _ = parser.parse(text, request, model_output_token_ids=list(ids))
+        except Exception as error:  # parsers raise whatever they like
+            raise DraftheadError(
+                f"vLLM's reasoning parser {self._parser} cannot read an answer of "
+                f"{self._template.where}: {error!r}"
+            ) from None
+        return content
 
 
 class _AnswerCounter:
@@ -381,3 +427,35 @@ def prefill_units(
         if engine:
             report({"doing": "ending the engine"})
             engine.close()
+
+
+def work(
+    stage: str, plan: WorkPlan, run: RunDir, units: Iterable[int], report: Callable[[dict], None]
+) -> None:
+    """Do units of a stage in this process.
+
+    report: called with progress: ``{"ready": True}`` once an engine runs, what
+    :func:`generate_units` and :func:`prefill_units` report, and ``{"doing": text}`` for what still
+    takes time after the last unit.
+    """
+    one_pass = stage == "generate" and plan.recipe.capture.mode == "generate"
+    states = run.states if one_pass or stage == "capture" else None
+    if states is not None:
+        open_store(states, plan.meta)
+
+    def start() -> CaptureEngine:
+        engine = CaptureEngine(plan.recipe, plan.target, plan.meta, states)
+        report({"ready": True})
+        return engine
+
+    if stage == "generate":
+        generate_units(plan, run.answers, states, units, start, report)
+    else:
+        prefill_units(plan, run.answers, run.states, units, start, report)
+
+
+def answers_in(stage: str, plan: WorkPlan, units: Iterable[int]) -> int:
+    """How many answers a stage works on in these units: ``generate`` writes one a turn,
+    ``capture`` takes one a conversation."""
+    chats = [chat for unit in units for chat, _ in plan.units[unit]]
+    return sum(len(chat.turns) for chat in chats) if stage == "generate" else len(chats)

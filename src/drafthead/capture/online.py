@@ -20,8 +20,8 @@ import torch
 from drafthead.capture.checks import NOT_FINITE, check_share
 from drafthead.capture.engine import CaptureEngine
 from drafthead.capture.generate import as_wanted
-from drafthead.capture.pages import PAGE, SharedPages, pages_needed
 from drafthead.capture.plan import make_plan
+from drafthead.capture.shared_memory import PAGE, PagePool, pages_needed
 from drafthead.data.answers import Answer, part_path, read_part
 from drafthead.errors import DraftheadError
 from drafthead.fsio import keep_hashes
@@ -81,7 +81,7 @@ class OnlineReader(Samples):
         self.split = np.array([answer.split for answer in self._answers], object)
         largest = pages_needed(int(self.states.max(initial=1)) * meta.bytes_per_token)
         count = max(recipe.capture.online_bytes // PAGE, largest)
-        self._memory = SharedPages.create(count)
+        self._memory = PagePool.create(count)
         self._free = list(range(count))
         self._ahead: deque[int] = deque()
         self._requests: dict[int, _Request] = {}  # by number, in the order they were sent
@@ -124,7 +124,7 @@ class OnlineReader(Samples):
             while not request.arrived:
                 self._wait()
         stored = self._copy(request)
-        # The pages of a sample with unusable states are zero (`PageWriter`); no state is.
+        # The pages of a sample with unusable states are zero (`_Pages`); no state is.
         usable = any(bool(tensor[-1].any()) for tensor in stored.values())
         with self._change:
             self._free += request.pages
@@ -258,7 +258,7 @@ def _serve(order: dict, report: Callable[[dict], None]) -> None:
     answers: list[Answer] = []
     for unit in range(plan.meta.units):
         answers += read_part(part_path(run.answers, unit))
-    pages = SharedPages.open(order["pages"])
+    pages = PagePool.open(order["pages"])
     engine = CaptureEngine(plan.recipe, plan.target, plan.meta, pages)
     copying: list[int] = []
     while True:

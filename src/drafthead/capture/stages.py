@@ -10,8 +10,8 @@ from rich.markup import escape
 
 from drafthead.capture.checks import FIXES, check_share
 from drafthead.capture.cluster import spread
+from drafthead.capture.generate import answers_in, work
 from drafthead.capture.plan import WorkPlan, make_plan
-from drafthead.capture.work import answers_in, work
 from drafthead.data.answers import Answer, part_path, read_answers, read_left_out
 from drafthead.data.chats import count_left_out
 from drafthead.errors import DraftheadError

@@ -16,7 +16,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.v1.worker.gpu_worker import Worker
 
-from drafthead.capture.tap import KEY, Tap
+from drafthead.capture.recorder import KEY, StateRecorder
 from drafthead.capture.writer_process import WriterProcess
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Capture:
     """What the workers share; the rank 0 of tensor parallel holds the whole residual stream."""
 
     _process: WriterProcess | None = None
-    _tap: Tap | None = None
+    _recorder: StateRecorder | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         config, runner = self.vllm_config, self.model_runner  # type: ignore[attr-defined]
@@ -58,12 +58,12 @@ class Capture:
         self._keys: dict[str, Any] = {}
         if self._process is not None:
             device: torch.device = self.device  # type: ignore[attr-defined]
-            self._tap = Tap(config.model_config.dtype, device, self._process)
+            self._recorder = StateRecorder(config.model_config.dtype, device, self._process)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: "SchedulerOutput") -> Any:
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
-        if self._tap is not None and scheduler_output.total_num_scheduled_tokens:
+        if self._recorder is not None and scheduler_output.total_num_scheduled_tokens:
             self._record(scheduler_output)
         return output
 
@@ -87,8 +87,8 @@ class Capture:
         batch = getattr(state, "input_batch", None) or runner.input_batch
         order = batch.req_ids[: len(counts)]
         sequences = [(self._keys.get(r), starts[r], counts[r]) for r in order]
-        assert self._tap is not None
-        self._tap.record(state.aux_hidden_states, sequences)
+        assert self._recorder is not None
+        self._recorder.record(state.aux_hidden_states, sequences)
 
     # What `LLM.collective_rpc` calls; ranks other than 0 have nothing to do.
 
@@ -110,9 +110,9 @@ class Capture:
         Returns:
             What went wrong with this or an earlier one, or None.
         """
-        if self._tap is None or self._process is None:
+        if self._recorder is None or self._process is None:
             return None
-        self._tap.end_unit()
+        self._recorder.end_unit()
         self._process.send_unit(place, dict(sequences), wanted)
         return self._process.trouble()
 
@@ -122,13 +122,13 @@ class Capture:
 
     def drafthead_stats(self) -> dict | None:
         """See ``CaptureEngine.stats``."""
-        if self._tap is None or self._process is None:
+        if self._recorder is None or self._process is None:
             return None
-        return {"waits": self._process.waits, "device_bytes": self._tap.device_bytes}
+        return {"waits": self._process.waits, "device_bytes": self._recorder.device_bytes}
 
     def shutdown(self) -> None:
-        if self._tap is not None:
-            self._tap.close()
+        if self._recorder is not None:
+            self._recorder.close()
         if self._process is not None:
             self._process.close()
         super().shutdown()  # type: ignore[misc]

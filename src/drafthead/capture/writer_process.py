@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +23,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from drafthead.capture.captured import SEGMENT_ROWS, Captured
-from drafthead.capture.checks import Checker
-from drafthead.capture.pages import PageWriter, SharedPages
-from drafthead.capture.ring import Ring, SharedRows
+from drafthead.capture.assemble import SEGMENT_ROWS, SequenceAssembler
+from drafthead.capture.checks import CHECKED, Checker, unusable
+from drafthead.capture.shared_memory import PagePool, RingBuffer, SharedRows
 from drafthead.errors import DraftheadError
 from drafthead.machine import usable_cores
 from drafthead.states import Sample, StateWriter, StoreMeta
@@ -61,7 +60,7 @@ class WriterProcess:
         theirs.close()
         self.rows = SharedRows(memory, capacity, layers, hidden, encoding)
         os.close(memory)
-        self._ring = Ring(capacity)
+        self._ring = RingBuffer(capacity)
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (event or None, message)
         self._trouble: str | None = None
         self._died: str | None = None
@@ -88,7 +87,7 @@ class WriterProcess:
         self, start: int, stop: int, notes: bytes, filled: "torch.cuda.Event | None"
     ) -> None:
         """A run from ``room`` is full once ``filled`` has happened. ``notes``: int64 [n, 4], see
-        ``Captured.note``."""
+        ``SequenceAssembler.note``."""
         self._outbox.put((filled, ("rows", start, stop, notes)))
 
     def send_unit(self, place: Any, sequences: dict[int, list[int]], wanted: list[dict]) -> None:
@@ -175,7 +174,7 @@ def serve(
         receive: waits for a message.
         send: to the engine.
     """
-    captured = Captured()
+    captured = SequenceAssembler()
     sink: _Sink | None = None
     while True:
         what, *given = receive()
@@ -186,12 +185,12 @@ def serve(
                 captured.note(np.frombuffer(notes, np.int64).reshape(-1, 4))
                 send(("free", None))
             elif what == "open":
-                captured, sink = Captured(), _open(*given)
+                captured, sink = SequenceAssembler(), _open(*given)
             elif sink is None:
                 raise AssertionError(f"{what} before open")
             elif what == "unit":
                 place, sequences, wanted = given
-                whole, captured = captured, Captured()
+                whole, captured = captured, SequenceAssembler()
                 samples = _samples(whole, sequences, wanted, sink.meta)
                 sink.submit(place, samples, len(wanted))
             else:
@@ -229,18 +228,66 @@ class _Store:
         self._writer.submit(unit, self._checker.watch(samples, count, self.meta, checks), checks)
 
 
+class _Pages:
+    """Checks samples and copies them into pages. After ``CHECKED`` greedy tokens the engine is
+    believed, and only each state's values are looked at: the LM head is too much to read for every
+    few samples.
+
+    Args:
+        pages: shared with the reader.
+        meta: what the states are of.
+        checker: of the engine's states.
+    """
+
+    def __init__(self, pages: PagePool, meta: StoreMeta, checker: Checker):
+        self.pages, self.meta, self.checker = pages, meta, checker
+        self._picked: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._believed = not checker.greedy
+
+    def submit(
+        self,
+        places: Sequence[Sequence[int]],
+        samples: Iterable[tuple[str, Sample | None]],
+        count: int,
+    ) -> None:
+        """Copy each of ``count`` samples into the pages at its place; zeros if it is unusable.
+
+        Raises:
+            DraftheadError: the states are not those of the served tokens.
+        """
+        for place, (_, sample) in zip(places, samples, strict=True):
+            if sample is None or unusable(sample, self.meta):
+                self.pages.clear(place)
+                continue
+            if not self._believed:
+                self._picked.append(self.checker.pick(sample, count))
+            self.pages.put(place, sample.stored.values())
+        if sum(len(served) for _, served in self._picked) >= CHECKED:
+            self.checker.agreement(self._picked)
+            self._picked, self._believed = [], True
+
+    def check(self) -> None:
+        """Nothing to do: ``submit`` raises what is wrong."""
+
+    def flush(self) -> None:
+        """Nothing to do: ``submit`` has copied everything."""
+
+
 def _open(sink: dict, meta: dict, target: str, options: dict) -> _Sink:
     about = StoreMeta.of(meta)
     trusted, overrides = options["trust_remote_code"], options["hf_overrides"]
     loaded = load_target(target, trust_remote_code=trusted, overrides=overrides)
     checker = Checker(loaded, options["greedy"], options["strict"])
     if "pages" in sink:
-        return PageWriter(SharedPages.open(sink["pages"]), about, checker)
+        return _Pages(PagePool.open(sink["pages"]), about, checker)
     return _Store(Path(sink["store"]), about, options["shard_bytes"], checker)
 
 
 def _samples(
-    captured: Captured, sequences: dict[int, list[int]], wanted: list[dict], meta: StoreMeta
+    captured: SequenceAssembler,
+    sequences: dict[int, list[int]],
+    wanted: list[dict],
+    meta: StoreMeta,
 ) -> Iterator[tuple[str, Sample | None]]:
     """The wanted conversations, each with its sample; None where some of its states are missing."""
     resolved = captured.resolve(sequences) if wanted else {}

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from drafthead.capture import captured as captured_module
-from drafthead.capture.captured import Captured
-from drafthead.capture.tap import Tap
+from drafthead.capture import assemble
+from drafthead.capture.assemble import SequenceAssembler
+from drafthead.capture.recorder import StateRecorder
 from drafthead.states.format import encode
-from tests.capture.taker import Taker
+from tests.capture.fake_writer import FakeWriter
 
 L, H = 3, 4
 
@@ -17,14 +17,14 @@ def true_states(ids):
     return torch.stack([torch.full((L, H), float(v)) for v in running])
 
 
-def tap_and_taker(encoding="fp32"):
-    taker = Taker(16, L, H, encoding)
-    return Tap(torch.float32, torch.device("cpu"), taker), taker
+def recorder_and_writer(encoding="fp32"):
+    writer = FakeWriter(16, L, H, encoding)
+    return StateRecorder(torch.float32, torch.device("cpu"), writer), writer
 
 
 def run(steps, ids):
-    """Feed a tap steps of (key, start, count); returns what it captured."""
-    tap, taker = tap_and_taker()
+    """Feed a recorder steps of (key, start, count); returns what it captured."""
+    recorder, writer = recorder_and_writer()
     for step in steps:
         rows = torch.cat(
             [
@@ -33,9 +33,9 @@ def run(steps, ids):
             ]
         )
         padded = torch.cat([rows, torch.full((2, L, H), float("nan"))])
-        tap.record(list(padded.unbind(1)), step)
-    tap.end_unit()
-    return taker.take()
+        recorder.record(list(padded.unbind(1)), step)
+    recorder.end_unit()
+    return writer.take()
 
 
 def check(captured, ids):
@@ -46,7 +46,7 @@ def check(captured, ids):
 
 @pytest.mark.parametrize("segment", [8192, 3])
 def test_rows_of_mixed_steps_find_their_sequences(monkeypatch, segment):
-    monkeypatch.setattr(captured_module, "SEGMENT_ROWS", segment)
+    monkeypatch.setattr(assemble, "SEGMENT_ROWS", segment)
     ids = {7: [1, 2, 3, 4, 5], 9: [6, 7, 8]}
     steps = [
         [(9, 0, 1), (7, 0, 2)],  # a chunked prefill beside a whole one
@@ -57,7 +57,7 @@ def test_rows_of_mixed_steps_find_their_sequences(monkeypatch, segment):
 
 
 def test_a_preempted_sequence_counts_as_it_was_computed_last():
-    captured = Captured()
+    captured = SequenceAssembler()
     captured.append(torch.tensor([1.0, 2.0, 30.0, 40.0]).reshape(4, 1, 1))
     captured.note(np.array([[0, 0, 0, 2]]))
     captured.note(np.array([[0, 2, 0, 2]]))
@@ -84,20 +84,20 @@ def test_a_position_that_nobody_computed_has_no_row():
 
 @pytest.mark.parametrize("encoding", ["fp8", "fp8-aux"])
 def test_fp8_is_encoded_row_by_row(encoding):
-    tap, taker = tap_and_taker(encoding)
+    recorder, writer = recorder_and_writer(encoding)
     rows = torch.randn(5, L, H, generator=torch.Generator().manual_seed(0))
-    tap.record(list(rows.unbind(1)), [(3, 0, 5)])
-    captured = taker.take()
+    recorder.record(list(rows.unbind(1)), [(3, 0, 5)])
+    captured = writer.take()
     found = captured.take(captured.resolve({3: [0] * 6})[3])
     for tensor, expected in zip(found, encode(rows, encoding).values(), strict=True):
         assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_a_unit_starts_anew():
-    tap, taker = tap_and_taker()
+    recorder, writer = recorder_and_writer()
     for key, tokens in enumerate(([1, 2, 3], [9, 9, 9])):
-        tap.record(list(true_states(tokens)[:2].unbind(1)), [(key, 0, 2)])
-        tap.end_unit()
-        captured = taker.take()
+        recorder.record(list(true_states(tokens)[:2].unbind(1)), [(key, 0, 2)])
+        recorder.end_unit()
+        captured = writer.take()
         check(captured, {key: tokens})
         assert captured.rows == 2

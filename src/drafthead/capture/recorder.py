@@ -19,7 +19,7 @@ KEY = "drafthead"
 """`SamplingParams.extra_args[KEY]` names a sequence whose states are wanted."""
 
 
-class Tap:
+class StateRecorder:
     """Records the states of every step of one engine.
 
     Args:

@@ -6,19 +6,20 @@ from collections import deque
 
 import numpy as np
 
-from drafthead.capture.captured import Captured
-from drafthead.capture.ring import Ring, SharedRows
+from drafthead.capture.assemble import SequenceAssembler
+from drafthead.capture.shared_memory import RingBuffer, SharedRows
 
 
-class Taker:
-    """As ``WriterProcess`` to a ``Tap``; ``take`` gives what was captured since the last call."""
+class FakeWriter:
+    """A ``WriterProcess`` for a ``StateRecorder``; ``take`` gives what was captured since the last
+    call."""
 
     def __init__(self, capacity, layers, hidden, encoding):
         self.capacity, self.layers, self.hidden, self.encoding = capacity, layers, hidden, encoding
         memory = SharedRows.create(capacity, layers, hidden, encoding)
         self.rows = SharedRows(memory, capacity, layers, hidden, encoding)
         os.close(memory)
-        self._ring, self._sent, self._captured = Ring(capacity), deque(), Captured()
+        self._ring, self._sent, self._captured = RingBuffer(capacity), deque(), SequenceAssembler()
 
     def room(self, n):
         while (run := self._ring.take(n)) is None:
@@ -31,7 +32,7 @@ class Taker:
     def take(self):
         while self._sent:
             self._copy_one()
-        done, self._captured = self._captured, Captured()
+        done, self._captured = self._captured, SequenceAssembler()
         return done
 
     def _copy_one(self):

@@ -11,7 +11,7 @@ SEGMENT_ROWS = 8192
 """Rows of one piece of memory: large enough to copy in bulk, small enough to grow by."""
 
 
-class Captured:
+class SequenceAssembler:
     """The rows of finished steps, encoded. Row r of position p is the last one noted for it: a
     preempted sequence computes its positions again."""
 

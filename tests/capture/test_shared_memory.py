@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from drafthead.capture.ring import Ring, SharedRows
+from drafthead.capture.shared_memory import RingBuffer, SharedRows
 from drafthead.states.format import encode
 
 
 def test_ring_never_hands_out_what_is_in_use():
-    ring, rng, held, waits = Ring(64), np.random.default_rng(0), [], 0
+    ring, rng, held, waits = RingBuffer(64), np.random.default_rng(0), [], 0
     for _ in range(5000):
         n = int(rng.integers(1, 33))  # up to half
         while held and (len(held) > 3 or rng.random() < 0.3):

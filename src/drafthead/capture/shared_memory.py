@@ -1,15 +1,25 @@
-"""A ring of rows in memory that two processes share: one fills it, the other empties it."""
+"""Memory that two processes share: a ring of rows and a pool of pages.
+
+An engine fills the ring and the process that writes its states empties it. Training reads from the
+pool: it hands out free pages with each request, so memory is bounded, nothing has to be found and
+the engine never waits for room.
+"""
 
 import mmap
 import os
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from drafthead.states.format import Encoding, encode
 from drafthead.states.layout import Place, lay_out
 
+PAGE = 1 << 18
+"""Bytes: small beside a sample of a hundred tokens, large beside the cost of a copy."""
 
-class Ring:
+
+class RingBuffer:
     """Numbers of free rows, handed out and given back in order, in runs of at most half of all."""
 
     def __init__(self, capacity: int):
@@ -87,3 +97,57 @@ def _places(
     """Where what ``encode`` makes of states [rows, layers, hidden] lies, and the bytes of it."""
     row = encode(torch.zeros(1, layers, hidden), encoding)
     return lay_out({name: (x.dtype, (rows, *x.shape[1:])) for name, x in row.items()})
+
+
+class PagePool:
+    """Memory without a name in any file system: it is gone with the last process that has it, and
+    no limit of /dev/shm binds it. Another process of the same user opens it by ``path``, as long
+    as it is not closed here."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+        self.path = f"/proc/{os.getpid()}/fd/{fd}"
+        self._pages = np.frombuffer(mmap.mmap(fd, 0), np.uint8).reshape(-1, PAGE)
+        self.count = len(self._pages)
+
+    @classmethod
+    def create(cls, count: int) -> "PagePool":
+        """``count`` new pages."""
+        fd = os.memfd_create("drafthead-states")
+        os.ftruncate(fd, count * PAGE)
+        return cls(fd)
+
+    @classmethod
+    def open(cls, path: str) -> "PagePool":
+        """The pages that another process has."""
+        return cls(os.open(path, os.O_RDWR))
+
+    def close(self) -> None:
+        """Let nobody else open it; the memory goes with the last who has it."""
+        os.close(self._fd)
+
+    def put(self, places: Sequence[int], tensors: Iterable[torch.Tensor]) -> None:
+        """Copy the tensors' bytes, one after the other, into the pages ``places``."""
+        parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in tensors]
+        data = np.concatenate(parts)
+        for number, start in zip(places, range(0, len(data), PAGE), strict=True):
+            piece = data[start : start + PAGE]
+            self._pages[number, : len(piece)] = piece
+
+    def clear(self, places: Sequence[int]) -> None:
+        """Zero the pages ``places``."""
+        self._pages[list(places)] = 0
+
+    def take(self, places: Sequence[int], size: int) -> torch.Tensor:
+        """uint8 [size]: a copy of what ``put`` left there."""
+        data = torch.empty(size, dtype=torch.uint8)
+        view = data.numpy()
+        for number, start in zip(places, range(0, size, PAGE), strict=True):
+            piece = view[start : start + PAGE]
+            piece[:] = self._pages[number, : len(piece)]
+        return data
+
+
+def pages_needed(size: int) -> int:
+    """Pages that ``size`` bytes take."""
+    return -(-size // PAGE)
