@@ -37,43 +37,43 @@ QUIET = Console(quiet=True)
 
 
 def test_units_of_a_lost_worker_are_given_out_first_and_none_twice():
-    board = WorkQueue([0, 1, 2, 3, 4])
-    assert [board.take("a"), board.take("b"), board.take("a")] == [0, 1, 2]
-    board.finish("a", 0)
-    assert board.lose("a") is None  # it held 2
-    assert board.look()[:2] == (3, 1)
-    assert [board.take("b") for _ in range(4)] == [2, 3, 4, None]
+    queue = WorkQueue([0, 1, 2, 3, 4])
+    assert [queue.take("a"), queue.take("b"), queue.take("a")] == [0, 1, 2]
+    queue.finish("a", 0)
+    assert queue.worker_died("a") is None  # it held 2
+    assert queue.poll()[:2] == (3, 1)
+    assert [queue.take("b") for _ in range(4)] == [2, 3, 4, None]
     for unit in (3, 1, 4, 2):
-        board.finish("b", unit)
-    assert board.lose("b") is None
-    assert sorted(board.done) == [0, 1, 2, 3, 4]
-    assert board.look()[:2] == (0, 0)
+        queue.finish("b", unit)
+    assert queue.worker_died("b") is None
+    assert sorted(queue.done) == [0, 1, 2, 3, 4]
+    assert queue.poll()[:2] == (0, 0)
 
 
 def test_a_worker_that_was_lost_is_given_nothing_more():
-    board = WorkQueue([0, 1])
-    assert board.take("a") == 0
-    board.lose("a")
-    assert board.take("a") is None  # it asked before it died: nobody would ever do that unit
-    assert [board.take("b"), board.take("b")] == [0, 1]
+    queue = WorkQueue([0, 1])
+    assert queue.take("a") == 0
+    queue.worker_died("a")
+    assert queue.take("a") is None  # it asked before it died: nobody would ever do that unit
+    assert [queue.take("b"), queue.take("b")] == [0, 1]
 
 
 def test_answers_are_counted_since_the_last_look():
-    board = WorkQueue([])
-    board.count(1, 30)
-    board.count(2, 50)
-    assert board.look() == (0, 0, 3, 80)
-    assert board.look() == (0, 0, 0, 0)
+    queue = WorkQueue([])
+    queue.count(1, 30)
+    queue.count(2, 50)
+    assert queue.poll() == (0, 0, 3, 80)
+    assert queue.poll() == (0, 0, 0, 0)
 
 
 def test_what_kills_every_worker_is_named():
-    board = WorkQueue([7, 8])
+    queue = WorkQueue([7, 8])
     for worker in range(ATTEMPTS):
-        assert board.take(str(worker)) == 7
-        found = board.lose(str(worker))
+        assert queue.take(str(worker)) == 7
+        found = queue.worker_died(str(worker))
     assert found == "unit 7"
-    board = WorkQueue([7])
-    assert [board.lose(str(w)) for w in range(ATTEMPTS)][-1] == "starting an engine"
+    queue = WorkQueue([7])
+    assert [queue.worker_died(str(w)) for w in range(ATTEMPTS)][-1] == "starting an engine"
 
 
 @pytest.mark.parametrize("scheme", ["file://{}/there", "memory://{}/there"])
@@ -202,14 +202,14 @@ def test_a_unit_that_is_not_whole_there_is_not_brought(tmp_path, name):
 def test_a_worker_brings_the_answers_of_a_unit_that_it_is_to_prefill(tmp_path):
     write_part(tmp_path / "there" / "answers", 3, [], {"too long": ["c3"]})
     order = {"stage": "capture", "run": str(tmp_path / "run")}
-    hand = Worker("000", order, {3: []}, None, f"file://{tmp_path}/there")
+    worker = Worker("000", order, {3: []}, None, f"file://{tmp_path}/there")
     try:
-        assert hand._asked(3) == (3, [])
-        assert read_left_out(hand.run.answers) == {"too long": ["c3"]}
-        assert hand._asked(None) is None
-        assert str(os.getpid()) in hand.scratch.name
+        assert worker._asked(3) == (3, [])
+        assert read_left_out(worker.run.answers) == {"too long": ["c3"]}
+        assert worker._asked(None) is None
+        assert str(os.getpid()) in worker.scratch.name
     finally:
-        shutil.rmtree(hand.scratch)
+        shutil.rmtree(worker.scratch)
 
 
 def test_workers_find_a_target_that_is_named_from_here(llama, tmp_path, monkeypatch):

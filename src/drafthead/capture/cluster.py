@@ -43,13 +43,18 @@ from drafthead.states.writer import check_same, open_store
 
 ATTEMPTS = 3
 """Workers that a unit may cost before it is held to be what kills them."""
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 5.0
 """Within which a cluster's head takes a connection."""
 
 
 class WorkQueue:
-    """Who works on what. An actor of its own, so that workers ask it and not the driver."""
+    """Which worker does which units. An actor of its own, so that workers ask it, not the driver.
+
+    Ray's own retries (`max_task_retries`, as under `ray.util.ActorPool`) are not enough: they give
+    a unit to the same actor again. With its machine lost it failed (ActorUnavailableError, Ray
+    2.60) while another worker was free; and a pool computes no unit while it writes the one before.
+    """
 
     def __init__(self, units: list[int]):
         self._open = deque(units)
@@ -72,7 +77,7 @@ class WorkQueue:
         self._held[worker].remove(unit)
         self.done.append(unit)
 
-    def lose(self, worker: str) -> str | None:
+    def worker_died(self, worker: str) -> str | None:
         """A worker is dead: its unfinished units are open again, the first to be given out.
 
         Returns:
@@ -92,7 +97,7 @@ class WorkQueue:
         self._answers += answers
         self._tokens += tokens
 
-    def look(self) -> tuple[int, int, int, int]:
+    def poll(self) -> tuple[int, int, int, int]:
         """Units open, units held; the answers since the last look, and their tokens."""
         answers, tokens = self._answers, self._tokens
         self._answers = self._tokens = 0
@@ -107,10 +112,11 @@ class Worker:
         name: str,
         order: dict[str, Any],
         chats: dict[int, list],
-        board: Any,
+        work_queue: Any,
         location: str | None,
     ):
-        self.name, self.order, self.chats, self.board = name, order, chats, board
+        self.name, self.order, self.chats = name, order, chats
+        self.work_queue = work_queue
         self.location = Location(location) if location else None
         self.scratch = _scratch() if location else None
         self.run = RunDir(self.scratch) if self.scratch else RunDir(Path(order["run"]))
@@ -134,12 +140,12 @@ class Worker:
                     while publishing and publishing[0].done():
                         publishing.popleft().result()
                     if "next" in message:
-                        unit = ray.get(self.board.take.remote(self.name))
+                        unit = ray.get(self.work_queue.take.remote(self.name))
                         child.send(self._asked(unit))
                     elif "unit" in message:
                         publishing.append(pool.submit(self._finish, message["unit"], meta))
                     elif "answers" in message:
-                        self.board.count.remote(message["answers"], message["tokens"])
+                        self.work_queue.count.remote(message["answers"], message["tokens"])
                 for future in publishing:
                     future.result()
         finally:
@@ -168,7 +174,7 @@ class Worker:
             if self.order["stage"] == "generate":
                 self.location.put(part, f"answers/{part.name}")
             part.unlink()
-        ray.get(self.board.finish.remote(self.name, unit))
+        ray.get(self.work_queue.finish.remote(self.name, unit))
 
 
 def _scratch() -> Path:
@@ -203,10 +209,10 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
                 location.put(part, f"answers/{part.name}")
     chats = {n: [(asdict(chat), split) for chat, split in plan.units[n]] for n in todo}
     with _connected(recipe) as ray:
-        board = ray.remote(**_here(ray))(WorkQueue).remote(todo)
+        work_queue = ray.remote(**_here(ray))(WorkQueue).remote(todo)
         gpus = ray.cluster_resources().get("GPU")
         need = {"num_gpus": recipe.engine.tensor_parallel_size} if gpus else {"num_cpus": 1}
-        hand = ray.remote(max_restarts=0, **need)(Worker)
+        actor_class = ray.remote(max_restarts=0, **need)(Worker)
         room = _room(ray, need)
         wanted = min(len(todo), cluster.workers or room)
         shared, order, hired = ray.put(chats), _order(stage, plan, run), 0
@@ -216,25 +222,25 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
         bar = progress(console, stage, total, done, unit="answers")
         with _all_ended(ray, workers), bar as shown:
             while True:
-                left, held, answers, more = ray.get(board.look.remote())
+                left, held, answers, more = ray.get(work_queue.poll.remote())
                 tokens += more
                 shown.advance(answers, note=f"{len(workers)} workers, {tokens:,} tokens")
                 while len(workers) < min(wanted, len(workers) + left):
                     name = f"{hired:03d}"
-                    actor = hand.remote(name, order, shared, board, cluster.location)
+                    actor = actor_class.remote(name, order, shared, work_queue, cluster.location)
                     workers[actor.work.remote()] = (name, actor)
                     hired += 1
                     left -= 1
                 if not workers and not left + held:
                     return
-                ended, _ = ray.wait(list(workers), timeout=_LOOK_SECONDS)
+                ended, _ = ray.wait(list(workers), timeout=_POLL_SECONDS)
                 for reference in ended:
                     name, actor = workers[reference]
                     try:
                         ray.get(reference)
                     except ray.exceptions.RayActorError as error:
                         console.print(f"[yellow]worker {name} is lost; its units go to others[/]")
-                        hopeless = ray.get(board.lose.remote(name))
+                        hopeless = ray.get(work_queue.worker_died.remote(name))
                         if hopeless:
                             raise DraftheadError(
                                 f"{stage}: {hopeless} has cost {ATTEMPTS} workers, at last: {error}"
@@ -349,7 +355,7 @@ def check_address(address: str | None) -> None:
 
 def _here(ray: Any) -> dict[str, Any]:
     """What makes an actor live on the driver's machine. Ray puts one that needs no resources
-    anywhere, and the board must not be lost with a worker."""
+    anywhere, and the queue must not be lost with a worker."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = ray.get_runtime_context().get_node_id()
