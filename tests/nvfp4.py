@@ -1,4 +1,4 @@
-"""NVFP4 checkpoints out of dense ones, without ModelOpt: a scale of its own for every matrix."""
+"""NVFP4 checkpoints out of dense ones, without ModelOpt, and dense ones out of them."""
 
 import json
 import shutil
@@ -36,5 +36,26 @@ def pack_folder(dense: Path, out: Path, ignore: list[str], plain: tuple[str, ...
         "group_size": 16,
         "ignore": ignore,
     }
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def dense_folder(folder: Path, out: Path) -> Path:
+    """Write a dense fp32 checkpoint with the values of an NVFP4 one of a single file."""
+    out.mkdir()
+    stored, weights = load_file(folder / "model.safetensors"), {}
+    scales = ("weight_scale", "weight_scale_2", "input_scale")
+    for name, tensor in stored.items():
+        if name.endswith(scales):
+            continue
+        if f"{name}_scale" in stored:
+            tensor = nvfp4.dequantize(tensor, stored[f"{name}_scale"], stored[f"{name}_scale_2"])
+        weights[name] = tensor
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors" and file.name != "hf_quant_config.json":
+            shutil.copy(file, out)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
     return out

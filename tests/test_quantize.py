@@ -12,6 +12,7 @@ from drafthead.data.chats import Chat
 from drafthead.errors import DraftheadError
 from drafthead.quantize import RECORD, _beside_weights, chats_of, quantize
 from drafthead.targets import load_target, nvfp4
+from tests.nvfp4 import dense_folder
 
 CHATS = [Chat(None, ((f"What is {a} times {b}?",),), "test") for a in range(4) for b in range(3)]
 
@@ -56,7 +57,7 @@ def test_weights_are_the_targets_packed(kind, request, lfm2_moe, llama):
                     for end in ("_scale_2",):
                         pair = packed[name + end], packed[name.replace(group[0], other) + end]
                         assert torch.equal(*pair), name
-    stated = nvfp4.quantization_of(folder)
+    stated = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
     assert stated["quant_algo"] == "NVFP4"
     assert "lm_head" in stated["exclude_modules"]
     assert (kind == "moe") == any("conv" in name for name in stated["exclude_modules"])
@@ -79,7 +80,7 @@ def test_perplexity_is_that_of_the_checkpoint(kind, request, tmp_path, lfm2_moe,
     module._answered(model, template, CHATS[:8], 24)  # draws as many random numbers as it did
     held = module._answered(model, template, CHATS[8:], 24)
     assert module._perplexity(model, held)[0] == pytest.approx(record["perplexity"], rel=1e-5)
-    nvfp4.expand(folder, tmp_path / "expanded")
+    dense_folder(folder, tmp_path / "expanded")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "expanded", dtype="auto").eval()
     found = module._perplexity(model, held)[0]
     assert found == pytest.approx(record["perplexity_w4a16"], rel=1e-4)

@@ -118,26 +118,7 @@ def quantization(ignore):
     return {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ignore}
 
 
-def test_what_is_excluded_comes_from_the_checkpoint(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    assert nvfp4.quantization_of(tmp_path) is None
-    (tmp_path / "config.json").write_text(
-        json.dumps({"quantization_config": quantization(["lm_head", "a*"])})
-    )
-    expected = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["a*", "lm_head"]}
-    assert nvfp4.quantization_of(tmp_path) == expected
-    inner = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["a*", "lm_head"]}
-    beside = tmp_path / "hf_quant_config.json"
-    beside.write_text(json.dumps({"quantization": inner}))
-    assert nvfp4.quantization_of(tmp_path) == expected
-    beside.write_text(json.dumps({"quantization": inner | {"exclude_modules": ["lm_head"]}}))
-    with pytest.raises(DraftheadError, match="disagree"):
-        nvfp4.quantization_of(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    assert nvfp4.quantization_of(tmp_path)["exclude_modules"] == ["lm_head"]
-
-
-def test_expanded_checkpoint_and_quantized_lm_head(llama, tmp_path):
+def test_a_quantized_lm_head_is_read_by_the_definition(llama, tmp_path):
     generator = torch.Generator().manual_seed(1)
     weights = load_file(llama / "model.safetensors")
     name = "lm_head.weight"
@@ -154,21 +135,12 @@ def test_expanded_checkpoint_and_quantized_lm_head(llama, tmp_path):
     )
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (source / file).write_bytes((llama / file).read_bytes())
-    with pytest.raises(DraftheadError, match="not NVFP4"):
-        nvfp4.expand(source, tmp_path / "dense")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = quantization(["model.*"])
     (source / "config.json").write_text(json.dumps(config))
 
     values = nvfp4.dequantize(packed, scale, scale_2)
     assert torch.equal(load_target(source).lm_head(), values)
-    nvfp4.expand(source, tmp_path / "dense")
-    dense = load_file(tmp_path / "dense" / "model.safetensors")
-    assert dense.keys() == weights.keys()
-    assert torch.equal(dense.pop(name), values)
-    assert all(torch.equal(dense[n], weights[n]) for n in dense)
-    assert load_target(tmp_path / "dense").quantization is None
-    assert (tmp_path / "dense" / "tokenizer.json").is_file()
 
 
 def test_the_fraction_arithmetic_itself():

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafthead.targets import nvfp4
 from drafthead.vllm_plugin import registry
-from tests.nvfp4 import pack_folder
+from tests.nvfp4 import dense_folder, pack_folder
 
 PROMPTS = [[5 + i, 9, 30, 7 * i + 9, 77][: 1 + i % 5] for i in range(8)]
 
@@ -34,7 +33,7 @@ def greedy(folder):
 def test_cpu_serves_the_values_of_the_definition(kind, request, tmp_path):
     source = request.getfixturevalue(kind)
     packed = pack_folder(source, tmp_path / "nvfp4", ["lm_head"])
-    expected = greedy(nvfp4.expand(packed, tmp_path / "dense"))
+    expected = greedy(dense_folder(packed, tmp_path / "dense"))
     assert greedy(packed) == expected
     assert greedy(source) != expected  # or the test would not see the quantization at all
 
@@ -44,7 +43,7 @@ def test_expanding_waits_for_all_parts_of_a_weight(lfm2_moe, tmp_path):
 
     packed = pack_folder(lfm2_moe, tmp_path / "nvfp4", [])
     stored = load_file(packed / "model.safetensors")
-    dense = load_file(nvfp4.expand(packed, tmp_path / "dense") / "model.safetensors")
+    dense = load_file(dense_folder(packed, tmp_path / "dense") / "model.safetensors")
     order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(0))
     names = list(stored)
     found = dict(expand((names[i], stored[names[i]]) for i in order))

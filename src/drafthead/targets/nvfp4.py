@@ -18,16 +18,10 @@ that has a `weight_scale`.
 """
 
 import itertools
-import json
-import shutil
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from drafthead.errors import DraftheadError
-from drafthead.fsio import atomic_dir, read_json, write_json
-from drafthead.targets.safetensors_folder import SafetensorsFolder
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -93,81 +87,3 @@ def pack(values: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, tor
     code += (size.unsqueeze(-1) == bounds[1::2]).any(-1)  # … unless that one is odd
     code = (code | (scaled < 0).int() << 3).to(torch.uint8)
     return code[..., ::2] | code[..., 1::2] << 4, scale
-
-
-def quantization_of(folder: Path) -> dict | None:
-    """ModelOpt's description of the checkpoint, or None for a dense one.
-
-    Returns:
-        `{"quant_algo": .., "group_size": .., "exclude_modules": [..]}` as the checkpoint says,
-        wherever it says so.
-
-    Raises:
-        DraftheadError: the two places that may say it disagree.
-    """
-    stated = []
-    if (folder / "hf_quant_config.json").is_file():
-        inner = read_json(folder / "hf_quant_config.json", "ModelOpt's quantization").get(
-            "quantization", {}
-        )
-        stated.append((inner, inner.get("exclude_modules") or []))
-    config = read_json(folder / "config.json", "a target's configuration")
-    inline = config.get("quantization_config")
-    if inline and str(inline.get("quant_method", "modelopt")).startswith("modelopt"):
-        inner = inline.get("quantization", inline)
-        stated.append((inner, inner.get("ignore") or inner.get("exclude_modules") or []))
-    if not stated:
-        return None
-    found = [
-        {
-            "quant_algo": str(inner.get("quant_algo", "")).upper(),
-            "group_size": inner.get("group_size"),
-            "exclude_modules": sorted(exclude),
-        }
-        for inner, exclude in stated
-    ]
-    algos = {f["quant_algo"] for f in found}
-    excluded = {tuple(f["exclude_modules"]) for f in found}
-    if len(algos) > 1 or len(excluded) > 1:
-        raise DraftheadError(
-            f"{folder}: hf_quant_config.json and config.json's quantization_config disagree about "
-            "what is quantized; keep the one that the checkpoint was made with"
-        )
-    return found[0]
-
-
-def expand(folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a dense checkpoint with the values of an NVFP4 one, for what cannot read NVFP4.
-
-    Quantized weights are dequantized to `dtype`; everything else is copied as it is stored, the
-    tokenizer included; scales and `quantization_config` are left out.
-
-    Raises:
-        DraftheadError: `folder` is not a whole NVFP4 checkpoint.
-    """
-    stated = quantization_of(folder)
-    if stated is None or "NVFP4" not in stated["quant_algo"]:
-        raise DraftheadError(
-            f"{folder}: quantized as {stated['quant_algo'] if stated else 'nothing'}, not NVFP4"
-        )
-    source = SafetensorsFolder(folder)
-    scales = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
-    with atomic_dir(out) as fresh:
-        weights = {}
-        for name in source.where:
-            if name.rsplit(".", 1)[-1] in scales:
-                continue
-            tensor = source.tensor(name)
-            if f"{name}_scale" in source:
-                scale, scale_2 = (source.tensor(f"{name}_{s}") for s in ("scale", "scale_2"))
-                tensor = dequantize(tensor, scale, scale_2).to(dtype)
-            weights[name] = tensor
-        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-        for file in folder.iterdir():
-            if file.is_file() and ".safetensors" not in file.name:
-                shutil.copy(file, fresh / file.name)
-        (fresh / "hf_quant_config.json").unlink(missing_ok=True)
-        config = json.loads((folder / "config.json").read_text())
-        config.pop("quantization_config", None)
-        write_json(fresh / "config.json", config)
-    return out
