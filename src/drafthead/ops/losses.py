@@ -34,31 +34,6 @@ CE_SHARE = 0.1  # of cross-entropy in `ce+tv`
 SMALLEST_OVERLAP = 1e-30  # keeps log and quotient finite where fp32 has no more digits
 
 
-def row_loss(logits: Tensor, teacher: Tensor | None, labels: Tensor, kind: LossKind) -> Tensor:
-    """The plain loss of each row.
-
-    logits [..., N, Vd]; teacher [N, Vd] logits, None for `ce`; labels int64 [N], the served token
-    as a draft id or -1 outside the draft vocabulary. Returns [..., N], zero where the label is -1.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logq = logits.log_softmax(-1)
-    index = labels.clamp(min=0).expand(logits.shape[:-1])[..., None]
-    cross_entropy = -logq.gather(-1, index)[..., 0]
-    if kind == "ce":
-        loss = cross_entropy
-    else:
-        assert teacher is not None
-        logp = teacher.to(logits.dtype).log_softmax(-1)
-        overlap = torch.minimum(logp.exp(), logq.exp()).sum(-1)
-        if kind == "kl":
-            loss = (logp.exp() * (logp - logq)).sum(-1)
-        elif kind == "acceptance":
-            loss = -overlap.clamp(min=SMALLEST_OVERLAP).log()
-        else:
-            loss = CE_SHARE * cross_entropy + (1 - CE_SHARE) * (1 - overlap)
-    return torch.where(labels >= 0, loss, 0.0)
-
-
 def row_gradients(
     logits: Tensor,
     teacher: Tensor | None,
