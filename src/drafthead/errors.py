@@ -1,4 +1,4 @@
-"""Errors a user can mend. Each message names the file, the field, what was found and the mend."""
+"""Errors a user can fix. Each message names the file, the field, what was found and the fix."""
 
 
 class DraftheadError(Exception):

@@ -35,7 +35,7 @@ _WORTH_KEEPING = 1 << 20
 # The coarsest time stamps of common file systems (FAT's).
 _TIME_STAMP_NS = 2_000_000_000
 
-_MENDS = {
+_FIXES = {
     errno.ENOSPC: "the disk is full; free some space or move the run, then run again",
     errno.EDQUOT: "your disk quota is used up; free some space, then run again",
     errno.EACCES: "no permission; choose a file or folder that you may read and write",
@@ -52,7 +52,7 @@ _MENDS = {
 
 @contextlib.contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Turn what the file system refuses into an error that names the path and the mend.
+    """Turn what the file system refuses into an error that names the path and the fix.
 
     Raises:
         DraftheadError: disk full, quota, no permission, read-only file system, a wrong path.
@@ -60,13 +60,13 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _MENDS:
-            raise DraftheadError(f"{error.filename or path}: {_MENDS[error.errno]}") from error
+        if error.errno in _FIXES:
+            raise DraftheadError(f"{error.filename or path}: {_FIXES[error.errno]}") from error
         raise
     except SafetensorError as error:  # has the number of an OSError in its words only
         number = re.search(r"\(os error (\d+)\)", str(error))
-        if number and int(number[1]) in _MENDS:
-            raise DraftheadError(f"{path}: {_MENDS[int(number[1])]}") from error
+        if number and int(number[1]) in _FIXES:
+            raise DraftheadError(f"{path}: {_FIXES[int(number[1])]}") from error
         raise
 
 
@@ -161,14 +161,14 @@ def write_json(path: Path | str, obj: Any) -> None:
     write_bytes(path, text.encode())
 
 
-def read_json(path: Path | str, what: str, shape: Any = None, mend: str = "make it anew") -> Any:
+def read_json(path: Path | str, what: str, shape: Any = None, fix: str = "make it anew") -> Any:
     """Read a JSON file.
 
     Args:
         path: the file.
         what: what it should hold, for the error.
         shape: type that it must fit, such as a TypedDict; it may hold more. None is any.
-        mend: what to do if it does not.
+        fix: what to do if it does not.
 
     Raises:
         DraftheadError: missing, unreadable, not JSON, or of another shape.
@@ -190,20 +190,20 @@ def read_json(path: Path | str, what: str, shape: Any = None, mend: str = "make 
     except (ValueError, RecursionError) as error:  # such an escape, endless numbers or brackets
         raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from error
     if shape is not None:
-        shaped(found, path, what, shape, mend)
+        shaped(found, path, what, shape, fix)
     return found
 
 
 _adapter = functools.cache(TypeAdapter)  # making one takes milliseconds
 
 
-def shaped(found: Any, where: Path | str, what: str, shape: Any, mend: str = "make it anew") -> Any:
+def shaped(found: Any, where: Path | str, what: str, shape: Any, fix: str = "make it anew") -> Any:
     """What was read, as pydantic makes it a ``shape``: checked at every depth.
 
     Args:
         found: JSON-able.
         where: the file, for the error.
-        what, shape, mend: as for :func:`read_json`.
+        what, shape, fix: as for :func:`read_json`.
 
     Raises:
         DraftheadError: names the first field that is not there, or holds something else.
@@ -219,7 +219,7 @@ def shaped(found: Any, where: Path | str, what: str, shape: Any, mend: str = "ma
             fault = f"{f'`{field}`: ' if field else ''}{wrong['msg']}, "
             fault += f"found {shortened(wrong['input'])}"
         raise DraftheadError(
-            f"{where}: not {what}: {fault}; it was altered, or written by another version: {mend}"
+            f"{where}: not {what}: {fault}; it was altered, or written by another version: {fix}"
         ) from None
 
 

@@ -99,7 +99,7 @@ def test_a_template_that_hides_earlier_answers_is_told_before_the_first_one(llam
     shutil.copytree(llama, tmp_path / "target")
     shouting = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}{% endfor %}"
     (tmp_path / "target" / "chat_template.jinja").write_text(shouting)
-    with pytest.raises(DraftheadError, match=r"rewrites earlier answers.*Mend"):
+    with pytest.raises(DraftheadError, match=r"rewrites earlier answers.*Fix"):
         make_plan(parse_recipe(recipe_for(tmp_path / "target", tmp_path), "test"))
 
 

@@ -336,20 +336,20 @@ def check_address(address: str | None) -> None:
     """
     if address in (None, "auto", "local"):
         return
-    mend = "`auto` finds the cluster that this machine is in, `local` starts one here"
+    fix = "`auto` finds the cluster that this machine is in, `local` starts one here"
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or not port:
-        raise DraftheadError(f"cluster.address: {address}: not HOST:PORT of a Ray cluster; {mend}")
+        raise DraftheadError(f"cluster.address: {address}: not HOST:PORT of a Ray cluster; {fix}")
     try:
         socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
     except OSError as error:
         raise DraftheadError(
             f"cluster.address: {address}: nothing answers there ({error}); is the head running "
-            f"(`ray start --head --port {port}`), and may this machine reach it? {mend}"
+            f"(`ray start --head --port {port}`), and may this machine reach it? {fix}"
         ) from None
 
 

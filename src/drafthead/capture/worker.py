@@ -34,7 +34,7 @@ class Capture:
         if config.parallel_config.pipeline_parallel_size > 1:
             raise RuntimeError(
                 "capture does not work with pipeline parallel: the layers lie in several "
-                "processes. Mend: engine.tensor_parallel_size instead"
+                "processes. Fix: engine.tensor_parallel_size instead"
             )
         options = config.additional_config[KEY]
         layers = tuple(options["layers"])

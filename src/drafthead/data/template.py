@@ -177,7 +177,7 @@ class Template:
                 raise DraftheadError(
                     f"{self.where}: the target's tokenizer is written in Python and does not say "
                     "which characters a token stands for, so which of earlier turns' tokens the "
-                    "target wrote cannot be told. Mend: prompts of a single turn"
+                    "target wrote cannot be told. Fix: prompts of a single turn"
                 )
             begins = np.array(encoded["offset_mapping"])[:, 0]
             if self.marks_generation:
@@ -252,7 +252,7 @@ class Template:
         if spans is None:
             raise DraftheadError(
                 f"{self.where}: the chat template rewrites earlier answers; which tokens the "
-                "target wrote cannot be told. Mend: add {% generation %} markers to the template"
+                "target wrote cannot be told. Fix: add {% generation %} markers to the template"
             )
         return spans
 

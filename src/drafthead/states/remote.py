@@ -154,7 +154,7 @@ def fetch_store(location: Location, folder: str, store: Path, console: Console) 
 
 @contextlib.contextmanager
 def _broken_there(index: str) -> Iterator[None]:
-    """What is wrong with a unit of a location is mended there: from there it would come again."""
+    """Report a broken remote unit as remote: a new copy of it would be as broken."""
     try:
         yield
     except DraftheadError as error:

@@ -92,7 +92,7 @@ def open_store(path: Path, meta: StoreMeta) -> None:
     check_same(StoreMeta.load(path), meta, path, "give this run another name")
 
 
-def check_same(found: StoreMeta, meta: StoreMeta, where: Path | str, mend: str) -> None:
+def check_same(found: StoreMeta, meta: StoreMeta, where: Path | str, fix: str) -> None:
     """What lies at ``where`` is of the same inputs.
 
     Raises:
@@ -103,7 +103,7 @@ def check_same(found: StoreMeta, meta: StoreMeta, where: Path | str, mend: str) 
         keys = [k for k in sorted(old | new) if k != "inputs" and old.get(k) != new.get(k)]
         raise DraftheadError(
             f"{where}: holds states of another run: {', '.join(keys)} differ(s) from the recipe; "
-            f"{mend}, or delete that folder"
+            f"{fix}, or delete that folder"
         )
 
 
