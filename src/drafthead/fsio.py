@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import psutil
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError
 
 from drafthead.errors import DraftheadError
@@ -175,19 +176,14 @@ def read_json(path: Path | str, what: str, shape: Any = None, fix: str = "make i
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)
-        if "\\u" in text:  # an escape may be half a character, which no file can be written with
-            json.dumps(found, ensure_ascii=False).encode()
+        # Unlike `json` it refuses halves of characters, which no file could be written with, and
+        # brackets without end.
+        found = from_json(path.read_bytes())
     except FileNotFoundError:
         raise DraftheadError(f"{path}: not found; it should hold {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DraftheadError(f"{path}: cannot be read as {what}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise DraftheadError(
-            f"{path}, line {error.lineno}: broken JSON in {what}: {error.msg}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # such an escape, endless numbers or brackets
+    except ValueError as error:
         raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from error
     if shape is not None:
         shaped(found, path, what, shape, fix)
