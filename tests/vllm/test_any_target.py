@@ -9,7 +9,7 @@ from vllm.model_executor.models.registry import _RegisteredModel
 from vllm.plugins import load_general_plugins
 
 from drafthead.doctor import engine as doctor_engine
-from drafthead.vllm_plugin import any_target, hookless
+from drafthead.vllm_plugin import any_target, models_without_hook
 from tests.reference.transformers_twin import TransformersTwin
 from tests.vllm import unhooked
 from tests.vllm.engines import answers, counter, eagle3, engine, norms_write_in_place, stress
@@ -162,7 +162,7 @@ def test_a_card_knows_every_architecture_that_gets_the_hook():
     any_target.apply()
     models = ModelRegistry.models.items()
     ours = {name for name, model in models if model.module_name == any_target.__name__}
-    assert ours == hookless.ARCHITECTURES
+    assert ours == models_without_hook.ARCHITECTURES
 
 
 def test_pipeline_is_refused(monkeypatch):

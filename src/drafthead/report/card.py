@@ -30,7 +30,7 @@ from drafthead.report.words import (
 )
 from drafthead.serve import engine_plan
 from drafthead.targets import Target, recipe_target
-from drafthead.vllm_plugin.hookless import ARCHITECTURES
+from drafthead.vllm_plugin.models_without_hook import ARCHITECTURES
 
 # Known by the words that open them; others are named, not classified.
 _LICENCES = (

@@ -21,7 +21,7 @@ from vllm.model_executor.models.interfaces import (
 from vllm.sequence import IntermediateTensors
 
 from . import registry
-from .hookless import AROUND, MODULES, WHOLE
+from .models_without_hook import AROUND, MODULES, WHOLE
 
 _VLLM = "vllm.model_executor.models."
 
