@@ -428,6 +428,15 @@ def test_who_hands_out_hidden_states(quick_doctor, monkeypatch, printed, states)
     assert [finding.state for finding in findings] == states
 
 
+def test_an_argument_that_vllm_does_not_take_is_a_fault(quick_doctor, monkeypatch):
+    monkeypatch.setattr(engine, "_HOOK", """print('unknown ["enforce_eagr", "enforce_eager"]')""")
+    with EngineCheck(CPU) as check:
+        check.torch_works()
+        _, finding = check.findings(None, ["enforce_eagr"])
+    assert (finding.what, finding.state) == ("recipe", "fault")
+    assert "enforce_eager" in finding.mend
+
+
 def test_a_class_that_lacks_a_package_is_a_fault(quick_doctor, monkeypatch):
     monkeypatch.setattr(engine, "_HOOK", "import no_torchvision")
     with EngineCheck(CPU) as check:

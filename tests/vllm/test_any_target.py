@@ -1,5 +1,6 @@
 """EAGLE-3 on targets for which vLLM has no hook: states and answers are those of transformers."""
 
+import re
 from itertools import islice
 
 import pytest
@@ -149,8 +150,11 @@ def test_states_are_outputs_of_the_graph(whole, compiled):
 )
 def test_doctor_knows_who_brings_it(architecture, printed, capsys):
     """Its process, in this one."""
-    exec(doctor_engine._HOOK, {"architecture": architecture})
-    assert f"hook {printed}\n" in capsys.readouterr().out
+    extra = ["enforce_eager", "enforce_eagr"]
+    exec(doctor_engine._HOOK, {"architecture": architecture, "extra": extra})
+    out = capsys.readouterr().out
+    assert f"hook {printed}\n" in out
+    assert re.findall("^unknown .*", out, re.M) == ['unknown ["enforce_eagr", "enforce_eager"]']
 
 
 def test_every_class_is_tested():

@@ -89,7 +89,8 @@ def diagnose(
             run = RunDir(runs / recipe.name)
             look("reading target and prompts", lambda: check_recipe(recipe, run, machine))
             look("reading the head", lambda: check_head(run, recipe))
-        look("importing vLLM", lambda: engine.findings(_architecture(recipe)))
+        extra = recipe.engine.extra if recipe is not None else {}
+        look("importing vLLM", lambda: engine.findings(_architecture(recipe), extra))
     if url is not None:
         from drafthead.prove.live import diagnose_server
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Collection
 from typing import Any
 
 from drafthead.finding import Finding
@@ -18,10 +19,11 @@ from drafthead.vllm_plugin.registry import State
 _SECONDS = 1200
 """Importing vLLM takes a minute on two cores, many times that on busy ones."""
 _IMPORTS = """
-import sys
+import json, sys
 import torch
 print("torch", "cuda" * torch.cuda.is_available(), flush=True)
-architecture = sys.stdin.readline().strip()  # not known before: reading a target needs PyTorch
+# Not known before: reading a target needs PyTorch.
+architecture, extra = json.loads(sys.stdin.readline())
 import vllm.entrypoints.llm
 print("vllm", flush=True)
 """
@@ -34,9 +36,20 @@ for status in registry.statuses():
     advice = status.advice if status.unprotected else ""
     print("patch", json.dumps([status.patch.name, status.state, advice]), flush=True)
 """
+# Names in `engine.extra` that vLLM's `LLM` does not know, each with the nearest that it does.
+_ARGUMENTS = """
+import difflib, inspect, json
+from vllm import LLM, EngineArgs
+known = {*EngineArgs.__dataclass_fields__, *inspect.signature(LLM.__init__).parameters}
+for name in extra:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        print("unknown", json.dumps([name, *near]), flush=True)
+"""
 # Who brings EAGLE-3's auxiliary hidden states: the package of the class that would be served.
 _HOOK = (
-    _PLUGIN
+    _ARGUMENTS
+    + _PLUGIN
     + """
 from vllm import ModelRegistry
 from vllm.model_executor.models.interfaces import supports_eagle3
@@ -103,14 +116,19 @@ class EngineCheck:
                 return True
         return False
 
-    def findings(self, architecture: str | None) -> list[Finding]:
-        """Wait for vLLM; what was found. ``architecture``: the target's, None if it has no one."""
+    def findings(self, architecture: str | None, arguments: Collection[str] = ()) -> list[Finding]:
+        """Wait for vLLM; what was found.
+
+        Args:
+            architecture: the target's, None if it has no one.
+            arguments: names in the recipe's ``engine.extra``.
+        """
         if self._process is None:
             return []
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: what it printed says why
-            self._process.stdin.write(f"{architecture or ''}\n")
+            self._process.stdin.write(json.dumps([architecture, list(arguments)]) + "\n")
             self._process.stdin.close()
         # Not communicate(): it reads past the lines that torch_works() has buffered.
         printed = self._printed + self._process.stdout.read()
@@ -121,7 +139,7 @@ class EngineCheck:
         if works.state == "fault":
             return [works]
         hidden = _hidden_states(architecture, printed, last) if architecture else []
-        return [works, *_patches(printed), *hidden]
+        return [works, *_unknown(printed), *_patches(printed), *hidden]
 
     def _imports(self, printed: list[str], last: str) -> Finding:
         """Whether PyTorch and vLLM can be imported, not only be found; and whether CUDA works."""
@@ -146,6 +164,18 @@ class EngineCheck:
                 "update the NVIDIA driver, or install the PyTorch build made for this one",
             )
         return Finding("imports", "ok", "PyTorch and vLLM can be imported")
+
+
+def _unknown(printed: str) -> list[Finding]:
+    """Arguments that no engine would start with."""
+    findings = []
+    for line in printed.splitlines():
+        if line.startswith("unknown "):
+            name, *near = json.loads(line.removeprefix("unknown "))
+            fix = f"did you mean `{near[0]}`?" if near else "leave it out"
+            words = f"engine.extra: vLLM's LLM takes no `{name}`"
+            findings.append(Finding("recipe", "fault", words, fix))
+    return findings
 
 
 def _patches(printed: str) -> list[Finding]:

@@ -269,7 +269,8 @@ def prove_lossless(
     draws: dict[str, list[np.ndarray]] = {}
     alone_draws: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
-        with progress(console, "verify", None, unit="answers") as bar:
+        expected = len(prompts) * (len(others) + 1)  # of one workload; the engines tell how many
+        with progress(console, "verify", expected, unit="answers") as bar:
             for engine in (*others.values(), alone):
                 engine.on_answer = bar.advance
             if at_once:
