@@ -194,7 +194,7 @@ class Running:
             block = {}
             for name, to in sides if number % 2 else sides[::-1]:
                 side = name if to == "disk" else f"{name}-{to}"
-                block[side] = self.engines[name].ask(to, asked, args.limit)
+                block[side] = self.engines[name].ask({to: asked}, args.limit)
             ids = block["plain"].pop("ids")
             number += 1
             if number == 1:
@@ -205,7 +205,9 @@ class Running:
             write(record)
         if not self.case.dummy:
             some = prompts[: spec["chunk"]]
-            record["decode_against_prefill"] = self.engines["bf16"].ask("compare", some, args.limit)
+            record["decode_against_prefill"] = self.engines["bf16"].ask(
+                {"compare": some}, args.limit
+            )
             write(record)
         if self.server:
             theirs = self.server.capture(ids, args.peers, args.limit)

@@ -1,72 +1,36 @@
 """One engine of capture/overhead.py in a process of its own: drafthead's `CaptureEngine`, asked in
 JSON lines. `Engine` is the parent's side, `main` the child's."""
 
-import contextlib
 import json
 import os
 import re
-import selectors
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import host_load
+from benchmarks.lib.child import Child, replies
 from benchmarks.lib.lfm2_shapes import SPREAD
 
 KEPT = ("Model loading took", "Graph capturing finished", "KV cache size")
 
 
-class Engine:
+class Engine(Child):
     """Starts a child and asks it. `spec` is that of `capture/overhead.py` for the case, with the
-    format in `encoding` and the store's folder in `store` (None: plain generation)."""
+    format in `encoding` and the store's folder in `store` (None: plain generation). A task is
+    {`compare`: prompts}, or {where the states go: prompts}, `disk`, `memory` or `nowhere`."""
 
     def __init__(self, name: str, spec: dict, work: Path):
-        self.name, self.log = name, work / f"{spec['case']}-{name}.log"
-        self.begun = time.monotonic()
-        env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(spec["own_process"]))}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, json.dumps(spec)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=env,
-                start_new_session=True,
-            )
-
-    def read(self, limit: float) -> dict:
-        """The child's next line, or an error that quotes its log."""
-        selector = selectors.DefaultSelector()
-        assert self.process.stdout is not None
-        selector.register(self.process.stdout, selectors.EVENT_READ)
-        line = self.process.stdout.readline() if selector.select(limit) else ""
-        if not line:
-            tail = self.log.read_text(errors="replace")[-1500:]
-            raise RuntimeError(f"{self.name}: no answer within {limit:.0f} s, or died: {tail}")
-        return json.loads(line)
-
-    def ask(self, what: str, prompts: list[list[int]], limit: float) -> dict:
-        """Over `prompts`: `compare`, or generate with the states going to `disk`, `memory` or
-        `nowhere`; see `main`."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({what: prompts}) + "\n")
-        self.process.stdin.flush()
-        return self.read(limit)
+        log = work / f"{spec['case']}-{name}.log"
+        env = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(spec["own_process"]))}
+        super().__init__(name, __name__, spec, log, env)
 
     def said(self) -> list[str]:
         """What vLLM logged about memory."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [line.split("] ", 1)[-1] for line in lines if any(k in line for k in KEPT)]
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def kv_tokens(log: Path) -> int | None:
@@ -77,9 +41,7 @@ def kv_tokens(log: Path) -> int | None:
 
 def main() -> None:
     """The child: builds the engine, says so, then answers one JSON line for each on stdin."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    spec = json.loads(sys.argv[1])
+    out, spec = replies(), json.loads(sys.argv[1])
     side = _Side(spec)
     out.write(json.dumps(side.started) + "\n")
     for line in sys.stdin:

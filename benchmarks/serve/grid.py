@@ -14,8 +14,7 @@ and every k in turn on the same prompts. The loops over the loads repeat, a few 
 every load.
 
 On a GPU machine where each process takes a minute to start, a case a call (four engines) is about
-two minutes of starting and one of timing; --in-process halves the processes, but then the host's
-work is not hidden behind the GPU's as it is in `vllm serve`, and the figures say so.
+two minutes of starting and one of timing.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,6 @@ from drafthead.targets import load_target
 CONSOLE = Console(stderr=True, width=140)
 LONGEST_PROMPT = 256
 GRAPHS = "max_cudagraph_capture_size"
-IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "")}
 
 
 @dataclass
@@ -105,15 +103,7 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
     prompts = read_prompts(Path(target), options.prompts, options.count)
     about = {"target": target, "head": head, "acceptance": "served"}
     base = engine_plan(recipe, head=None)
-    if options.in_process:
-        base, *rest = (in_process(plan) for plan in (base, *drafted.values()))
-        drafted = dict(zip(drafted, rest, strict=True))
     return Case(name, base, drafted, prompts, about)
-
-
-def in_process(plan: Plan) -> Plan:
-    """The plan with the engine in the process that asks it."""
-    return replace(plan, env=plan.env | IN_PROCESS)
 
 
 def lfm2_case(options: argparse.Namespace) -> Case:
@@ -129,7 +119,7 @@ def lfm2_case(options: argparse.Namespace) -> Case:
         "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
         **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
     }
-    env = IN_PROCESS if options.in_process or tiny else {}
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "")} if tiny else {}
 
     def plan(k: int = 0, **more: object) -> Plan:
         graphs = options.graphs or largest_graph(max(options.concurrency), k)
@@ -268,7 +258,6 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=280, help="of timing, starts not counted")
     parser.add_argument("--graphs", type=int, help="tokens of the largest CUDA graph, on all sides")
-    parser.add_argument("--in-process", action="store_true", help="no process for the engine")
     add_turn(parser)
     parser.add_argument("--dtype", help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--tiny", action="store_true")
@@ -284,7 +273,6 @@ def main() -> None:
         cases.append(lfm2_case(options))
     record = {
         **begin("grid"),
-        "engine": "in the asking process" if options.in_process else "as in vllm serve",
         "method": METHOD,
     }
     with contextlib.ExitStack() as stack:

@@ -22,22 +22,18 @@ and the two breakdowns.
 
 import argparse
 import json
-import os
-import select
 import statistics
-import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.lib.lfm2_shapes import start_engine, write_head, write_models
+from benchmarks.lib.child import Child
+from benchmarks.lib.lfm2_shapes import write_head, write_models
 from benchmarks.lib.record import begin, pick, save
 from benchmarks.lib.step_probe import summarize
 from benchmarks.lib.turns import add_turn, turn
 from drafthead.vllm_plugin.registry import TABLE
 
-REPO = Path(__file__).resolve().parents[2]
 NORMS = ("norm_before_fc", "fc_norm")
 
 
@@ -81,135 +77,8 @@ def head_folder(target: str, head: str) -> str:
     return f"head-{target}-{head}"
 
 
-def serve(spec: dict) -> None:
-    """Child process: start an engine, then do what each line of standard input asks for."""
-    replies = os.fdopen(spec["replies"], "w", buffering=1)
-    tiny = spec["tiny"]
-    begun = time.monotonic()
-    llm = start_engine(
-        spec["work"],
-        spec["target"],
-        spec["k"],
-        tiny,
-        cache_bytes=1 << 30,
-        share=0.1,
-        head=spec["head"],
-        kv=spec["kv"],
-    )
-
-    def inside(method: str, *args: str):
-        text = llm.collective_rpc(method, args=args)[0]
-        return json.loads(text) if text else None
-
-    started = time.monotonic() - begun
-    for seed in range(3):
-        answer(llm, seed, spec["tokens"])
-    replies.write(json.dumps({"started_s": round(started, 1), **inside("facts")}) + "\n")
-    for line in sys.stdin:
-        task, *arguments = json.loads(line)
-        if task == "time":
-            result = answer(llm, arguments[0], spec["tokens"])
-        elif task == "host":
-            inside("host_start")
-            steps = answer(llm, 1000, spec["tokens"])["steps"]
-            spent = inside("host_stop")
-            result = {
-                name: {"per_step": round(n / steps, 2), "ms_per_step": round(ms / steps, 4)}
-                for name, (n, ms) in spent.items()
-            }
-        else:
-            inside("trace_start")
-            answer(llm, 1001, 24 if tiny else 120)
-            inside("trace_stop", arguments[0])
-            result = {}
-        replies.write(json.dumps(result) + "\n")
-
-
-def answer(llm, seed: int, tokens: int) -> dict:
-    """One request; the milliseconds between what its steps deliver.
-
-    Prompt and the first two steps are left out: they fill the pipeline.
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-    ids = [1 + (seed * 97 + i * 31) % 500 for i in range(64)]
-    llm.llm_engine.add_request(f"r{seed}-{time.monotonic_ns()}", {"prompt_token_ids": ids}, params)
-    moments, counts = [], []
-    while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
-            moments.append(time.perf_counter())
-            counts.append(len(output.outputs[0].token_ids))
-    intervals = [1e3 * (b - a) for a, b in pairwise(moments[2:])]
-    return {
-        "steps": len(counts),
-        "mean_ms": statistics.fmean(intervals),
-        "median_ms": statistics.median(intervals),
-        "tokens_a_step": statistics.fmean(counts[3:]),
-        "tokens_per_s": 1e3 * sum(counts[3:]) / sum(intervals),
-    }
-
-
-class Engine:
-    """A child process that serves one configuration."""
-
-    def __init__(self, name: str, spec: dict, out: Path, skip: str):
-        self.name, self.k = name, spec["k"]
-        replies, theirs = os.pipe()
-        os.set_inheritable(theirs, True)
-        self.log = out / f"{name}.log"
-        env = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "PYTHONPATH": f"{REPO / 'src'}:{REPO}:{os.environ.get('PYTHONPATH', '')}",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        if skip:
-            env["DRAFTHEAD_SKIP_PATCHES"] = skip
-        spec = spec | {"replies": theirs}
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, "--serve", json.dumps(spec), "--out", str(out)],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-            text=True,
-            pass_fds=[theirs],
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.replies = os.fdopen(replies)
-
-    def ask(self, *task: object, limit: float = 60) -> dict:
-        print(json.dumps(task), file=self.child.stdin, flush=True)
-        return self.reply(limit)
-
-    def reply(self, limit: float) -> dict:
-        """The child's next line.
-
-        Raises:
-            RuntimeError: it ended, or said nothing for ``limit`` seconds.
-        """
-        ready, _, _ = select.select([self.replies], [], [], max(0.0, limit))
-        line = self.replies.readline() if ready else ""
-        if not line:
-            tail = self.log.read_text(errors="replace")[-1500:]
-            raise RuntimeError(f"{self.name}: {'ended' if ready else 'too slow'}; {tail}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        os.killpg(self.child.pid, 9)
-        self.child.wait()
-
-
-def engines(args: argparse.Namespace) -> list[Engine]:
+def engines(args: argparse.Namespace) -> list[tuple[Child, int]]:
+    """The children that serve each configuration, with their k."""
     base = {"work": str(args.work), "tiny": args.tiny, "tokens": 24 if args.tiny else 256}
     base["kv"] = args.kv
     base["target"] = "bf16" if args.tiny and args.target == "nvfp4" else args.target
@@ -218,10 +87,15 @@ def engines(args: argparse.Namespace) -> list[Engine]:
         tail = f"-{head}" if head in NORMS else ""
         wanted += [(f"k{k}{tail}", k, head, "") for k in numbers(args.k)]
         wanted += [(f"k{k}{tail}-stock", k, head, args.without) for k in numbers(args.stock)]
-    return [
-        Engine(name, base | {"k": k, "head": head_folder(args.target, head)}, args.out, skip)
-        for name, k, head, skip in wanted
-    ]
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    started = []
+    for name, k, head, skip in wanted:
+        spec = base | {"k": k, "head": head_folder(args.target, head)}
+        skipping = {"DRAFTHEAD_SKIP_PATCHES": skip} if skip else {}
+        log = args.out / f"{name}.log"
+        child = Child(name, "benchmarks.lib.step_engine", spec, log, env | skipping)
+        started.append((child, k))
+    return started
 
 
 def numbers(text: str) -> list[int]:
@@ -282,11 +156,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=300, help="seconds until all have started")
     add_turn(parser)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        serve(json.loads(args.serve))
-        return 0
     if args.tiny:
         args.k, args.stock, args.rounds = "2", "2", 3
         args.work = args.out / "models"
@@ -298,9 +168,10 @@ def main() -> int:
         "target": args.target,
         "acceptance": "whatever the random head gets" if args.tiny else "synthetic, 0.6",
     }
-    running = engines(args)
-    about: dict[str, dict] = {e.name: {} for e in running}
-    ks = {e.name: e.k for e in running}
+    started = engines(args)
+    running = [child for child, _ in started]
+    about: dict[str, dict] = {child.name: {} for child in running}
+    ks = {child.name: k for child, k in started}
     timings: dict[str, list[dict]] = {e.name: [] for e in running}
 
     def write() -> None:
@@ -319,32 +190,32 @@ def main() -> int:
         deadline = time.monotonic() + args.limit
         for engine in list(running):
             try:
-                about[engine.name] |= engine.reply(deadline - time.monotonic())
+                about[engine.name] |= engine.read(deadline - time.monotonic())
                 print(engine.name, about[engine.name], flush=True)
             except RuntimeError as error:
                 about[engine.name]["failed"] = str(error)
                 print(error, flush=True)
                 running.remove(engine)
-                engine.end()
+                engine.close()
         with turn(args.turn):
             for number in range(args.rounds if running else 0):
                 at = number % len(running)
                 for engine in running[at:] + running[:at]:
-                    timings[engine.name].append(engine.ask("time", number))
+                    timings[engine.name].append(engine.ask(["time", number]))
                 write()
         for engine in running:
-            about[engine.name]["host"] = engine.ask("host")
+            about[engine.name]["host"] = engine.ask(["host"])
             write()
             if args.no_trace:
                 continue
             trace = args.out / f"{engine.name}.trace.json"
-            engine.ask("trace", str(trace), limit=120)
+            engine.ask(["trace", str(trace)], limit=120)
             about[engine.name]["profile"] = summarize(trace)
             trace.unlink()
             write()
     finally:
         for engine in running:
-            engine.end()
+            engine.close()
         write()
     for name, row in record["engines"].items():
         if "ms_per_step" in row:

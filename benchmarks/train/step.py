@@ -130,26 +130,7 @@ def case(shape: Shape, ttt: int, device, options, makers=SIDES) -> dict:
         theirs["ours_faster"] = ours["tokens_per_s"] / theirs["tokens_per_s"]
         if device.type == "cuda":
             theirs["ours_memory"] = ours["peak_gib"] / theirs["peak_gib"]
-    if options.profile:
-        for side in sides:
-            profile(side, device, options.out / f"profile_{side.name}_ttt{ttt}")
     return result
-
-
-def profile(side, device, path: Path) -> None:
-    """A table of kernels by time, over three steps."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    kinds = [ProfilerActivity.CPU]
-    kinds += [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with record(activities=kinds) as profiler:
-        for number in range(3):
-            side.run(number)
-        synchronize(device)
-    order = "cuda_time_total" if device.type == "cuda" else "cpu_time_total"
-    table = profiler.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90)
-    path.with_suffix(".txt").write_text(table)
 
 
 def summary(cases: list[dict]) -> dict:
@@ -160,16 +141,6 @@ def summary(cases: list[dict]) -> dict:
         for (kind, number), *rest in (found.items() for found in cases)
         for sides in [dict(rest)]
     }
-
-
-def check(device) -> dict:
-    """Kernels against plain twins on this device; raises where they part."""
-    import pytest
-
-    files = ["tests/ops/test_kernels.py", "tests/train/test_gpu.py"]
-    code = pytest.main(["-q", "-x", *files])
-    assert code == 0, "kernels and their plain twins differ"
-    return {"kernels_checked": True}
 
 
 def main() -> None:
@@ -191,8 +162,6 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10, help="steps of a block")
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--check", action="store_true", help="kernel tests first")
     parser.add_argument("--shape", choices=list(SHAPES), default="lfm2")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for any machine")
     options = parser.parse_args()
@@ -216,8 +185,6 @@ def main() -> None:
         "matmul_ceiling_tflops": options.ceiling / 1e12,
         "cases": [],
     }
-    if options.check:
-        record |= check(device)
     numbers = lambda text: [int(part) for part in text.split(",") if part]
     wide = dataclasses.replace(shape, aux=5)
     cases = [(shape, ttt, SIDES) for ttt in numbers(options.ttt)]

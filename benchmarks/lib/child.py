@@ -1,0 +1,67 @@
+"""A child process that answers one JSON line for each JSON line that it is asked."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+
+class Child:
+    """The parent's side. The first line that the child sends, unasked, says that it is ready.
+
+    Args:
+        name: for messages.
+        module: run with ``spec``, as JSON, for its only argument; it answers on `replies()`.
+        log: where all else that it prints goes.
+        env: set in the child beside the parent's.
+    """
+
+    def __init__(self, name: str, module: str, spec: dict, log: Path, env: dict[str, str]):
+        self.name, self.log, self.begun = name, log, time.monotonic()
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=os.environ | env,
+                start_new_session=True,
+            )
+
+    def read(self, limit: float) -> dict:
+        """The child's next line.
+
+        Raises:
+            RuntimeError: it ended, or sent nothing for ``limit`` seconds.
+        """
+        ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, limit))
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            tail = self.log.read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"{self.name}: {'ended' if ready else 'too slow'}; {tail}")
+        return json.loads(line)
+
+    def ask(self, task: object, limit: float = 60) -> dict:
+        """Send a task, JSON-able; its answer."""
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        return self.read(limit)
+
+    def close(self) -> None:
+        """End the child and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def replies() -> TextIO:
+    """The child's side: where its answers go. What else it prints goes to the log from now on."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return out
