@@ -35,9 +35,7 @@ Writes OUT/capture.json after every block.
 """
 
 import argparse
-import itertools
 import json
-import os
 import random
 import shutil
 import statistics
@@ -291,28 +289,6 @@ def summary(blocks: list[dict]) -> dict:
     return found
 
 
-def disk_rates(folder: Path, size: int) -> dict[str, float]:
-    """MB/s of writing `size` bytes into `folder` and syncing them: through the page cache, and as
-    the store does, past it and with the checksum."""
-    from drafthead.states.direct import write_direct
-
-    path, piece = folder / "disk_rate", torch.randint(256, (1 << 20,), dtype=torch.uint8)
-    rates, count = {}, size >> 20
-    begun = time.perf_counter()
-    with path.open("wb") as file:
-        for _ in range(count):
-            file.write(piece.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    rates["page_cache"] = round(size / (time.perf_counter() - begun) / 1e6, 1)
-    path.unlink()
-    begun = time.perf_counter()
-    write_direct(path, itertools.repeat(piece, count))
-    rates["direct"] = round(size / (time.perf_counter() - begun) / 1e6, 1)
-    path.unlink()
-    return rates
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -349,7 +325,6 @@ def main() -> None:
         cases.append(Case("smollm2-135m-nvfp4", nvfp4, nvfp4, aux, formats=("bf16",), peer=False))
     about = {
         **begin("capture"),
-        "disk_mb_per_s": disk_rates(args.work, (64 << 20) if args.tiny else (2 << 30)),
     }
     running = [Running(case, args, 8765 + i) for i, case in enumerate(cases)]
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from benchmarks.lib.heads_of_a_store import unverified_task
 from benchmarks.lib.turns import turn
 from benchmarks.peers import speculators_side
 from drafthead.drafters.base import TargetSide
@@ -25,12 +24,14 @@ from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
-from drafthead.targets import load_target
+from drafthead.states import StateReader
+from drafthead.targets import Target, load_target
 from drafthead.train.batches import prefetch
 from drafthead.train.evaluate import evaluate
 from drafthead.train.loop import Task, fit
 from drafthead.train.parallel import World
 from drafthead.train.plan import Plan
+from drafthead.train.stage import make_task
 from drafthead.vocab import vocab
 
 KS = (1, 2, 3, 4, 5)
@@ -110,6 +111,13 @@ def run_of(options: argparse.Namespace, size: int | None = None) -> RunDir:
         recipe = make_recipe(options, Job("vocabulary", vocab=size), options.target)
         vocab(recipe, run, console=Console(file=io.StringIO()))
     return run
+
+
+def unverified_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
+    """What the recipe asks to be trained. Shards are not verified again for each of many heads: it
+    would take longer than training one."""
+    reader = StateReader(run.states, verify=False, aux_layers=recipe.head.aux_layers)
+    return dataclasses.replace(make_task(recipe, run, target), reader=reader)
 
 
 def task_of(options: argparse.Namespace, job: Job) -> Task:

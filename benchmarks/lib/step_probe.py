@@ -187,7 +187,6 @@ def summarize(path: Path, skip: int = 6) -> dict:
         "ms_per_step": round((end - begin) / count / 1e3, 4),
         "device_busy_ms_per_step": round(busy(device) / count / 1e3, 4),
         "device_busy_share": round(busy(device) / (end - begin), 4),
-        "gaps": gaps(device, count),
         "classes": table(device, kernel_class, 20),
         "kernels": table(device, lambda e: e["name"][:110], 60),
         "calls": table(calls, lambda e: e["name"], 20),
@@ -209,22 +208,3 @@ def busy(device: list[dict]) -> float:
         total += max(0.0, stop - max(event["ts"], until))
         until = max(until, stop)
     return total
-
-
-def gaps(device: list[dict], count: int) -> dict:
-    """Idle time between kernels by the length of the gap: number and microseconds a step."""
-    found: dict[str, list] = {"<5us": [0, 0.0], "5-20us": [0, 0.0], "20-100us": [0, 0.0]}
-    found[">100us"] = [0, 0.0]
-    until = None
-    for event in sorted(device, key=lambda e: e["ts"]):
-        if until is not None and event["ts"] > until:
-            gap = event["ts"] - until
-            kind = "<5us" if gap < 5 else "5-20us" if gap < 20 else "20-100us"
-            entry = found[kind if gap < 100 else ">100us"]
-            entry[0] += 1
-            entry[1] += gap
-        until = max(until or 0.0, event["ts"] + event["dur"])
-    return {
-        kind: {"per_step": round(n / count, 2), "us_per_step": round(us / count, 1)}
-        for kind, (n, us) in found.items()
-    }

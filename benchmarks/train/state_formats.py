@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.capture.compare_states import compare
-from benchmarks.lib.heads_of_a_store import unverified_task
+from benchmarks.lib.quality_heads import unverified_task
 from benchmarks.lib.record import begin, pick, save
 from drafthead.recipe import Recipe, load_recipe
 from drafthead.rundir import RunDir
