@@ -376,8 +376,9 @@ def serve(
     loaded = read_recipe(recipe)
     run = RunDir(runs / loaded.name)
     k = served_k(loaded, run)
-    plan = serve_plan(as_served(loaded, run), runs, extra=context.args, k=k)
-    not_proved = doubt(run, k)
+    served = as_served(loaded, run)
+    plan = serve_plan(served, runs, extra=context.args, k=k)
+    not_proved = doubt(run, k, served.serve.named_method)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
     for notice in plan.notices:

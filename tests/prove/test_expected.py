@@ -69,16 +69,19 @@ def test_top_p_and_top_k_cut_the_target_only():
     assert Sampling(0.0).probabilities(logits).tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
-def test_greedy_requests_are_the_walk_whatever_draws_the_drafts():
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_greedy_requests_are_the_walk_whatever_draws_the_drafts(by_tokens):
     head = small_head()
     embedding, aux, ids = states(head, 30)
-    teacher = Teacher(torch.ones(32), 1e-6, embedding)
-    one = sample(ids, 8, aux)
     at = Sampling(0.0)
     # The head's own first chain is the text's next tokens: some drafts are right.
     ids[10:13] = Eagle3().draft(head, TargetSide(embedding), aux, ids, 3, torch.tensor([8]))[0]
-    side = TargetSide(embedding, teacher=teacher)
-    found = expected_acceptance(Eagle3(), head, side, [one], 3, [at], at)
+    # The states of a target that writes this text greedily.
+    one, codes = sample(ids, 8, aux), torch.nn.functional.normalize(embedding)
+    one.states[:-1, -1] = codes[ids[1:].long()]
+    side = TargetSide(embedding, teacher=Teacher(torch.ones(32), 1e-6, codes))
+    drawn_with = at if by_tokens else None
+    found = expected_acceptance(Eagle3(), head, side, [one], 3, [at], drawn_with)
     walked = evaluate(Eagle3(), head, side, [one], 3)[0]
     assert sum(walked.accepted) > 0
     assert [f["draft_sample_method"] for f in found] == ["greedy", "probabilistic"]

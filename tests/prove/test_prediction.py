@@ -7,7 +7,7 @@ import torch
 from drafthead.data.answers import Answer, write_part
 from drafthead.fsio import write_json
 from drafthead.prove.pairing import Point
-from drafthead.prove.prediction import predicted_acceptance
+from drafthead.prove.prediction import predicted_acceptance, predicted_sampling
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import Sample, StateWriter, StoreMeta
@@ -98,3 +98,11 @@ def test_the_head_drafts_over_what_is_served(trained, tmp_path):
     assert predicted({"repeats"}, new=65) == by_training
     warm = recipe.generate.model_copy(update={"temperature": 0.7})
     assert predicted({"repeats"}, generate=warm) == by_training
+    # Sampled requests keep fewer likeliest drafts the hotter they are.
+    expected = predicted_sampling(recipe, run, target, POINT, 3, {"repeats", "rings"})
+    at = {(e["temperature"], e["draft_sample_method"]): e["accepted_length"] for e in expected}
+    assert sorted({heat for heat, _ in at}) == [0.0, 0.7, 1.0]
+    walked = 1 + sum(predicted({"repeats", "rings"})[3])
+    assert at[0.0, "greedy"] == at[0.0, "probabilistic"] == pytest.approx(walked)
+    assert at[1.0, "greedy"] <= at[0.7, "greedy"]
+    assert predicted_sampling(recipe, run, target, POINT, 3, {"other"}) == []

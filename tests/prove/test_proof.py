@@ -55,6 +55,10 @@ def test_a_k_that_was_not_proved_is_doubted(tmp_path):
     )
     altered(run, served={"10": {"command": "c"}, "2": {"command": "c"}})
     assert "(k = 2, 10 was)" in doubt(run, 3)
+    assert "drafts were not proved" in doubt(run, 2, "probabilistic")
+    both = {"command": "c", "draft_sample_methods": ["greedy", "probabilistic"]}
+    altered(run, served={"10": {"command": "c"}, "2": both})
+    assert doubt(run, 10, "probabilistic") is None
     altered(run, lossless=False)
     assert "not lossless" in doubt(run, 10)
     (run.head / "more.json").write_text("{}")

@@ -123,8 +123,9 @@ def read_proof(run: RunDir) -> dict:
     return record
 
 
-def doubt(run: RunDir, k: int) -> str | None:
-    """Why it is not proved that a run's head is lossless at ``k`` drafts a step; None if it is."""
+def doubt(run: RunDir, k: int, method: str = "greedy") -> str | None:
+    """Why it is not proved that a run's head is lossless at ``k`` drafts a step, drawn by vLLM's
+    ``draft_sample_method``; None if it is."""
     if not proof_path(run).exists():
         return f"k = {k} was not proved, nor was any other: `drafthead verify RECIPE` would do it."
     try:
@@ -138,5 +139,11 @@ def doubt(run: RunDir, k: int) -> str | None:
         return (
             f"k = {k} was not proved (k = {proved} was): `drafthead verify RECIPE --k {k}` would "
             "do it."
+        )
+    methods = {m for how in proof["served"].values() for m in how.get("draft_sample_methods", [])}
+    if method not in (methods or {"greedy"}):
+        return (
+            f"{method} drafts were not proved: verify with `serve.draft_sample_method: {method}` "
+            "and `--samples 500` would do it."
         )
     return None

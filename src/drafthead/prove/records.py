@@ -216,6 +216,7 @@ class Served(TypedDict):
     """How the head was served to be proved."""
 
     command: str
+    draft_sample_methods: NotRequired[list[str]]
 
 
 class Proof(TypedDict):
