@@ -187,7 +187,7 @@ def test_what_a_server_adds_to_requests_is_held_against_what_bench_measures(reci
     assert "top_k 20, repetition_penalty 1.05" in warned.found
     assert found(bench={"temperature": [0.6]})["sampling"].state == "ok"
     assert "adapters" not in found()
-    assert found(engine={"extra": {"enable_lora": True}})["adapters"].state == "warning"
+    assert found(engine={"extra": {"enable_lora": True}})["adapters"].state == "fault"  # CPU
 
 
 def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypatch):

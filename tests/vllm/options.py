@@ -74,8 +74,8 @@ def cases() -> dict[str, dict[str, Any]]:
         "min tokens": {"min_tokens": 9, "stop_token_ids": list(range(5, 300, 2))},
         "stop tokens": {"stop_token_ids": list(range(7, 300, 5))},
         "stop strings": {"stop": ["'''", "00", "a", "BB"], "include_stop_str_in_output": True},
-        "log-probabilities": {"logprobs": 3, "prompt_logprobs": 1},
-        "three answers": {"n": 3, "temperature": 1.0, "top_k": 1, "seed": 5},
+        "log-probabilities": {"logprobs": 3},
+        "three answers": {"n": 3, "temperature": 1.0, "top_k": 1},
         "few tokens": {"max_tokens": 3},
     }
 

@@ -91,7 +91,7 @@ def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]
             findings += _trained_steps(recipe)
         with _fault(findings, "recipe", _CORRECT):
             max_len = longest_sequence(recipe, target)
-        findings += _served_otherwise(recipe, target) + _requests(recipe, target)
+        findings += _served_otherwise(recipe, target) + _requests(recipe, target, machine)
         findings += _memory(recipe, target, machine)
     with _fault(findings, "prompts", _CORRECT):
         chats = conversations(recipe, template)
@@ -151,7 +151,7 @@ def _served_otherwise(recipe: Recipe, target: Target) -> list[Finding]:
     return findings
 
 
-def _requests(recipe: Recipe, target: Target) -> list[Finding]:
+def _requests(recipe: Recipe, target: Target, machine: Machine) -> list[Finding]:
     """What a server adds to requests, held against what bench measures; and adapters beside a
     head."""
     findings = []
@@ -184,7 +184,14 @@ def _requests(recipe: Recipe, target: Target) -> list[Finding]:
             "a head of its own, trained on the adapter's answers: merge it into the target, and "
             "`drafthead train --from HEAD`"
         )
-        findings.append(Finding("adapters", "warning", words, fix))
+        state = "warning"
+        if machine.vllm_device == "cpu":
+            state = "fault"
+            words = (
+                "vLLM's CPU engine ends at an adapter's first request while a head drafts: the "
+                "head shares the target's embedding, which expects the target's batch"
+            )
+        findings.append(Finding("adapters", state, words, fix))
     return findings
 
 
