@@ -13,6 +13,7 @@ from drafthead.errors import DraftheadError
 from drafthead.recipe import load_recipe
 from drafthead.targets import load_target
 from tests import tiny, wrappers
+from tests.prove import crafted
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2", "lfm2_moe"])
@@ -87,6 +88,12 @@ def test_missing_folder_and_files(tmp_path, copy):
     (copy / "config.json").unlink()
     with pytest.raises(DraftheadError, match=r"no config\.json"):
         load_target(copy)
+
+
+def test_a_draft_head_is_no_target(copy, tmp_path):
+    with pytest.raises(DraftheadError) as refused:
+        load_target(crafted.head(tmp_path / "head", copy))
+    assert refused.value.field == "draft_vocab_size"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000])

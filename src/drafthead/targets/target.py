@@ -27,6 +27,8 @@ FETCH = "fetch it again"
 _FLOATS = ("BF16", "F16", "F32")
 # What decoders' names begin with: alone, and in a multimodal checkpoint (two ways).
 _USUAL_DECODERS = ("model.", "model.language_model.", "language_model.model.")
+# Fields of a draft head's configuration that no target's has.
+_HEAD_FIELDS = ("draft_vocab_size", "speculators_model_type", "eagle_config", "dflash_config")
 
 
 @dataclass(frozen=True)
@@ -409,6 +411,19 @@ def _gguf(folder: Path, name: str) -> str:
     )
 
 
+def _refuse_head(path: Path) -> None:
+    """Refuse a draft head that was named in place of its target."""
+    with contextlib.suppress(OSError, ValueError):  # said where the configuration is read
+        raw = json.loads((path / "config.json").read_text())
+        for key in _HEAD_FIELDS:
+            if isinstance(raw, dict) and key in raw:
+                raise DraftheadError(
+                    f"{path}/config.json: has `{key}`, so it is a draft head's; name the model "
+                    "that the head drafts for",
+                    field=key,
+                )
+
+
 def _refuse_other_formats(folder: Path) -> None:
     """Refuse a folder that holds a model in a format that is not read here.
 
@@ -510,6 +525,7 @@ def load_target(
             f"{path}: no config.json there; a target is a transformers checkpoint"
             + (hint if "gguf" in str(path_or_id).lower() else "")
         )
+    _refuse_head(path)
     try:
         raw = json.loads((path / "config.json").read_text())
         outer = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
