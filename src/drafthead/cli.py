@@ -5,9 +5,8 @@ With ``--json`` a command prints one object on stdout; what people read goes to 
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.markup import escape
@@ -231,10 +230,6 @@ app.command(
 _add_stage("report", "Write the report and the model card of a finished run.")
 
 
-class _Format(StrEnum):
-    nvfp4 = "nvfp4"
-
-
 @app.command(
     epilog="Example: drafthead quantize ./my-model ./my-model-nvfp4 --prompts r.yaml",
     rich_help_panel=TOOLS,
@@ -245,7 +240,9 @@ def quantize(
     prompts: Annotated[
         Path, typer.Option(help="What to calibrate on: a recipe (.yaml), JSONL or Parquet.")
     ],
-    to: Annotated[_Format, typer.Option("--format", help="The four-bit format.")] = _Format.nvfp4,
+    to: Annotated[
+        Literal["nvfp4"], typer.Option("--format", help="The four-bit format.")
+    ] = "nvfp4",
     samples: Annotated[int, typer.Option(help="Conversations to calibrate on.", min=1)] = 64,
     heldout: Annotated[int, typer.Option(help="Conversations to measure on.", min=1)] = 16,
     exclude: Annotated[
@@ -306,11 +303,6 @@ def inspect(
         raise typer.Exit(UnsupportedHead.exit_code)
 
 
-class _LayerIds(StrEnum):
-    inputs = "inputs"
-    outputs = "outputs"
-
-
 @app.command(
     epilog="Example: drafthead convert OWNER/NAME my-head --target ./my-model",
     rich_help_panel=TOOLS,
@@ -321,7 +313,7 @@ def convert(
     target: Annotated[str | None, typer.Option(help="Target that the head is for.")] = None,
     engine: Annotated[str, typer.Option("--for", help="Engine that is to serve it.")] = "vllm",
     layer_ids: Annotated[
-        _LayerIds | None,
+        Literal["inputs", "outputs"] | None,
         typer.Option(help="What eagle_config means, where that is not clear: SGLang's outputs."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -342,7 +334,7 @@ def convert(
             out,
             target=loaded,
             engine=engine,
-            layer_ids=layer_ids and layer_ids.value,
+            layer_ids=layer_ids,
         )
     for name, can in found["engines"].items():
         console.print(told(name, can, out), soft_wrap=True)

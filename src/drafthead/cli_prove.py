@@ -1,9 +1,8 @@
 """The commands verify and bench: their many options, as fields of the recipe."""
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -95,15 +94,6 @@ def verify(
     one_stage("verify", found, runs, overwrite, as_json, again)
 
 
-class _Baseline(StrEnum):
-    ngram = "ngram"
-
-
-class _Over(StrEnum):
-    engine = "engine"
-    http = "http"
-
-
 def bench(
     recipe: RecipeFile,
     k: Annotated[str | None, typer.Option(help="Tokens drafted a step: 1,3,5.")] = None,
@@ -120,14 +110,16 @@ def bench(
     ] = None,
     repeats: Annotated[int | None, typer.Option(help="Times each pair is run.")] = None,
     over: Annotated[
-        _Over | None, typer.Option(help="Time the engine itself, or servers over HTTP.")
+        Literal["engine", "http"] | None,
+        typer.Option(help="Time the engine itself, or servers over HTTP."),
     ] = None,
     heads: Annotated[
         list[str] | None,
         typer.Option("--head", help="Also another head, folder or hub id; more are fine."),
     ] = None,
     baseline: Annotated[
-        _Baseline | None, typer.Option(help="Also a drafter that needs no head: prompt lookup.")
+        Literal["ngram"] | None,
+        typer.Option(help="Also a drafter that needs no head: prompt lookup."),
     ] = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
@@ -144,7 +136,7 @@ def bench(
         "prompts": prompts,
         "max_new_tokens": _numbers(max_new_tokens),
         "repeats": repeats,
-        "over": over and over.value,
+        "over": over,
     }
     found = _with_options(recipe, "bench", options)
     unsupported = False
