@@ -134,6 +134,33 @@ def test_a_proved_head_has_its_report_when_bench_is_stopped(job, error):
     assert job.ran == ["train"]  # of what is not made there is no report
 
 
+def test_each_kind_of_head_is_made_of_one_capture_and_goes_on_where_it_was_killed(job):
+    both = job.recipe(head={"kind": ["eagle3", "dspark"]})
+    once = ["generate", "capture", "vocab"]
+    each = [name for name in NAMES if name not in once for _ in range(2)]
+    job.fail, job.error = "verify", KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        job.execute(both)
+    assert job.ran == [*once, "train", "train", "export", "export", "verify"]
+    job.fail = None
+    result = job.execute(both)
+    assert job.ran == each[each.index("verify") :]
+    assert result["generate"]["made"] == "generate"
+    assert list(result["train"]) == ["eagle3", "dspark"]
+    job.execute(both)
+    assert job.ran == []
+    # What one of them is trained with concerns no other; the reports tell of both.
+    other = job.recipe(
+        head={"kind": ["eagle3", "dspark"]}, for_kind={"dspark": {"train": {"epochs": 9}}}
+    )
+    job.execute(other, overwrite=True)
+    assert job.ran == ["train", "export", "verify", "bench", "report", "report"]
+    job.execute(other, first="bench", last="bench", kind="eagle3", again=True)
+    assert job.ran == ["bench"]
+    job.execute(other)
+    assert job.ran == ["report", "report"]
+
+
 def test_a_report_needs_no_bench(job):
     recipe = job.recipe()
     job.execute(recipe, last="verify")

@@ -9,19 +9,9 @@ import drafthead
 
 SOURCE = Path(drafthead.__file__).parent
 ORDER = (
-    *(
-        "errors",
-        "progress",
-        "machine",
-        "finding",
-        "fsio",
-        "process",
-        "recipe",
-        "rundir",
-        "targets",
-        "data",
-    ),
-    *("ops", "states", "head", "drafters", "plan", "serve", "vocab", "init", "quantize", "capture"),
+    *("errors", "progress", "machine", "finding", "fsio", "process", "recipe", "rundir"),
+    *("targets", "data", "ops", "states", "head", "drafters", "kinds", "plan", "serve", "vocab"),
+    *("init", "quantize", "capture"),
     *("train", "prove"),
     *("report", "run", "doctor"),
     *("cli_options", "cli_prove", "cli", "__main__"),

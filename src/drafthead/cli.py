@@ -14,6 +14,7 @@ from rich.markup import escape
 from drafthead import __version__
 from drafthead.cli_options import (
     AsJson,
+    Kind,
     Overwrite,
     RecipeFile,
     RunsDir,
@@ -29,7 +30,7 @@ from drafthead.errors import ClaimFailed, DraftheadError, UnsupportedHead
 
 app = typer.Typer(
     name="drafthead",
-    help="Make an EAGLE-3 draft head for the model you serve, serve it in vLLM, prove it.",
+    help="Make a draft head for the model you serve (EAGLE-3, DSpark), serve it in vLLM, prove it.",
     epilog="Example: drafthead init ./my-model --prompts chats.jsonl; drafthead run recipe.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -64,7 +65,7 @@ def init(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     every_key: Annotated[
-        bool, typer.Option("--all", help="Write every key, not only the eight that matter.")
+        bool, typer.Option("--all", help="Write every key, not only the nine that matter.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -99,6 +100,7 @@ def run(
         str, typer.Option("--from", help="First stage; those before it must be done.")
     ] = "generate",
     last: Annotated[str, typer.Option("--to", help="Last stage.")] = "report",
+    kind: Kind = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -107,7 +109,13 @@ def run(
     from drafthead.run import execute
 
     result = execute(
-        read_recipe(recipe), runs, first=first, last=last, overwrite=overwrite, console=console
+        read_recipe(recipe),
+        runs,
+        first=first,
+        last=last,
+        kind=kind,
+        overwrite=overwrite,
+        console=console,
     )
     if as_json:
         emit(result, as_json)
@@ -116,11 +124,12 @@ def run(
 def _add_stage(name: str, help_text: str) -> None:
     def command(
         recipe: RecipeFile,
+        kind: Kind = None,
         runs: RunsDir = Path("runs"),
         overwrite: Overwrite = False,
         as_json: AsJson = False,
     ) -> None:
-        one_stage(name, read_recipe(recipe), runs, overwrite, as_json)
+        one_stage(name, read_recipe(recipe), runs, overwrite, as_json, kind=kind)
 
     epilog = f"Example: drafthead {name} recipe.yaml"
     app.command(name, help=help_text, epilog=epilog, rich_help_panel=STAGES)(command)
@@ -172,6 +181,7 @@ def train(
         str | None,
         typer.Option("--from", help="Head to go on from: a folder or a hub id."),
     ] = None,
+    kind: Kind = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -183,7 +193,7 @@ def train(
     rank = torchrun_rank()
     console.quiet = rank > 0
     found = from_head(read_recipe(recipe), start)
-    one_stage("train", found, runs, overwrite, as_json and rank == 0)
+    one_stage("train", found, runs, overwrite, as_json and rank == 0, kind=kind)
     if start is not None:
         console.print(
             "The stages after train go by the recipe. Write into it: "
@@ -349,6 +359,9 @@ def convert(
 def serve(
     context: typer.Context,
     recipe: RecipeFile,
+    kind: Annotated[
+        str | None, typer.Option(help="Of several kinds of head; by default the faster one.")
+    ] = None,
     runs: RunsDir = Path("runs"),
     print_only: Annotated[
         bool, typer.Option("--print", help="Print the command, each flag explained; start nothing.")
@@ -359,17 +372,18 @@ def serve(
     plan as JSON and starts nothing: vLLM's log would follow it on stdout. --print also names the
     commands of other engines that read the head."""
     from drafthead.drafters.inspect import other_engines
+    from drafthead.prove.choice import to_serve
     from drafthead.prove.proof import doubt
     from drafthead.prove.served import as_served, served_k
-    from drafthead.rundir import RunDir
     from drafthead.serve import example_request, serve_plan
     from drafthead.targets import recipe_target
 
-    loaded = read_recipe(recipe)
-    run = RunDir(runs / loaded.name)
+    loaded, run = to_serve(read_recipe(recipe), runs, kind)
+    if run.shared is not None:
+        console.print(f"the {loaded.head.only_kind} head, {escape(str(run.head))}")
     k = served_k(loaded, run)
     served = as_served(loaded, run)
-    plan = serve_plan(served, runs, extra=context.args, k=k)
+    plan = serve_plan(served, runs, extra=context.args, k=k, head=run.head)
     not_proved = doubt(run, k, served.serve.named_method)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
@@ -434,10 +448,13 @@ def states_check(
     raise typer.Exit(0 if repair else ClaimFailed.exit_code)
 
 
-@app.command(epilog="Example: drafthead publish recipe.yaml --repo me/my-model-eagle3 --dry-run")
+@app.command(epilog="Example: drafthead publish recipe.yaml --repo me/my-model-head --dry-run")
 def publish(
     recipe: RecipeFile,
     repo: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Of several kinds of head; by default the faster one.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the files; upload nothing.")
     ] = False,
@@ -445,12 +462,13 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Upload the head with its model card, proof and measurements to the hub."""
+    from drafthead.prove.choice import to_serve
     from drafthead.report.publish import publish as upload
     from drafthead.run import check_made
 
-    loaded = read_recipe(recipe)
-    check_made(loaded, runs)
-    result = upload(loaded, runs, repo=repo, dry_run=dry_run, console=console)
+    loaded, run = to_serve(read_recipe(recipe), runs, kind)
+    check_made(loaded, run)
+    result = upload(loaded, run, repo=repo, dry_run=dry_run, console=console)
     if as_json:
         emit(result, as_json)
 

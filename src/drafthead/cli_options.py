@@ -76,6 +76,9 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the target."),
 ]
+Kind = Annotated[
+    str | None, typer.Option(help="Of several kinds of head (head.kind), the only one to do.")
+]
 Again = Annotated[bool, typer.Option("--again", help="Measure again what is finished.")]
 
 
@@ -106,19 +109,37 @@ def _named(value: Any) -> Any:
 
 
 def run_stage(
-    name: str, recipe: "Recipe", runs: Path, overwrite: bool, again: bool = False
+    name: str,
+    recipe: "Recipe",
+    runs: Path,
+    overwrite: bool,
+    again: bool = False,
+    kind: str | None = None,
 ) -> dict:
     """Run one stage; returns its summary."""
     from drafthead.run import execute
 
     found = execute(
-        recipe, runs, first=name, last=name, overwrite=overwrite, again=again, console=console
+        recipe,
+        runs,
+        first=name,
+        last=name,
+        kind=kind,
+        overwrite=overwrite,
+        again=again,
+        console=console,
     )
     return found[name]
 
 
 def one_stage(
-    name: str, recipe: "Recipe", runs: Path, overwrite: bool, as_json: bool, again: bool = False
+    name: str,
+    recipe: "Recipe",
+    runs: Path,
+    overwrite: bool,
+    as_json: bool,
+    again: bool = False,
+    kind: str | None = None,
 ) -> None:
     """Run one stage and tell its summary."""
-    emit(run_stage(name, recipe, runs, overwrite, again), as_json)
+    emit(run_stage(name, recipe, runs, overwrite, again, kind), as_json)

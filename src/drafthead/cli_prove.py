@@ -10,6 +10,7 @@ from rich.markup import escape
 from drafthead.cli_options import (
     Again,
     AsJson,
+    Kind,
     Overwrite,
     RecipeFile,
     RunsDir,
@@ -74,6 +75,7 @@ def verify(
     samples: Annotated[
         int | None, typer.Option(help="Sampled answers at each context, with and without.")
     ] = None,
+    kind: Kind = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
     again: Again = False,
@@ -91,7 +93,7 @@ def verify(
         "samples": samples,
     }
     found = _with_options(recipe, "verify", options)
-    one_stage("verify", found, runs, overwrite, as_json, again)
+    one_stage("verify", found, runs, overwrite, as_json, again, kind)
 
 
 def bench(
@@ -121,6 +123,7 @@ def bench(
         Literal["ngram"] | None,
         typer.Option(help="Also a drafter that needs no head: prompt lookup."),
     ] = None,
+    kind: Kind = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
     again: Again = False,
@@ -148,13 +151,13 @@ def bench(
         # Fetched and looked at now, not after hours of measuring.
         for folder in [head_folder(existing_head(head)) for head in heads]:
             unsupported |= bool(look_at(found, folder, recipe_target(found))[0])
-    summary = run_stage("bench", found, runs, overwrite, again)
+    summary = run_stage("bench", found, runs, overwrite, again, kind)
     if heads or baseline:
         from drafthead.prove.bench import contest
-        from drafthead.rundir import RunDir
+        from drafthead.prove.choice import to_serve
 
-        run, ngram = RunDir(runs / found.name), baseline is not None
-        beside = contest(found, run, heads=heads or [], ngram=ngram, console=console)
+        (own, run), ngram = to_serve(found, runs, kind), baseline is not None
+        beside = contest(own, run, heads=heads or [], ngram=ngram, console=console)
         summary = {**summary, "beside": beside}
     emit(summary, as_json)
     if unsupported:

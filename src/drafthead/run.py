@@ -23,10 +23,11 @@ from drafthead.fsio import (
     visible_files,
 )
 from drafthead.head.checkpoint import head_folder, trained_steps
+from drafthead.kinds import Jobs, each_kind
 from drafthead.machine import torchrun_rank
 from drafthead.progress import waiting, waiting_for_library
 from drafthead.recipe import CaptureSection, Recipe, Source, without_secrets
-from drafthead.rundir import RunDir
+from drafthead.rundir import SHARED, RunDir
 from drafthead.targets import captured_layers, recipe_target
 from drafthead.vocab import check_size
 
@@ -136,7 +137,7 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     # The target's files count, by their hashes, and not where they lie.
     dumped["target"] = {k: v for k, v in dumped["target"].items() if k not in ("path", "revision")}
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
-    if recipe.head.kind == "dspark" and recipe.capture.aux_layers is None:
+    if recipe.head.only_kind == "dspark" and recipe.capture.aux_layers is None:
         dumped["capture"]["aux_layers"] = "spread"  # others than without
     dumped["train"]["track"] = []  # who looks on does not change what is trained
     # … nor do the GPU that computes states online and the memory that they pass through.
@@ -150,14 +151,13 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return found
 
 
-def check_made(recipe: Recipe, runs_dir: Path) -> None:
-    """Look whether the head of the recipe's run was made with this recipe, which its card and its
+def check_made(recipe: Recipe, run: RunDir) -> None:
+    """Look whether the head of a run was made with this recipe, of one kind, which its card and its
     report will tell of. What verify and bench were asked their own records say.
 
     Raises:
         DraftheadError: it was made with another one.
     """
-    run = RunDir(runs_dir / recipe.name)
     for name, settings in _settings(recipe).items():
         if name in _PROVES:
             continue
@@ -245,8 +245,15 @@ def _load(function: str) -> Callable[..., Any]:
 
 
 def _run_stage(
-    stage: Stage, recipe: Recipe, run: RunDir, inputs: dict, overwrite: bool, console: Console
+    stage: Stage,
+    recipe: Recipe,
+    run: RunDir,
+    inputs: dict,
+    overwrite: bool,
+    beside: Jobs,
+    console: Console,
 ) -> dict:
+    """Run a stage in a run's folder. beside: all kinds of head that are made with it."""
     if torchrun_rank() > 0:
         # A further process of torchrun: the first one keeps the records.
         return _load(stage.function)(recipe, run, console=Console(quiet=True))
@@ -255,13 +262,23 @@ def _run_stage(
     run.begin(stage.name, inputs, overwrite=overwrite or not stage.costly)
     for other in STAGES:
         if other.reads_all:
-            run.forget(other.name)
-    console.print(f"[bold]{stage.name}[/bold]: {stage.does}")
+            for _, place in beside.values():
+                place.forget(other.name)
+    kind = "" if run.shared is None else f" ({recipe.head.only_kind})"
+    console.print(f"[bold]{stage.name}{kind}[/bold]: {stage.does}")
     start = time.monotonic()
     summary = _load(stage.function)(recipe, run, console=console)
     summary["seconds"] = round(time.monotonic() - start, 1)
     run.finish(stage.name, inputs, summary)
     return summary
+
+
+def _tell(summaries: dict[str, dict], stage: Stage, kind: str, summary: dict, beside: Jobs) -> None:
+    """Add what a stage says: by kind, if each of several has its own."""
+    if stage.name in SHARED or len(beside) == 1:
+        summaries[stage.name] = summary
+    else:
+        summaries.setdefault(stage.name, {})[kind] = summary
 
 
 def execute(
@@ -270,6 +287,7 @@ def execute(
     *,
     first: str = NAMES[0],
     last: str = NAMES[-1],
+    kind: str | None = None,
     overwrite: bool = False,
     again: bool = False,
     console: Console,
@@ -285,12 +303,14 @@ def execute(
         runs_dir: folder of all runs; this one's is ``runs_dir / recipe.name``.
         first: name of the first stage to run.
         last: name of the last one.
+        kind: of several kinds of head, the only one to do it for; None is each.
         overwrite: let answers, states or training made with other settings be replaced.
         again: do finished stages again, those that take hours excepted: measure once more.
         console: where people read what happens.
 
     Returns:
-        Each stage's summary, by its name.
+        Each stage's summary, by its name; with several kinds of head, and from train on, one of
+        each kind.
 
     Raises:
         DraftheadError: wrong input, or a stage before ``first`` has not been run.
@@ -308,46 +328,61 @@ def execute(
         )
     keep_hashes(run.root)
     with waiting_for_library(console, f"reading {recipe.target.path}"):
-        recipe_target(recipe)  # comes from the hub if it is not here
+        target = recipe_target(recipe)  # comes from the hub if it is not here
+    beside, jobs = each_kind(recipe, runs_dir), each_kind(recipe, runs_dir, kind)
     with waiting(console, "hashing target and prompts"):
-        inputs = stage_inputs(recipe, wanted)
+        inputs = {name: stage_inputs(own, wanted) for name, (own, _) in jobs.items()}
     if {"generate", "train"} <= set(wanted):
         from drafthead.train.stage import check_shape
 
-        check_shape(recipe, run)  # now, not after hours of answers
+        for own, place in jobs.values():
+            check_shape(own, place)  # now, not after hours of answers
     if recipe.bench.sources and {"generate", "bench"} <= set(wanted):
         from drafthead.prove.prompts import own_prompts
 
-        target = recipe_target(recipe)
         own_prompts(recipe, target, recipe_template(recipe, target))  # … as well
+    # Each stage for all kinds before the next one: a report tells of all.
+    steps = [
+        (stage, name)
+        for stage in STAGES
+        for name in (list(jobs)[:1] if stage.name in SHARED else jobs)
+        if stage.name in wanted
+    ]
     summaries: dict[str, dict] = {}
     failed: ClaimFailed | None = None
     stopped: BaseException | None = None
     anything_ran = False
     with RunLock(run.root) if first_process else contextlib.nullcontext():
         if first_process:
-            sweep(run.root)
-        for stage in STAGES:
-            if stage.name not in wanted or (stopped is not None and not stage.reads_all):
+            for folder in {run.root, *(place.root for _, place in jobs.values())}:
+                sweep(folder)
+        for stage, name in steps:
+            if stopped is not None and not stage.reads_all:
                 continue
-            done = run.finished(stage.name, inputs[stage.name])
+            (own, place), needs = jobs[name], inputs[name]
+            if stage.name in SHARED:
+                place = run
+            done = place.finished(stage.name, needs[stage.name])
             redo = (again and not stage.costly) or (stage.reads_all and anything_ran)
             if done is not None and not redo:
                 console.print(f"[dim]{stage.name}: done before[/dim]")
-                summaries[stage.name] = done
+                _tell(summaries, stage, name, done, beside)
                 continue
             anything_ran = True
             for before in (stage.after, stage.beside):
-                if before and before not in wanted and run.finished(before, inputs[before]) is None:
-                    unfinished = next(s for s in NAMES if run.finished(s, inputs[s]) is None)
+                if (
+                    before
+                    and before not in wanted
+                    and place.finished(before, needs[before]) is None
+                ):
+                    unfinished = next(s for s in NAMES if place.finished(s, needs[s]) is None)
                     raise DraftheadError(
-                        f"{run.root}: stage {stage.name} needs {before}, which has not ended with "
-                        f"this recipe; run `drafthead run RECIPE --from {unfinished}`"
+                        f"{place.root}: stage {stage.name} needs {before}, which has not ended "
+                        f"with this recipe; run `drafthead run RECIPE --from {unfinished}`"
                     )
             try:
-                summaries[stage.name] = _run_stage(
-                    stage, recipe, run, inputs[stage.name], overwrite, console
-                )
+                done = _run_stage(stage, own, place, needs[stage.name], overwrite, beside, console)
+                _tell(summaries, stage, name, done, beside)
             except ClaimFailed as error:
                 console.print(f"[red]{stage.name}: {escape(str(error))}[/red]")
                 failed = error

@@ -11,6 +11,8 @@ from drafthead.errors import DraftheadError
 from drafthead.fsio import clear, read_json, shortened, write_json
 
 RECORD_MEND = "delete it, and the stage is looked at again"
+SHARED = ("generate", "capture", "vocab")
+"""The stages whose output heads of all kinds are made of."""
 _BEGAN = "began"
 """Key of the time in a begun stage's record, beside its inputs."""
 
@@ -37,21 +39,32 @@ class RunDir:
     """The paths of one run, under ``root`` (usually ``runs/NAME``)."""
 
     root: Path
+    shared: Path | None = None
+    """Of one of several kinds of head: the run's own folder, with what all are made of."""
+
+    def of_kind(self, kind: str) -> "RunDir":
+        """Where a head is made of what heads of other kinds are made of, too."""
+        return RunDir(self.top / kind, self.top)
+
+    @property
+    def top(self) -> Path:
+        """The whole run's folder."""
+        return self.shared or self.root
 
     @property
     def answers(self) -> Path:
         """What the target wrote: token ids, loss masks, one record a conversation."""
-        return self.root / "answers"
+        return self.top / "answers"
 
     @property
     def states(self) -> Path:
         """The target's hidden states for those tokens."""
-        return self.root / "states"
+        return self.top / "states"
 
     @property
     def vocab(self) -> Path:
         """Draft vocabulary: ``d2t``, ``t2d``, counts, coverage curve."""
-        return self.root / "vocab"
+        return self.top / "vocab"
 
     @property
     def train(self) -> Path:
@@ -82,7 +95,8 @@ class RunDir:
 
     def record(self, stage: str, state: str) -> Path:
         """The file that says that ``stage`` has begun, or is done (``state``)."""
-        return self.root / ".stages" / f"{stage}.{state}.json"
+        folder = self.top if stage in SHARED else self.root
+        return folder / ".stages" / f"{stage}.{state}.json"
 
     def finished(self, stage: str, inputs: dict) -> dict | None:
         """The summary of ``stage`` if it ended before with the same ``inputs``, else None; also

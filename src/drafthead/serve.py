@@ -479,7 +479,13 @@ def llm_class() -> type:
     return LLM
 
 
-def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = (), k: int | None = None) -> Plan:
+def serve_plan(
+    recipe: Recipe,
+    runs: Path,
+    extra: Sequence[str] = (),
+    k: int | None = None,
+    head: Path | None = None,
+) -> Plan:
     """How to serve a recipe's target with the head of its run.
 
     Folders are named by their whole path, so that the printed command works anywhere. A target in a
@@ -490,6 +496,7 @@ def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = (), k: int | N
         runs: folder of all runs.
         extra: arguments that vLLM gets as they are.
         k: tokens to draft a step; None is the recipe's.
+        head: of the run's, where it makes several; None is that of a run with one.
 
     Raises:
         DraftheadError: target or head cannot be read.
@@ -505,7 +512,7 @@ def serve_plan(recipe: Recipe, runs: Path, extra: Sequence[str] = (), k: int | N
     )
     plan = engine_plan(
         recipe.model_copy(update={"target": whole}),
-        head=_whole(existing_head(run.head)),
+        head=_whole(existing_head(head or run.head)),
         num_speculative_tokens=k,
         extra=extra,
     )

@@ -94,7 +94,7 @@ class OnlineReader(Samples):
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         order = {
             "recipe": recipe.model_dump(mode="json"),
-            "run": str(run.root),
+            "run": str(run.top),
             "pages": self._memory.path,
         }
         self._child = Child(

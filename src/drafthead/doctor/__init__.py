@@ -22,23 +22,15 @@ from drafthead.progress import waiting
 # What needs PyTorch is imported where it is used: doctor must work where PyTorch does not.
 if TYPE_CHECKING:
     from drafthead.recipe import Recipe
-    from drafthead.rundir import RunDir
 
 _MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]??[/yellow]", "fault": "[red]no[/red]"}
 
 
-def check_recipe(recipe: "Recipe", run: "RunDir", machine: Machine) -> list[Finding]:
+def check_kinds(recipe: "Recipe", runs: Path, machine: Machine) -> list[Finding]:
     """See ``doctor.recipe``."""
     from drafthead.doctor import recipe as checks
 
-    return checks.check_recipe(recipe, run, machine)
-
-
-def check_head(run: "RunDir", recipe: "Recipe") -> list[Finding]:
-    """See ``doctor.recipe``."""
-    from drafthead.doctor import recipe as checks
-
-    return checks.check_head(run, recipe)
+    return checks.check_kinds(recipe, runs, machine)
 
 
 def diagnose(
@@ -84,11 +76,7 @@ def diagnose(
             )
             recipe = url = None
         if recipe is not None:
-            from drafthead.rundir import RunDir
-
-            run = RunDir(runs / recipe.name)
-            look("reading target and prompts", lambda: check_recipe(recipe, run, machine))
-            look("reading the head", lambda: check_head(run, recipe))
+            look("reading target and prompts", lambda: check_kinds(recipe, runs, machine))
         extra = recipe.engine.extra if recipe is not None else {}
         look("importing vLLM", lambda: engine.findings(_architecture(recipe), extra))
     if url is not None:

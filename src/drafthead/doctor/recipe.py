@@ -21,6 +21,7 @@ from drafthead.drafters.inspect import inspect_head
 from drafthead.errors import DraftheadError
 from drafthead.finding import Finding
 from drafthead.head.checkpoint import as_started
+from drafthead.kinds import each_kind
 from drafthead.machine import Machine
 from drafthead.plan import Plan
 from drafthead.prove.prompts import own_prompts
@@ -63,6 +64,17 @@ def _fault(findings: list[Finding], what: str, fix: str) -> Iterator[None]:
         finding = Finding(what, "fault", str(error), fix)
         if finding not in findings:  # two checks may meet the same mistake
             findings.append(finding)
+
+
+def check_kinds(recipe: Recipe, runs: Path, machine: Machine) -> list[Finding]:
+    """``check_recipe`` and ``check_head`` for each kind of head that the recipe asks for; what
+    holds for all is said once."""
+    findings: list[Finding] = []
+    with _fault(findings, "recipe", _CORRECT):
+        for own, run in each_kind(recipe, runs).values():
+            found = check_recipe(own, run, machine) + check_head(run, own)
+            findings += [finding for finding in found if finding not in findings]
+    return findings
 
 
 def check_recipe(recipe: Recipe, run: RunDir, machine: Machine) -> list[Finding]:
@@ -321,6 +333,8 @@ def _sources(sources: list[SourceCounts], key: str) -> list[Finding]:
 def _trained_steps(recipe: Recipe) -> list[Finding]:
     """Whether the head is trained for as many drafts as the recipe serves, or as help."""
     recipe, k = as_started(recipe), max(recipe.serve.candidates)
+    if recipe.head.only_kind != "eagle3":
+        return []
     enough = recipe.head.norm_output and recipe.ttt_steps >= ENOUGH_STEPS
     if enough or k <= recipe.ttt_steps:
         return []

@@ -82,6 +82,8 @@ class Drafter(Protocol):
 
     kind: str
     """`head.kind` in the recipe, and vLLM's speculative method."""
+    name: str
+    """What people call it."""
     prefixes: bool
     """Whether k drafts are the first k of more."""
 
@@ -90,6 +92,9 @@ class Drafter(Protocol):
 
     def default_k(self, recipe: Recipe) -> Sequence[int]:
         """Numbers of drafts a step to prove and measure where the recipe names none."""
+
+    def training_words(self, recipe: Recipe) -> str:
+        """How a recipe trains such a head, as far as only this kind is trained so."""
 
     def new(
         self,

@@ -326,7 +326,8 @@ class _Fed(TypedDict):
 
 def as_started(recipe: Recipe) -> Recipe:
     """The recipe, with `head.norm_output` as the head has it that training starts from."""
-    if start := recipe.train.start_from:
+    start = recipe.train.start_from
+    if start and recipe.head.only_kind == "eagle3":
         with contextlib.suppress(DraftheadError):  # what is wrong with it training says
             given = read_json(head_folder(start) / "config.json", "a head's configuration", _Fed)
             norm_output = given.get("norm_output", False)

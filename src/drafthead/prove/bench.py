@@ -154,7 +154,7 @@ def contest(
     Raises:
         DraftheadError: the run has not been benched, or an engine does not run.
     """
-    with RunLock(run.root):
+    with RunLock(run.top):
         return _contest(recipe, run, heads, ngram, console)
 
 

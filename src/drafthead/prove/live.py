@@ -15,6 +15,7 @@ from drafthead.data.template import Message, Template
 from drafthead.finding import Finding
 from drafthead.fsio import read_json
 from drafthead.head.acceptance import Acceptance
+from drafthead.prove.choice import to_serve
 from drafthead.prove.prediction import predicted_by_training
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.prove.records import BENCH_AGAIN, Bench, Stored
@@ -282,7 +283,7 @@ def observe(client: Client, recipe: Recipe | None, runs: Path) -> LiveFacts:
     from drafthead.capture.plan import make_plan
     from drafthead.drafters.inspect import inspect_head
 
-    run = RunDir(runs / recipe.name)
+    recipe, run = to_serve(recipe, runs)
     prompts = heldout_prompts(run, PROBES)
     longest = client.model()["max_model_len"]
     ids = [p.ids for p in prompts if len(p.ids) < longest]

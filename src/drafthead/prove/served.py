@@ -1,8 +1,7 @@
 """Which k is served: what the recipe names, else the fastest that was proved and measured."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -13,9 +12,8 @@ from drafthead.fsio import Amount, Natural, read_json
 from drafthead.prove.pairing import load
 from drafthead.prove.proof import proof_path, read_proof
 from drafthead.prove.records import BENCH_AGAIN, ProvedHead
-from drafthead.recipe import Recipe, load_recipe, with_options
+from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
-from drafthead.serve import engine_plan, existing_head
 
 
 class _Cell(TypedDict):
@@ -39,7 +37,7 @@ def default_ks(recipe: Recipe) -> list[int]:
     """Each k to prove and measure where verify and bench name none: the one that serve names, else
     those that this kind of head is worth trying with."""
     named = recipe.serve.num_speculative_tokens
-    return [named] if named else list(DRAFTERS[recipe.head.kind].default_k(recipe))
+    return [named] if named else list(DRAFTERS[recipe.head.only_kind].default_k(recipe))
 
 
 def candidates(recipe: Recipe) -> list[int]:
@@ -147,24 +145,3 @@ def served_k(recipe: Recipe, run: RunDir) -> int:
         return best
     ks = proved_ks(lossless_proof(run)) or default_ks(recipe)
     return min(ks, key=lambda k: (abs(k - recipe.serve.k), k))
-
-
-def engine_args(
-    recipe: Recipe | Path | str, head: Path | str | None = None, runs: Path | str = "runs"
-) -> dict[str, Any]:
-    """Arguments for ``vllm.LLM(**…)`` that serve a recipe's target with its head.
-
-    Args:
-        recipe: a recipe, or the path of one.
-        head: the head's folder or hub id; None is the recipe's run's own.
-        runs: folder of all runs.
-
-    Raises:
-        DraftheadError: recipe, target or head cannot be read.
-    """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    run = RunDir(Path(runs) / recipe.name)
-    head = existing_head(head or run.head)
-    served = as_served(recipe, run)
-    return engine_plan(served, head=head, num_speculative_tokens=served_k(recipe, run)).args

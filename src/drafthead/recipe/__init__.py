@@ -3,6 +3,7 @@
 from drafthead.recipe.read import load_recipe, parse_recipe, with_options
 from drafthead.recipe.schema import (
     ENOUGH_STEPS,
+    KEYS_OF_KIND,
     CaptureSection,
     HeadSection,
     Loss,
@@ -17,6 +18,7 @@ from drafthead.recipe.secrets import without_paths, without_secrets
 
 __all__ = [
     "ENOUGH_STEPS",
+    "KEYS_OF_KIND",
     "CaptureSection",
     "HeadSection",
     "Loss",

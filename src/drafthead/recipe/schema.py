@@ -163,12 +163,14 @@ class HeadSection(Section):
     """The shape of the draft head. null takes the target's own figure. "The published head" is the
     one on the hub for LFM2.5-8B-A1B."""
 
-    kind: Literal["eagle3", "dspark"] = "eagle3"
+    kind: str | list[str] = "eagle3"
     """`eagle3`: one layer drafts token after token; with little data far ahead (docs/dspark.md).
-    `dspark`: a few layers draft a block in one pass."""
+    `dspark`: a few layers draft a block in one pass. `[eagle3, dspark]`: one of each from the same
+    states, to serve the faster one."""
     aux_layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Which of the captured auxiliary layers the head reads; null is all. Capture more once, and
-    heads that read different ones can be compared on the same states."""
+    """Which of the captured auxiliary layers the head reads; null is all, for an `eagle3` head made
+    beside another kind vLLM's own three if they are among them. Capture more once, and heads that
+    read different ones can be compared on the same states."""
     hidden_size: Annotated[int, Field(gt=0)] | None = None
     """Width. vLLM shares the target's embedding, so it must be the target's unless the head
     brings its own."""
@@ -211,29 +213,52 @@ class HeadSection(Section):
     @property
     def layers(self) -> int:
         """`num_hidden_layers`, or what it is by default."""
-        return self.num_hidden_layers or {"eagle3": 1, "dspark": 3}[self.kind]
+        return self.num_hidden_layers or {"dspark": 3}.get(self.only_kind, 1)
 
-    @model_validator(mode="after")
-    def _of_one_kind(self) -> "HeadSection":
-        for kind, names in _HEAD_KEYS.items():
-            fields = type(self).model_fields
-            changed = sorted(n for n in names if getattr(self, n) != fields[n].default)
-            if kind != self.kind and changed:
-                raise ValueError(f"`{changed[0]}` is for heads of kind {kind}, this is {self.kind}")
-        return self
+    @property
+    def kinds(self) -> list[str]:
+        """Each kind of head that is asked for."""
+        return [self.kind] if isinstance(self.kind, str) else self.kind
+
+    @property
+    def only_kind(self) -> str:
+        """The kind of head of a recipe for one; `kinds.each_kind` makes such of one for several."""
+        (kind,) = self.kinds
+        return kind
+
+    @field_validator("kind")
+    @classmethod
+    def _each_once(cls, kind: str | list[str]) -> str | list[str]:
+        if isinstance(kind, str):
+            return kind
+        if not kind or len(set(kind)) < len(kind):
+            raise ValueError("names each kind once, such as `[eagle3, dspark]`")
+        return kind if len(kind) > 1 else kind[0]
 
 
-_HEAD_KEYS = {
+KEYS_OF_KIND = {
     "eagle3": {
-        "norm_before_residual",
-        "norm_before_fc",
-        "fc_norm",
-        "norm_output",
-        "layer_from_target",
+        "head.norm_before_residual",
+        "head.norm_before_fc",
+        "head.fc_norm",
+        "head.norm_output",
+        "head.layer_from_target",
+        "train.ttt_steps",
+        "train.ttt_decay",
+        "train.regression_weight",
     },
-    "dspark": {"block_size", "markov_rank", "causal", "mask_token"},
+    "dspark": {
+        "head.block_size",
+        "head.markov_rank",
+        "head.causal",
+        "head.mask_token",
+        "train.anchors",
+        "train.slot_decay",
+    },
 }
-"""Keys of `head` that only one kind has."""
+"""Keys that only one kind of head has, as `section.key`."""
+SECTIONS_OF_KIND = ("head", "train", "export", "serve", "verify", "bench")
+"""Sections that may differ between heads made of the same states."""
 
 ENOUGH_STEPS = 3
 """Of training-time test, for a head with `norm_output`: one trained for 5 drafts five no better."""
@@ -509,6 +534,36 @@ class Recipe(Section):
     verify: VerifySection = VerifySection()
     bench: BenchSection = BenchSection()
     publish: PublishSection = PublishSection()
+    for_kind: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    """With several kinds in `head.kind`: what differs for one of them, as
+    `dspark: {train: {epochs: 9}}`; head, train, export, serve, verify and bench may."""
+
+    @model_validator(mode="after")
+    def _fits_the_kinds(self) -> "Recipe":
+        kinds = self.head.kinds
+        if kinds == ["dspark"] and self.train.loss == "ce+smoothl1":
+            raise ValueError("`train.loss`: ce+smoothl1 is for heads of kind eagle3")
+        for kind, keys in KEYS_OF_KIND.items():
+            for section, _, key in (name.partition(".") for name in sorted(keys)):
+                values = getattr(self, section)
+                default = type(values).model_fields[key].default
+                if kind not in kinds and getattr(values, key) != default:
+                    raise ValueError(
+                        f"`{section}.{key}` is for heads of kind {kind}, and head.kind is "
+                        f"{', '.join(kinds)}; leave it out"
+                    )
+        for kind, sections in self.for_kind.items():
+            if len(kinds) < 2 or kind not in kinds:
+                raise ValueError(
+                    f"`for_kind.{kind}` is for one of several kinds in head.kind, which is "
+                    f"{', '.join(kinds)}"
+                )
+            if unknown := sorted(sections.keys() - set(SECTIONS_OF_KIND)):
+                raise ValueError(
+                    f"`for_kind.{kind}.{unknown[0]}`: heads of the same states may differ in "
+                    f"{', '.join(SECTIONS_OF_KIND)}"
+                )
+        return self
 
     @property
     def draft_methods(self) -> list[str]:

@@ -140,11 +140,18 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
                 "target": r.recipe.target.model_copy(update={"path": base}),
             }
         )
-        made = engine_plan(recipe, head=repo, target=target, machine=gpu_machine(count, False))
+        # The folder says of what kind the head is; it is the one that the repository will hold.
+        made = engine_plan(
+            recipe, head=r.run.head, target=target, machine=gpu_machine(count, False)
+        )
         general = ("max_num_seqs", "max_cudagraph_capture_size", "gpu_memory_utilization")
         why = f"{CHAT_TEMPLATE} of this repository"
         settings = [
-            replace(s, value=CHAT_TEMPLATE, why=why) if s.name == "chat_template" else s
+            replace(s, value=CHAT_TEMPLATE, why=why)
+            if s.name == "chat_template"
+            else replace(s, value={**s.value, "model": repo})
+            if s.name == "speculative_config"
+            else s
             for s in made.settings
             if s.name not in general
         ]
@@ -221,7 +228,7 @@ def hub_id(r: Results) -> str | None:
 def header(r: Results, base: str | None, target: Target, licence: Licence) -> str:
     """The card's YAML header."""
     method = (target.quantization or {}).get("quant_method")
-    tags = ["eagle3", "speculative-decoding", "draft-model", "drafthead"]
+    tags = [r.kind, "speculative-decoding", "draft-model", "drafthead"]
     fields: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         **licence.header,
@@ -291,7 +298,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
 def write_card(r: Results) -> Path:
     """Write ``README.md`` into the head's folder, the target's licence file beside it."""
     target = recipe_target(r.recipe)
-    repo = r.recipe.publish.repo or f"YOUR-NAME/{r.target_name}-eagle3"
+    repo = r.recipe.publish.repo or f"YOUR-NAME/{r.target_name}-{r.kind}"
     card = r.run.head / "README.md"
     write_bytes(card, render_card(r, target, repo).encode())
     licence = find_licence(target, r.recipe.publish.license)

@@ -1,22 +1,25 @@
 """Stage report: one HTML page and one Markdown page from what a run measured, and the card."""
 
+import itertools
 from typing import Any
 
 from rich.console import Console
 
 from drafthead.fsio import write_bytes
 from drafthead.progress import waiting
+from drafthead.prove.choice import better_kind, made_beside
 from drafthead.prove.noise import noise_words
 from drafthead.recipe import Recipe
 from drafthead.report.card import write_card
 from drafthead.report.figures import figures, interval
 from drafthead.report.results import Results, read_results
-from drafthead.report.table import lossless_words, results_table, verdict_words
+from drafthead.report.table import kinds_beside, lossless_words, results_table, verdict_words
 from drafthead.report.words import (
     beside_rows,
     environment,
     facts,
     grid_table,
+    kinds_table,
     machine_facts,
     notes,
     predicted_cells,
@@ -48,6 +51,7 @@ def render(r: Results, template: str) -> str:
         "machine": machine,
         "machine_facts": machine_facts(machine),
         "serve": serve_command(r),
+        "kinds": kinds_table(r.run),
     }
     if r.bench:
         values |= _speed(r)
@@ -84,7 +88,8 @@ def serve_command(r: Results) -> str:
 
 
 def report(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
-    """Write ``report.html``, ``report.md`` and the head's card, and print the run's table.
+    """Write ``report.html``, ``report.md`` and the head's card, and print the run's table. Of
+    several kinds of head the better one's pages also lie in the whole run's folder.
 
     Args:
         recipe: the run's recipe.
@@ -100,8 +105,14 @@ def report(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     with waiting(console, "reading records and hashing the head"):
         results = read_results(recipe, run)
     markdown = run.root / "report.md"
-    write_bytes(run.report_html, render(results, "report.html.j2").encode())
-    write_bytes(markdown, render(results, "report.md.j2").encode())
+    pages = {name: render(results, f"{name}.j2").encode() for name in ("report.html", "report.md")}
+    places = {run.root}
+    if better_kind(made_beside(run)) in (None, results.kind):
+        places.add(run.top)
+    for place, (name, page) in itertools.product(places, pages.items()):
+        write_bytes(place / name, page)
     card = write_card(results)
     console.print(results_table(results))
+    if run.top in places and (kinds := kinds_table(run)):
+        console.print(kinds_beside(kinds))
     return {"report": str(run.report_html), "markdown": str(markdown), "card": str(card)}

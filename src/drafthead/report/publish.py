@@ -28,13 +28,13 @@ def files_to_publish(run: RunDir) -> dict[str, Path]:
 
 
 def publish(
-    recipe: Recipe, runs: Path, *, repo: str | None, dry_run: bool, console: Console
+    recipe: Recipe, run: RunDir, *, repo: str | None, dry_run: bool, console: Console
 ) -> dict:
     """Upload a run's head to the hub in one commit, its card and report written anew.
 
     Args:
-        recipe: the run's recipe.
-        runs: folder of all runs.
+        recipe: the recipe of the head, of one kind.
+        run: where it was made.
         repo: OWNER/NAME; None is the recipe's ``publish.repo``.
         dry_run: list the files and upload nothing.
         console: where people read the list.
@@ -47,7 +47,6 @@ def publish(
             another process works in the run's folder, or the hub refuses.
         ClaimFailed: the head is not lossless.
     """
-    run = RunDir(runs / recipe.name)
     repo = repo or recipe.publish.repo
     if repo is None:
         raise DraftheadError("no repository named: pass --repo OWNER/NAME or set publish.repo")
@@ -60,7 +59,7 @@ def publish(
     section = recipe.publish.model_copy(update={"repo": repo})
     named = recipe.model_copy(update={"publish": section})
     read_proof(run)  # before the lock, which would make the folder of a run that is not there
-    with RunLock(run.root):
+    with RunLock(run.top):
         return _publish(named, run, repo, dry_run, console)
 
 
@@ -105,7 +104,7 @@ def _upload(repo: str, files: dict[str, Path], private: bool) -> str:
         commit = api.create_commit(
             repo,
             [CommitOperationAdd(name, str(path)) for name, path in files.items()],
-            commit_message="EAGLE-3 head with card, proof and measurements",
+            commit_message="Draft head with card, proof and measurements",
         )
     except LocalTokenNotFoundError:
         raise DraftheadError("no hub token here; run `hf auth login` or set HF_TOKEN") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from drafthead.drafters import DRAFTERS, drafter_of
 from drafthead.fsio import read_json
 from drafthead.prove.proof import read_proof
 from drafthead.prove.records import (
@@ -56,6 +57,16 @@ class Results:
     @property
     def target_name(self) -> str:
         return os.path.basename(os.path.abspath(self.recipe.target.path))  # of "." too
+
+    @property
+    def kind(self) -> str:
+        """Of the head."""
+        return drafter_of(self.run.head).kind
+
+    @property
+    def kind_name(self) -> str:
+        """The same, for people."""
+        return DRAFTERS[self.kind].name
 
     @property
     def k(self) -> int:

@@ -37,7 +37,7 @@ def lossless_words(verify: dict) -> str:
 def results_table(results: Results) -> Table:
     """Target alone and with the head: speed, ratio with interval, acceptance, losslessness."""
     bench, run = results.bench, results.run
-    title = f"{results.target_name}: EAGLE-3 head, {results.k} drafts a step"
+    title = f"{results.target_name}: {results.kind_name} head, {results.k} drafts a step"
     machine = (bench or results.verify)["machine"]["summary"]
     table = Table(title=title, caption=f"{'measured' if bench else 'proved'} on {machine}")
     table.add_column("")
@@ -50,6 +50,20 @@ def results_table(results: Results) -> Table:
     table.add_row("lossless", "", lossless_words(results.verify))
     table.add_row("head", "", str(run.head))
     table.add_row("report", "", str(run.report_html))
+    return table
+
+
+def kinds_beside(kinds: dict) -> Table:
+    """Each kind of head at each load, and which to serve there; ``kinds`` as ``kinds_table``."""
+    table = Table(title="which head to serve, by load")
+    for name in ("load", *kinds["names"], "serve"):
+        table.add_column(name)
+    for row in kinds["rows"]:
+        cells = [
+            f"{c['speedup']:.2f}× at k = {c['num_speculative_tokens']}" if c else "–"
+            for c in row["cells"]
+        ]
+        table.add_row(row["name"], *cells, row["serve"])
     return table
 
 

@@ -6,13 +6,20 @@ from pathlib import Path
 
 import jinja2
 
-from drafthead.head.checkpoint import trained_steps
+from drafthead.drafters import DRAFTERS
+from drafthead.prove.choice import by_load, lead, made_beside
 from drafthead.prove.pairing import LOAD
 from drafthead.prove.served import method_of
 from drafthead.recipe import without_paths
 from drafthead.report.results import Results
+from drafthead.rundir import RunDir
 
 _TONES = {"faster": "good", "slower": "bad"}
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 layer``, ``3 layers``."""
+    return f"{count} {thing}" + "s" * (count != 1)
 
 
 def tone(cell: dict) -> str:
@@ -148,6 +155,31 @@ def grid_table(bench: dict) -> dict | None:
     return {"ks": ks, "rows": rows}
 
 
+def kinds_table(run: RunDir) -> dict | None:
+    """Each kind of head at each load that was measured; None of a run with one kind.
+
+    Returns:
+        ``names``, and ``rows`` with ``name``, for each kind its fastest cell (or None), and
+        ``serve``, which to serve there.
+    """
+    runs = made_beside(run)
+    loads = by_load(runs)
+    if len(runs) < 2 or not loads:
+        return None
+    rows = []
+    every = [cell for best in loads for cell in best.values()]
+    for best in loads:
+        kinds = list(best)
+        serve = DRAFTERS[kinds[0]].name
+        if len(kinds) > 1:
+            ratio, low, high = lead(best[kinds[0]], best[kinds[1]])
+            serve += f", {ratio:.2f}× as fast ({low:.2f} – {high:.2f}"
+            serve += "; spans 1, no difference shown)" if low <= 1 else ")"
+        cells = [best[kind] | {"tone": tone(best[kind])} if kind in best else None for kind in runs]
+        rows.append({"name": load_words(best[kinds[0]], every), "cells": cells, "serve": serve})
+    return {"names": [DRAFTERS[kind].name for kind in runs], "rows": rows}
+
+
 def facts(r: Results) -> list[tuple[str, str]]:
     """How target and head look and what the head was made from."""
     config = r.head_config
@@ -156,7 +188,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
         ("target", without_paths(r.recipe.target.path)),
         (
             "head",
-            f"{config['num_hidden_layers']} layer, hidden {config['hidden_size']}, MLP "
+            f"{counted(config['num_hidden_layers'], 'layer')}, hidden {config['hidden_size']}, MLP "
             f"{config['intermediate_size']}, {config['draft_vocab_size']:,} of "
             f"{config['vocab_size']:,} tokens, reads layers {layers}",
         ),
@@ -187,7 +219,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
         found.append(
             (
                 "training",
-                f"{train.loss} loss, {trained_steps(r.recipe)} training-time-test steps, "
+                f"{train.loss} loss, {DRAFTERS[r.kind].training_words(r.recipe)}, "
                 f"{train.epochs:g} epochs ({r.training['steps']:,} steps, "
                 f"{r.training['tokens']:,} positions), learning rate {train.peak_learning_rate:g}"
                 + (f", {waiting:.1%} of the time waiting for data" if waiting is not None else ""),

@@ -561,7 +561,7 @@ def captured_layers(recipe: Recipe, target: Target) -> tuple[int, ...]:
     Raises:
         DraftheadError: the target does not have them.
     """
-    if recipe.capture.aux_layers is None and recipe.head.kind == "dspark":
+    if recipe.capture.aux_layers is None and "dspark" in recipe.head.kinds:
         return target.spread_aux_layers()
     return target.check_aux_layers(recipe.capture.aux_layers)
 

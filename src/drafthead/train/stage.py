@@ -116,9 +116,20 @@ def check_shape(recipe: Recipe, run: RunDir) -> None:
 
 
 def _drafter(recipe: Recipe) -> Drafter:
-    """The kind of the head that training starts from, or of the one that the recipe asks for."""
+    """The kind of head that the recipe asks for.
+
+    Raises:
+        DraftheadError: the head to start from is of another.
+    """
+    kind = recipe.head.only_kind
     start = recipe.train.start_from
-    return drafter_of(head_folder(start)) if start else DRAFTERS[recipe.head.kind]
+    if start and (found := drafter_of(head_folder(start)).kind) != kind:
+        raise DraftheadError(
+            f"train.start_from: {start} is a head of kind {found}, and head.kind is {kind}; set "
+            f"head.kind: {found}",
+            field="head.kind",
+        )
+    return DRAFTERS[kind]
 
 
 def check_start(recipe: Recipe, run: RunDir) -> None:

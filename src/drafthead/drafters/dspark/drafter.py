@@ -68,6 +68,7 @@ class DSpark:
     """Heads that draft a block at once."""
 
     kind = "dspark"
+    name = "DSpark"
     prefixes = False
 
     def matches(self, raw: dict[str, Any]) -> bool:
@@ -75,6 +76,12 @@ class DSpark:
 
     def default_k(self, recipe: Recipe) -> Sequence[int]:
         return [k for k in (5, 3, 7, 1) if k <= recipe.head.block_size]
+
+    def training_words(self, recipe: Recipe) -> str:
+        return (
+            f"blocks of {recipe.head.block_size} at {recipe.train.anchors:.0%} of the positions of "
+            "an epoch"
+        )
 
     def shape(
         self, section: HeadSection, target: Target, aux_layers: tuple[int, ...], vocab: int

@@ -14,7 +14,7 @@ from drafthead.drafters.eagle3.graphed import GraphedStep, worth_replaying
 from drafthead.drafters.eagle3.operations import operations
 from drafthead.drafters.eagle3.packing import Row, pack_row
 from drafthead.drafters.eagle3.step import Objective, TrainStep
-from drafthead.head.checkpoint import load_head, read_folder, save_head
+from drafthead.head.checkpoint import load_head, read_folder, save_head, trained_steps
 from drafthead.head.config import HeadConfig, head_config
 from drafthead.head.drafting import decoded_chain, draft_chain, true_tokens
 from drafthead.head.formats import NATIVE_ARCHITECTURES, Format, Provenance
@@ -63,6 +63,7 @@ class Eagle3:
     """Heads that draft token after token."""
 
     kind = "eagle3"
+    name = "EAGLE-3"
     prefixes = True
 
     def matches(self, raw: dict[str, Any]) -> bool:
@@ -71,6 +72,9 @@ class Eagle3:
 
     def default_k(self, recipe: Recipe) -> Sequence[int]:
         return recipe.serve.candidates
+
+    def training_words(self, recipe: Recipe) -> str:
+        return f"{trained_steps(recipe)} training-time-test steps"
 
     def shape(
         self, section: HeadSection, target: Target, aux_layers: tuple[int, ...], vocab: int
