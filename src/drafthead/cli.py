@@ -211,6 +211,7 @@ def export(
         str | None,
         typer.Option("--for", help="Engines that are to serve it: vllm,sglang,llama.cpp,mlx."),
     ] = None,
+    kind: Kind = None,
     runs: RunsDir = Path("runs"),
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -219,14 +220,16 @@ def export(
     of them serve it and why not."""
     from drafthead.drafters.export import export_for
     from drafthead.drafters.support import check_engines
-    from drafthead.rundir import RunDir
+    from drafthead.kinds import each_kind
 
     loaded, names = read_recipe(recipe), engines.split(",") if engines else []
     check_engines(names)
-    summary = run_stage("export", loaded, runs, overwrite)
+    summary = run_stage("export", loaded, runs, overwrite, kind=kind)
     if names:
-        run = RunDir(runs / loaded.name)
-        summary = {**summary, "engines": export_for(loaded, run, names, console=console)}
+        jobs = each_kind(loaded, runs, kind)
+        made = {name: export_for(*job, names, console=console) for name, job in jobs.items()}
+        several = len(loaded.head.kinds) > 1
+        summary = {**summary, "engines": made if several else next(iter(made.values()))}
     emit(summary, as_json)
 
 

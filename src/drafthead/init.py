@@ -40,6 +40,23 @@ def _longest_row(machine: Machine) -> int:
     return 8192 if memory >= 40 else 4096 if memory >= 20 else 2048
 
 
+def better_kind(tokens: int | None) -> tuple[str, str]:
+    """The kind of head that measurements say is better, and the reason.
+
+    The one place that a later measurement changes: docs/dspark.md and the records of
+    benchmarks/quality.py say where the two kinds cross, if they do.
+
+    Args:
+        tokens: that the prompts come to with their answers; None if they are not there yet.
+    """
+    amount = "" if tokens is None else f" These prompts come to about {tokens:,}."
+    return "eagle3", (
+        "eagle3 was better at every amount of data measured, up to 550,000 tokens (docs/dspark.md);"
+        f" dspark is for more.{amount} [eagle3, dspark] makes both of one capture and serves the "
+        "faster."
+    )
+
+
 def fit_recipe(
     target: Target, sources: list[dict], prompts: Estimate | None, machine: Machine
 ) -> dict[str, dict[str, tuple[Any, str]]]:
@@ -96,6 +113,7 @@ def fit_recipe(
                 "miss more.",
             )
         },
+        "head": {"kind": better_kind(prompts and prompts.expected)},
         "train": {
             "row_tokens": (
                 row,
@@ -142,7 +160,8 @@ def render(recipe: Recipe, reasons: dict[str, str], every_key: bool) -> str:
     for name, field in Recipe.model_fields.items():
         section = getattr(recipe, name)
         if not isinstance(section, BaseModel):
-            lines += [_comment(field.description or "", ""), f"{name}: {_scalar(section)}", ""]
+            if every_key or field.is_required():
+                lines += [_comment(field.description or "", ""), f"{name}: {_scalar(section)}", ""]
             continue
         keys = type(section).model_fields.items()
         written = [item for item in keys if every_key or f"{name}.{item[0]}" in reasons]
@@ -230,6 +249,7 @@ def write_recipe(
         "quantization": (target.quantization or {}).get("quant_method"),
         "aux_layers": list(target.default_aux_layers()),
         "draft_vocab_size": recipe.vocab.size,
+        "kind": recipe.head.kind,
         "conversations": tokens and tokens.conversations,
         "expected_tokens": tokens and tokens.expected,
         "heldout": recipe.prompts.heldout,

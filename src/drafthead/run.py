@@ -261,7 +261,7 @@ def _run_stage(
         _load(stage.check)(recipe, run)
     run.begin(stage.name, inputs, overwrite=overwrite or not stage.costly)
     for other in STAGES:
-        if other.reads_all:
+        if other.reads_all and not stage.reads_all:
             for _, place in beside.values():
                 place.forget(other.name)
     kind = "" if run.shared is None else f" ({recipe.head.only_kind})"

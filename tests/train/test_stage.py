@@ -14,9 +14,11 @@ import torch
 import yaml
 from rich.console import Console
 
+from drafthead.drafters import DRAFTERS, drafter_of
 from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
+from drafthead.kinds import each_kind
 from drafthead.recipe import Recipe, load_recipe, parse_recipe, with_options
 from drafthead.run import stage_inputs
 from drafthead.rundir import RunDir
@@ -94,6 +96,27 @@ def test_goes_on_from_a_head_of_either_format(prepared, tmp_path):
         assert torch.equal(task.head.d2t, head.d2t)
         assert not task.own_embedding
     assert from_head(recipe, None) is recipe
+
+
+def test_goes_on_from_a_dspark_head(prepared, tmp_path):
+    recipe, run = prepared
+    target = load_target(recipe.target.path)
+    recipe = with_options(recipe, "head", {"kind": "dspark", "markov_rank": 8})
+    first = make_task(recipe, run, target).head
+    with torch.no_grad():
+        first.fc.weight.fill_(0.25)
+    DRAFTERS["dspark"].save(first, tmp_path / "first", Provenance("x"), k=3)
+    given = from_head(recipe, tmp_path / "first")
+    head = make_task(given, run, target).head
+    assert (head.fc.weight == 0.25).all()
+    assert head.config == first.config
+    other = RunDir(tmp_path / "run")
+    shutil.copytree(run.states, other.states)
+    assert train(given, other, console=CONSOLE)["steps"] == 3
+    assert drafter_of(other.train / "best").kind == "dspark"
+    with pytest.raises(DraftheadError) as error:
+        make_task(with_options(given, "head", {"kind": "eagle3", "markov_rank": 256}), run, target)
+    assert error.value.field == "head.kind"
 
 
 def test_a_head_with_an_embedding_of_its_own_keeps_it(prepared, tmp_path):
@@ -204,18 +227,20 @@ def test_no_vocabulary_yet(prepared, tmp_path):
         make_task(recipe, run, target)
 
 
-def test_two_processes_of_torchrun_train_one_head_and_write_one_record(prepared, tmp_path):
+def test_two_processes_of_torchrun_train_a_head_of_each_kind(prepared, tmp_path):
     recipe, run = prepared
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a"}\n')
     data = recipe.model_dump(mode="json", exclude_defaults=True)
     data["prompts"]["sources"][0]["path"] = str(prompts)
-    data["train"]["rows_per_step"] = 2
+    data["train"] |= {"rows_per_step": 2, "anchors": 1.0}
+    data |= {"capture": {"aux_layers": list(AUX)}, "head": {"kind": ["eagle3", "dspark"]}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
     copied = RunDir(tmp_path / "runs" / "tiny")
     shutil.copytree(run.states, copied.states)
     shutil.copytree(run.vocab, copied.vocab)
-    for stage, inputs in stage_inputs(load_recipe(tmp_path / "recipe.yaml")).items():
+    jobs = each_kind(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "runs")
+    for stage, inputs in stage_inputs(jobs["eagle3"][0]).items():
         if stage in ("generate", "capture", "vocab"):
             copied.finish(stage, inputs, {})
     source = Path(__file__).parents[2] / "src"
@@ -227,6 +252,9 @@ def test_two_processes_of_torchrun_train_one_head_and_write_one_record(prepared,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
-    assert summary["steps"] == 1
-    assert json.loads((copied.train / "best.json").read_text())["steps"] == 1
-    load_head(copied.train / "best")
+    assert list(summary) == ["eagle3", "dspark"]
+    for kind, (_, place) in jobs.items():
+        assert summary[kind]["steps"] == 1
+        assert json.loads((place.train / "best.json").read_text())["steps"] == 1
+        assert drafter_of(place.train / "best").kind == kind
+        DRAFTERS[kind].load(place.train / "best")

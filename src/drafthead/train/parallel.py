@@ -1,5 +1,6 @@
 """The processes of a training run under torchrun; alone, a world of one."""
 
+import itertools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from drafthead.errors import DraftheadError
 from drafthead.machine import torchrun_rank
+
+_GROUPS = itertools.count()
+"""Numbers the groups that this process has joined, as the others do."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class World:
             torch.cuda.set_device(world.device)
         if size > 1 and not dist.is_initialized():
             # Workers that torchrun starts again meet in the store of those that died, and would
-            # take a dead one's address for the new one's: each start gets names of its own.
+            # take a dead one's address for the new one's: each start gets names of its own. So does
+            # each group of one start, which trains one head after the other.
             try:
                 store, rank, size = next(dist.rendezvous("env://"))
             except ValueError as error:
@@ -63,7 +68,7 @@ class World:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
                 "nccl" if gpu else "gloo",
-                store=dist.PrefixStore(f"attempt-{attempt}", store),
+                store=dist.PrefixStore(f"attempt-{attempt}-{next(_GROUPS)}", store),
                 rank=rank,
                 world_size=size,
                 # Evaluation and checkpoints let the others wait: longer than NCCL's ten minutes.
