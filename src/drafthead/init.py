@@ -113,7 +113,7 @@ def fit_recipe(
                 "miss more.",
             )
         },
-        "head": {"kind": better_kind(prompts and prompts.expected)},
+        "head": {"kind": better_kind(None if prompts is None else prompts.expected)},
         "train": {
             "row_tokens": (
                 row,

@@ -10,15 +10,22 @@ from drafthead.fsio import read_json
 from drafthead.kinds import each_kind
 from drafthead.prove.pairing import load
 from drafthead.prove.records import BENCH_AGAIN, Bench
-from drafthead.prove.served import as_served, fastest, lossless_proof, proved_ks, served_k
+from drafthead.prove.served import (
+    as_served,
+    fastest,
+    lossless_proof,
+    method_of,
+    proved_ks,
+    served_k,
+)
 from drafthead.recipe import Recipe, load_recipe
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan, existing_head
 
 
 def measured(run: RunDir) -> list[dict]:
-    """The points that were measured of a run's head as it lies there, each at a k that was proved;
-    none if it is not lossless.
+    """The points that were measured of a run's head as it lies there, each at a k that was proved,
+    drafted as the headline's; none if it is not lossless.
 
     Raises:
         DraftheadError: ``bench.json`` is not what this version writes.
@@ -29,7 +36,9 @@ def measured(run: RunDir) -> list[dict]:
     bench = read_json(run.bench_json, "the figures of `drafthead bench`", Bench, BENCH_AGAIN)
     if bench["head"]["sha256"] != proof["head"]["sha256"]:
         return []
-    return [c for c in bench["grid"] if c["num_speculative_tokens"] in proved_ks(proof)]
+    cells, ks = bench["grid"], proved_ks(proof)
+    method = method_of(cells[0])
+    return [c for c in cells if c["num_speculative_tokens"] in ks and method_of(c) == method]
 
 
 def by_load(runs: dict[str, RunDir]) -> list[dict[str, dict]]:

@@ -1,7 +1,7 @@
 """Which k is served: what the recipe names, else the fastest that was proved and measured."""
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
