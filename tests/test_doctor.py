@@ -17,9 +17,10 @@ from drafthead import doctor
 from drafthead.capture.plan import make_plan
 from drafthead.data.chats import load_chats
 from drafthead.data.estimate import estimate
-from drafthead.doctor import check_recipe, engine, installation
+from drafthead.doctor import engine, installation
 from drafthead.doctor import recipe as checks
 from drafthead.doctor.engine import EngineCheck
+from drafthead.doctor.recipe import check_recipe
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
@@ -126,7 +127,7 @@ def recipe(tmp_path):
 
 def test_a_copy_in_mistrals_own_format_is_named(recipe, tmp_path):
     def warned(recipe):
-        findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
+        findings = checks.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
         return [f.mend for f in findings if f.what == "format"]
 
     assert warned(recipe) == []
@@ -143,7 +144,7 @@ def test_a_bench_that_memory_holds_one_engine_for_is_told_of(
 ):
     def bench_of(recipe):
         machine = dataclasses.replace(CUDA, gpus=(Gpu("H100", 80 * GIB),) * gpus)
-        findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), machine)
+        findings = checks.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), machine)
         return [f for f in findings if f.what in ("bench", "memory")]
 
     assert bench_of(recipe) == []
@@ -160,7 +161,7 @@ def test_a_bench_that_memory_holds_one_engine_for_is_told_of(
 
 def test_sampling_that_every_request_would_be_refused_for_is_warned_of(recipe, tmp_path):
     def warned():
-        findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
+        findings = checks.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
         return [f.found for f in findings if f.what == "sampling" and f.state == "warning"]
 
     assert warned() == []
@@ -175,7 +176,7 @@ def test_what_a_server_adds_to_requests_is_held_against_what_bench_measures(reci
         changed = recipe
         for section, options in sections.items():
             changed = with_options(changed, section, options)
-        findings = doctor.check_recipe(changed, RunDir(tmp_path / "runs" / "r"), CPU)
+        findings = checks.check_recipe(changed, RunDir(tmp_path / "runs" / "r"), CPU)
         return {f.what: f for f in findings if f.what in ("sampling", "adapters")}
 
     assert found()["sampling"].state == "ok"
@@ -199,7 +200,7 @@ def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypa
     prompts, low, high = (40 * n * 3 * 64 * 2 for n in (4, 100, 140))
     for free, state in ((prompts, "fault"), (low, "warning"), (high, "ok")):
         monkeypatch.setattr(checks.shutil, "disk_usage", lambda _, free=free: usage(0, 0, free))
-        (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
+        (disk,) = [f for f in checks.check_recipe(recipe, run, CPU) if f.what == "disk"]
         assert disk.state == state
         assert "40 conversations" in disk.found
         expected, most = (
@@ -212,14 +213,14 @@ def test_disk_is_held_against_the_bytes_of_the_states(recipe, tmp_path, monkeypa
     run.states.symlink_to(tmp_path / "large")
     disks = {run.states: usage(0, 0, high), run.root: usage(0, 0, 0)}
     monkeypatch.setattr(checks.shutil, "disk_usage", disks.__getitem__)
-    (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
+    (disk,) = [f for f in checks.check_recipe(recipe, run, CPU) if f.what == "disk"]
     assert disk.state == "ok"
     run.states.unlink()
     # What is on the disk already need not fit again.
     run.states.mkdir(parents=True)
     (run.states / "unit").write_bytes(bytes(high))
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage(0, 0, 0))
-    (disk,) = [f for f in doctor.check_recipe(recipe, run, CPU) if f.what == "disk"]
+    (disk,) = [f for f in checks.check_recipe(recipe, run, CPU) if f.what == "disk"]
     assert disk.state == "ok"
 
 
@@ -307,7 +308,7 @@ def test_records_left_out_are_told_by_source_and_reason(recipe, tmp_path):
         recipe, "prompts", {"sources": [{"path": str(file)} for file in files.values()]}
     )
     timed = {"sources": [{"path": str(files["a"]), "limit": 2}], "max_new_tokens": 4}
-    findings = doctor.check_recipe(
+    findings = checks.check_recipe(
         with_options(changed, "bench", timed), RunDir(tmp_path / "runs/r"), CPU
     )
     words = [f.found for f in findings if f.what == "prompts" and f.state == "warning"]
@@ -327,7 +328,7 @@ def test_records_left_out_are_told_by_source_and_reason(recipe, tmp_path):
 def test_prompts_that_leave_no_room_are_told(recipe, tmp_path):
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.writelines(json.dumps({"prompt": f"{i} " + "x" * 999}) + "\n" for i in range(60))
-    findings = doctor.check_recipe(
+    findings = checks.check_recipe(
         with_options(
             with_options(recipe, "prompts", {"heldout": 40}), "engine", {"max_model_len": 128}
         ),
@@ -346,7 +347,7 @@ def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
             {k: v | sections.get(k, {}) if isinstance(v, dict) else v for k, v in data.items()},
             "test",
         )
-        return {f.what: f for f in doctor.check_recipe(changed, RunDir(tmp_path / "runs/r"), CPU)}
+        return {f.what: f for f in checks.check_recipe(changed, RunDir(tmp_path / "runs/r"), CPU)}
 
     assert "drafts" not in findings()
     assert findings()["prompts"].state == "ok"
@@ -366,13 +367,13 @@ def test_prompts_without_room_and_drafts_without_training(recipe, tmp_path):
 def test_few_steps_are_said(recipe, tmp_path, rows, warned):
     data = recipe.model_dump(mode="json")  # 40 answers of 100 tokens
     changed = parse_recipe(data | {"train": rows}, "test")
-    findings = doctor.check_recipe(changed, RunDir(tmp_path / "runs" / "r"), CPU)
+    findings = checks.check_recipe(changed, RunDir(tmp_path / "runs" / "r"), CPU)
     assert ("training" in {f.what for f in findings if f.state == "warning"}) == warned
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(checks.os, "access", lambda path, _: path != tmp_path)
-    findings = doctor.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
+    findings = checks.check_recipe(recipe, RunDir(tmp_path / "runs" / "r"), CPU)
     assert f"{tmp_path} cannot be written to" in [f.found for f in findings if f.state == "fault"]
 
 
