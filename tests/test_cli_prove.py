@@ -23,7 +23,7 @@ def given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {}
 
-    def run_stage(name, recipe, runs, overwrite, again=False):
+    def run_stage(name, recipe, runs, overwrite, again=False, kind=None):
         seen["recipe"] = recipe
         return {"stage": name}
 

@@ -19,6 +19,7 @@ from drafthead.report.card import find_licence, usage, write_card
 from drafthead.report.page import report
 from drafthead.report.publish import files_to_publish, publish
 from drafthead.report.results import read_results
+from drafthead.rundir import RunDir
 from drafthead.targets import load_target
 from tests import templates
 from tests.prove import made_run
@@ -178,7 +179,7 @@ def test_the_card_says_who_needs_the_plugin(made, architecture, needed):
 def test_dry_run_lists_and_uploads_nothing(made, monkeypatch):
     recipe, run = made
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    result = publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    result = publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     assert result["url"] is None
     listed = {f["path"]: f for f in result["files"]}
     assert set(listed) == {
@@ -212,7 +213,7 @@ def test_no_secret_is_published(made, monkeypatch):
     monkeypatch.setattr("drafthead.prove.verify.prove_lossless", prove)
     verify(given, run, console=QUIET)
     report(given, run, console=QUIET)
-    publish(given, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    publish(given, run, repo=None, dry_run=True, console=QUIET)
     assert [args | extra for args in started] == started
     published = {name: path.read_bytes() for name, path in files_to_publish(run).items()}
     assert {name for name, content in published.items() if b"zebra-" in content} == set()
@@ -265,11 +266,11 @@ def test_what_is_not_proved_is_not_published(tmp_path):
     recipe, run = made_run.make(tmp_path, lossless=False, publish=PUBLISH)
     report(recipe, run, console=QUIET)
     with pytest.raises(ClaimFailed, match="not lossless"):
-        publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+        publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     proof = read_json(run.root / "proof.json", "")
     (run.root / "proof.json").write_text(json.dumps(proof | {"lossless": True}))
     with pytest.raises(DraftheadError, match="altered after it was signed off"):
-        publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+        publish(recipe, run, repo=None, dry_run=True, console=QUIET)
 
 
 def test_figures_of_another_head_are_not_published(made):
@@ -277,12 +278,12 @@ def test_figures_of_another_head_are_not_published(made):
     bench = read_json(run.bench_json, "")
     write_json(run.bench_json, bench | {"head": {"sha256": {"model.safetensors": "0" * 64}}})
     with pytest.raises(DraftheadError, match=r"bench\.json: .*drafthead bench"):
-        publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+        publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     run.bench_json.unlink()
     with pytest.raises(DraftheadError, match=r"bench\.json: .*drafthead bench"):
-        publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+        publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     write_json(run.bench_json, bench | {"speedup": 7.77})
-    publish(recipe, run.root.parent, repo=None, dry_run=True, console=QUIET)
+    publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     assert "7.77×" in run.report_html.read_text()  # what was written before told of other figures
 
 
@@ -353,10 +354,10 @@ def test_a_hub_that_refuses_is_a_clear_error(made):
 def test_a_run_that_another_process_works_on_is_not_published(made):
     recipe, run = made
     with RunLock(run.root), pytest.raises(DraftheadError, match=re.escape(str(run.root))):
-        publish(recipe, run.root.parent, repo="me/head", dry_run=True, console=QUIET)
+        publish(recipe, run, repo="me/head", dry_run=True, console=QUIET)
     elsewhere = run.root.parent / "elsewhere"
     with pytest.raises(DraftheadError, match=r"proof\.json"):
-        publish(recipe, elsewhere, repo="me/head", dry_run=True, console=QUIET)
+        publish(recipe, RunDir(elsewhere), repo="me/head", dry_run=True, console=QUIET)
     assert not elsewhere.exists()
 
 
@@ -364,4 +365,4 @@ def test_a_run_that_another_process_works_on_is_not_published(made):
 def test_no_repository_by_that_name(made, repo):
     recipe, run = made
     with pytest.raises(DraftheadError, match=r"publish\.repo: .*" + repo):
-        publish(recipe, run.root.parent, repo=repo, dry_run=True, console=QUIET)
+        publish(recipe, run, repo=repo, dry_run=True, console=QUIET)
