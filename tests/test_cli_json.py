@@ -91,7 +91,7 @@ def test_one_object(command, drafthead):
 def test_serve_names_the_commands_of_other_engines(drafthead):
     """mlx-vlm has no hook for a Llama."""
     found = json.loads(drafthead("serve", "r.yaml", "--json")[1])["other_engines"]
-    assert list(found) == ["SGLang 0.5.23", "llama.cpp b11549"]
+    assert list(found) == ["SGLang 0.5.23", "llama.cpp b11549", "TensorRT-LLM 1.4.0rc4"]
     printed = drafthead("serve", "r.yaml", "--print")[1]
     assert f"# {found['SGLang 0.5.23'][0]}" in printed
 

@@ -13,7 +13,7 @@ from typing import Any
 from drafthead.drafters.base import architecture
 from drafthead.drafters.dspark.checkpoint import vllm_name
 from drafthead.drafters.dspark.formats import ARCHITECTURE
-from drafthead.head.formats import AUX_IDS, FLAGS
+from drafthead.head.formats import AUX_IDS
 from drafthead.targets import Target
 
 KINDS = {"eagle3": "EAGLE-3", "dspark": "DSpark"}
@@ -56,7 +56,7 @@ ENGINES = {
         "read: its wheel; its config readers run: findings/mlx-vlm-dspark-config.sh",
     ),
     "tensorrt-llm": Engine(
-        "TensorRT-LLM", "no release", "read: its repository, at the commits named below"
+        "TensorRT-LLM", "1.4.0rc4", "read: its repository at 00679c6; its documentation"
     ),
 }
 
@@ -519,23 +519,39 @@ LIMITS = (
         "rollback_speculative_cache and capture_layer_ids in models/",
         lambda h: h.target and h.target.config.model_type not in _MLX,
     ),
-    # TensorRT-LLM.
+    # TensorRT-LLM. It is told the layers in its options, not by the head.
     Limit(
         "tensorrt-llm",
         _EAGLE3,
-        "its head is EAGLE's first: midlayer.* as names, none of the norm flags, one layer",
-        "tensorrt_llm/_torch/models/modeling_speculative.py at b35ac1b",
+        "config.json is in speculators' format, or has norm_before_fc outside of eagle_config",
+        "_torch/models/modeling_speculative.py",
         lambda h: (
-            not any(name.startswith("midlayer.") for name in h.names)
-            or any(h.config[flag] for flag in FLAGS)
-            or h.config["num_hidden_layers"] > 1
+            h.speculators or (h.config["norm_before_fc"] and not h.nested.get("norm_before_fc"))
         ),
+        layout=True,
+    ),
+    Limit(
+        "tensorrt-llm",
+        _EAGLE3,
+        "norm_before_residual, which it does not know",
+        "_torch/models/modeling_speculative.py",
+        lambda h: h.config["norm_before_residual"],
+        silent=True,
+        mend="head.norm_before_residual: false",
+    ),
+    Limit(
+        "tensorrt-llm",
+        _EAGLE3,
+        "more than one layer: the further ones have other norms",
+        "_torch/models/modeling_speculative.py",
+        lambda h: h.config["num_hidden_layers"] > 1,
+        mend="head.num_hidden_layers: 1",
     ),
     Limit(
         "tensorrt-llm",
         _DSPARK,
-        "it has DSpark for DeepSeek-V4 alone",
-        "tensorrt_llm/_torch/speculative/dspark.py at f959159",
+        "not known: it has DSpark, and whether it reads this format was not found out",
+        "_torch/models/modeling_speculative.py",
         lambda h: True,
     ),
 )

@@ -127,8 +127,12 @@ def write_config(
             "architectures": ["LlamaForCausalLMEagle3"],
             **layer,
             **common,
-            # SGLang reads the layers here and nowhere else, as outputs.
-            "eagle_config": {"use_aux_hidden_state": True, AUX_IDS: [i - 1 for i in aux]},
+            # SGLang reads the layers here and nowhere else, as outputs; TensorRT-LLM the norm.
+            "eagle_config": {
+                "use_aux_hidden_state": True,
+                AUX_IDS: [i - 1 for i in aux],
+                **({"norm_before_fc": True} if config.norm_before_fc else {}),
+            },
         }
     # No `model_type` at the top: with one, vLLM does not see that this is speculators' format.
     return {
