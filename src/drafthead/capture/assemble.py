@@ -1,4 +1,4 @@
-"""The rows that an engine computed, put in the order of their sequences when a unit is whole."""
+"""Sort the rows that an engine computed by sequence and position, once a unit is complete."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,8 +12,8 @@ SEGMENT_ROWS = 8192
 
 
 class SequenceAssembler:
-    """The rows of finished steps, encoded. Row r of position p is the last one noted for it: a
-    preempted sequence computes its positions again."""
+    """Collects encoded rows of finished steps. If a position was noted twice, the last row counts:
+    a preempted sequence computes its positions again."""
 
     def __init__(self) -> None:
         self.segments: list[list[torch.Tensor]] = []
@@ -22,7 +22,7 @@ class SequenceAssembler:
         self._notes: list[np.ndarray] = []
 
     def append(self, *tensors: torch.Tensor) -> None:
-        """Add n rows of the host's memory, copied: what ``encode`` made of states."""
+        """Copy n rows of host memory. ``tensors``: each [n, ...], as ``encode`` returns them."""
         n, done = len(tensors[0]), 0
         while done < n:
             at = self.rows % SEGMENT_ROWS
@@ -37,19 +37,19 @@ class SequenceAssembler:
             self.rows += count
 
     def note(self, notes: np.ndarray) -> None:
-        """``notes``: int64 [n, 4]. Rows ``row`` and on are positions ``start`` and on of sequence
-        ``key``, for each of them as (key, row, start, count)."""
+        """Say whose rows they are. ``notes``: int64 [n, 4], each (key, row, start, count): the
+        ``count`` rows from ``row`` on are the positions from ``start`` on of sequence ``key``."""
         self._notes.append(notes)
 
     def resolve(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, np.ndarray]:
-        """Which row holds each position of each sequence, given all their token ids.
+        """Find the row of each position of each sequence, given all their token ids.
 
-        What an engine found in its prefix cache was computed for an earlier sequence with the same
-        first tokens: those rows are that one's.
+        A position that the engine took from its prefix cache was computed for another sequence with
+        the same first tokens; its row is that sequence's.
 
         Returns:
             For each sequence of T tokens int64 [T - 1]: the last token is never an input. -1 where
-            a position was computed for none of them.
+            no sequence computed the position.
         """
         found = self._own_rows({key: len(ids) - 1 for key, ids in sequences.items()})
         lacking = {key: int((rows < 0).sum()) for key, rows in found.items()}

@@ -1,10 +1,10 @@
-"""Collects hidden states step by step as an engine computes them, without ever blocking it.
+"""Record hidden states step by step as an engine computes them, without blocking it.
 
 Each engine step computes states for rows of several sequences at once. On a GPU a step adds its
 rows to a stage on the device: one small kernel. A full stage is encoded and copied on a stream of
 its own into a ring of pinned memory, while steps fill the other stage. From there another process
 takes the rows (`capture.writer_process`); only when the ring is full does the engine wait for it.
-What row belongs to which position of which sequence goes along as numbers and is resolved there.
+Notes say which row is which position of which sequence; the other process resolves them.
 """
 
 from array import array
@@ -42,14 +42,18 @@ class StateRecorder:
 
     @property
     def device_bytes(self) -> int:
-        """Memory of the device that the stages take."""
+        """Bytes of GPU memory that the stages take; 0 on a CPU."""
         return sum(stage.nbytes for stage in self._stages) if self._cuda else 0
 
     def record(
         self, layers: Sequence[torch.Tensor], sequences: Sequence[tuple[int | None, int, int]]
     ) -> None:
-        """One step: ``layers`` are L tensors [>= n, Ht]; ``sequences`` lists, in the order of
-        their rows, (key or None, first position, rows); n is the sum of the last."""
+        """Record one step.
+
+        Args:
+            layers: L tensors [>= n, Ht], where n is the sum of the sequences' rows.
+            sequences: in the order of their rows (key or None, first position, number of rows).
+        """
         row = self._rows
         for key, start, count in sequences:
             if key is not None:
@@ -68,19 +72,19 @@ class StateRecorder:
         self._staged += n
 
     def end_unit(self) -> None:
-        """Whatever is recorded next is of another unit. The rows may still be on their way."""
+        """End a unit: later records belong to the next one. Rows may still be on their way."""
         if self._cuda:
             self._send_stage()
         self._rows = 0
 
     def close(self) -> None:
-        """Nothing is recorded any more."""
+        """Stop recording and let go of the shared memory."""
         if self._cuda:
             self._stream.synchronize()
             self._process.rows.close()
 
     def _send_stage(self) -> None:
-        """Start the stage on its way, and go on with the other one."""
+        """Start copying the stage to the ring, and switch to the other one."""
         n, stage = self._staged, self._stages[self._at]
         if n == 0:
             return
@@ -91,12 +95,13 @@ class StateRecorder:
         self._at, self._staged = 1 - self._at, 0
         before = self._copied[self._at]
         if before is not None:
-            steps.wait_event(before)  # the GPU waits, should it be so far ahead; the host does not
+            steps.wait_event(before)  # makes the GPU wait for the copy, not the host
 
     def _send(self, states: torch.Tensor) -> "torch.cuda.Event | None":
-        """Copy states [n, L, Ht] into the ring; returns what happens on a GPU when that is done."""
+        """Copy states [n, L, Ht] into the ring. Returns a CUDA event that fires when the copy is
+        complete (None on a CPU)."""
         run = self._process.room(len(states))
-        if run is None:  # nobody is there to take them, which the unit's end will say
+        if run is None:  # the writer has died; the end of the unit reports that
             return None
         start, stop = run
         encoded = encode(states, self._process.encoding).values()

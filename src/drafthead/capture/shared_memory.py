@@ -20,7 +20,8 @@ PAGE = 1 << 18
 
 
 class RingBuffer:
-    """Numbers of free rows, handed out and given back in order, in runs of at most half of all."""
+    """Hands out runs of free row numbers and takes them back in the same order. A run is at most
+    half of all rows."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -50,8 +51,8 @@ class RingBuffer:
 
 
 class SharedRows:
-    """The memory of a ring, without a name in any file system: it is gone with the last process
-    that has it, and no limit of /dev/shm binds it.
+    """The memory of a ring. It has no name in a file system, so it goes with the last process that
+    maps it, and the size of /dev/shm does not limit it.
 
     Args:
         fd: of the memory, from ``create`` in this process or another; closed by the caller.
@@ -68,24 +69,24 @@ class SharedRows:
 
     @staticmethod
     def create(rows: int, layers: int, hidden: int, encoding: Encoding) -> int:
-        """Makes the memory; returns its file descriptor, to be closed once all have mapped it."""
+        """Make the memory. Returns its file descriptor, to be closed once all have mapped it."""
         fd = os.memfd_create("drafthead-rows")
         _, size = _places(rows, layers, hidden, encoding)
         os.ftruncate(fd, size)
         return fd
 
     def pin(self) -> None:
-        """Let the GPU copy into it while this process goes on.
+        """Pin the memory, so that the GPU copies into it asynchronously.
 
         Raises:
-            torch.cuda.CudaError: CUDA does not take it.
+            torch.cuda.CudaError: CUDA refuses.
         """
         cuda = torch.cuda.cudart()
         torch.cuda.check_error(cuda.cudaHostRegister(self._raw.data_ptr(), self._raw.nbytes, 0))
         self._pinned = True
 
     def close(self) -> None:
-        """Nothing is copied into it any more."""
+        """Unpin the memory."""
         if self._pinned:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._raw.data_ptr()))
             self._pinned = False
@@ -94,15 +95,16 @@ class SharedRows:
 def _places(
     rows: int, layers: int, hidden: int, encoding: Encoding
 ) -> tuple[dict[str, Place], int]:
-    """Where what ``encode`` makes of states [rows, layers, hidden] lies, and the bytes of it."""
+    """Where each tensor that ``encode`` makes of states [rows, layers, hidden] lies, and the bytes
+    of all."""
     row = encode(torch.zeros(1, layers, hidden), encoding)
     return lay_out({name: (x.dtype, (rows, *x.shape[1:])) for name, x in row.items()})
 
 
 class PagePool:
-    """Memory without a name in any file system: it is gone with the last process that has it, and
-    no limit of /dev/shm binds it. Another process of the same user opens it by ``path``, as long
-    as it is not closed here."""
+    """Memory in pages of one size. It has no name in a file system, so it goes with the last
+    process that maps it, and the size of /dev/shm does not limit it. Until it is closed here,
+    another process of the same user can open it by ``path``."""
 
     def __init__(self, fd: int):
         self._fd = fd
@@ -119,11 +121,11 @@ class PagePool:
 
     @classmethod
     def open(cls, path: str) -> "PagePool":
-        """The pages that another process has."""
+        """Map the pages of another process."""
         return cls(os.open(path, os.O_RDWR))
 
     def close(self) -> None:
-        """Let nobody else open it; the memory goes with the last who has it."""
+        """Keep others from opening it. The memory goes with the last process that maps it."""
         os.close(self._fd)
 
     def put(self, places: Sequence[int], tensors: Iterable[torch.Tensor]) -> None:

@@ -1,9 +1,9 @@
-"""The process that takes an engine's states out of the ring and brings them where they belong.
+"""The process that takes an engine's states out of the ring and stores them.
 
-All that is done to states on the host happens there, at no cost to the engine's interpreter: they
-are put in the order of their sequences, checked, hashed and written, or copied into pages that
-training reads. The engine's side, `WriterProcess`, hands over numbers only. The process ends with
-the engine, however that ends; units that are whole by then stay.
+It does all the host's work on states, at no cost to the engine's interpreter: it sorts them by
+sequence, checks, hashes and writes them, or copies them into pages that training reads. The
+engine's side, `WriterProcess`, sends only row numbers and notes. The process ends with the engine,
+however the engine ends; units finished by then stay.
 """
 
 import json
@@ -35,7 +35,7 @@ from drafthead.targets import load_target
 
 
 class WriterProcess:
-    """The engine's side. For one thread of the engine's; none of it waits but where it says so.
+    """The engine's side, for one thread of it. Only the methods that say so wait.
 
     Args:
         capacity: rows of the ring, at least two of the largest runs that are asked for.
@@ -46,7 +46,7 @@ class WriterProcess:
     def __init__(self, capacity: int, layers: int, hidden: int, encoding: Encoding):
         self.capacity, self.layers, self.hidden, self.encoding = capacity, layers, hidden, encoding
         self.waits = 0
-        """Times that there was no room in the ring."""
+        """How often the ring had no room."""
         memory = SharedRows.create(capacity, layers, hidden, encoding)
         self._pipe, theirs = multiprocessing.Pipe()
         order = [theirs.fileno(), memory, capacity, layers, hidden, encoding]
@@ -68,13 +68,13 @@ class WriterProcess:
         threading.Thread(target=self._send, name="states", daemon=True).start()
 
     def open(self, sink: dict, meta: dict, target: str, options: dict) -> str | None:
-        """Where units go from now on, see ``CaptureWorker.drafthead_open``; waits until that is
-        known to work. Returns what went wrong, or None."""
+        """Set where units go from now on (see ``CaptureWorker.drafthead_open``), and wait until the
+        process has opened it. Returns what went wrong, or None."""
         return self._ask("open", sink, meta, target, options)
 
     def room(self, n: int) -> tuple[int, int] | None:
-        """A free run of ``n`` rows of the ring as (start, stop). Waits while there is none; None
-        if the process has died, so that there never will be one."""
+        """A free run of ``n`` rows of the ring as (start, stop). Waits while there is none. None if
+        the process has died."""
         self._receive(wait=False)
         run = self._ring.take(n)
         self.waits += run is None
@@ -91,17 +91,17 @@ class WriterProcess:
         self._outbox.put((filled, ("rows", start, stop, notes)))
 
     def send_unit(self, place: Any, sequences: dict[int, list[int]], wanted: list[dict]) -> None:
-        """What was sent since the last unit is one: see ``CaptureWorker.drafthead_unit``."""
+        """End a unit: it is all rows since the last one. See ``CaptureWorker.drafthead_unit``."""
         self._outbox.put((None, ("unit", place, sequences, wanted)))
 
     def trouble(self) -> str | None:
-        """What has gone wrong since the last call, as far as it is known, or None."""
+        """What has gone wrong since the last call and is known by now, or None."""
         self._receive(wait=False)
         trouble, self._trouble = self._died or self._trouble, None
         return trouble
 
     def flush(self) -> str | None:
-        """Wait until all units are where they belong; returns what went wrong, or None."""
+        """Wait until all units are stored. Returns what went wrong, or None."""
         return self._ask("flush")
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class WriterProcess:
         return self.trouble()
 
     def _receive(self, wait: bool) -> None:
-        """Take in what the process says; with ``wait`` one message at least."""
+        """Read the messages of the process; with ``wait`` at least one."""
         try:
             while wait or self._pipe.poll():
                 what, text = self._pipe.recv()
@@ -138,8 +138,8 @@ class WriterProcess:
             )
 
     def _send(self) -> None:
-        """A thread, for what is in the ring only once the GPU has copied it, and so that a process
-        that does not listen holds nobody up."""
+        """The sending thread. It waits for the GPU's copies into the ring, and for a process that
+        is slow to read its pipe, so that the engine does not."""
         try:
             while (next_one := self._outbox.get()) is not None:
                 filled, message = next_one
@@ -148,14 +148,14 @@ class WriterProcess:
                 self._pipe.send(message)
         except BrokenPipeError:
             pass
-        finally:  # nothing reaches it any more, so nobody may go on waiting for it
+        finally:  # no message reaches it any more, so nothing may go on waiting for it
             self._process.kill()
 
 
 def _environment() -> dict[str, str]:
-    """This process's, but for what it does with its cores and its GPU: the engine's neighbour takes
-    a quarter of the cores, at most four, and lets go of them when it has nothing to do. Memory of
-    up to 32 MB stays with glibc's malloc: torch's temporaries are the same sizes unit after unit.
+    """This process's environment without its GPU, and with threads for a quarter of the cores, at
+    most four, that sleep when idle: the engine needs the others. glibc's malloc keeps blocks of up
+    to 32 MB, because torch's temporaries have the same sizes in every unit.
     """
     cores = max(1, min(4, usable_cores() // 4))
     own = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
@@ -167,7 +167,7 @@ def _environment() -> dict[str, str]:
 def serve(
     rows: list[torch.Tensor], receive: Callable[[], tuple], send: Callable[[tuple], None]
 ) -> None:
-    """The process's side: do what the messages say, for ever.
+    """The process's side: handle messages, for ever.
 
     Args:
         rows: the ring's.
@@ -204,7 +204,7 @@ def serve(
 
 
 class _Sink(Protocol):
-    """Where units go. Errors of any may be of a unit from before."""
+    """Where units go. Any method may raise the error of an earlier unit."""
 
     meta: StoreMeta
 
@@ -289,7 +289,7 @@ def _samples(
     wanted: list[dict],
     meta: StoreMeta,
 ) -> Iterator[tuple[str, Sample | None]]:
-    """The wanted conversations, each with its sample; None where some of its states are missing."""
+    """Each wanted conversation with its sample, or None if some of its states are missing."""
     resolved = captured.resolve(sequences) if wanted else {}
     rows = [resolved[item["key"]] for item in wanted]
     whole = [bool((positions >= 0).all()) for positions in rows]
@@ -322,8 +322,8 @@ def _samples(
 
 
 def _listen(pipe: Connection, messages: queue.SimpleQueue) -> None:
-    """A thread, so that the engine's end is noticed whatever else goes on. What waits is bounded
-    by the ring: each message but the few of a unit has rows there."""
+    """The receiving thread: it notices the engine's end whatever else goes on. The ring bounds the
+    queue: each message has rows there, except a few for each unit."""
     try:
         while True:
             messages.put(pipe.recv())
@@ -343,7 +343,7 @@ def main() -> None:
         serve(rows.tensors, messages.get, pipe.send)
     except BrokenPipeError:
         os._exit(0)
-    except Exception:  # at once, whatever else is being written: the engine waits for it
+    except Exception:  # end at once: the engine waits, and other units may still be being written
         traceback.print_exc()
         os._exit(1)
 
