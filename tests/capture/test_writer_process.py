@@ -18,7 +18,7 @@ from drafthead.capture.checks import ALL_ZERO, MISSING, NOT_FINITE
 from drafthead.capture.recorder import StateRecorder
 from drafthead.capture.shared_memory import PAGE, PagePool
 from drafthead.capture.writer_process import WriterProcess
-from drafthead.states import StateReader, StoreMeta, memory
+from drafthead.states import StateReader, StoreMeta, buffer_pool
 from drafthead.states.check import check_store
 from drafthead.states.index import shard_name, unit_path
 from tests import disk
@@ -97,11 +97,11 @@ def test_units_of_more_rows_than_the_ring_has_arrive_whole(engine, tmp_path):
 
 
 def test_a_smaller_unit_lies_in_the_memory_of_a_larger_one(monkeypatch):
-    monkeypatch.setattr(memory, "_free", {})
+    monkeypatch.setattr(buffer_pool, "_free", {})
     for module in (assemble, writer_process):
         monkeypatch.setattr(module, "SEGMENT_ROWS", 8)
-    real, made = memory.mmap.mmap, []
-    monkeypatch.setattr(memory.mmap, "mmap", lambda *a, **k: made.append(a) or real(*a, **k))
+    real, made = buffer_pool.mmap.mmap, []
+    monkeypatch.setattr(buffer_pool.mmap, "mmap", lambda *a, **k: made.append(a) or real(*a, **k))
     sizes = []
     for tokens in (9, 6, 4, 3):
         rows, sequences = (

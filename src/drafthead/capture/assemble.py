@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from drafthead.states import memory
+from drafthead.states import buffer_pool
 
 SEGMENT_ROWS = 8192
 """Rows of one piece of memory: large enough to copy in bulk, small enough to grow by."""
@@ -28,7 +28,7 @@ class SequenceAssembler:
             at = self.rows % SEGMENT_ROWS
             if at == 0:
                 self.segments.append(
-                    [memory.empty((SEGMENT_ROWS, *t.shape[1:]), t.dtype) for t in tensors]
+                    [buffer_pool.empty((SEGMENT_ROWS, *t.shape[1:]), t.dtype) for t in tensors]
                 )
             count = min(SEGMENT_ROWS - at, n - done)
             for segment, tensor in zip(self.segments[-1], tensors, strict=True):
@@ -94,7 +94,7 @@ class SequenceAssembler:
         """The given rows of each tensor that ``append`` was given, copied. Up to ``SEGMENT_ROWS``
         rows lie in memory of that size: segments and units of all sizes then share it in turn."""
         size, first = max(SEGMENT_ROWS, len(rows)), self.segments[0]
-        out = [memory.empty((size, *t.shape[1:]), t.dtype)[: len(rows)] for t in first]
+        out = [buffer_pool.empty((size, *t.shape[1:]), t.dtype)[: len(rows)] for t in first]
         number, index = np.divmod(rows, SEGMENT_ROWS)
         # Positions were computed in their order: a sequence's rows are few runs, each of a segment.
         starts = np.flatnonzero(np.diff(number, prepend=-1))

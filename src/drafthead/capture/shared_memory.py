@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from drafthead.states.format import Encoding, encode
-from drafthead.states.layout import Place, lay_out
+from drafthead.states.tensor_layout import Place, lay_out
 
 PAGE = 1 << 18
 """Bytes: small beside a sample of a hundred tokens, large beside the cost of a copy."""

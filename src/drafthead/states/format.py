@@ -28,7 +28,7 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_file, fingerprint, read_json, write_json
-from drafthead.states.direct import write_direct
+from drafthead.states.direct_io import write_direct
 
 VERSION = 2
 MAX_UNITS = 1_000_000  # file names have six digits

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from drafthead.errors import DraftheadError
 from drafthead.fsio import file_hash
 from drafthead.machine import usable_cores
+from drafthead.states.dataset import Samples
 from drafthead.states.format import Sample, StoreMeta, shard_tensors
 from drafthead.states.index import Shard, load_unit, missing_units, unit_numbers
-from drafthead.states.samples import Samples
 
 AHEAD = 8
 """Shards verified before they are wanted: as many as samples are shuffled over."""

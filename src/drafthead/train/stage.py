@@ -21,7 +21,7 @@ from drafthead.progress import waiting
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
-from drafthead.states.samples import chosen_layers
+from drafthead.states.dataset import chosen_layers
 from drafthead.targets import Target, captured_layers, recipe_target
 from drafthead.train.checks import check
 from drafthead.train.loop import Task, fit

@@ -17,7 +17,7 @@ from torch import Tensor
 from drafthead.ops.block_attention import Blocks
 from drafthead.states import Sample
 from drafthead.states.format import aux_layers, last_layer
-from drafthead.states.layout import Place, joined
+from drafthead.states.tensor_layout import Place, joined
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from drafthead.drafters.eagle3.batch import Batch
 from drafthead.ops.attention import Documents
-from drafthead.states import Sample, memory
+from drafthead.states import Sample, buffer_pool
 from drafthead.states.format import aux_layers, last_layer
-from drafthead.states.layout import Place, lay_out
+from drafthead.states.tensor_layout import Place, lay_out
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def pack_row(
     if pinned:
         whole = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     else:
-        whole = memory.empty([size], torch.uint8)
+        whole = buffer_pool.empty([size], torch.uint8)
     out = whole.numpy()
     room = {name: out[place.begin : place.end] for name, place in places.items()}
 

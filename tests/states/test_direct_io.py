@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from drafthead.states import direct, memory
-from drafthead.states.direct import write_direct
+from drafthead.states import buffer_pool, direct_io
+from drafthead.states.direct_io import write_direct
 
 SIZES = [0, 1, 4095, 4096, 3 * 4096, 3 * 4096 + 17, 40_000]
 
@@ -17,8 +17,8 @@ def refuses(real):
     """As a file system that takes O_DIRECT and then wants another alignment."""
 
     def write(fd, view):
-        if direct._set_direct(fd, False):
-            direct._set_direct(fd, True)
+        if direct_io._set_direct(fd, False):
+            direct_io._set_direct(fd, True)
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(fd, view)
 
@@ -33,7 +33,7 @@ def in_bits(real):
 @pytest.mark.parametrize("disk", [None, refuses, in_bits])
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_arrive_as_they_are(tmp_path, monkeypatch, size, disk):
-    monkeypatch.setattr(direct, "STAGED", 2 * 4096)
+    monkeypatch.setattr(direct_io, "STAGED", 2 * 4096)
     if disk:
         monkeypatch.setattr(os, "write", disk(os.write))
     data = torch.randint(
@@ -57,14 +57,15 @@ def test_what_the_disk_says_is_passed_on(tmp_path, monkeypatch):
 
 
 def test_memory_comes_back_with_the_last_view_of_it(monkeypatch):
-    monkeypatch.setattr(memory, "_free", {})
-    first = memory.empty((3, 5), torch.bfloat16)
+    monkeypatch.setattr(buffer_pool, "_free", {})
+    first = buffer_pool.empty((3, 5), torch.bfloat16)
     assert first.data_ptr() % 4096 == 0
     place, view = first.data_ptr(), first.view(torch.uint8)[1:].numpy().data
     del first
-    assert memory.empty((3, 5), torch.bfloat16).data_ptr() != place  # and is free again at once
+    # What `view` still holds is not given out again; this other tensor is free again at once.
+    assert buffer_pool.empty((3, 5), torch.bfloat16).data_ptr() != place
     del view
-    held = [memory.empty((n,), torch.float8_e4m3fn) for n in (4096, 1, 4097)]
-    assert [place in (t.data_ptr() for t in held), len(memory._free[4096])] == [True, 0]
+    held = [buffer_pool.empty((n,), torch.float8_e4m3fn) for n in (4096, 1, 4097)]
+    assert [place in (t.data_ptr() for t in held), len(buffer_pool._free[4096])] == [True, 0]
     assert len({t.data_ptr() for t in held}) == 3
-    assert memory.empty((0, 4), torch.float32).shape == (0, 4)
+    assert buffer_pool.empty((0, 4), torch.float32).shape == (0, 4)
