@@ -88,6 +88,20 @@ def test_one_object(command, drafthead):
     assert isinstance(json.loads(out), dict)
 
 
+def test_export_tells_what_each_engine_makes_of_the_head(drafthead):
+    drafthead("run", "r.yaml")
+    code, out, err = drafthead("export", "r.yaml", "--for", "vllm,sglang,mlx", "--json")
+    assert code == 0, err
+    found = json.loads(out)["engines"]
+    assert {name: can["serves"] for name, can in found.items()} == {
+        "vllm": True,
+        "sglang": True,
+        "mlx": False,
+    }
+    folders = [Path(can["folder"]).name for can in found.values()]
+    assert folders == ["head", "head", "head-mlx"]
+
+
 def test_serve_names_the_commands_of_other_engines(drafthead):
     """mlx-vlm has no hook for a Llama."""
     found = json.loads(drafthead("serve", "r.yaml", "--json")[1])["other_engines"]
