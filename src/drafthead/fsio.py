@@ -105,8 +105,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Clear away what killed processes left half made of :func:`atomic_file` and
-    :func:`atomic_dir` in a folder, those in it and those in them. Only while nobody writes there.
+    """Delete what killed processes left of :func:`atomic_file` and :func:`atomic_dir`, in a folder
+    and up to two folders below it. Only while nobody writes there.
     """
     for below in ("", "*/", "*/*/"):  # a link to a folder is followed, which `**` would not
         for left in list(folder.glob(f"{below}.*.tmp")):

@@ -86,7 +86,7 @@ def check_share(
     *,
     more_to_come: bool,
 ) -> None:
-    """Whether few enough samples have unusable states.
+    """Check that few enough samples have unusable states.
 
     Args:
         unusable: reason -> conversations.
@@ -174,8 +174,8 @@ class Checker:
         picked: list[tuple[torch.Tensor, torch.Tensor]],
         checks: dict[str, Any] | None = None,
     ) -> None:
-        """Hold greedily served tokens against the teacher's; ``checks`` is told how many there are
-        and how many are the same.
+        """Compare greedily served tokens with the teacher's. ``checks`` gets how many there are and
+        how many agree.
 
         Raises:
             DraftheadError: too few are.
@@ -196,7 +196,7 @@ def _spread(sample: Sample, most: int) -> torch.Tensor:
 
 
 def check_agreement(agree: int, positions: int) -> None:
-    """The states explain what was served.
+    """Check that the states explain the served tokens.
 
     Raises:
         DraftheadError: fewer of the greedily served tokens are the teacher's than ``MIN_AGREEMENT``

@@ -1,4 +1,4 @@
-"""The target in vLLM, writing answers and handing over its states in the same pass."""
+"""The target in vLLM: it writes answers and hands over its states in the same pass."""
 
 import os
 import time
@@ -222,7 +222,7 @@ class CaptureEngine:
         self._report(trouble)
 
     def flush(self) -> None:
-        """Wait until everything saved is where it belongs.
+        """Wait until everything saved is stored.
 
         Raises:
             DraftheadError: as ``save``.
@@ -230,8 +230,8 @@ class CaptureEngine:
         self._report(self._rpc("drafthead_flush"))
 
     def stats(self) -> dict[str, int]:
-        """What capturing costs the engine: ``waits``, times that a step waited for room to copy
-        states into; ``device_bytes``, memory of the device that they pass through."""
+        """What capturing costs the engine: ``waits``, how often a step waited for room in the ring,
+        and ``device_bytes``, GPU memory that states pass through."""
         return self._rpc("drafthead_stats")
 
     def close(self) -> None:

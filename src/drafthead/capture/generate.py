@@ -180,7 +180,7 @@ def as_wanted(key: int, answer: Answer) -> Wanted:
 
 
 class History:
-    """Answers as later turns show them to the chat template.
+    """Turns answers into what later turns show the chat template.
 
     The server leaves out special tokens and, if it has a reasoning parser, the thinking, which chat
     clients do not send back.

@@ -28,7 +28,7 @@ from drafthead.states.writer import open_store
 
 
 def check_prompts(recipe: Recipe, run: RunDir) -> None:
-    """What ``generate`` would find only once earlier answers are thrown away.
+    """Check now what ``generate`` would find only after it has deleted earlier answers.
 
     Raises:
         DraftheadError: target, template, prompts or layers are not usable.
@@ -137,7 +137,7 @@ def _check_unusable(unusable: dict[str, list[str]], usable: int, plan: WorkPlan)
 
 
 def _check_lengths(answers: list[Answer], left_out: dict[str, list[str]], run: RunDir) -> None:
-    """Both sides have an answer that is long enough.
+    """Check that both splits have an answer that is long enough.
 
     Raises:
         DraftheadError: one has none.

@@ -1,4 +1,4 @@
-"""vLLM workers that hand over hidden states while the engine serves as it always does.
+"""vLLM workers that also hand over hidden states; the engine serves as it always does.
 
 Named by `worker_cls`, a vLLM setting; nothing of vLLM is patched. The target's own EAGLE-3 outputs
 (`set_aux_hidden_state_layers`) are switched on without a draft model, so no draft token is
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class Capture:
-    """What the workers share; the rank 0 of tensor parallel holds the whole residual stream."""
+    """What both workers share. Only rank 0 of tensor parallel captures: it has the whole residual
+    stream."""
 
     _process: WriterProcess | None = None
     _recorder: StateRecorder | None = None
@@ -39,7 +40,7 @@ class Capture:
         options = config.additional_config[KEY]
         layers = tuple(options["layers"])
         if get_tensor_model_parallel_rank() == 0:
-            # Before the model, so that it starts meanwhile.
+            # Started first, so that it gets ready while the model loads.
             self._process = WriterProcess(
                 2 * config.scheduler_config.max_num_batched_tokens,
                 len(layers),
@@ -82,15 +83,15 @@ class Capture:
             return
         runner = self.model_runner  # type: ignore[attr-defined]
         state = runner.execute_model_state
-        # The order of rows: the newer runner's batch travels with its state, the older one's is
-        # the runner's own.
+        # The order of rows: the newer model runner keeps its batch with its state, the older one
+        # with itself.
         batch = getattr(state, "input_batch", None) or runner.input_batch
         order = batch.req_ids[: len(counts)]
         sequences = [(self._keys.get(r), starts[r], counts[r]) for r in order]
         assert self._recorder is not None
         self._recorder.record(state.aux_hidden_states, sequences)
 
-    # What `LLM.collective_rpc` calls; ranks other than 0 have nothing to do.
+    # `LLM.collective_rpc` calls the methods below; ranks other than 0 do nothing.
 
     def drafthead_open(self, sink: dict, meta: dict, target: str, options: dict) -> str | None:
         """Write to ``sink`` from now on: ``{"store": folder}`` or ``{"pages": path}``. ``meta``: of
@@ -117,7 +118,7 @@ class Capture:
         return self._process.trouble()
 
     def drafthead_flush(self) -> str | None:
-        """Wait until everything has arrived; returns what went wrong, or None."""
+        """Wait until all units are stored. Returns what went wrong, or None."""
         return None if self._process is None else self._process.flush()
 
     def drafthead_stats(self) -> dict | None:

@@ -387,8 +387,8 @@ def _holds(value: Any) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether no tokenizer would refuse it: JSON may escape half of a character, as whoever cuts
-    texts in JavaScript or Java leaves it."""
+    """Whether tokenizers take it. JSON can contain unpaired UTF-16 surrogates (texts cut off in
+    JavaScript or Java), which they reject."""
     try:
         text.encode()
     except UnicodeEncodeError:

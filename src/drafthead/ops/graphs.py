@@ -1,4 +1,4 @@
-"""CUDA graphs: what the host starts once, the device repeats.
+"""Record a step as a CUDA graph and replay it with one launch.
 
 A step of a small head is a thousand kernels of a few microseconds each, and starting them takes
 the host longer than running them takes the device. A graph is started with one call, but always on

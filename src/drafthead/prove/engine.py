@@ -73,8 +73,8 @@ class Generation:
 
 
 class Startable(abc.ABC, Generic[Answering]):
-    """What loads a model in a process of its own; a context manager that is over the wait for it
-    when the block begins, and leaves nothing behind, also if the wait fails or is ended."""
+    """A process that loads a model. As a context manager it waits until the model is ready, and
+    always cleans up."""
 
     @abc.abstractmethod
     def start(self) -> Any:

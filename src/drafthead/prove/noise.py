@@ -61,7 +61,7 @@ class Bounds:
 
 @dataclass
 class Control:
-    """What was seen of the target's noise, over all sets of prompts."""
+    """Differences between runs of the target alone, pooled over all sets of prompts."""
 
     asked: set[tuple] = field(default_factory=set)
     """Prompt and limit of each answer."""
