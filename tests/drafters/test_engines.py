@@ -228,6 +228,12 @@ REFUSED = {
         DraftheadError,
         "SpecForge.*DeepSeek",
     ),
+    "DFlash or DSpark": (
+        dspark_head,
+        lambda f: edit(f, without(architectures=["DFlashDraftModel"], dflash_config={})),
+        DraftheadError,
+        "DFlash head.*ModelOpt's DSpark",
+    ),
     "a gated Markov head": (
         dspark_head,
         lambda f: edit(f, without(markov_head_type="gated")),

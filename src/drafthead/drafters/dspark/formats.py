@@ -114,7 +114,9 @@ def is_dspark(raw: Any) -> bool:
         return False
     name, nested = architecture(raw), raw.get("dflash_config")
     if name == SHARED and isinstance(nested, dict):
-        return nested.get("projector_type") == "dspark"
+        projector = nested.get("projector_type")
+        markov = nested.get("markov_rank") or raw.get("markov_rank")
+        return projector == "dspark" or (projector is None and bool(markov))
     return raw.get("speculators_model_type") == "dspark" or name in KNOWN
 
 
@@ -247,6 +249,12 @@ def _refuse(
             f"{layer.get('model_type')!r:.80}: SpecForge's heads (model_type qwen3) and "
             "DeepSeek-V4's (deepseek_v4) both have that name; write the model_type",
             field="model_type",
+        )
+    if architecture(raw) == SHARED and nested.get("projector_type") is None:
+        raise DraftheadError(
+            f"{where}: architectures is {SHARED} and there is a markov_rank: a DFlash head (which "
+            "has none), or ModelOpt's DSpark (dflash_config.projector_type: dspark); write which",
+            field="dflash_config.projector_type",
         )
     projector = nested.get("projector_type", "dspark")
     kind = given("markov_head_type", default="vanilla")
