@@ -9,18 +9,17 @@ with prefix caching, prompts in chunks, priorities and preemption. Writes DIR/ma
 """
 
 import argparse
+import itertools
 import tempfile
-import time
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  (the environment, before vLLM reads it)
 from benchmarks.lib.record import begin, save
 from drafthead.fsio import read_json
 from tests.vllm.engines import engine
-from tests.vllm.options import HARD, answers, pair, speculative
+from tests.vllm.options import answers, hard, pair, same, speculative
 
 K = 3
-SETTINGS = {"defaults": {}, "hard": HARD}
 
 
 def measure(folder: Path, kind: str, drafter: str, method: str) -> dict:
@@ -29,12 +28,12 @@ def measure(folder: Path, kind: str, drafter: str, method: str) -> dict:
     with engine(target, skip_tokenizer_init=False) as llm:
         alone = answers(llm, drafted=False)
     rows = {}
-    for setting, arguments in SETTINGS.items():
+    for setting, arguments in {"defaults": {}, "hard": hard(kind)}.items():
         speculation = speculative(drafter, head, K, method)
         with engine(target, speculation, skip_tokenizer_init=False, **arguments) as llm:
             for name, got in answers(llm, drafted=True).items():
                 drafts, tokens = got["num_drafts"], got["num_draft_tokens"]
-                differ = [a != b for a, b in zip(alone[name]["answers"], got["answers"])]
+                differ = [not same(*both) for both in zip(alone[name]["answers"], got["answers"])]
                 rows[f"{kind}, {drafter}, {method}, {setting}: {name}"] = {
                     "answers": len(differ),
                     "differ": sum(differ),
@@ -50,21 +49,9 @@ def measure(folder: Path, kind: str, drafter: str, method: str) -> dict:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="such as dense-eagle3-greedy")
-    options = parser.parse_args()
-    begun, path = time.monotonic(), options.out / "matrix.json"
-    rows = read_json(path, "rows of an earlier part")["rows"] if path.exists() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("dense", "hybrid"):
-            for drafter in ("eagle3", "dspark"):
-                for method in ("greedy", "probabilistic"):
-                    if options.only in f"{kind}-{drafter}-{method}":
-                        at = Path(folder) / method
-                        rows |= measure(at, kind, drafter, method)
-    summary = {
+def figures(rows: dict[str, dict]) -> dict[str, int]:
+    """What all rows come to."""
+    return {
         "rows": len(rows),
         "answers": sum(row["answers"] for row in rows.values()),
         "differ": sum(row["differ"] for row in rows.values()),
@@ -72,12 +59,26 @@ def main() -> None:
             not (row["tokens_a_step"] or 1) > 1 for row in rows.values()
         ),
     }
-    record = begin("matrix") | {"seconds": round(time.monotonic() - begun), "rows": rows}
-    save(path, record, summary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="such as dense-eagle3-greedy")
+    options = parser.parse_args()
+    path = options.out / "matrix.json"
+    rows = read_json(path, "rows of an earlier part")["rows"] if path.exists() else {}
+    names = ("dense", "hybrid"), ("eagle3", "dspark"), ("greedy", "probabilistic")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, drafter, method in itertools.product(*names):
+            there = any(name.startswith(f"{kind}, {drafter}, {method}") for name in rows)
+            if options.only in f"{kind}-{drafter}-{method}" and not there:
+                rows |= measure(Path(folder) / method, kind, drafter, method)
+                save(path, begin("matrix") | {"rows": rows}, figures(rows))
     for name, row in rows.items():
         if row["differ"] or not (row["tokens_a_step"] or 1) > 1:
             print(name, row)
-    print(summary)
+    print(figures(rows))
 
 
 if __name__ == "__main__":
