@@ -17,7 +17,7 @@ import tests.conftest  # noqa: F401  (the environment, before vLLM reads it)
 from benchmarks.lib.record import begin, save
 from drafthead.fsio import read_json
 from tests.vllm.engines import engine
-from tests.vllm.options import answers, hard, pair, same, speculative
+from tests.vllm.options import ASKED, answers, hard, pair, same, speculative
 
 K = 3
 
@@ -25,12 +25,12 @@ K = 3
 def measure(folder: Path, kind: str, drafter: str, method: str) -> dict:
     """Every way to ask, on each setting: whether answers are the target's, and the acceptance."""
     target, head = pair(folder, kind, drafter)
-    with engine(target, skip_tokenizer_init=False) as llm:
+    with engine(target, **ASKED) as llm:
         alone = answers(llm, drafted=False)
     rows = {}
     for setting, arguments in {"defaults": {}, "hard": hard(kind)}.items():
         speculation = speculative(drafter, head, K, method)
-        with engine(target, speculation, skip_tokenizer_init=False, **arguments) as llm:
+        with engine(target, speculation, **ASKED, **arguments) as llm:
             for name, got in answers(llm, drafted=True).items():
                 drafts, tokens = got["num_drafts"], got["num_draft_tokens"]
                 differ = [not same(*both) for both in zip(alone[name]["answers"], got["answers"])]

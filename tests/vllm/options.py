@@ -20,6 +20,12 @@ SCHEMA = {
     "required": ["n", "name"],
     "additionalProperties": False,
 }
+ASKED: dict[str, Any] = {
+    "skip_tokenizer_init": False,
+    # Else the targets write white space for ever.
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+"""Arguments of every engine that is asked."""
 
 
 def hard(kind: str) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def cases() -> dict[str, dict[str, Any]]:
     """Options of ``SamplingParams`` by name; all greedy, `top_k` 1 where greedy is refused."""
     from vllm.sampling_params import StructuredOutputsParams as Structured
 
-    schema = Structured(json=SCHEMA, disable_any_whitespace=True)
+    schema = Structured(json=SCHEMA)
     regex = Structured(regex=r"[a-z !-~]{4,40}")
     return {
         "plain": {},
