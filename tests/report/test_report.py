@@ -85,8 +85,12 @@ def test_more_than_the_tokens_a_step_can_give_is_doubted(tmp_path):
     for length, doubted in ((2.0, False), (1.2, True)):
         bench = read_json(run.bench_json, "")
         write_json(run.bench_json, bench | {"speedup": 1.68, "accepted_length": length})
-        for text in (*written(recipe, run), (run.head / "README.md").read_text()):
-            assert ("step can give" in " ".join(text.split())) is doubted
+        html, markdown, terminal = written(recipe, run)
+        card = (run.head / "README.md").read_text()
+        for text in (html, markdown, terminal, card):
+            assert ("step can give" in re.sub(r"[\s│]+", " ", text)) is doubted
+        assert ("1.68" in re.search(r'<p class="headline[^>]*>([^<]*)', html)[1]) is not doubted
+        assert ("1.68" in re.search(r"\*\*(.*?)\*\*", markdown)[1]) is not doubted
 
 
 def test_what_can_be_told_is_the_headline(tmp_path):

@@ -16,6 +16,7 @@ from drafthead.report.results import Results, read_results
 from drafthead.report.table import kinds_beside, lossless_words, results_table, verdict_words
 from drafthead.report.words import (
     beside_rows,
+    beyond_reason,
     environment,
     facts,
     grid_table,
@@ -65,6 +66,7 @@ def _speed(r: Results) -> dict[str, Any]:
     return {
         "verdict": verdict_words(r),
         "tone": tone(r.bench),
+        "doubted": beyond_reason(r.bench),
         "setting": setting(r.bench),
         "predicted": predicted_cells(r.bench),
         "served": served_cells(r.bench),

@@ -10,7 +10,7 @@ def verdict_words(results: Results) -> str:
     """In words what the interval of the headline allows to say."""
     bench = results.bench
     if bench["verdict"] == "faster":
-        more = ", by more than its tokens a step can give: measure again"
+        more = ", by more than its tokens a step can give"
         return "faster with the head" + (more if beyond_reason(bench) else "")
     if bench["verdict"] == "slower":
         return "slower with the head on this machine"
