@@ -325,6 +325,7 @@ def test_hooks_of_targets(tmp_path, lfm2_moe):
     target = load_target(lfm2_moe)
     folder, _ = eagle3(tmp_path / "e", target)
     assert not inspect_head(folder, target)["engines"]["sglang"]["serves"]
+    assert "--target" in inspect_head(folder)["engines"]["sglang"]["notes"][0]
     folder, _ = dspark_head(tmp_path / "d", target)
     can = inspect_head(folder, target)["engines"]
     assert [name for name in can if can[name]["serves"]] == ["vllm", "sglang", "llama.cpp", "mlx"]

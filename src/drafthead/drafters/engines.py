@@ -34,6 +34,8 @@ class Engine:
     """What the statements about it come from."""
     notes: tuple[str, ...] = ()
     """What to know where it serves a head."""
+    hooks: bool = False
+    """Only some of its targets' classes hand their states to a head."""
 
 
 ENGINES = {
@@ -43,7 +45,7 @@ ENGINES = {
         "run: tests/vllm (0.32.0); its wheels",
         ("targets without a hook, such as LFM2, need drafthead's plugin",),
     ),
-    "sglang": Engine("SGLang", "0.5.23", "read: its wheel"),
+    "sglang": Engine("SGLang", "0.5.23", "read: its wheel", hooks=True),
     "llama.cpp": Engine(
         "llama.cpp",
         "b11549",
@@ -54,6 +56,7 @@ ENGINES = {
         "mlx-vlm",
         "0.7.10",
         "read: its wheel; its config readers run: findings/mlx-vlm-dspark-config.sh",
+        hooks=True,
     ),
     "tensorrt-llm": Engine(
         "TensorRT-LLM", "1.4.0rc4", "read: its repository at 00679c6; its documentation"

@@ -12,6 +12,8 @@ from drafthead.head.formats import Format
 from drafthead.targets import Target
 from drafthead.targets.safetensors_folder import SafetensorsFolder
 
+UNHOOKED = "if it has a hook for the target, which --target tells"
+
 
 def support(about: dict[str, Any], folder: Path, target: Target | None) -> dict[str, Any]:
     """Which engines serve a head, as far as its files and the target (if given) tell.
@@ -44,7 +46,7 @@ def support(about: dict[str, Any], folder: Path, target: Target | None) -> dict[
             "why": why + [limit.words for limit in limits],
             "convert": not why and bool(limits) and all(limit.layout for limit in limits),
             "foreign": [limit.words for limit in limits if limit.layout],
-            "notes": list(engine.notes),
+            "notes": [*engine.notes, *([UNHOOKED] if engine.hooks and target is None else [])],
         }
     return found
 
