@@ -332,7 +332,7 @@ def engine_plan(
     )
     if head is not None:
         head = os.path.expanduser(head)
-        drafter = DRAFTERS["eagle3"]
+        drafter = DRAFTERS[recipe.head.only_kind]  # of a head on the hub
         unsupported, warnings = look_at(recipe, head, target)
         if Path(head).is_dir():
             drafter = drafter_of(Path(head))
