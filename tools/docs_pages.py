@@ -148,6 +148,8 @@ def recipe_page() -> str:
         "",
         f"`name`: {Recipe.model_fields['name'].description}",
         "",
+        f"`for_kind`: {_cell(Recipe.model_fields['for_kind'].description or '')}",
+        "",
     ]
     for name, section in sections().items():
         lines += [f"## {name}", "", inspect.cleandoc(section.__doc__ or ""), ""]
