@@ -179,6 +179,18 @@ def test_quoted_files_of_the_repository_exist(page):
             assert (ROOT / path.rstrip(".")).exists(), path
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/how-it-works.md", "docs/head.md"])
+def test_quoted_files_of_the_package_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    files = re.findall(r"`(?:drafthead/)?([\w/]+/\w+\.py)`", text)
+    assert files
+    for file in files:
+        found = [
+            ROOT / at / file for at in ("", "src/drafthead", "tests") if (ROOT / at / file).exists()
+        ]
+        assert found, file
+
+
 def check_key(section, key):
     """`section.key` is a key of the recipe, if that section is one."""
     model = docs_pages.sections().get(section)
