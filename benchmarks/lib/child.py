@@ -1,18 +1,18 @@
 """A child process that answers one JSON line for each JSON line that it is asked."""
 
-import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
 
+from drafthead.process import Process
 
-class Child:
+
+class Child(Process):
     """The parent's side. The first line that the child sends, unasked, says that it is ready.
 
     Args:
@@ -23,17 +23,10 @@ class Child:
     """
 
     def __init__(self, name: str, module: str, spec: dict, log: Path, env: dict[str, str]):
-        self.name, self.log, self.begun = name, log, time.monotonic()
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, json.dumps(spec)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                env=os.environ | env,
-                start_new_session=True,
-            )
+        self.begun = time.monotonic()
+        command = [sys.executable, "-m", module, json.dumps(spec)]
+        pipe = subprocess.PIPE
+        super().__init__(name, command, log, env, stdin=pipe, stdout=pipe)
 
     def read(self, limit: float) -> dict:
         """The child's next line.
@@ -52,12 +45,6 @@ class Child:
         """Send a task, JSON-able; its answer."""
         print(json.dumps(task), file=self.process.stdin, flush=True)
         return self.read(limit)
-
-    def close(self) -> None:
-        """End the child and what it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def replies() -> TextIO:
