@@ -1,7 +1,7 @@
 """Large tensors whose memory is used again.
 
 New memory costs: the operating system finds, clears and maps it page by page, and in a virtual
-machine its host does so too. With the pool the process that writes states takes 2.9 s of CPU a GB,
+machine its host does so too. With the pool the process that writes states takes 2.8 s of CPU a GB,
 without it 3.6 (SmolLM2's shape on two cores, `benchmarks.capture.writer_cost`).
 """
 
