@@ -36,6 +36,10 @@ test: lint
 test-matrix:
 	bash tools/test_matrix.sh
 
+# Heads in other engines than vLLM, each in an environment of its own; not part of `test`.
+test-engines: $(READY)
+	$(PY) -m tests.engines --out benchmarks/results/engines.json
+
 docs: $(READY)
 	$(VENV)/bin/mkdocs build --strict
 
