@@ -49,13 +49,17 @@ ENGINES = {
     "llama.cpp": Engine(
         "llama.cpp",
         "b11549",
-        "read: its source as in xllamacpp 2026.10.11549",
+        "run: tests/engines (in xllamacpp 2026.10.11549); its source",
         ("head and target are converted to GGUF first",),
     ),
     "mlx": Engine(
         "mlx-vlm",
         "0.7.10",
-        "read: its wheel; its config readers run: findings/mlx-vlm-dspark-config.sh",
+        "run: tests/engines; its wheel",
+        (
+            "an LFM2-MoE target answers otherwise there, with a head and without: "
+            "findings/mlx-vlm-lfm2-moe-routing.sh",
+        ),
         hooks=True,
     ),
     "tensorrt-llm": Engine(
@@ -416,7 +420,7 @@ LIMITS = (
         "llama.cpp",
         _DSPARK,
         "an LM head of its own for the whole vocabulary, which its converter leaves out",
-        "conversion/qwen.py",
+        "conversion/qwen.py; run: findings/llama-cpp-dspark-lm-head.sh",
         lambda h: h.config["own_lm_head"] and not _reduced(h),
         silent=True,
         mend="train.lm_head_rate: 0",
