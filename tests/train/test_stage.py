@@ -147,6 +147,7 @@ def test_a_head_for_other_layers_is_refused(prepared, tmp_path):
         ("train", {"track": ["wandb"]}, "pip install wandb"),
         ("train", {"start_from": "nowhere"}, "nowhere: no such head"),
         ("head", {"hidden_size": 48}, "head.hidden_size is 48"),
+        ("train", {"row_tokens": 9999}, "fewer processes"),
         ("head", {"aux_layers": [1, 3]}, r"\[3\]: .* holds the layers \[1, 2\]"),
     ],
 )

@@ -1,5 +1,6 @@
 """The stage `train` of a run."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from drafthead.targets import Target, captured_layers, recipe_target
 from drafthead.train.checks import check
 from drafthead.train.loop import Task, fit
 from drafthead.train.parallel import World
+from drafthead.train.plan import Plan
 
 
 def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
@@ -136,16 +138,20 @@ def check_start(recipe: Recipe, run: RunDir) -> None:
     """What training would find only once what was trained before is thrown away.
 
     Raises:
-        DraftheadError: there are no states or no head to start from, or this machine cannot train
-            it so.
+        DraftheadError: there are no states or no head to start from, this machine cannot train it
+            so, or the states do not fill one step.
     """
     target = recipe_target(recipe)
     captured = captured_layers(recipe, target)
     layers = chosen_layers(run.states, captured, recipe.head.aux_layers)
     _first_head(recipe, run, layers, target)
-    world = World.of_environment()
-    check(recipe.train, recipe.train.rows_per_step or world.size, world)
+    world, train = World.of_environment(), recipe.train
+    rows_per_step = train.rows_per_step or world.size
+    check(train, rows_per_step, world)
     _check_states(recipe, run)
+    if recipe.capture.mode != "online":
+        with contextlib.closing(StateReader(run.states)) as reader:
+            Plan.make(reader, train.epochs, train.row_tokens, rows_per_step, train.seed)
 
 
 def _check_states(recipe: Recipe, run: RunDir) -> None:
