@@ -1,6 +1,6 @@
 """Run heads in other engines, each in an environment of its own: `make test-engines`.
 
-    python -m tests.engines [--out RECORD] [mlx-vlm llama.cpp]
+    python -m tests.engines [--out RECORD] [mlx-vlm llama.cpp sglang]
 
 Needs a package index, and a few minutes for it. A target and a head are made for each case
 (`tests.engines.made`), and the engine itself has to draft and answer what our own walk does.
@@ -23,6 +23,7 @@ LLAMA_CPP = "xllamacpp==2026.10.11549"
 PACKAGES = {
     "mlx-vlm": ["mlx-vlm==0.7.10", "mlx[cpu]==0.32.4"],
     "llama.cpp": [LLAMA_CPP],
+    "sglang": [],  # the project's own environment, and its wheel unpacked
 }
 # Kind of head, its vocabulary, the target, the head's format.
 CASES = {
@@ -39,11 +40,17 @@ CASES = {
         ("eagle3", "reduced", "llama", "vllm"),
         ("eagle3", "reduced", "lfm2_moe", "vllm"),
     ),
+    "sglang": (
+        ("dspark", "full", "lfm2", "vllm"),
+        ("eagle3", "reduced", "llama", "vllm"),
+    ),
 }
 
 
 def environment(name: str, packages: list[str]) -> Path:
     """The Python of a new virtual environment with these packages, made once."""
+    if not packages:
+        return Path(sys.executable)
     folder = Path("build/engines") / name
     ready = folder / "ready"
     python = folder.absolute() / "bin/python"
@@ -70,6 +77,22 @@ def llama_cpp() -> Path:
     return folder
 
 
+def sglang() -> Path:
+    """SGLang's wheel, unpacked: for its readers of configurations, which need no GPU."""
+    folder = Path("build/engines/sglang-wheel").absolute()
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", temporary]
+            wheel = ["--only-binary", ":all:", "--python-version", "3.11"]
+            wheel += ["--platform", "manylinux_2_34_x86_64", "sglang==0.5.23"]
+            subprocess.run([*pip, *wheel], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "zipfile", "-e", *Path(temporary).glob("*.whl"), folder],
+                check=True,
+            )
+    return folder
+
+
 def output(command: list, env: dict[str, str] | None = None) -> str:
     """What a command prints; ends this program with its errors if it fails."""
     done = subprocess.run(command, capture_output=True, env=env, text=True)
@@ -86,12 +109,13 @@ def run(engine: str, python: Path, case: tuple[str, str, str, str], folder: Path
         tiny_tokenizer(made / "target")
         convert = [sys.executable, HERE / "convert_gguf.py", llama_cpp(), "--outtype", "f32"]
         of = ["--target-model-dir", made / "target"]
-        for name, more in (("target", []), ("head", of)):
-            command = [*convert, made / name, "--outfile", made / f"{name}.gguf", *more]
+        for name, options in (("target", []), ("head", of)):
+            command = [*convert, made / name, "--outfile", made / f"{name}.gguf", *options]
             output(command)
+    more = [sglang()] if engine == "sglang" else []
     script = HERE / f"engine_{engine.replace('-', '_').replace('.', '_')}.py"
     alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return json.loads(output([python, script, made], alone).splitlines()[-1])
+    return json.loads(output([python, script, made, *more], alone).splitlines()[-1])
 
 
 def main() -> None:
