@@ -5,7 +5,7 @@
 Tiny targets (dense, hybrid) in fp32 on the CPU, EAGLE-3 and DSpark heads that are right now and
 then, drafts taken or drawn; structured output, penalties, bad words, stop tokens and strings,
 log-probabilities, several answers, streaming, aborts; each on an engine as vLLM sets it and on one
-with prefix caching, prompts in chunks, priorities and preemption. Writes DIR/matrix.json.
+with prefix caching, prompts in chunks, priorities and few blocks. Writes DIR/matrix.json.
 """
 
 import argparse

@@ -29,8 +29,8 @@ ASKED: dict[str, Any] = {
 
 
 def hard(kind: str) -> dict[str, Any]:
-    """Prefix caching, prompts in chunks, priorities, and so few blocks that requests are preempted
-    (of a hybrid there are more kinds of blocks)."""
+    """Prefix caching, prompts in chunks, priorities, and few blocks (of a hybrid there are more
+    kinds of blocks)."""
     return {
         "enable_prefix_caching": True,
         "block_size": 32,
