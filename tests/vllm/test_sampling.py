@@ -7,7 +7,7 @@ import pytest
 
 from drafthead.prove.sampled import two_sample
 from tests.prove import crafted
-from tests.vllm.engines import counter, engine
+from tests.vllm.engines import counter, eagle3, engine
 from tests.vllm.options import ASKED, answers, hard, same, speculative
 
 CONTEXTS = ([20, 21], [105, 110], [205, 37])
@@ -22,9 +22,8 @@ def pair(tmp_path_factory):
     return target, crafted.head(folder / "head", target, scale=0.1)
 
 
-def draws(llm, seeded):
-    """Sampled answers at each temperature and context: token ids [samples, tokens]. seeded: or by
-    the engine's own numbers (vLLM 0.32's CPU engine has no seeds for prompts in chunks)."""
+def draws(llm):
+    """Sampled answers at each temperature and context: token ids [samples, tokens]."""
     from vllm import SamplingParams
 
     found = []
@@ -38,7 +37,7 @@ def draws(llm, seeded):
                         max_tokens=TOKENS,
                         ignore_eos=True,
                         detokenize=False,
-                        seed=1 + i if seeded else None,
+                        seed=1 + i,
                     )
                     for i in range(SAMPLES)
                 ],
@@ -57,7 +56,7 @@ def accepted(llm):
 def alone(pair):
     arguments = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
     with engine(pair[0], **ASKED, **arguments) as llm:
-        return answers(llm, drafted=False), draws(llm, seeded=True)
+        return answers(llm, drafted=False), draws(llm)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_answers_are_the_targets_own_whatever_is_asked_for(pair, alone, kept, me
             assert all(same(*one) for one in both), name
             assert got["num_accepted_tokens"] > 0, name
         before = accepted(llm)
-        drawn = draws(llm, seeded=False)
+        drawn = draws(llm)
         tokens, steps = accepted(llm) - before
         if method == "greedy":
             assert counter(llm, "prefix_cache_hits") > 0
@@ -88,3 +87,16 @@ def test_answers_are_the_targets_own_whatever_is_asked_for(pair, alone, kept, me
     assert outcome.detectable_shift <= 0.2
     kept[method] = tokens / steps
     assert kept["greedy"] <= kept[method]
+
+
+def test_steps_without_drafts_are_sampled_too(tmp_path):
+    """What stock vLLM's CPU engine ends at."""
+    from vllm import SamplingParams
+
+    target = crafted.target(tmp_path / "target")
+    head = crafted.head(tmp_path / "head", target)
+    with engine(target, eagle3(head, 3)) as llm:
+        for setting in ({"temperature": 0.8, "top_k": 20, "seed": 1}, {"temperature": 0}):
+            sampling = SamplingParams(**setting, max_tokens=6, ignore_eos=True, detokenize=False)
+            (output,) = llm.generate([{"prompt_token_ids": [20, 21]}], sampling, use_tqdm=False)
+            assert len(output.outputs[0].token_ids) == 6

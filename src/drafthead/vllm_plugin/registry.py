@@ -138,6 +138,12 @@ TABLE = (
         device="cpu",
     ),
     Patch(
+        "cpu_seeds",
+        "any target and drafter, requests with a seed",
+        "a prompt that is read in chunks ends the engine",
+        device="cpu",
+    ),
+    Patch(
         "cpu_rms_norm",
         "block drafters of two or more layers (DFlash, DSpark)",
         "later layers use the first one's norm: poor drafts",
