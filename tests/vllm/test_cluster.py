@@ -29,7 +29,10 @@ def cluster(monkeypatch):
     """Two CPU workers' worth of Ray on this machine."""
     monkeypatch.setenv("PYTHONPATH", str(Path(stages.__file__).parents[2]))
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else what runs beside it starves the engines
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    # Not a cluster that happens to run on this machine.
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error"
+    )
     yield
     ray.shutdown()
 

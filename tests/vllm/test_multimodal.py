@@ -60,7 +60,9 @@ def test_states_and_answers(kind, k, bringer, tmp_path, monkeypatch, capsys):
         check_answers(llm, twin)
         accepted = counter(llm, "spec_decode_num_accepted_tokens")
         assert 10 < accepted < counter(llm, "spec_decode_num_draft_tokens")
-    exec(doctor_engine._HOOK, {"architecture": architecture})  # doctor's process, in this one
+    exec(
+        doctor_engine._HOOK, {"architecture": architecture, "extra": []}
+    )  # doctor's process, in this one
     assert f"hook {bringer}\n" in capsys.readouterr().out
 
 

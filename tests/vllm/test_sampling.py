@@ -11,19 +11,20 @@ from tests.vllm.engines import counter, eagle3, engine
 from tests.vllm.options import ASKED, answers, hard, same, speculative
 
 CONTEXTS = ([20, 21], [105, 110], [205, 37])
-SAMPLES, TOKENS = 200, 5
+SAMPLES, TOKENS = 400, 3
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A target that is not sure of itself, and a head as unsure."""
     folder = tmp_path_factory.mktemp("unsure")
-    target = crafted.target(folder / "target", scale=0.1)
-    return target, crafted.head(folder / "head", target, scale=0.1)
+    target = crafted.target(folder / "target", scale=0.03)
+    return target, crafted.head(folder / "head", target, scale=0.03)
 
 
-def draws(llm):
-    """Sampled answers at each temperature and context: token ids [samples, tokens]."""
+def draws(llm, seed):
+    """Sampled answers at each temperature and context: token ids [samples, tokens]. seed: of the
+    first answer; the next ones follow."""
     from vllm import SamplingParams
 
     found = []
@@ -34,10 +35,11 @@ def draws(llm):
                 [
                     SamplingParams(
                         temperature=heat,
+                        top_k=4,  # fewer kinds of answers: a smaller difference shows
                         max_tokens=TOKENS,
                         ignore_eos=True,
                         detokenize=False,
-                        seed=1 + i,
+                        seed=seed + i,
                     )
                     for i in range(SAMPLES)
                 ],
@@ -56,7 +58,7 @@ def accepted(llm):
 def alone(pair):
     arguments = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
     with engine(pair[0], **ASKED, **arguments) as llm:
-        return answers(llm, drafted=False), draws(llm)
+        return answers(llm, drafted=False), draws(llm, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_answers_are_the_targets_own_whatever_is_asked_for(pair, alone, kept, me
             assert all(same(*one) for one in both), name
             assert got["num_accepted_tokens"] > 0, name
         before = accepted(llm)
-        drawn = draws(llm)
+        drawn = draws(llm, seed=SAMPLES)
         tokens, steps = accepted(llm) - before
         if method == "greedy":
             assert counter(llm, "prefix_cache_hits") > 0
@@ -86,7 +88,9 @@ def test_answers_are_the_targets_own_whatever_is_asked_for(pair, alone, kept, me
     assert outcome.detectable_shift is not None
     assert outcome.detectable_shift <= 0.2
     kept[method] = tokens / steps
-    assert kept["greedy"] <= kept[method]
+    # top_k cuts the target's distribution, not the one that vLLM draws drafts from.
+    if method == "probabilistic":
+        assert 0 < kept["probabilistic"] < kept["greedy"]
 
 
 def test_steps_without_drafts_are_sampled_too(tmp_path):
