@@ -375,6 +375,7 @@ def serve(
     plan as JSON and starts nothing: vLLM's log would follow it on stdout. --print also names the
     commands of other engines that read the head."""
     from drafthead.drafters.inspect import other_engines
+    from drafthead.fsio import keep_hashes
     from drafthead.prove.choice import to_serve
     from drafthead.prove.proof import doubt
     from drafthead.prove.served import as_served, served_k
@@ -387,7 +388,9 @@ def serve(
     k = served_k(loaded, run)
     served = as_served(loaded, run)
     plan = serve_plan(served, runs, extra=context.args, k=k, head=run.head)
-    not_proved = doubt(run, k, served.serve.named_method)
+    keep_hashes(run.top)
+    target = recipe_target(loaded)
+    not_proved = doubt(run, k, served.serve.named_method, target)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
     for notice in plan.notices:
@@ -397,7 +400,6 @@ def serve(
             console.print(f"[yellow]{escape(setting.why)}[/yellow]", soft_wrap=True)
     request = example_request(plan)
     if as_json or print_only:
-        target = recipe_target(loaded)
         names = {"target_name": str(plan.settings[0].value), "head_name": str(run.head.resolve())}
         engines = other_engines(run.head, target, k, **names)
     if as_json:

@@ -10,6 +10,7 @@ from drafthead.fsio import read_json, write_json
 from drafthead.plan import Plan, Setting
 from drafthead.prove.proof import command_line, doubt, proof_path, seal
 from drafthead.prove.verify import Outcome, Plans, verify
+from drafthead.targets import load_target
 from tests.prove import made_run
 
 
@@ -65,6 +66,14 @@ def test_a_k_that_was_not_proved_is_doubted(tmp_path):
     assert "signed off for another head" in doubt(run, 10)
     proof_path(run).unlink()
     assert "k = 3 was not proved" in doubt(run, 3)
+
+
+def test_a_target_that_changed_since_is_doubted(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    target = load_target(recipe.target.path)
+    assert doubt(run, 1, target=target) is None
+    (target.path / "generation_config.json").write_text("{}")
+    assert str(target.path) in doubt(run, 1, target=target)
 
 
 @pytest.mark.parametrize(("named", "proved"), [(None, True), (2, False), (1, True)])

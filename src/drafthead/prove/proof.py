@@ -123,9 +123,9 @@ def read_proof(run: RunDir) -> dict:
     return record
 
 
-def doubt(run: RunDir, k: int, method: str = "greedy") -> str | None:
+def doubt(run: RunDir, k: int, method: str = "greedy", target: Target | None = None) -> str | None:
     """Why it is not proved that a run's head is lossless at ``k`` drafts a step, drawn by vLLM's
-    ``draft_sample_method``; None if it is."""
+    ``draft_sample_method``; None if it is. target: if given, it has to be the one of the proof."""
     if not proof_path(run).exists():
         return f"k = {k} was not proved, nor was any other: `drafthead verify RECIPE` would do it."
     try:
@@ -134,6 +134,11 @@ def doubt(run: RunDir, k: int, method: str = "greedy") -> str | None:
         return str(error)
     if not proof["lossless"]:
         return f"{proof_path(run)}: verify found that the head is not lossless."
+    if target is not None and hash_folder(target.path) != proof["target"]["sha256"]:
+        return (
+            f"{target.path}: not the target of the proof any more, and the head drafts for the "
+            "old one: `drafthead run RECIPE` makes one for this."
+        )
     if str(k) not in proof["served"]:
         proved = ", ".join(sorted(proof["served"], key=int))
         return (
