@@ -343,3 +343,13 @@ def test_an_unknown_vllm_serves_and_says_what_is_off(tmp_path):
     assert {"accepted_counts", "placeholder_drafts"} <= set(told["unknown"])
     for name in (*told["off"], *told["unknown"]):
         assert name in done.stdout + done.stderr
+
+
+def test_a_patch_leaves_no_mark_on_a_function_that_a_module_keeps():
+    """Else it would pass for applied wherever it is used once more."""
+    owner, stock = ModuleType("owner"), lambda: 1
+    owner.f = stock
+    kept = lambda: 2
+    patch.wrap(owner, "f", lambda _: kept, "p")
+    assert (owner.f(), patch.original(owner, "f")) == (2, stock)
+    assert not vars(kept)

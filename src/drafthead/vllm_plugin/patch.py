@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,9 +80,19 @@ def wrap(owner: Any, name: str, make: Callable[[Callable], Callable], patch: str
             f"the patch {patch!r} would undo {', '.join(map(repr, earlier))}: both replace {name}, "
             "and it does not call the function that it replaces"
         )
-    patched = functools.wraps(before)(function)
+    # A copy: a module may keep the function, and the mark must not stay on that.
+    patched = functools.wraps(before)(_copy(function))
     setattr(patched, _PATCH, patch)
     setattr(owner, name, method(patched) if method else patched)
+
+
+def _copy(function: Any) -> Any:
+    if not isinstance(function, types.FunctionType):
+        return function
+    parts = (function.__name__, function.__defaults__, function.__closure__)
+    copied = types.FunctionType(function.__code__, function.__globals__, *parts)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def original(owner: Any, name: str) -> Callable:
