@@ -6,6 +6,7 @@ Their base logits are fixed then; what the Markov head adds follows the drafts f
 No block leaves anything behind for the next one, so blocks of all anchors can be drafted at once.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from drafthead.drafters.dspark.model import DSparkHead
 from drafthead.errors import DraftheadError
+from drafthead.head.drafting import true_tokens
 from drafthead.ops.block_attention import Blocks, block_attention
 
 LOGIT_BYTES = 128 << 20  # what the logits of one chunk of blocks may take
@@ -58,11 +60,10 @@ def told_blocks(
 ) -> Iterator[Tensor]:
     """Draft logits [M, Vd] of positions 1..k, where every draft before was the true token; beyond
     the end of ids its last one. Arguments as in `draft_blocks`."""
-    normed, previous = _block_states(head, embedding, aux, ids, k, rows)
-    for step in range(k):
-        yield head.logits(normed[:, step], lm_head) + head.markov_head(previous)
-        after = (rows + 2 + step).clamp(max=len(ids) - 1)
-        previous = ids[after.to(ids.device)].to(previous.device).long()
+    normed, anchors = _block_states(head, embedding, aux, ids, k, rows)
+    for step, previous in enumerate(itertools.chain([anchors], true_tokens(ids, rows, k))):
+        bias = head.markov_head(previous.to(anchors.device))
+        yield head.logits(normed[:, step], lm_head) + bias
 
 
 def _block_states(
