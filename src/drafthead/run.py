@@ -329,7 +329,8 @@ def execute(
     keep_hashes(run.root)
     with waiting_for_library(console, f"reading {recipe.target.path}"):
         target = recipe_target(recipe)  # comes from the hub if it is not here
-    beside, jobs = each_kind(recipe, runs_dir), each_kind(recipe, runs_dir, kind)
+    jobs = each_kind(recipe, runs_dir, kind)
+    beside = jobs if kind is None else each_kind(recipe, runs_dir)
     with waiting(console, "hashing target and prompts"):
         inputs = {name: stage_inputs(own, wanted) for name, (own, _) in jobs.items()}
     if {"generate", "train"} <= set(wanted):
