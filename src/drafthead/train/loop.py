@@ -79,19 +79,6 @@ def fit(task: Task, folder: Path, world: World, console: Console) -> dict:
     return _Fit(task, folder, world, console).run()
 
 
-class _Stopwatch:
-    """Seconds of training, those of the processes before this one included."""
-
-    def __init__(self, before: float):
-        self._started = time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def leave_out(self, seconds: float) -> None:
-        self._started += seconds
-
-
 class _Fit:
     def __init__(self, task: Task, folder: Path, world: World, console: Console):
         self.task, self.folder, self.world, self.console = task, folder, world, console
@@ -177,7 +164,9 @@ class _Fit:
         self.task.reader.expect(index for number in numbers for index in plan.rows[number])
         batches = prefetch(self.make, numbers, world.device)
         meter = Meter(world, self.trainer.steps, self.rate)
-        watch, waited_before = _Stopwatch(progress.seconds), progress.waited
+        waited_before = progress.waited
+        # When training would have started without pauses, and in one process.
+        started = time.monotonic() - progress.seconds
         save_at = time.monotonic() + CHECKPOINT_SECONDS
         lost = beyond(self.task.reader, self.task.settings.row_tokens)
         if world.first and lost >= 0.001:
@@ -195,7 +184,7 @@ class _Fit:
                     evaluating = progress.step in self.eval_steps
                     if evaluating or progress.step % LOG_EVERY == 0:
                         self._report(meter, log)
-                    progress.seconds = watch.seconds()
+                    progress.seconds = time.monotonic() - started
                     progress.waited = waited_before + meter.waited
                     # Evaluating and saving count neither as training nor as waiting.
                     if evaluating or time.monotonic() > save_at:
@@ -205,7 +194,7 @@ class _Fit:
                         begun = time.monotonic()
                         self._save()
                         saved = time.monotonic()
-                        watch.leave_out(saved - paused)
+                        started += saved - paused
                         meter.leave_out(saved - paused)
                         # The longer a checkpoint takes, the fewer are written.
                         save_at = saved + max(
