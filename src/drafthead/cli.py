@@ -376,6 +376,7 @@ def serve(
     commands of other engines that read the head."""
     from drafthead.drafters.inspect import other_engines
     from drafthead.fsio import keep_hashes
+    from drafthead.progress import waiting
     from drafthead.prove.choice import to_serve
     from drafthead.prove.proof import doubt
     from drafthead.prove.served import as_served, served_k
@@ -390,7 +391,8 @@ def serve(
     plan = serve_plan(served, runs, extra=context.args, k=k, head=run.head)
     keep_hashes(run.top)
     target = recipe_target(loaded)
-    not_proved = doubt(run, k, served.serve.named_method, target)
+    with waiting(console, "hashing target and head"):
+        not_proved = doubt(run, k, served.serve.named_method, target)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
     for notice in plan.notices:
