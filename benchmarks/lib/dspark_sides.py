@@ -2,6 +2,7 @@
 
 import torch
 
+from benchmarks.lib.train_sides import update
 from benchmarks.peers import speculators_side
 from drafthead.drafters.dspark.config import DSparkConfig
 from drafthead.drafters.dspark.model import DSparkHead
@@ -77,10 +78,7 @@ class OursDSpark:
 
     def run(self, number: int) -> torch.Tensor:
         batch = self.batches[number % len(self.batches)]
-        loss, *_ = self.step.backward(batch)
-        count = torch.full((), len(batch.slots), dtype=torch.float32, device=loss.device)
-        self.optimizer.step(1e-4, count)
-        return loss / count
+        return update(self.step, self.optimizer, batch, len(batch.slots))
 
 
 class OursDSparkAdamW(OursDSpark):

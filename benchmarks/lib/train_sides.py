@@ -63,6 +63,14 @@ def documents(shape: Shape, seed: int) -> list[Sample]:
     ]
 
 
+def update(step, optimizer: AdamW, batch, supervised: int) -> torch.Tensor:
+    """One step of ours on a batch with so many supervised rows; the loss of one row."""
+    loss, *_ = step.backward(batch)
+    count = torch.full((), supervised, dtype=torch.float32, device=loss.device)
+    optimizer.step(1e-4, count)
+    return loss / count
+
+
 class Ours:
     """drafthead's step."""
 
@@ -124,10 +132,7 @@ class Ours:
 
     def run(self, number: int) -> torch.Tensor:
         batch = self.batches[number % len(self.batches)]
-        loss, *_ = self.step.backward(batch)
-        count = torch.full((), len(batch.labels), dtype=torch.float32, device=loss.device)
-        self.optimizer.step(1e-4, count)
-        return loss / count
+        return update(self.step, self.optimizer, batch, len(batch.labels))
 
 
 class OursMuon(Ours):
