@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import host_load
-from benchmarks.lib.child import Child, replies
+from benchmarks.lib.child import Child
 from benchmarks.lib.lfm2_shapes import SPREAD
+from benchmarks.lib.replies import replies
 
 KEPT = ("Model loading took", "Graph capturing finished", "KV cache size")
 

@@ -1,13 +1,11 @@
 """A child process that answers one JSON line for each JSON line that it is asked."""
 
 import json
-import os
 import select
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
 
 from drafthead.process import Process
 
@@ -17,7 +15,8 @@ class Child(Process):
 
     Args:
         name: for messages.
-        module: run with ``spec``, as JSON, for its only argument; it answers on `replies()`.
+        module: run with ``spec``, as JSON, for its only argument; it answers on
+            `replies.replies()`.
         log: where all else that it prints goes.
         env: set in the child beside the parent's.
     """
@@ -45,10 +44,3 @@ class Child(Process):
         """Send a task, JSON-able; its answer."""
         print(json.dumps(task), file=self.process.stdin, flush=True)
         return self.read(limit)
-
-
-def replies() -> TextIO:
-    """The child's side: where its answers go. What else it prints goes to the log from now on."""
-    out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return out

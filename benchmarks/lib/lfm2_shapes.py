@@ -1,16 +1,21 @@
-"""LFM2.5-8B-A1B's exact shapes, with made-up weights that route, and a random head for them.
+"""LFM2.5-8B-A1B's exact shapes, with made-up weights that route, and random heads for them.
 
 The target is in ModelOpt NVFP4 without what the real checkpoint is known to leave out; its weights
-are those of `spread_weights`. The head lies on disk, with a draft vocabulary of its own: beside
-weights that were not loaded vLLM would give it the target's LM head. Acceptance is synthetic.
+are those of `spread_weights`. A head lies on disk, with a draft vocabulary of its own: beside
+weights that were not loaded vLLM would give it the target's LM head. Acceptance is synthetic, by
+position as a trained head's was measured.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 VOCAB, DRAFT_VOCAB = 128_000, 32_000
 ATTENTION = (2, 6, 10, 14, 18, 21)
 AUX = (2, 12, 21)
+DSPARK_AUX = (3, 7, 11, 15, 19)
+DSPARK = {"num_hidden_layers": 3, "block_size": 8, "markov_rank": 256}
+KINDS = ("eagle3", "dspark")
 SPREAD = {
     "load_format": "spread",
     "worker_extension_cls": "benchmarks.lib.spread_weights.Spread",
@@ -18,9 +23,26 @@ SPREAD = {
 """Settings of vLLM for weights of `spread_weights`."""
 
 
-def synthetic_acceptance(k: int) -> list[float]:
-    """Share of steps whose draft at position 1 … k is accepted: 0.6 of those still right there."""
-    return [0.6**i for i in range(1, k + 1)]
+CURVE = {"target": "smollm2-nvfp4", "head": "duel/drafthead", "k": 5}
+"""The served head in quality.json whose acceptance stands in for that of the random ones."""
+
+
+def measured_curve() -> list[float]:
+    """Share of steps whose draft at position 1 … 5 was accepted: `CURVE`, an EAGLE-3 head's."""
+    record = json.loads((Path(__file__).parents[1] / "results" / "quality.json").read_text())
+    served = (one for run in record["runs"] for one in run.get("served", ()))
+    found = next(one for one in served if CURVE.items() <= one.items())
+    return found["timed"]["acceptance_by_position"]
+
+
+def synthetic_acceptance(k: int, curve: Sequence[float] = ()) -> list[float]:
+    """Share of steps whose draft at position 1 … k is accepted: ``curve``, by default
+    `measured_curve`; behind its end each position keeps the last one's share of those before."""
+    rates = list(curve) or measured_curve()
+    kept = rates[-1] / rates[-2] if len(rates) > 1 and rates[-2] else rates[-1]
+    while len(rates) < k:
+        rates.append(rates[-1] * kept)
+    return rates[:k]
 
 
 def target_config(tiny: bool, quantized: bool) -> dict:
@@ -69,122 +91,104 @@ def target_config(tiny: bool, quantized: bool) -> dict:
     return config
 
 
-def draft_vocab(tiny: bool) -> int:
-    """Rows of the head's LM head."""
-    return 128 if tiny else DRAFT_VOCAB
-
-
-def write_head(
-    folder: Path,
-    tiny: bool,
+def write_heads(
+    work: Path,
+    shape: dict,
     rows: int,
-    *,
-    shape: dict | None = None,
-    aux: tuple[int, ...] | None = None,
-    norms: tuple[str, ...] = (),
+    aux: tuple[int, ...],
+    dspark_aux: tuple[int, ...],
 ) -> None:
-    """Write a random head, unless the folder has one.
+    """Write a random head of each kind into ``work``, by the kind's name, as `drafthead` makes them
+    by default (DSpark: three layers, blocks of eight); those that lie there are kept.
 
     Args:
-        folder: where to.
-        tiny: for the target that a CPU can run.
-        rows: of its LM head, the draft vocabulary.
-        shape: the target's config.json, if it is not LFM2.5-8B-A1B's.
-        aux: ids of its auxiliary layers, then.
-        norms: norms that the head has, as `HeadConfig` names them.
+        work: folder.
+        shape: the target's config.json.
+        rows: of the LM heads, the draft vocabulary.
+        aux: ids of the auxiliary layers, as those that enter a layer.
+        dspark_aux: those of the DSpark head.
     """
     import torch
 
+    from drafthead.drafters.dspark import checkpoint
+    from drafthead.drafters.dspark.config import DSparkConfig
+    from drafthead.drafters.dspark.model import DSparkHead
     from drafthead.head.checkpoint import save_head
     from drafthead.head.config import HeadConfig
     from drafthead.head.formats import Provenance
     from drafthead.head.model import Eagle3Head
 
-    if folder.exists():
-        return
-    shape = shape or target_config(tiny, False)
-    config = HeadConfig(
-        hidden_size=shape["hidden_size"],
-        intermediate_size=4 * shape["hidden_size"],
-        num_attention_heads=shape["num_attention_heads"],
-        num_key_value_heads=shape["num_key_value_heads"],
-        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
-        vocab_size=shape["vocab_size"],
-        draft_vocab_size=rows,
-        target_hidden_size=shape["hidden_size"],
-        aux_layer_ids=aux or ((2, 4, 5) if tiny else AUX),
-        max_position_embeddings=shape["max_position_embeddings"],
-        rope_theta=5e6,
-        **dict.fromkeys(norms, True),
-    )
+    common = {
+        "hidden_size": shape["hidden_size"],
+        "intermediate_size": 4 * shape["hidden_size"],
+        "num_attention_heads": shape["num_attention_heads"],
+        "num_key_value_heads": shape["num_key_value_heads"],
+        "head_dim": shape["hidden_size"] // shape["num_attention_heads"],
+        "vocab_size": shape["vocab_size"],
+        "draft_vocab_size": rows,
+        "target_hidden_size": shape["hidden_size"],
+        "max_position_embeddings": shape["max_position_embeddings"],
+        "rope_theta": 5e6,
+    }
+    offsets = torch.arange(rows) * (shape["vocab_size"] // rows - 1)
     torch.manual_seed(0)
-    ids = torch.arange(rows) * (shape["vocab_size"] // rows)
-    head = Eagle3Head(config)
-    head.set_vocab(ids - torch.arange(rows))
-    save_head(head, folder, Provenance())
+    if not (work / "eagle3").exists():
+        norms = dict.fromkeys(("fc_norm", "norm_before_residual", "norm_output"), True)
+        head = Eagle3Head(HeadConfig(aux_layer_ids=aux, **norms, **common))
+        head.set_vocab(offsets)
+        save_head(head, work / "eagle3", Provenance())
+    if not (work / "dspark").exists():
+        last = shape["vocab_size"] - 1
+        layers = {"aux_layer_ids": dspark_aux, "num_target_layers": shape["num_hidden_layers"]}
+        block = DSparkHead(DSparkConfig(mask_token_id=last, **layers, **DSPARK, **common))
+        block.d2t.copy_(offsets)
+        checkpoint.save_head(block, work / "dspark", {})
 
 
 def write_models(work: Path, tiny: bool) -> None:
-    """The target's configurations and the random head."""
+    """The target's configurations and the random heads."""
     for name, quantized in (("bf16", False), ("nvfp4", True)):
         folder = work / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(target_config(tiny, quantized)))
-    write_head(work / "head", tiny, draft_vocab(tiny))
+    aux, dspark_aux = ((2, 4, 5), (2, 4, 6)) if tiny else (AUX, DSPARK_AUX)
+    write_heads(work, target_config(tiny, False), 128 if tiny else DRAFT_VOCAB, aux, dspark_aux)
 
 
-def speculation(head: Path | str, k: int, tiny: bool) -> dict:
-    """vLLM's `speculative_config` for a head on disk, of its own weights beside a target with
-    made-up ones. Acceptance is synthetic, which vLLM's CPU build (``tiny``) does not have."""
+def speculation(
+    work: Path | str, kind: str, k: int, tiny: bool, curve: Sequence[float] = ()
+) -> dict:
+    """vLLM's `speculative_config` for the head of a kind in ``work``, of its own weights beside a
+    target with made-up ones. Acceptance is synthetic (see `synthetic_acceptance`), which vLLM's CPU
+    build (``tiny``) does not have."""
     config = {
-        "method": "eagle3",
-        "model": str(head),
+        "method": kind,
+        "model": f"{work}/{kind}",
         "num_speculative_tokens": k,
         "draft_load_config": {"load_format": "safetensors"},
     }
     if tiny:
         return config
     synthetic = {"rejection_sample_method": "synthetic"}
-    return config | synthetic | {"synthetic_acceptance_rates": synthetic_acceptance(k)}
+    return config | synthetic | {"synthetic_acceptance_rates": synthetic_acceptance(k, curve)}
 
 
-def start_engine(
-    work: Path | str,
-    target: str,
-    k: int,
-    tiny: bool,
-    *,
-    cache_bytes: int,
-    share: float,
-    head: str = "head",
-    kv: str = "auto",
-):
-    """An ``LLM`` with spread weights and, for ``k`` above 0, the random head on disk.
+def engine_arguments(target: Path | str, tiny: bool, *, sequences: int, cache_bytes: int) -> dict:
+    """vLLM's arguments for ``target``, a folder, with spread weights.
 
     Args:
-        work: folder of :func:`write_models`.
-        target: ``bf16`` or ``nvfp4``, or what else ``work`` has.
-        k: drafts a step; acceptance is synthetic except if ``tiny``.
+        target: a folder with config.json.
         tiny: eager, for a CPU.
-        cache_bytes: of the KV cache (64 MiB if ``tiny``).
-        share: of the GPU's memory, which vLLM only compares with what is free at start.
-        head: its name in ``work``.
-        kv: dtype of the KV cache.
+        sequences: at once, at most.
+        cache_bytes: of the KV cache (128 MiB if ``tiny``).
     """
-    from vllm import LLM
-
-    speculative = speculation(f"{work}/{head}", k, tiny) if k else None
-    memory = {"kv_cache_memory_bytes": (64 << 20) if tiny else cache_bytes}
-    if not tiny:
-        memory["gpu_memory_utilization"] = share
-    return LLM(
-        f"{work}/{target}",
+    return {
+        "model": str(target),
         **SPREAD,
-        skip_tokenizer_init=True,
-        max_model_len=512 if tiny else 2048,
-        max_num_seqs=4,
-        kv_cache_dtype=kv,
-        enforce_eager=tiny,
-        speculative_config=speculative,
-        **memory,
-    )
+        "skip_tokenizer_init": True,
+        "max_model_len": 512 if tiny else 2048,
+        "max_num_seqs": sequences,
+        "kv_cache_memory_bytes": (128 << 20) if tiny else cache_bytes,
+        # vLLM only compares this share with what is free at start.
+        **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
+    }

@@ -1,88 +1,95 @@
-"""One engine of serve/step_cost.py in a process of its own; see `lib/child.py`."""
+"""One engine of serve/step_cost.py in a process of its own; see `child.py`. It may run under
+another version of vLLM or of drafthead than its parent, so it imports neither here."""
 
 import json
-import statistics
 import sys
 import time
-from itertools import pairwise
 
-from benchmarks.lib.child import replies
-from benchmarks.lib.lfm2_shapes import start_engine
+from benchmarks.lib.replies import replies
+
+SETTLE = 4
+"""Steps that all requests share before the first that is timed."""
 
 
 def main() -> None:
     """Start an engine, then do what each line of standard input asks for."""
     out, spec = replies(), json.loads(sys.argv[1])
-    tiny = spec["tiny"]
     begun = time.monotonic()
-    llm = start_engine(
-        spec["work"],
-        spec["target"],
-        spec["k"],
-        tiny,
-        cache_bytes=1 << 30,
-        share=0.1,
-        head=spec["head"],
-        kv=spec["kv"],
-    )
+    from vllm import LLM
+
+    llm = LLM(**spec["llm"])
 
     def inside(method: str, *args: str):
         text = llm.collective_rpc(method, args=args)[0]
         return json.loads(text) if text else None
 
     started = time.monotonic() - begun
-    for seed in range(3):
-        answer(llm, seed, spec["tokens"])
+    for at_once in (1, spec["warm"]):
+        steps(llm, at_once, at_once, 8)
     out.write(json.dumps({"started_s": round(started, 1), **inside("facts")}) + "\n")
     for line in sys.stdin:
-        task, *arguments = json.loads(line)
+        task, at_once, *arguments = json.loads(line)
         if task == "time":
-            result = answer(llm, arguments[0], spec["tokens"])
+            result = steps(llm, *arguments, at_once, spec["steps"])
         elif task == "host":
             inside("host_start")
-            steps = answer(llm, 1000, spec["tokens"])["steps"]
+            count = steps(llm, 1000, at_once, spec["steps"])["engine_steps"]
             spent = inside("host_stop")
             result = {
-                name: {"per_step": round(n / steps, 2), "ms_per_step": round(ms / steps, 4)}
+                name: {"per_step": round(n / count, 2), "ms_per_step": round(ms / count, 4)}
                 for name, (n, ms) in spent.items()
             }
         else:
             inside("trace_start")
-            answer(llm, 1001, 24 if tiny else 120)
+            steps(llm, 1001, at_once, spec["traced_steps"])
             inside("trace_stop", arguments[0])
             result = {}
         out.write(json.dumps(result) + "\n")
 
 
-def answer(llm, seed: int, tokens: int) -> dict:
-    """One request; the milliseconds between what its steps deliver.
+def steps(llm, seed: int, at_once: int, count: int) -> dict:
+    """``count`` engine steps in which ``at_once`` greedy requests decode; then they are aborted.
 
-    Prompt and the first two steps are left out: they fill the pipeline.
+    Returns:
+        ``ms`` a step; ``tokens_a_step`` of a request; ``tokens_per_s`` of all; ``engine_steps``,
+        those before included.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    engine = llm.llm_engine
     params = SamplingParams(
         temperature=0,
-        max_tokens=tokens,
+        max_tokens=llm.model_config.max_model_len - 64,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    ids = [1 + (seed * 97 + i * 31) % 500 for i in range(64)]
-    llm.llm_engine.add_request(f"r{seed}-{time.monotonic_ns()}", {"prompt_token_ids": ids}, params)
-    moments, counts = [], []
-    while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
-            moments.append(time.perf_counter())
-            counts.append(len(output.outputs[0].token_ids))
-    intervals = [1e3 * (b - a) for a, b in pairwise(moments[2:])]
+    names = [f"{time.monotonic_ns()}-{number}" for number in range(at_once)]
+    for number, name in enumerate(names):
+        ids = [1 + (seed * 97 + number * 13 + i * 31) % 500 for i in range(64)]
+        engine.add_request(name, {"prompt_token_ids": ids}, params)
+    shared = every = tokens = 0
+    begun = now = 0.0
+    while shared < SETTLE + count:
+        outputs = engine.step()
+        now = time.perf_counter()
+        every += bool(outputs)
+        if shared >= SETTLE:
+            tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+        if len(outputs) == at_once or shared:
+            shared += bool(outputs)
+            if shared <= SETTLE:
+                begun = now
+        if not engine.has_unfinished_requests():
+            raise RuntimeError(f"answers ended after {shared} steps of {SETTLE + count}")
+    engine.abort_request(names)
+    seconds = now - begun
     return {
-        "steps": len(counts),
-        "mean_ms": statistics.fmean(intervals),
-        "median_ms": statistics.median(intervals),
-        "tokens_a_step": statistics.fmean(counts[3:]),
-        "tokens_per_s": 1e3 * sum(counts[3:]) / sum(intervals),
+        "ms": 1e3 * seconds / count,
+        "tokens_a_step": tokens / count / at_once,
+        "tokens_per_s": tokens / seconds,
+        "engine_steps": every,
     }
 
 

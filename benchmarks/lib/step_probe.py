@@ -126,20 +126,31 @@ class Probe:
         return ""
 
     def trace_stop(self, path: str) -> str:
-        """Write the trace to `path` (Chrome's format)."""
+        """Write the trace of the first rank to `path` (Chrome's format)."""
         self._probe_profile.stop()
         self._probe_undo()
-        self._probe_profile.export_chrome_trace(path)
+        if self.rank == 0:
+            self._probe_profile.export_chrome_trace(path)
         del self._probe_profile
         return ""
 
     def facts(self) -> str:
         """JSON: what decides the course of a step."""
+        import vllm
+
         runner = self.model_runner
         speculator = getattr(runner, "speculator", None)
         groups = getattr(runner, "attn_groups", [])
+        try:
+            from drafthead.vllm_plugin.registry import statuses
+
+            patches = {status.patch.name: str(status.state) for status in statuses()}
+        except ImportError:  # of an older drafthead
+            patches = {}
         return json.dumps(
             {
+                "vllm": vllm.__version__,
+                "patches": patches,
                 "runner": type(runner).__module__,
                 "attention": [[g.backend.get_name() for g in group] for group in groups],
                 "fused_draft_loop": getattr(speculator, "supports_decode_metadata_update", None),

@@ -8,7 +8,7 @@ from benchmarks.lib.child import Child
 
 ECHO = """
 import json, sys
-from benchmarks.lib.child import replies
+from benchmarks.lib.replies import replies
 out = replies()
 print("words of a library")
 out.write(json.dumps({"ready": json.loads(sys.argv[1])}) + "\\n")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.lib.step_probe import busy, summarize
-from benchmarks.serve.step_cost import report, spread
+from benchmarks.serve.step_cost import report, spread, summary
 
 
 def _event(name: str, category: str, start: float, length: float) -> dict:
@@ -59,17 +59,27 @@ def test_spread():
     assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3.0, "middle_half": [2.0, 4.0]}
 
 
-def test_steps_are_held_against_those_of_their_round():
-    def rounds(*ms):
-        return [
-            dict.fromkeys(("mean_ms", "median_ms", "tokens_per_s", "tokens_a_step"), m) for m in ms
-        ]
+def rounds(*ms: float) -> list[dict]:
+    return [{"ms": m, "tokens_a_step": 2.0, "tokens_per_s": 1 / m} for m in ms]
 
-    timings = {"plain": rounds(1, 2, 4), "k3": rounds(2, 4, 8), "k3-stock": rounds(3, 6, 12)}
-    timings |= {"k5": rounds(5, 5, 5), "k5-stock": []}
-    ks = {"plain": 0, "k3": 3, "k3-stock": 3, "k5": 5, "k5-stock": 5}
-    rows = report(timings, {name: {} for name in timings}, ks)
-    assert rows["k3"]["ratio_to_plain"] == {"median": 2.0, "middle_half": [2.0, 2.0]}
-    assert rows["k3-stock"]["ratio_to"] == {"k3": {"median": 1.5, "middle_half": [1.5, 1.5]}}
-    assert rows["k5"]["ratio_to"] == {}
-    assert rows["k5-stock"] == {"k": 5, "rounds": 0}
+
+def test_steps_are_held_against_the_target_alone_in_their_round():
+    timings = {"plain": {1: rounds(1, 2, 4)}, "dspark-k7": {1: rounds(2, 4, 8)}}
+    timings |= {"plain-other": {1: rounds(3, 6, 12)}, "dspark-k7-other": {1: rounds(3, 6, 12)}}
+    timings |= {"eagle3-k3-baseline": {1: rounds(4, 8, 16)}, "eagle3-k3": {1: []}}
+    timings |= {"dspark-k7-by-load": {1: rounds(1, 2, 4), 4: []}}
+    about = {name: {"vllm": "0.33.0" if "other" in name else "0.32.0"} for name in timings}
+    about["plain"]["distinct_experts"] = {"1": 4.0, "4": 13.0, "8": 21.0}
+    about["plain"]["profiles"] = {"1": {"device_busy_ms_per_step": 1.6}}
+    rows = report(timings, about)
+    assert rows["dspark-k7"]["loads"]["1"]["plain_steps"]["median"] == 2
+    assert rows["dspark-k7-other"]["loads"]["1"]["plain_steps"]["median"] == 1
+    assert rows["eagle3-k3"]["loads"] == {}
+    figures = summary(rows, timings)
+    assert figures["distinct_experts_k7"] == 21
+    assert figures["dspark_k7_plain_steps_1"] == 2
+    assert figures["best_over_alone_1"] == 0.5
+    assert figures["best_over_10807bf_1"] == 2
+    assert figures["wall_over_busy_plain"] == 1.25
+    assert figures["min_over_alone_any_load"] == 1
+    assert figures["step_ratio_0.33_over_0.32"] == 2.25  # of 3 and 1.5
