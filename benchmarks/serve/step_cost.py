@@ -96,6 +96,9 @@ def engines(args: argparse.Namespace, target: Path) -> list[Child]:
         base |= {"disable_custom_all_reduce": True} if args.no_custom_all_reduce else {}
     child = {"steps": args.steps, "traced_steps": 40 if not args.tiny else 14, "warm": most}
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if args.tiny:  # an engine in its child's own process starts in seconds
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(args.tp > 1))
+        env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     paths = os.environ.get("PYTHONPATH", "")
     first = lambda folder: {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), paths)))}
     wanted = [(name, {}) for name in args.engines]
