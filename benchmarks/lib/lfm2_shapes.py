@@ -15,7 +15,8 @@ ATTENTION = (2, 6, 10, 14, 18, 21)
 AUX = (2, 12, 21)
 DSPARK_AUX = (3, 7, 11, 15, 19)
 DSPARK = {"num_hidden_layers": 3, "block_size": 8, "markov_rank": 256}
-KINDS = ("eagle3", "dspark")
+HEADS = {"eagle3": "head", "dspark": "dspark"}
+"""Folders of the heads, by kind."""
 SPREAD = {
     "load_format": "spread",
     "worker_extension_cls": "benchmarks.lib.spread_weights.Spread",
@@ -98,8 +99,8 @@ def write_heads(
     aux: tuple[int, ...],
     dspark_aux: tuple[int, ...],
 ) -> None:
-    """Write a random head of each kind into ``work``, by the kind's name, as `drafthead` makes them
-    by default (DSpark: three layers, blocks of eight); those that lie there are kept.
+    """Write a random head of each kind into ``work`` (`HEADS`), as `drafthead` makes them by
+    default (DSpark: three layers, blocks of eight); those that lie there are kept.
 
     Args:
         work: folder.
@@ -132,17 +133,17 @@ def write_heads(
     }
     offsets = torch.arange(rows) * (shape["vocab_size"] // rows - 1)
     torch.manual_seed(0)
-    if not (work / "eagle3").exists():
+    if not (work / HEADS["eagle3"]).exists():
         norms = dict.fromkeys(("fc_norm", "norm_before_residual", "norm_output"), True)
         head = Eagle3Head(HeadConfig(aux_layer_ids=aux, **norms, **common))
         head.set_vocab(offsets)
-        save_head(head, work / "eagle3", Provenance())
-    if not (work / "dspark").exists():
+        save_head(head, work / HEADS["eagle3"], Provenance())
+    if not (work / HEADS["dspark"]).exists():
         last = shape["vocab_size"] - 1
         layers = {"aux_layer_ids": dspark_aux, "num_target_layers": shape["num_hidden_layers"]}
         block = DSparkHead(DSparkConfig(mask_token_id=last, **layers, **DSPARK, **common))
         block.d2t.copy_(offsets)
-        checkpoint.save_head(block, work / "dspark", {})
+        checkpoint.save_head(block, work / HEADS["dspark"], {})
 
 
 def write_models(work: Path, tiny: bool) -> None:
@@ -156,14 +157,14 @@ def write_models(work: Path, tiny: bool) -> None:
 
 
 def speculation(
-    work: Path | str, kind: str, k: int, tiny: bool, curve: Sequence[float] = ()
+    head: Path | str, k: int, tiny: bool, curve: Sequence[float] = (), kind: str = "eagle3"
 ) -> dict:
-    """vLLM's `speculative_config` for the head of a kind in ``work``, of its own weights beside a
-    target with made-up ones. Acceptance is synthetic (see `synthetic_acceptance`), which vLLM's CPU
-    build (``tiny``) does not have."""
+    """vLLM's `speculative_config` for a head on disk, of its own weights beside a target with
+    made-up ones. Acceptance is synthetic (see `synthetic_acceptance`), which vLLM's CPU build
+    (``tiny``) does not have."""
     config = {
         "method": kind,
-        "model": f"{work}/{kind}",
+        "model": str(head),
         "num_speculative_tokens": k,
         "draft_load_config": {"load_format": "safetensors"},
     }

@@ -123,19 +123,24 @@ def lfm2_case(options: argparse.Namespace) -> Case:
     """LFM2.5-8B-A1B's shapes in NVFP4."""
     tiny, work = options.tiny, options.out / "lfm2"
     lfm2_shapes.write_models(work, tiny)
-    folder, sequences = work / ("bf16" if tiny else "nvfp4"), max(options.concurrency)
-    common = lfm2_shapes.engine_arguments(
-        folder, tiny, sequences=sequences, cache_bytes=1 << 30
-    ) | {"max_model_len": 512}
+    common = {
+        "model": str(work / ("bf16" if tiny else "nvfp4")),
+        **lfm2_shapes.SPREAD,
+        "skip_tokenizer_init": True,
+        "max_model_len": 512,
+        "max_num_seqs": max(options.concurrency),
+        "kv_cache_memory_bytes": (128 << 20) if tiny else (1 << 30),
+        **({"enforce_eager": True} if tiny else {"gpu_memory_utilization": 0.05}),
+    }
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": ("0", "")} if tiny else {}
 
     def plan(k: int = 0, **more: object) -> Plan:
-        graphs = options.graphs or largest_graph(sequences, k)
+        graphs = options.graphs or largest_graph(max(options.concurrency), k)
         chosen = {**common, **more} | ({GRAPHS: graphs} if graphs and not tiny else {})
         return Plan([Setting(n, v, "") for n, v in chosen.items()], env)
 
     def drafting(k: int) -> Plan:
-        speculative = lfm2_shapes.speculation(work, "eagle3", k, tiny)
+        speculative = lfm2_shapes.speculation(work / "head", k, tiny)
         return plan(k, speculative_config=speculative | {"use_local_argmax_reduction": True})
 
     rng = np.random.default_rng(0)

@@ -115,9 +115,8 @@ def engines(args: argparse.Namespace, target: Path) -> list[Child]:
         llm = dict(base)
         if kind:
             curve = args.acceptance.get(kind, ())
-            llm["speculative_config"] = lfm2_shapes.speculation(
-                target.parent, kind, k, args.tiny, curve
-            )
+            head = target.parent / lfm2_shapes.HEADS[kind]
+            llm["speculative_config"] = lfm2_shapes.speculation(head, k, args.tiny, curve, kind)
         if name.endswith("-by-load"):
             ranges = [*args.schedule[kind], (most + 1, 0)]
             llm["speculative_config"]["num_speculative_tokens_per_batch_size"] = [
