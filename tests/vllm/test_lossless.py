@@ -58,7 +58,7 @@ def plain(target) -> dict[str, list[list[int]]]:
         return {name: answers(llm, requests) for name, requests in sets.items()}
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("k", [1, 3, 7])
 def test_eagle3(target, head, plain, k):
     with engine(target, eagle3(head, k)) as llm:
         assert [answers(llm, [request])[0] for request in ALONE] == plain["alone"]
@@ -78,17 +78,19 @@ def test_eagle3_that_is_never_right(tmp_path, target, plain):
         assert counter(llm, "spec_decode_num_accepted_tokens") < 50
 
 
-@pytest.mark.parametrize("k", [1, 3, 7])  # 2 and 5 below
-def test_ngram(target, plain, k):
-    with engine(target, ngram(k)) as llm:
+def test_ngram(target, plain):
+    """At other numbers of drafts below."""
+    with engine(target, ngram(3)) as llm:
         assert [answers(llm, [request])[0] for request in ALONE] == plain["alone"]
         assert staggered(llm, STAGGERED) == plain["staggered"]
         assert answers(llm, STRESS) == plain["stress"]
         assert counter(llm, "spec_decode_num_accepted_tokens") > 100
 
 
-@pytest.mark.parametrize("k", [4, 6])
+@pytest.mark.parametrize("k", [2, 5])
 def test_other_ks(target, head, plain, k):
+    import numba  # noqa: F401  (what n-gram speculation loads: it must not stop the next engine)
+
     with engine(target, eagle3(head, k)) as llm:
         assert answers(llm, STRESS) == plain["stress"]
         assert counter(llm, "spec_decode_num_accepted_tokens") > 100
@@ -100,10 +102,9 @@ def test_text_that_does_not_repeat(tmp_path):
     with engine(target) as llm:
         expected = answers(llm, STRESS)
     with proposing([ids + answer for (ids, _), answer in zip(STRESS, expected)]):
-        for k in (3, 7):
-            with engine(target, ngram(k), **SLIVERS) as llm:
-                assert answers(llm, STRESS) == expected
-                assert counter(llm, "spec_decode_num_accepted_tokens") > 400
+        with engine(target, ngram(7), **SLIVERS) as llm:
+            assert answers(llm, STRESS) == expected
+            assert counter(llm, "spec_decode_num_accepted_tokens") > 400
 
 
 @pytest.mark.parametrize(("method", "k"), [("eagle3", 7), ("ngram", 2)])
@@ -181,23 +182,15 @@ def test_trained_hybrid_from_its_nvfp4_checkpoint(tmp_path):
     requests = [(ids, tokens) for ids, tokens in stress(seed=4) if tokens > 2][:32]
     with engine(target) as llm:
         expected = answers(llm, requests)
-    for speculative in (eagle3(head, 3), ngram(3)):
-        with engine(target, speculative) as llm:
-            assert answers(llm, requests) == expected
-            assert counter(llm, "spec_decode_num_accepted_tokens") > 20
+    with engine(target, eagle3(head, 3)) as llm:
+        assert answers(llm, requests) == expected
+        assert counter(llm, "spec_decode_num_accepted_tokens") > 20
 
 
 def test_compiled(target, head, plain):
     with engine(target, eagle3(head, 3), enforce_eager=False) as llm:
         assert answers(llm, STRESS) == plain["stress"]
         assert counter(llm, "spec_decode_num_accepted_tokens") > 100
-
-
-def test_numba_does_not_stop_the_next_engine(target, plain):
-    import numba  # noqa: F401  (what n-gram speculation loads)
-
-    with engine(target) as llm:
-        assert answers(llm, ALONE) == plain["alone"]
 
 
 def test_tensor_parallel(tmp_path, target, head, plain):

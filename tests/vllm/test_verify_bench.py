@@ -149,22 +149,6 @@ def test_bench_counts_what_is_known_beforehand(recipe, run):
     assert result["machine"]["cores"] >= 1
 
 
-def test_engines_that_memory_does_not_hold_together_take_turns(recipe, run):
-    """A B A B, with restarts: the same pairs and the same counts as side by side."""
-    options = {"engines_at_once": 1, "max_new_tokens": [25], "concurrency": [1]}
-    one = with_options(recipe, "bench", options)
-    summary = bench(one, run, console=QUIET)
-    assert summary["acceptance_by_position"] == [18 / 42, 6 / 42, 6 / 42]
-    (cell,) = read_json(run.bench_json, "")["grid"]
-    assert cell["engines_at_once"] == 1
-    assert (cell["answers"], cell["same_tokens"]) == (9, 9)
-    assert cell["pairs_timed"] >= 8
-    assert all(p["base_s"] > 0 and p["drafted_s"] > 0 for p in cell["pairs"])
-    for name in ("target", "k3"):
-        log = (run.root / "logs" / f"bench-{name}.log").read_text()
-        assert log.count("Initializing a V1 LLM engine") == 2
-
-
 def test_other_drafters_are_measured_beside(recipe, run, tmp_path):
     other = tmp_path / "other"
     same = load_head(run.head).head
