@@ -107,6 +107,18 @@ def test_answers_that_end_at_once_have_figures(ends):
         assert (made["base_step_s"] is None) == (ends == 1)
 
 
+@pytest.mark.parametrize(("limit", "beyond"), [(25, 0), (24, 1), (23, 2), (22, 3), (21, 0)])
+def test_drafts_beyond_the_longest_answer_are_told(limit, beyond):
+    """Three of three are right at every step: counters have four tokens a step, whoever got them."""
+    steps = -(-(limit - 1) // 4)
+    fast = serve([limit] * 2, 2, first_s=0.1, step_s=0.1, length=4)
+    assert [len(c.outputs) - 1 for c in fast.completions] == [steps] * 2
+    counters = Acceptance(2 * steps, 6 * steps, [2 * steps] * 3)
+    found = figures([Block(["s"], 2, [limit] * 2, fast, fast, counters)])
+    assert found["accepted_length"] == 4
+    assert found["accepted_past_end"] == 2 * beyond
+
+
 def test_the_whole_answers_are_those_of_the_second_round():
     indices, limits = requests(range(4), 2, 8)
     assert limits == [4, 8, 8, 8, 4]

@@ -295,6 +295,16 @@ def test_engines_that_took_turns_are_told_of(tmp_path):
         assert "A B A B" in text
 
 
+def test_drafts_that_nobody_got_are_taken_off(tmp_path):
+    recipe, run = made_run.make(tmp_path)
+    bench = read_json(run.bench_json, "")
+    corrected = f"{bench['accepted_length'] - 0.25:.2f} tokens a step"
+    for beyond in (0, bench["drafts"] // 4):
+        write_json(run.bench_json, bench | {"accepted_past_end": beyond})
+        for text in written(recipe, run)[:2]:
+            assert (corrected in text) == (beyond > 0)
+
+
 def table_row(text, name):
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
     return [cell.strip() for cell in row.strip("|").split("|")][1:]

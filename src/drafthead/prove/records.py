@@ -45,6 +45,7 @@ class Measured(TypedDict):
     base_tokens_per_s: Amount
     drafted_tokens_per_s: Amount
     accepted_length: Amount | None
+    drafts: NotRequired[Count]
     accepted_past_end: NotRequired[Count]
     latency: Latencies
 

@@ -309,7 +309,9 @@ def notes(r: Results) -> list[str]:
     if beyond := r.bench.get("accepted_past_end"):
         found.append(
             f"Acceptance is counted as vLLM does: {beyond:,} drafts with it that stood beyond the "
-            "end of an answer, which nobody got. Tokens a second are of what was got."
+            "end of an answer, which nobody got. Without them it is "
+            f"{r.bench['accepted_length'] - beyond / r.bench['drafts']:.2f} tokens a step; tokens "
+            "a second are of what was got."
         )
     if r.bench and r.bench["grid"][0]["engines_at_once"] == 1:
         found.append(
