@@ -28,7 +28,7 @@ def measure(folder: Path, kind: str, drafter: str, method: str) -> dict:
     with engine(target, **ASKED) as llm:
         alone = answers(llm, drafted=False)
     rows = {}
-    for setting, arguments in {"defaults": {}, "hard": hard(kind)}.items():
+    for setting, arguments in {"defaults": {}, "hard": hard(kind, drafter)}.items():
         speculation = speculative(drafter, head, K, method)
         with engine(target, speculation, **ASKED, **arguments) as llm:
             for name, got in answers(llm, drafted=True).items():

@@ -28,9 +28,11 @@ ASKED: dict[str, Any] = {
 """Arguments of every engine that is asked."""
 
 
-def hard(kind: str) -> dict[str, Any]:
-    """Prefix caching, prompts in chunks, priorities, and few blocks (of a hybrid there are more
-    kinds of blocks)."""
+def hard(kind: str, drafter: str = "eagle3") -> dict[str, Any]:
+    """Prefix caching, prompts in chunks, priorities, and few blocks: room for two to four requests.
+    (With room for less than two, vLLM 0.32 has answers of one request, which come at the same
+    moment, preempt each other for ever.)"""
+    blocks = {"dense": 12, "hybrid": 40, "hybrid dspark": 72}
     return {
         "enable_prefix_caching": True,
         "block_size": 32,
@@ -38,7 +40,7 @@ def hard(kind: str) -> dict[str, Any]:
         "max_num_batched_tokens": 20,
         "long_prefill_token_threshold": 8,
         "scheduling_policy": "priority",
-        "num_gpu_blocks_override": {"dense": 12, "hybrid": 40}[kind],
+        "num_gpu_blocks_override": blocks.get(f"{kind} {drafter}", blocks[kind]),
         "max_num_seqs": 8,
     }
 
