@@ -109,7 +109,7 @@ def test_answers_that_end_at_once_have_figures(ends):
 
 @pytest.mark.parametrize(("limit", "beyond"), [(25, 0), (24, 1), (23, 2), (22, 3), (21, 0)])
 def test_drafts_beyond_the_longest_answer_are_told(limit, beyond):
-    """Three of three are right at every step: counters have four tokens a step, whoever got them."""
+    """Three of three are right at every step: counters have four tokens a step, got or not."""
     steps = -(-(limit - 1) // 4)
     fast = serve([limit] * 2, 2, first_s=0.1, step_s=0.1, length=4)
     assert [len(c.outputs) - 1 for c in fast.completions] == [steps] * 2
