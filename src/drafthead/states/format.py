@@ -17,8 +17,10 @@ and trusted without the shards. Tensors of a shard, n and m being the sums of it
 A store is of the first version that can read it: 2 for fp8-aux, 1 for the others.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
@@ -28,7 +30,6 @@ import torch
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import atomic_file, fingerprint, read_json, write_json
-from drafthead.states.direct_io import write_direct
 
 VERSION = 2
 MAX_UNITS = 1_000_000  # file names have six digits
@@ -290,8 +291,8 @@ def shard_tensors(meta: StoreMeta, tokens: int, states: int) -> dict[str, tuple[
 def write_shard(path: Path, name: str, tensors: dict[str, list[torch.Tensor]]) -> tuple[int, str]:
     """Write lists of tensors, each list joined along its first axis, as one safetensors file.
 
-    By hand rather than with ``save_file``: pieces go to disk without being joined in memory, the
-    checksum is of the very bytes handed to the kernel, and a full disk is an ``OSError``.
+    By hand rather than with ``save_file``: pieces go to disk without being joined in memory, and
+    are hashed on the way.
 
     Returns:
         The file's size and SHA-256.
@@ -309,11 +310,18 @@ def write_shard(path: Path, name: str, tensors: dict[str, list[torch.Tensor]]) -
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    def pieces() -> Iterable[torch.Tensor]:
-        yield torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+    digest = hashlib.sha256()
+    with atomic_file(path) as temporary, open(temporary, "wb", buffering=0) as file:
+
+        def put(piece: memoryview | bytes) -> None:
+            digest.update(piece)
+            while piece := piece[file.write(piece) :]:
+                pass
+
+        put(len(text).to_bytes(8, "little") + text)
         for parts in tensors.values():
             for part in parts:
-                yield part.contiguous().flatten().view(torch.uint8)
-
-    with atomic_file(path) as temporary:
-        return write_direct(temporary, pieces())
+                put(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        size = file.tell()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
