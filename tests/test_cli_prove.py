@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from drafthead.cli import app
-from drafthead.errors import DraftheadError
+from tests.refused import refused
 
 RECIPE = """\
 name: r
@@ -65,7 +65,7 @@ def test_options_of_bench(given):
 
 
 def test_a_value_that_is_none_is_named(given):
-    with pytest.raises(DraftheadError, match=r"command line: `bench.temperature.1`.*'warm'"):
+    with refused("command line", "bench.temperature.1", "'warm'"):
         given("bench", "--temperature", "0,warm")
 
 

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from drafthead import fsio
 from drafthead.errors import DraftheadError
+from tests.refused import refused
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -26,18 +27,18 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DraftheadError, match="disk is full"):
+    with refused("a.json"):
         fsio.write_json(path, {"a": 2})
     assert fsio.read_json(path, "a test") == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_file_that_cannot_be_written_is_named_as_the_user_knows_it(tmp_path, monkeypatch):
-    def refused(path, _mode):
+    def denied(path, _mode):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(fsio, "open", refused, raising=False)
-    with pytest.raises(DraftheadError, match=r"/r\.yaml: no permission"):
+    monkeypatch.setattr(fsio, "open", denied, raising=False)
+    with refused("r.yaml"):
         fsio.write_bytes(tmp_path / "r.yaml", b"")
 
 
@@ -49,9 +50,9 @@ def test_nan_is_not_written(tmp_path):
 def test_broken_json_names_file_and_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{\n"a": }')
-    with pytest.raises(DraftheadError, match=r"a\.json: .* line 2"):
+    with refused("a.json", "line 2"):
         fsio.read_json(path, "a test")
-    with pytest.raises(DraftheadError, match="not found"):
+    with refused("b.json"):
         fsio.read_json(tmp_path / "b.json", "a test")
 
 
@@ -113,7 +114,7 @@ def test_atomic_dir_keeps_the_old_folder_on_error(tmp_path):
 def test_second_run_in_a_folder_is_refused(tmp_path):
     with (
         fsio.RunLock(tmp_path),
-        pytest.raises(DraftheadError, match=f"process {os.getpid()}"),
+        refused(f"process {os.getpid()}"),
         fsio.RunLock(tmp_path),
     ):
         pass
@@ -199,13 +200,13 @@ def test_a_file_system_that_cannot_lock_is_no_other_run(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fsio.fcntl, "flock", flock)
-    with pytest.raises(DraftheadError, match=r"cannot be locked.*Function not implemented"):
+    with refused(".lock", "Function not implemented"):
         fsio.RunLock(tmp_path).__enter__()
 
 
 def test_what_the_disk_refuses_safetensors_is_said_as_all_else_is(tmp_path):
     path = tmp_path / "head"
-    with pytest.raises(DraftheadError, match="/head: no such file"), fsio.disk_errors(path):
+    with refused("head"), fsio.disk_errors(path):
         save_file({"a": torch.zeros(1)}, path / "a.safetensors")  # as it says that a disk is full
     broken = tmp_path / "broken"
     broken.write_bytes(b"x")

@@ -8,6 +8,7 @@ import yaml
 
 from drafthead.errors import DraftheadError
 from drafthead.recipe import Recipe, load_recipe, schema, without_paths, without_secrets
+from tests.refused import refused
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 GOOD = {
@@ -46,43 +47,43 @@ def test_answers_of_one_length_or_of_several(tmp_path):
     ],
 )
 def test_misspelt_key_names_the_nearest(tmp_path, section, wrong, right):
-    with pytest.raises(DraftheadError, match=f"{section}.{wrong}.*did you mean `{right}`"):
+    with refused(f"{section}.{wrong}", right):
         _load(tmp_path, GOOD | {section: {wrong: 1}})
 
 
 def test_misspelt_section_and_source_key(tmp_path):
-    with pytest.raises(DraftheadError, match="did you mean `train`"):
+    with refused("trian", "train"):
         _load(tmp_path, GOOD | {"trian": {}})
-    with pytest.raises(DraftheadError, match="did you mean `limit`"):
+    with refused("prompts.sources.0.limt", "limit"):
         _load(tmp_path, GOOD | {"prompts": {"sources": [{"path": "a", "limt": 3}]}})
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "names"),
     [
-        ("a: [", "not YAML"),
-        ("- 1", "mapping of sections"),
-        (GOOD | {"name": "../up"}, "`name`"),
+        ("a: [", "recipe.yaml"),
+        ("- 1", "recipe.yaml, list"),
+        (GOOD | {"name": "../up"}, "name"),
         (GOOD | {"prompts": {"sources": []}}, "prompts.sources"),
-        (GOOD | {"prompts": {"sources": [{}]}}, "exactly one of"),
+        (GOOD | {"prompts": {"sources": [{}]}}, "prompts.sources.0, path, dataset"),
         (GOOD | {"bench": {"sources": []}}, "bench.sources"),
         (GOOD | {"bench": {"max_new_tokens": 0}}, "bench.max_new_tokens.0"),
         (GOOD | {"bench": {"max_new_tokens": []}}, "bench.max_new_tokens"),
         (GOOD | {"bench": {"max_new_tokens": "long"}}, "bench.max_new_tokens"),
         (GOOD | {"bench": {"tensor_parallel_size": []}}, "bench.tensor_parallel_size"),
-        ({"name": "r"}, "`target` is missing"),
-        (GOOD | {"target": {"path": ""}}, "`target.path`"),
+        ({"name": "r"}, "target"),
+        (GOOD | {"target": {"path": ""}}, "target.path"),
         (GOOD | {"train": {"ttt_steps": 0}}, "train.ttt_steps"),
-        (GOOD | {"serve": {"num_speculative_tokens": 300}}, "serve.num_speculative_tokens.* 128"),
-        (GOOD | {"bench": {"num_speculative_tokens": [129]}}, "bench.num_speculative_tokens.* 128"),
-        (GOOD | {"train": {"epochs": 1e6}}, "train.epochs.*1000"),
-        (GOOD | {"train": {"seed": -1}}, "train.seed.*greater than or equal to 0"),
-        (GOOD | {"generate": {"seed": 1 << 32}}, "generate.seed.*less than"),
-        (GOOD | {"train": {"betas": [0.9, 1.0]}}, "train.betas.1.*less than 1"),
+        (GOOD | {"serve": {"num_speculative_tokens": 300}}, "serve.num_speculative_tokens, 128"),
+        (GOOD | {"bench": {"num_speculative_tokens": [129]}}, "bench.num_speculative_tokens, 128"),
+        (GOOD | {"train": {"epochs": 1e6}}, "train.epochs, 1000"),
+        (GOOD | {"train": {"seed": -1}}, "train.seed, 0, -1"),
+        (GOOD | {"generate": {"seed": 1 << 32}}, "generate.seed, 4294967296"),
+        (GOOD | {"train": {"betas": [0.9, 1.0]}}, "train.betas.1, 1"),
     ],
 )
-def test_wrong_recipes_are_refused_in_words(tmp_path, data, words):
-    with pytest.raises(DraftheadError, match=words):
+def test_wrong_recipes_are_refused_in_words(tmp_path, data, names):
+    with refused(*names.split(", ")):
         _load(tmp_path, data)
 
 
@@ -114,7 +115,7 @@ def test_a_value_of_another_shape_is_told_how_to_be_written(tmp_path, data, fiel
 
 
 def test_missing_recipe_names_the_mend(tmp_path):
-    with pytest.raises(DraftheadError, match="drafthead init"):
+    with refused("none.yaml", "drafthead init TARGET"):
         load_recipe(tmp_path / "none.yaml")
 
 
@@ -166,7 +167,7 @@ def test_lfm2_recipe_fits_the_target_that_it_names():
     ],
 )
 def test_an_extra_argument_that_has_a_key_of_its_own_is_refused(tmp_path, key, named):
-    with pytest.raises(DraftheadError, match=rf"engine\.extra.*{key}.*{named}"):
+    with refused("engine.extra", key, named):
         _load(tmp_path, GOOD | {"engine": {"extra": {key: 1}}})
 
 
@@ -242,9 +243,9 @@ def test_arguments_of_the_chat_template_stand_under_target(tmp_path, section):
     given = {"chat_template_kwargs": {"enable_thinking": False}}
     recipe = _load(tmp_path, GOOD | {"target": GOOD["target"] | given})
     assert recipe.target.chat_template_kwargs == {"enable_thinking": False}
-    with pytest.raises(DraftheadError, match=f"{section}.chat_template_kwargs.*`target.chat_"):
+    with refused(f"{section}.chat_template_kwargs", "target.chat_template_kwargs"):
         _load(tmp_path, GOOD | {section: GOOD.get(section, {}) | given})
-    with pytest.raises(DraftheadError, match=r"target\.chat_template_kwargs"):
+    with refused("target.chat_template_kwargs"):
         extra = {"default_chat_template_kwargs": {"enable_thinking": False}}
         _load(tmp_path, GOOD | {"engine": {"extra": extra}})
 
@@ -252,5 +253,5 @@ def test_arguments_of_the_chat_template_stand_under_target(tmp_path, section):
 def test_an_argument_of_the_chat_template_that_json_cannot_hold(tmp_path):
     """YAML reads a date where text is meant."""
     given = {"chat_template_kwargs": {"date": date(2026, 1, 2)}}
-    with pytest.raises(DraftheadError, match=r"target\.chat_template_kwargs"):
+    with refused("target.chat_template_kwargs"):
         _load(tmp_path, GOOD | {"target": GOOD["target"] | given})

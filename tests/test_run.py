@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import re
 import shutil
 
 import pytest
@@ -21,6 +20,7 @@ from drafthead.rundir import MADE, RunDir
 from drafthead.targets import Target, recipe_target
 from tests import templates
 from tests.prove import crafted
+from tests.refused import refused
 
 CONSOLE = Console(quiet=True)
 
@@ -180,7 +180,7 @@ def test_states_online_may_be_computed_elsewhere_from_then_on(job):
 def test_costly_output_is_kept_unless_told(job):
     job.execute(job.recipe())
     changed = job.recipe(generate={"max_new_tokens": 7})
-    with pytest.raises(DraftheadError, match=r"max_new_tokens: 512 -> 7.*--overwrite"):
+    with refused("generate.max_new_tokens", 512, 7, "--overwrite"):
         job.execute(changed)
     assert (job.root / "answers" / "part").exists()
     assert job.ran == []
@@ -192,10 +192,10 @@ def test_changed_prompts_or_target_make_answers_stale(job):
     recipe = job.recipe()
     job.execute(recipe)
     job.prompts.write_text(json.dumps({"prompt": "Bye"}) + "\n")
-    with pytest.raises(DraftheadError, match="prompt_files"):
+    with refused("prompt_files"):
         job.execute(recipe)
     other = job.prompts.rename(job.prompts.with_name("other.jsonl"))
-    with pytest.raises(DraftheadError, match=r"prompts\.sources.*other") as stale:
+    with refused("prompts.sources") as stale:
         job.execute(job.recipe(prompts={"sources": [{"path": str(other)}]}))
     assert "prompt_files" not in str(stale.value)  # hashes of names that the sources tell already
 
@@ -229,21 +229,21 @@ def test_a_changed_folder_of_prompts_makes_answers_stale(job, tmp_path):
     job.execute(recipe)
     assert job.ran == []
     data.write_text('{"prompt": "Bye"}\n')
-    with pytest.raises(DraftheadError, match="prompt_files"):
+    with refused("prompt_files"):
         job.execute(recipe)
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "names"),
     [
-        ({"head": {"num_attention_heads": 3}}, "not a multiple of num_attention_heads 3"),
-        ({"head": {"hidden_size": 100}}, r"head\.hidden_size is 100"),
-        ({"head": {"aux_layers": [0]}}, r"head\.aux_layers: \[0\].*set capture\.aux_layers"),
-        ({"train": {"start_from": "nowhere"}}, "train.start_from: nowhere"),
+        ({"head": {"num_attention_heads": 3}}, "num_attention_heads; 3"),
+        ({"head": {"hidden_size": 100}}, "head.hidden_size; 100"),
+        ({"head": {"aux_layers": [0]}}, "head.aux_layers; [0]; capture.aux_layers"),
+        ({"train": {"start_from": "nowhere"}}, "train.start_from; nowhere"),
     ],
 )
-def test_a_head_that_cannot_be_made_is_told_before_the_first_answer(job, sections, words):
-    with pytest.raises(DraftheadError, match=words):
+def test_a_head_that_cannot_be_made_is_told_before_the_first_answer(job, sections, names):
+    with refused(*names.split("; ")):
         job.execute(job.recipe(**sections))
     assert job.ran == []
     job.execute(job.recipe(**sections), last="capture")  # which it does not concern
@@ -255,7 +255,7 @@ def test_a_head_to_start_from_that_reads_other_layers_is_told_before_the_first_a
     head = crafted.head(job.prompts.with_name("head"), llama)
     start = {"train": {"start_from": str(head)}}
     layers = read_folder(head).config.aux_layer_ids
-    with pytest.raises(DraftheadError, match=r"aux layers is .*\(0, 1, 5\).*head.aux_layers"):
+    with refused("head.aux_layers", (0, 1, 5)):
         job.execute(job.recipe(**start, capture={"aux_layers": [0, 1, 5]}))
     assert job.ran == []
     captured = {"aux_layers": sorted({0, *layers})}
@@ -267,7 +267,7 @@ def test_a_load_that_would_wait_in_a_queue_is_refused(job):
     """64 of 128 would run, and the report say 128 at once."""
     for section, value in (("bench", [1, 128]), ("verify", 128)):
         load = {section: {"concurrency": value}}
-        with pytest.raises(DraftheadError, match=f"{section}.concurrency: 128 .* raise it to 128"):
+        with refused(f"{section}.concurrency", 128, "engine.max_num_seqs"):
             job.execute(job.recipe(**load))
         job.execute(job.recipe(**load, engine={"max_num_seqs": 128}), overwrite=True)
 
@@ -288,18 +288,18 @@ def test_from_and_to(job):
     recipe = job.recipe()
     job.execute(recipe, last="vocab")
     assert job.ran == ["generate", "capture", "vocab"]
-    with pytest.raises(DraftheadError, match="needs train"):
+    with refused("stage export", "train"):
         job.execute(recipe, first="export")
-    with pytest.raises(DraftheadError, match="comes after"):
+    with refused("--from train", "--to vocab"):
         job.execute(recipe, first="train", last="vocab")
-    with pytest.raises(DraftheadError, match="no stage is called 'trian'"):
+    with refused("'trian'", "train"):
         job.execute(recipe, first="trian")
 
 
 def test_training_wants_the_vocabulary_that_the_recipe_names(job):
     job.execute(job.recipe(), last="vocab")
     smaller = job.recipe(vocab={"size": 128})
-    with pytest.raises(DraftheadError, match=r"train needs vocab, .*--from vocab"):
+    with refused("stage train", "vocab", "--from vocab"):
         job.execute(smaller, first="train", last="train")
     assert job.ran == []
     job.execute(smaller, first="vocab", last="train")
@@ -320,10 +320,10 @@ def test_a_failed_claim_still_writes_the_report_and_is_told(job):
 def test_only_what_was_made_with_other_settings_is_in_the_way(job):
     job.execute(job.recipe())
     other = job.recipe(generate={"max_new_tokens": 7})
-    with pytest.raises(DraftheadError, match="max_new_tokens: 512 -> 7"):
+    with refused("generate.max_new_tokens", 512, 7):
         job.execute(other)
     job.prompts.write_text(json.dumps({"prompt": "Bye"}) + "\n")
-    with pytest.raises(DraftheadError, match=r"prompts\.jsonl: '[0-9a-f]{58}… -> '"):
+    with refused("generate.max_new_tokens", "prompts.jsonl"):
         job.execute(other)
     (job.root / "answers" / "part").unlink()
     job.execute(other)
@@ -333,26 +333,26 @@ def test_only_what_was_made_with_other_settings_is_in_the_way(job):
 def test_missing_prompts_file(job):
     recipe = job.recipe()
     job.prompts.unlink()
-    with pytest.raises(DraftheadError, match="no such file"):
+    with refused("prompts.jsonl"):
         job.execute(recipe)
 
 
 @pytest.mark.parametrize(
-    ("state", "content", "words"),
+    ("state", "content", "named"),
     [
-        ("done", "{", "broken JSON"),
-        ("done", "[]", "found []"),
-        ("done", '{"inputs": {}}', "no `summary` in it"),
-        ("done", '{"inputs": 3, "summary": {}}', "`inputs`: "),
-        ("begun", "3", "found 3"),
+        ("done", "{", "JSON"),
+        ("done", "[]", []),
+        ("done", '{"inputs": {}}', "summary"),
+        ("done", '{"inputs": 3, "summary": {}}', "inputs"),
+        ("begun", "3", 3),
     ],
 )
-def test_broken_record_is_named(job, state, content, words):
+def test_broken_record_is_named(job, state, content, named):
     recipe = job.recipe()
     job.execute(recipe)
     record = job.root / ".stages" / f"vocab.{state}.json"
     record.write_text(content)
-    with pytest.raises(DraftheadError, match=rf"vocab\.{state}\.json.*{re.escape(words)}"):
+    with refused(f"vocab.{state}.json", named):
         job.execute(recipe, first="vocab", again=True)
     assert RunDir(job.root).answers.exists()
 
@@ -433,13 +433,13 @@ def test_output_that_cannot_be_thrown_away_is_not_gone_on_with(job, monkeypatch)
 
     real = os.unlink
 
-    def refused(path, **options):
+    def denied(path, **options):
         if str(path).endswith("part"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         real(path, **options)
 
-    monkeypatch.setattr(os, "unlink", refused)
-    with pytest.raises(DraftheadError, match="part: no permission"):
+    monkeypatch.setattr(os, "unlink", denied)
+    with refused("part"):
         job.execute(job.recipe(generate={"max_new_tokens": 7}), overwrite=True)
     assert job.ran == []
 
@@ -450,7 +450,7 @@ def test_a_new_token_makes_nothing_stale(job):
     job.execute(job.recipe(engine={"extra": extra | {"hf_token": "second"}}))
     assert job.ran == []
     assert not any(b"first" in f.read_bytes() for f in job.root.rglob("*") if f.is_file())
-    with pytest.raises(DraftheadError, match=r"engine\.extra\.load_format"):
+    with refused("engine.extra.load_format"):
         job.execute(job.recipe(engine={"extra": {**extra, "load_format": "auto"}}))
 
 
@@ -497,11 +497,11 @@ def test_answers_are_stale_when_the_template_or_its_arguments_change(job, llama,
     own.write_text(templates.THINKING_OFF)
     target = {"path": str(llama), "chat_template": str(own)}
     job.execute(job.recipe(target=target), last="generate")
-    with pytest.raises(DraftheadError, match="chat_template_kwargs"):
+    with refused("target.chat_template_kwargs"):
         off = target | {"chat_template_kwargs": {"enable_thinking": False}}
         job.execute(job.recipe(target=off), last="generate")
     own.write_text(templates.CHATML)
-    with pytest.raises(DraftheadError, match="chat_template"):
+    with refused("chat_template"):
         job.execute(job.recipe(target=target), last="generate")
     job.execute(job.recipe(target=target), last="generate", overwrite=True)
     assert job.ran == ["generate"]
@@ -513,7 +513,7 @@ def test_a_target_without_a_template_is_refused_before_it_is_hashed(
     base = shutil.copytree(llama, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     monkeypatch.setattr(Target, "fingerprint", property(lambda _: pytest.fail("hashed")))
-    with pytest.raises(DraftheadError, match=r"target\.chat_template"):
+    with refused("target.chat_template"):
         job.execute(job.recipe(target={"path": str(base)}))
 
 

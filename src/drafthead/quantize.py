@@ -111,14 +111,20 @@ def quantize(
     console = console or Console(quiet=True)
     target = load_target(target_path, trust_remote_code=trust_remote_code)
     if target.quantization is not None:
-        raise DraftheadError(f"{target.path}: quantized already; quantize the dense checkpoint")
+        raise DraftheadError(
+            f"{target.path}: quantized already; quantize the dense checkpoint",
+            field="quantization_config",
+        )
     if target.multimodal:
         raise DraftheadError(
             f"{target.path}: a multimodal checkpoint; drafthead quantizes text models that stand "
-            "alone. Take a quantized checkpoint of its maker, or quantize it with ModelOpt itself"
+            "alone. Take a quantized checkpoint of its maker, or quantize it with ModelOpt itself",
+            field="text_config",
         )
     if not calibration or not heldout:
-        raise DraftheadError("quantize: needs prompts to calibrate on and some held out")
+        raise DraftheadError(
+            "quantize: needs prompts to calibrate on and some held out", field="prompts"
+        )
     made_of = fingerprint(
         {
             "target": target.fingerprint,

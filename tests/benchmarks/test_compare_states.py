@@ -9,6 +9,7 @@ from drafthead.capture.checks import teacher_argmax
 from drafthead.errors import DraftheadError
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
+from tests.refused import refused
 
 
 def sample(target, seed, length=40):
@@ -49,9 +50,9 @@ def test_distances_of_any_number_of_positions_have_quantiles():
 
 def test_other_tokens_are_refused(llama):
     target = load_target(llama)
-    with pytest.raises(DraftheadError, match="c0 and c1: not the same tokens"):
+    with refused("c0", "c1"):
         compare([(sample(target, 0), sample(target, 1))], target)
-    with pytest.raises(DraftheadError, match="no samples"):
+    with pytest.raises(DraftheadError):
         compare([], target)
 
 
@@ -62,7 +63,7 @@ def test_states_of_another_target_are_refused(llama, tmp_path):
         meta = StoreMeta((1, 2), *size, "fp32", 1, {"target": captured})
         with StateWriter(tmp_path / name, meta) as writer:
             writer.submit(0, [sample(target, 0)])
-    with pytest.raises(DraftheadError, match="are of another target; give --target"):
+    with refused("--target"):
         compare_stores(tmp_path / "a", tmp_path / "b", target)
     assert compare_stores(tmp_path / "a", tmp_path / "c", target)["conversations"] == 1
 

@@ -25,11 +25,11 @@ from drafthead.capture.cluster import (
 )
 from drafthead.capture.plan import make_plan
 from drafthead.data.answers import part_path, read_left_out, write_part
-from drafthead.errors import DraftheadError
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader, StateWriter, StoreMeta
 from drafthead.states.remote import Location, fetch_store, publish_unit
+from tests.refused import refused
 from tests.states.test_store import META, make_sample
 from tests.vllm.runs import recipe_for
 
@@ -143,8 +143,7 @@ def test_a_location_with_the_answers_of_another_run_is_refused(llama, tmp_path, 
         ("generate", plan(generate={"temperature": 0.7})),
         ("engine.extra", plan(engine=other)),
     ):
-        words = rf"there: holds .*another run: {what} differ.*locati"
-        with pytest.raises(DraftheadError, match=words):
+        with refused("there", what):
             spread("generate", changed, run, quiet)
     for _ in range(2):  # its own is not another's
         _describe(changed, Location(f"file://{tmp_path}/elsewhere"))
@@ -193,8 +192,7 @@ def test_a_unit_that_is_not_whole_there_is_not_brought(tmp_path, name):
     copy = tmp_path / "copy"
     altered = tmp_path / "there" / "states" / name
     altered.write_bytes(altered.read_bytes().replace(b"c0", b"c9") + b" ")
-    mend = r"there/states/unit-000000\.json: the unit is broken there.*delete that file"
-    with pytest.raises(DraftheadError, match=mend):
+    with refused(f"{there.url}/states/unit-000000.json"):
         fetch_store(there, "states", copy, QUIET)
     assert not (copy / "unit-000000.json").exists()
 
@@ -229,7 +227,7 @@ def test_workers_are_as_many_as_machines_have_room_for():
 
     assert [_room(Ray(), {"num_gpus": n}) for n in (1, 2, 3)] == [6, 2, 2]
     assert _room(Ray(), {"num_cpus": 1}) == 12
-    with pytest.raises(DraftheadError, match=r"tensor_parallel_size: 4 GPUs.* over 3"):
+    with refused("engine.tensor_parallel_size", 4, 3):
         _room(Ray(), {"num_gpus": 4})  # Ray would wait for ever
 
 
@@ -253,15 +251,12 @@ def test_a_wrong_address_is_told_before_ray_tries_it_for_a_minute(tmp_path, sche
         mute.bind(("127.0.0.1", 0))
         address = "{}{}:{}".format(scheme, *mute.getsockname())
         recipe = on_cluster(recipe, address, None, None)
-        with pytest.raises(
-            DraftheadError, match=f"cluster.address: {address}: nothing answers"
-        ) as told:
+        with refused("cluster.address", address, "`auto`"):
             _connected(recipe).__enter__()
-    assert "`auto` finds" in str(told.value)
     for name in (None, "auto", "local"):
         check_address(name)
     for wrong in ("head", "head:port", "head:99999", ":6379", "[::1"):
-        with pytest.raises(DraftheadError, match="not HOST:PORT"):
+        with refused("cluster.address", "HOST:PORT"):
             check_address(scheme + wrong)
 
 
@@ -272,26 +267,26 @@ def test_a_wrong_address_is_told_before_ray_tries_it_for_a_minute(tmp_path, sche
 def test_what_a_location_says_is_told_with_its_name(tmp_path, monkeypatch, error):
     """Each kind of it has errors of its own; what S3 denies has no number."""
 
-    def refused(*_, **__):
+    def failing(*_, **__):
         raise error
 
     there = Location("memory://bucket/run")
     (tmp_path / "a").touch()
     for name in ("ls", "exists", "put_file", "get_file"):
-        monkeypatch.setattr(type(there._fs), name, refused)
+        monkeypatch.setattr(type(there._fs), name, failing)
     for ask in (
         lambda: there.names("states"),
         lambda: there.exists("states/a"),
         lambda: there.put(tmp_path / "a", "states/a"),
         lambda: there.get("states/a", tmp_path / "b"),
     ):
-        with pytest.raises(DraftheadError, match=r"memory://bucket/run/states.*: .*no keys"):
+        with refused("memory://bucket/run/states", "no keys"):
             ask()
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_locations_that_cannot_be():
-    with pytest.raises(DraftheadError, match="nowhere://x: cannot be used as a location"):
+    with refused("nowhere://x"):
         Location("nowhere://x")
-    with pytest.raises(DraftheadError, match="not there"):
+    with refused("memory://empty/states/meta.json"):
         Location("memory://empty").get("states/meta.json", Path("x"))

@@ -20,6 +20,7 @@ from drafthead.fsio import write_json
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from tests import templates
+from tests.refused import refused
 from tests.vllm.runs import recipe_for
 
 REFUSING = (
@@ -49,7 +50,7 @@ def test_what_the_template_refuses_is_left_out_unless_it_is_most(llama, tmp_path
         for number in range(25):
             changed = [messages[0], {"role": "user", "content": f"Hello {number}"}]
             file.write(json.dumps({"messages": changed}) + "\n")
-    with pytest.raises(DraftheadError, match=r"26 of 46 .*line 21.*not supported"):
+    with refused("26 of 46", "line 21"):
         make_plan(recipe)
 
 
@@ -91,7 +92,7 @@ def test_a_side_without_room_is_told_before_the_first_answer(llama, tmp_path, si
         chats = getattr(load_chats(recipe(seed).prompts), side)
         return all(len(chat.turns[0][0]) > 300 for chat in chats)
 
-    with pytest.raises(DraftheadError, match=r"engine\.max_model_len.* 256"):
+    with refused("engine.max_model_len", 256):
         make_plan(recipe(next(filter(all_long, range(99)))))
 
 
@@ -99,7 +100,7 @@ def test_a_template_that_hides_earlier_answers_is_told_before_the_first_one(llam
     shutil.copytree(llama, tmp_path / "target")
     shouting = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}{% endfor %}"
     (tmp_path / "target" / "chat_template.jinja").write_text(shouting)
-    with pytest.raises(DraftheadError, match=r"rewrites earlier answers.*Fix"):
+    with refused("{% generation %}"):
         make_plan(parse_recipe(recipe_for(tmp_path / "target", tmp_path), "test"))
 
 
@@ -164,7 +165,7 @@ def test_work_meant_for_a_cluster_is_not_done_here(llama, tmp_path, monkeypatch,
     state was computed a second time."""
     monkeypatch.setattr(stages, "_in_child", pytest.fail)
     recipe = parse_recipe(recipe_for(llama, tmp_path, 8, 4, cluster=key), "test")
-    with pytest.raises(DraftheadError, match=r"set cluster.address, or give --ray ADDRESS"):
+    with refused("cluster.address", "--ray"):
         stages.generate(recipe, RunDir(tmp_path / "run"), console=Console(quiet=True))
 
 
@@ -183,7 +184,7 @@ def test_answers_to_other_prompts_are_not_taken_for_these(llama, tmp_path):
     (tmp_path / "new.jsonl").write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(8)))
     for prompts in ({"seed": 1}, {"sources": [{"path": str(tmp_path / "new.jsonl")}]}):
         other = parse_recipe(sections | {"prompts": sections["prompts"] | prompts}, "test")
-        with pytest.raises(DraftheadError, match="to other prompts than the recipe's"):
+        with refused(run.answers):
             stages.generate(other, run, console=Console(quiet=True))
 
 

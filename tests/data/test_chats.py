@@ -7,8 +7,8 @@ import pytest
 
 from drafthead.data import records
 from drafthead.data.chats import Chat, load_chats, read_chats
-from drafthead.errors import DraftheadError
 from drafthead.recipe import PromptsSection, Source
+from tests.refused import refused
 
 
 def section(*paths, heldout=1, seed=0, **source):
@@ -133,36 +133,36 @@ def test_what_cannot_be_asked_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "names"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', "line 2"),
-        ('{"prompt": "a"}\n\n[1]\n', "line 3.*list"),
-        ('{"text": "a", "id": 1}\n', "line 1.*text, id"),
-        ('{"messages": {"role": "user"}}\n', "line 1.*`messages`.*dict"),
-        ('{"messages": ["hi"]}\n', "line 1.*message 0.*str"),
-        ('{"messages": "hi"}\n', "line 1.*`messages`"),
-        ("{\"messages\": \"[{'role': 'user', 'content': 1}]\"}\n", "line 1.*`messages`"),
-        ("{\"prompt\": \"[{'role': 'user', 'content': 1}]\"}\n", "line 1.*`prompt`"),
-        ('{"prompt": 5}\n', "line 1.*`prompt`.*int"),
-        ('{"messages": [{"user": "hi", "assistant": "x"}]}\n', "line 1.*user, assistant"),
-        ('{"messages": [{"role": "user", "parts": ["hi"]}]}\n', "line 1.*role, parts"),
-        ('{"question": "Who?", "context": "Long ago."}\n', "line 1.*`context`"),
-        ('{"instruction": "And?", "history": [["a", "b"]]}\n', "line 1.*`history`"),
+        ('{"prompt": "a"}\n\n[1]\n', "line 3, list"),
+        ('{"text": "a", "id": 1}\n', "line 1, text, id"),
+        ('{"messages": {"role": "user"}}\n', "line 1, messages, dict"),
+        ('{"messages": ["hi"]}\n', "line 1, message 0, str"),
+        ('{"messages": "hi"}\n', "line 1, messages, JSON"),
+        ("{\"messages\": \"[{'role': 'user', 'content': 1}]\"}\n", "line 1, messages, JSON"),
+        ("{\"prompt\": \"[{'role': 'user', 'content': 1}]\"}\n", "line 1, prompt, JSON"),
+        ('{"prompt": 5}\n', "line 1, prompt, int"),
+        ('{"messages": [{"user": "hi", "assistant": "x"}]}\n', "line 1, user, assistant"),
+        ('{"messages": [{"role": "user", "parts": ["hi"]}]}\n', "line 1, role, parts"),
+        ('{"question": "Who?", "context": "Long ago."}\n', "line 1, context"),
+        ('{"instruction": "And?", "history": [["a", "b"]]}\n', "line 1, history"),
         ("[" * 100_000 + "\n", "record 1"),
         ('[{"prompt": "a"}, {"prompt": "b"}', "record 3"),
         ('[{"prompt": "a"}, {"prompt": b}]', "record 2"),
-        ('[{"prompt": "a"}, "b"]', "record 2.*str"),
-        ('[{"prompt": "a"}]\n[{"prompt": "b"}]\n', "1 record"),
-        ("[]", "empty"),
-        ("", "empty"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "1 tools.*line 1"),
+        ('[{"prompt": "a"}, "b"]', "record 2, str"),
+        ('[{"prompt": "a"}]\n[{"prompt": "b"}]\n', "bad.jsonl, 1 records"),
+        ("[]", "bad.jsonl"),
+        ("", "bad.jsonl"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "1 tools, line 1"),
         ('{"prompt": "only one"}\n', "prompts.heldout"),
     ],
 )
-def test_bad_files_are_refused_by_line(tmp_path, text, message):
+def test_bad_files_are_refused_by_line(tmp_path, text, names):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
-    with pytest.raises(DraftheadError, match=message):
+    with refused(*names.split(", ")):
         load_chats(section(path))
 
 
@@ -192,7 +192,7 @@ def test_sources_that_overlap_are_counted_one_by_one(tmp_path):
     assert chats.left_out == {"empty message": 1, "seen before": 3}
     assert any("b.jsonl" in note and "nothing new" in note for note in chats.sources[1].notes())
     bad = jsonl(tmp_path / "bad.jsonl", [{"prompt": "x", "tools": ["t"]}])
-    with pytest.raises(DraftheadError, match=r"bad\.jsonl.*1 tools") as error:
+    with refused("bad.jsonl", "1 tools") as error:
         load_chats(section(a, bad))
     assert "empty message" not in str(error.value)
 
@@ -284,7 +284,7 @@ def test_a_json_array_is_read(tmp_path, monkeypatch, indent, name, chunk):
     assert chats[4].where == f"{tmp_path / name}, record 5"
     cut = tmp_path / "cut.json"
     cut.write_text(text[: len(text) // 2], encoding="utf-8")
-    with pytest.raises(DraftheadError, match=r"cut\.json, record 2\d"):
+    with refused("cut.json, record 26"):
         read_chats([Source(path=str(cut))])
 
 
@@ -366,7 +366,7 @@ def test_more_than_text_is_left_out_in_any_column(tmp_path, reason, more):
 )
 def test_content_parts_that_are_not_text(tmp_path, reason, part):
     records = [{"messages": [user([{"type": "text", "text": "What is this?"}, part])]}]
-    with pytest.raises(DraftheadError, match=f"1 {reason}"):
+    with refused(f"1 {reason}"):
         of(records, tmp_path)
     assert of([*records, *prompts(1)], tmp_path)[1] == {reason: 1}
 
@@ -384,19 +384,19 @@ def test_other_roles_are_counted(tmp_path):
 
 
 def test_other_bad_sources(tmp_path):
-    with pytest.raises(DraftheadError, match="no such file"):
+    with refused("none.jsonl"):
         load_chats(section(tmp_path / "none.jsonl"))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DraftheadError, match=r"found \.csv"):
+    with refused("a.csv", ".csv"):
         load_chats(section(tmp_path / "a.csv"))
     (tmp_path / "a.parquet").write_text("not parquet")
-    with pytest.raises(DraftheadError, match="not a readable Parquet file"):
+    with refused("a.parquet"):
         load_chats(section(tmp_path / "a.parquet"))
     (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
-    with pytest.raises(DraftheadError, match="not UTF-8"):
+    with refused("b.jsonl", "line 1"):
         load_chats(section(tmp_path / "b.jsonl"))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DraftheadError, match="read more than once"):
+    with refused("pipe"):
         load_chats(section(tmp_path / "pipe"))
-    with pytest.raises(DraftheadError, match="cannot be loaded"):
+    with refused("prompts.sources", "nothing"):
         load_chats(PromptsSection(sources=[{"dataset": str(tmp_path / "nothing")}]))

@@ -19,6 +19,7 @@ from drafthead.head.formats import AUX_IDS, Provenance
 from drafthead.targets import load_target
 from tests.drafters.dspark import heads as dspark_heads
 from tests.heads import small_head
+from tests.refused import refused
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 
@@ -184,7 +185,7 @@ def test_dialects_are_read_and_converted(tmp_path, target, dialect):
     assert {name for name, can in about["engines"].items() if can["serves"]} == {*serving.split()}
     assert about["ok"] == ("vllm" in serving)
     # As bench and serve look at it, which take what inspect finds no fault with.
-    with nullcontext() if about["ok"] else pytest.raises(DraftheadError, match="convert"):
+    with nullcontext() if about["ok"] else refused("drafthead convert"):
         check_fit(folder, target, target.max_position_embeddings)
     found = convert_head(folder, tmp_path / "out", target=target)
     assert found["ok"]
@@ -202,37 +203,37 @@ REFUSED = {
         eagle3,
         lambda f: edit(f, without(AUX_IDS)),
         DraftheadError,
-        r"outputs.*\[1, 2, 4\].*inputs",
+        "config.json, outputs, inputs",
     ),
     "two kinds of layers": (
         eagle3,
         lambda f: edit(f, without(eagle_config={AUX_IDS: [1, 3, 4]})),
         DraftheadError,
-        r"inputs.*outputs",
+        "config.json, inputs, outputs",
     ),
     "RoPE both ways": (
         dspark_head,
         lambda f: edit(f, without(rope_is_neox_style=False)),
         DraftheadError,
-        "is_neox_style is True and rope_is_neox_style is False",
+        "is_neox_style, rope_is_neox_style",
     ),
     "an anchor that drafts and does not": (
         dspark_head,
         lambda f: edit(f, without(dspark_bonus_anchor=True)),
         DraftheadError,
-        "sample_from_anchor.*dspark_bonus_anchor",
+        "sample_from_anchor, dspark_bonus_anchor",
     ),
     "SpecForge's or DeepSeek's": (
         dspark_head,
         lambda f: edit(f, without("model_type", architectures=["DSparkDraftModel"])),
         DraftheadError,
-        "SpecForge.*DeepSeek",
+        "SpecForge's, model_type",
     ),
     "DFlash or DSpark": (
         dspark_head,
         lambda f: edit(f, without(architectures=["DFlashDraftModel"], dflash_config={})),
         DraftheadError,
-        "DFlash head.*ModelOpt's DSpark",
+        "markov_rank, dflash_config.projector_type",
     ),
     "a gated Markov head": (
         dspark_head,
@@ -259,9 +260,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_could_mean_two_things_or_has_no_conversion_is_refused(tmp_path, target, case):
-    make, spoil, error, words = REFUSED[case]
+    make, spoil, error, names = REFUSED[case]
     spoil(make(tmp_path / "h", target)[0])
-    with pytest.raises(DraftheadError, match=words) as raised:
+    with refused(*names.split(", ")) as raised:
         convert_head(tmp_path / "h", tmp_path / "out", target=target)
     assert type(raised.value) is error
     assert not (tmp_path / "out").exists()
@@ -339,7 +340,7 @@ def test_the_last_layers_output_needs_a_target_that_gives_it(tmp_path, target, l
 
 def test_what_an_engine_does_not_compute_is_not_converted(tmp_path, target):
     folder, _ = eagle3(tmp_path / "h", target, norm_before_residual=True)
-    with pytest.raises(DraftheadError, match="norm_before_residual") as error:
+    with refused("norm_before_residual") as error:
         convert_head(folder, tmp_path / "out", target=target, engine="sglang")
     assert error.value.field == "for"
     assert not (tmp_path / "out").exists()

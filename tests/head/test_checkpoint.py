@@ -13,12 +13,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from drafthead.drafters.inspect import check_fit, describe, inspect_head
-from drafthead.errors import DraftheadError, UnsupportedHead
+from drafthead.errors import UnsupportedHead
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.config import estimate_cost
 from drafthead.head.formats import LLAMA, Provenance
 from drafthead.targets import load_target
 from tests.heads import small_head
+from tests.refused import refused
 
 MADE = Provenance(target="some/target", target_fingerprint="f" * 16, target_architectures=("X",))
 FLAGS = {"norm_before_residual": True, "norm_before_fc": True, "norm_output": True}
@@ -98,7 +99,7 @@ def test_an_embedding_of_its_own_comes_back(tmp_path):
     saved(tmp_path / "h", head, embedding=own)
     assert torch.equal(load_head(tmp_path / "h").embedding, own.bfloat16())
     saved(tmp_path / "without", head)
-    with pytest.raises(DraftheadError, match="embed_tokens"):
+    with refused("embed_tokens.weight"):
         load_head(tmp_path / "without")
 
 
@@ -132,7 +133,7 @@ def test_layer_ids_inside_eagle_config(tmp_path, llama):
     folder = saved(tmp_path / "h", small_head(aux_layer_ids=(2, 9, 15)))
     nested = {"eagle_aux_hidden_state_layer_ids": [1, 8, 14], "use_aux_hidden_state": True}
     edit(folder, eagle_aux_hidden_state_layer_ids=None, eagle_config=nested)
-    with pytest.raises(DraftheadError, match=r"\[1, 8, 14\].*\[2, 9, 15\]") as error:
+    with refused([1, 8, 14], [2, 9, 15]) as error:
         load_head(folder, target)
     assert error.value.field == "eagle_aux_hidden_state_layer_ids"
     edit(folder, eagle_config=nested | {"use_last_layernorm": True})  # as ModelOpt alone writes
@@ -143,7 +144,7 @@ def test_layer_ids_inside_eagle_config(tmp_path, llama):
         edit(folder, eagle_config=nested, eagle_aux_hidden_state_layer_ids=top)
         assert load_head(folder).head.config.aux_layer_ids == tuple(top)
     edit(folder, eagle_aux_hidden_state_layer_ids=[3, 9, 15])
-    with pytest.raises(DraftheadError, match=r"\[3, 9, 15\].*\[2, 9, 15\]"):
+    with refused([3, 9, 15], [2, 9, 15]):
         load_head(folder)
 
 
@@ -152,7 +153,7 @@ def test_missing_layer_ids_need_the_target(tmp_path, llama):
     default = target.default_aux_layers()
     saved(tmp_path / "h", small_head(aux_layer_ids=default))
     edit(tmp_path / "h", eagle_aux_hidden_state_layer_ids=None, eagle_config=None)
-    with pytest.raises(DraftheadError, match="eagle_aux_hidden_state_layer_ids"):
+    with refused("eagle_aux_hidden_state_layer_ids"):
         load_head(tmp_path / "h")
     assert load_head(tmp_path / "h", target).head.config.aux_layer_ids == default
 
@@ -184,10 +185,10 @@ BROKEN = {
     "d2t not a number": (replace("d2t", torch.full((23,), float("nan"))), "d2t"),
     "lm_head rows": (replace("lm_head.weight", torch.ones(24, 32)), "lm_head.weight"),
     "lm_head missing": (drop("lm_head.weight"), "lm_head.weight"),
-    "fc width": (replace("fc.weight", torch.ones(32, 64)), "3 aux layers of width 32"),
+    "fc width": (replace("fc.weight", torch.ones(32, 64)), "fc.weight"),
     "tensor missing": (drop("layers.0.mlp.up_proj.weight"), "up_proj.weight"),
     "tensor too many": (replace("layers.0.self_attn.q_norm.weight", torch.ones(8)), "q_norm"),
-    "quantized": (replace("fc.weight", torch.ones(32, 96, dtype=torch.int8)), "fc.weight I8"),
+    "quantized": (replace("fc.weight", torch.ones(32, 96, dtype=torch.int8)), "fc.weight"),
     "t2d of another": (replace("t2d", torch.ones(60, dtype=torch.bool)), "t2d"),
 }
 
@@ -197,7 +198,7 @@ def test_broken_tensors_are_named(tmp_path, case):
     change, name = BROKEN[case]
     saved(tmp_path / "h")
     edit_tensors(tmp_path / "h", change)
-    with pytest.raises(DraftheadError, match=name):
+    with refused(name):
         load_head(tmp_path / "h")
     about = inspect_head(tmp_path / "h")
     assert any(name in problem for problem in about["problems"])
@@ -209,7 +210,7 @@ BROKEN_CONFIG = {
     "eagle 1": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
     "unsorted": (
         {"eagle_aux_hidden_state_layer_ids": [4, 2, 1], "eagle_config": {}},
-        "aux layer ids",
+        "[4, 2, 1]",
     ),
     "negative layer": (
         {"eagle_aux_hidden_state_layer_ids": [-1, 2, 4], "eagle_config": {}},
@@ -243,7 +244,7 @@ def test_broken_configs_are_named(tmp_path, case):
     changes, name = BROKEN_CONFIG[case]
     saved(tmp_path / "h")
     edit(tmp_path / "h", **changes)
-    with pytest.raises(DraftheadError, match=name) as error:
+    with refused(name) as error:
         load_head(tmp_path / "h")
     assert error.value.exit_code == 2
     about = inspect_head(tmp_path / "h")
@@ -270,7 +271,7 @@ def test_what_only_vllm_computes_is_not_called_broken(tmp_path, case):
     changes, name = UNSUPPORTED[case]
     saved(tmp_path / "h")
     edit(tmp_path / "h", **changes)
-    with pytest.raises(UnsupportedHead, match=name) as error:
+    with refused(name, error=UnsupportedHead) as error:
         load_head(tmp_path / "h")
     assert error.value.exit_code == 3
     about = inspect_head(tmp_path / "h")
@@ -297,7 +298,7 @@ def test_d2t_of_a_whole_vocabulary_is_refused_by_vllm(tmp_path):
 def test_a_pickle_is_not_opened(tmp_path):
     saved(tmp_path / "h")
     (tmp_path / "h" / "model.safetensors").rename(tmp_path / "h" / "pytorch_model.bin")
-    with pytest.raises(DraftheadError, match="pickle"):
+    with refused("pytorch_model.bin"):
         load_head(tmp_path / "h")
 
 
@@ -318,7 +319,7 @@ def test_what_people_read(tmp_path):
 
 
 def test_not_there(tmp_path):
-    with pytest.raises(DraftheadError, match="no such head"):
+    with refused("nowhere", "config.json"):
         load_head(tmp_path / "nowhere")
     assert not inspect_head(tmp_path / "nowhere")["ok"]
 
@@ -504,7 +505,7 @@ def test_only_unfit_heads_are_refused_before_an_engine_starts(tmp_path, llama):
     target = load_target(llama)
     length = target.max_position_embeddings
     assert check_fit(saved(tmp_path / "fit", fitting(target)), target, length) == ([], [])
-    with pytest.raises(DraftheadError, match="vocab_size"):
+    with refused("vocab_size"):
         check_fit(saved(tmp_path / "other"), target, length)
     edit(tmp_path / "fit", model_type="qwen3")  # vLLM has such heads too
     unsupported, notes = check_fit(tmp_path / "fit", target, length)
@@ -512,7 +513,7 @@ def test_only_unfit_heads_are_refused_before_an_engine_starts(tmp_path, llama):
     assert not notes
     path = tmp_path / "fit" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DraftheadError, match=r"model\.safetensors"):
+    with refused("model.safetensors"):
         check_fit(tmp_path / "fit", target, length)
 
 

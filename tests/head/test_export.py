@@ -3,12 +3,10 @@
 import io
 import json
 
-import pytest
 import torch
 from rich.console import Console
 
 from drafthead.drafters.export import export, export_for
-from drafthead.errors import DraftheadError
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.recipe import parse_recipe
@@ -16,6 +14,7 @@ from drafthead.rundir import RunDir
 from drafthead.targets import load_target
 from tests import templates
 from tests.heads import small_head
+from tests.refused import refused
 
 
 def recipe(llama, **sections):
@@ -77,11 +76,11 @@ def test_only_what_is_asked_for(tmp_path, llama):
 def test_nothing_trained_and_another_target(tmp_path, llama):
     run = RunDir(tmp_path / "run")
     run.finish("train", {}, {})
-    with pytest.raises(DraftheadError, match="drafthead train"):
+    with refused("train/best", "drafthead train RECIPE"):
         export(recipe(llama), run, console=Console(quiet=True))
     assert run.finished("train", {}) is None, "or that command would find nothing to do"
     trained(llama, run, vocab_size=100)
-    with pytest.raises(DraftheadError, match="another target"):
+    with refused("train/best", "vocab_size"):
         export(recipe(llama), run, console=Console(quiet=True))
     assert not run.head.exists()
 
@@ -108,6 +107,6 @@ def test_other_engines_get_what_they_read(tmp_path, lfm2_moe):
         "speculators",
         (mlx.head.config.vocab_size, 64),
     )
-    with pytest.raises(DraftheadError, match="EAGLE-3 hook") as error:
+    with refused("SGLang", "head.kind") as error:
         export_for(wanted, run, ["sglang"], console=console)
     assert error.value.field == "for"

@@ -1,14 +1,12 @@
 """The grid's bookkeeping, with engines that only say what they were asked."""
 
 import io
-import re
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from drafthead.data.answers import Answer, write_part
-from drafthead.errors import DraftheadError
 from drafthead.fsio import RunLock, read_json, write_json
 from drafthead.head.acceptance import Acceptance
 from drafthead.plan import Plan, Setting
@@ -22,6 +20,7 @@ from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
 from tests.prove import crafted
 from tests.prove.closed_loop import serve
+from tests.refused import refused
 
 QUIET = Console(quiet=True)
 
@@ -335,7 +334,7 @@ def test_an_earlier_versions_bench_is_refused_by_name(benched):
     recipe, run = benched()
     prove(run, [3])
     write_json(run.bench_json, {"num_speculative_tokens": 3, "grid": [{"speedup": 1.2}]})
-    with pytest.raises(DraftheadError, match=r"bench\.json.*bench RECIPE --again"):
+    with refused("bench.json", "drafthead bench RECIPE --again"):
         served_k(recipe, run)
 
 
@@ -413,7 +412,7 @@ def test_other_drafters_are_measured_at_the_headlines_k(benched, engines):
     assert run.finished("report", {}) is None  # it lacks them
     (cell,) = read_json(run.bench_json, "")["beside"]["ngram"]["grid"]
     assert cell["num_speculative_tokens"] == 2
-    with RunLock(run.root), pytest.raises(DraftheadError, match=re.escape(str(run.root))):
+    with RunLock(run.root), refused(run.root):
         contest(recipe, run, heads=[], ngram=True, console=QUIET)
 
 

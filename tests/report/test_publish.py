@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from drafthead.errors import ClaimFailed, DraftheadError
+from drafthead.errors import ClaimFailed
 from drafthead.fsio import RunLock, read_json, sha256_file, write_json
 from drafthead.prove.proof import command_line
 from drafthead.prove.verify import Outcome, verify
@@ -23,6 +22,7 @@ from drafthead.rundir import RunDir
 from drafthead.targets import load_target
 from tests import templates
 from tests.prove import made_run
+from tests.refused import refused
 from tests.report import hub
 
 QUIET = Console(quiet=True)
@@ -265,11 +265,11 @@ def test_the_card_says_how_to_install_drafthead(made, monkeypatch, url):
 def test_what_is_not_proved_is_not_published(tmp_path):
     recipe, run = made_run.make(tmp_path, lossless=False, publish=PUBLISH)
     report(recipe, run, console=QUIET)
-    with pytest.raises(ClaimFailed, match="not lossless"):
+    with refused("proof.json", error=ClaimFailed):
         publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     proof = read_json(run.root / "proof.json", "")
     (run.root / "proof.json").write_text(json.dumps(proof | {"lossless": True}))
-    with pytest.raises(DraftheadError, match="altered after it was signed off"):
+    with refused("proof.json", field="seal"):
         publish(recipe, run, repo=None, dry_run=True, console=QUIET)
 
 
@@ -277,10 +277,10 @@ def test_figures_of_another_head_are_not_published(made):
     recipe, run = made
     bench = read_json(run.bench_json, "")
     write_json(run.bench_json, bench | {"head": {"sha256": {"model.safetensors": "0" * 64}}})
-    with pytest.raises(DraftheadError, match=r"bench\.json: .*drafthead bench"):
+    with refused("bench.json", "drafthead bench RECIPE"):
         publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     run.bench_json.unlink()
-    with pytest.raises(DraftheadError, match=r"bench\.json: .*drafthead bench"):
+    with refused("bench.json", "drafthead bench RECIPE"):
         publish(recipe, run, repo=None, dry_run=True, console=QUIET)
     write_json(run.bench_json, bench | {"speedup": 7.77})
     publish(recipe, run, repo=None, dry_run=True, console=QUIET)
@@ -353,10 +353,10 @@ def test_a_hub_that_refuses_is_a_clear_error(made):
 
 def test_a_run_that_another_process_works_on_is_not_published(made):
     recipe, run = made
-    with RunLock(run.root), pytest.raises(DraftheadError, match=re.escape(str(run.root))):
+    with RunLock(run.root), refused(run.root):
         publish(recipe, run, repo="me/head", dry_run=True, console=QUIET)
     elsewhere = run.root.parent / "elsewhere"
-    with pytest.raises(DraftheadError, match=r"proof\.json"):
+    with refused("proof.json"):
         publish(recipe, RunDir(elsewhere), repo="me/head", dry_run=True, console=QUIET)
     assert not elsewhere.exists()
 
@@ -364,5 +364,5 @@ def test_a_run_that_another_process_works_on_is_not_published(made):
 @pytest.mark.parametrize("repo", ["head", "me/some head", "a/b/c", "me/--x"])
 def test_no_repository_by_that_name(made, repo):
     recipe, run = made
-    with pytest.raises(DraftheadError, match=r"publish\.repo: .*" + repo):
+    with refused("publish.repo", repo):
         publish(recipe, run, repo=repo, dry_run=True, console=QUIET)

@@ -8,7 +8,6 @@ import markdown
 import pytest
 from rich.console import Console
 
-from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json, write_json
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.proof import write_proof
@@ -17,6 +16,7 @@ from drafthead.report.page import report
 from drafthead.targets import load_target
 from tests.prove import made_run
 from tests.prove.made_run import MACHINE
+from tests.refused import refused
 
 
 def written(recipe, run):
@@ -143,7 +143,7 @@ def test_names_are_escaped_and_another_head_is_refused(tmp_path):
     assert "<b>&" not in html
     assert "&lt;b&gt;&amp;" in html
     write_json(run.head / "config.json", read_json(run.head / "config.json", "") | {"a": 1})
-    with pytest.raises(DraftheadError, match="another head"):
+    with refused("proof.json", "config.json", field="head"):
         report(recipe, run, console=Console(quiet=True))
 
 

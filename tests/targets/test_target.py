@@ -14,6 +14,7 @@ from drafthead.recipe import load_recipe
 from drafthead.targets import load_target
 from tests import tiny, wrappers
 from tests.prove import crafted
+from tests.refused import refused
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2", "lfm2_moe"])
@@ -58,11 +59,9 @@ def test_fingerprint_changes_with_one_weight(tmp_path, llama):
     assert load_target(copy).fingerprint != load_target(llama).fingerprint
 
 
-@pytest.mark.parametrize(
-    ("layers", "words"), [([7], "0 to 6"), ([-1], "0 to 6"), ([], "empty"), ([2, 2], "twice")]
-)
-def test_wrong_aux_layers(llama, layers, words):
-    with pytest.raises(DraftheadError, match=words):
+@pytest.mark.parametrize(("layers", "named"), [([7], [7]), ([-1], [-1]), ([], 6), ([2, 2], [2, 2])])
+def test_wrong_aux_layers(llama, layers, named):
+    with refused("capture.aux_layers", named):
         load_target(llama).check_aux_layers(layers)
 
 
@@ -78,15 +77,15 @@ def copy(tmp_path, llama):
 
 
 def test_missing_folder_and_files(tmp_path, copy):
-    with pytest.raises(DraftheadError, match="no such folder"):
+    with refused("nowhere"):
         load_target(tmp_path / "nowhere")
-    with pytest.raises(DraftheadError, match="a target is a folder"):
+    with refused("target/config.json"):
         load_target(copy / "config.json")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(DraftheadError, match="safetensors"):
+    with refused("*.safetensors"):
         load_target(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(DraftheadError, match=r"no config\.json"):
+    with refused("config.json"):
         load_target(copy)
 
 
@@ -100,7 +99,7 @@ def test_a_draft_head_is_no_target(copy, tmp_path):
 def test_truncated_weights(copy, keep):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DraftheadError, match=r"model\.safetensors.*(truncated|whole|broken)"):
+    with refused("model.safetensors"):
         load_target(copy)
 
 
@@ -108,10 +107,10 @@ def test_broken_config_and_missing_shard(copy):
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
     )
-    with pytest.raises(DraftheadError, match="shards are missing: model-00001"):
+    with refused("model-00001-of-00002.safetensors"):
         load_target(copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(DraftheadError, match=r"config\.json"):
+    with refused("config.json"):
         load_target(copy)
 
 
@@ -122,7 +121,7 @@ def test_logits_of_an_unknown_kind_are_refused(copy, field):
     config = json.loads((copy / "config.json").read_text())
     config[field] = 8.0
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DraftheadError, match=f"`{field}` is set: llama changes its logits"):
+    with refused("config.json", field, "llama"):
         load_target(copy)
 
 
@@ -133,7 +132,7 @@ def test_a_bias_on_the_way_to_logits_is_refused(copy, name, read):
     tensors = load_file(copy / "model.safetensors")
     tensors[name] = torch.zeros(64)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DraftheadError, match=rf"has a bias \({name}\)"):
+    with refused(name):
         getattr(load_target(copy), read)()
 
 
@@ -154,7 +153,7 @@ def test_code_comes_from_the_hub_only_if_it_may_run(copy, monkeypatch, trusted):
 @pytest.mark.parametrize("name", ["generation_config.json", "hf_quant_config.json"])
 def test_what_was_fetched_in_part_is_named(copy, name, text):
     (copy / name).write_text(text)
-    with pytest.raises(DraftheadError, match=rf"{name}.*"):
+    with refused(name):
         assert load_target(copy).eos_token_ids
 
 
@@ -162,14 +161,14 @@ def test_unknown_architecture_is_refused(copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.other_norm.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DraftheadError, match="no final norm found"):
+    with refused("norm.weight"):
         load_target(copy).final_norm()
 
 
 def test_tokenizer_missing(copy):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
-    with pytest.raises(DraftheadError, match="tokenizer"):
+    with refused("tokenizer"):
         load_target(copy).tokenizer()
 
 
@@ -249,13 +248,13 @@ def change(folder, change):
 )
 def test_a_configuration_of_another_size_than_the_weights_is_refused(copy, field, value):
     reconfigure(copy, **{field: value})
-    with pytest.raises(DraftheadError, match=f"`{field}` is {value}"):
+    with refused(field, value):
         load_target(copy)
 
 
 def test_layers_of_multi_token_prediction_are_no_other_size(copy):
     change(copy, lambda t: t.update({"model.layers.6.eh_proj.weight": torch.zeros(2, 2)}))
-    with pytest.raises(DraftheadError, match="`num_hidden_layers` is 6"):
+    with refused("num_hidden_layers", 6, 7):
         load_target(copy)
     reconfigure(copy, num_nextn_predict_layers=1)
     assert load_target(copy).num_layers == 6
@@ -263,26 +262,26 @@ def test_layers_of_multi_token_prediction_are_no_other_size(copy):
 
 def test_an_lm_head_of_another_vocabulary_is_refused(copy):
     change(copy, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:500].clone()}))
-    with pytest.raises(DraftheadError, match=r"`vocab_size` is 512, but lm_head\.weight has 500"):
+    with refused("vocab_size", 512, "lm_head.weight", 500):
         load_target(copy)
 
 
 def test_weights_and_configuration_must_agree_whether_they_are_tied(copy):
     reconfigure(copy, tie_word_embeddings=True)
-    with pytest.raises(DraftheadError, match=r"`tie_word_embeddings`: true, but lm_head\.weight"):
+    with refused("tie_word_embeddings", "true", "lm_head.weight"):
         load_target(copy)
     change(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert load_target(copy)  # saved twice
     change(copy, lambda t: t.pop("lm_head.weight"))
     assert load_target(copy).tied_embeddings
     reconfigure(copy, tie_word_embeddings=False)
-    with pytest.raises(DraftheadError, match=r"`tie_word_embeddings`: false.* no lm_head\.weight"):
+    with refused("tie_word_embeddings", "false", "lm_head.weight"):
         load_target(copy)
 
 
 def test_two_targets_in_one_folder_are_refused(copy):
     shutil.copy(copy / "model.safetensors", copy / "other.safetensors")
-    with pytest.raises(DraftheadError, match=r"model\.safetensors and other\.safetensors"):
+    with refused("model.safetensors", "other.safetensors"):
         load_target(copy)
 
 
@@ -305,15 +304,15 @@ def test_overrides_replace_fields_as_in_vllm(copy, tmp_path):
 @pytest.mark.parametrize("value", ["<|im_end|>", [[4]], -1, [4, 1.5], True])
 def test_an_end_token_that_is_no_id_is_refused(copy, value):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
-    with pytest.raises(DraftheadError, match=r"generation_config\.json: `eos_token_id`"):
+    with refused("generation_config.json", "eos_token_id"):
         assert load_target(copy).eos_token_ids
 
 
 def test_an_embedding_that_is_no_matrix_or_not_there_is_refused_at_once(copy):
     name = "model.embed_tokens.weight"
     change(copy, lambda t: t.update({name: t[name].flatten()}))
-    with pytest.raises(DraftheadError, match=r"embed_tokens\.weight has the shape \[32768\]"):
+    with refused("embed_tokens.weight", [32768]):
         load_target(copy)
     change(copy, lambda t: t.pop(name))
-    with pytest.raises(DraftheadError, match=r"embed_tokens\.weight"):
+    with refused("embed_tokens.weight"):
         load_target(copy)

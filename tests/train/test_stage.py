@@ -26,6 +26,7 @@ from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.targets import load_target
 from drafthead.train.stage import check_start, from_head, make_task, train
 from drafthead.vocab import save_vocab
+from tests.refused import refused
 
 CONSOLE = Console(file=io.StringIO())
 AUX = (1, 2)
@@ -136,23 +137,23 @@ def test_a_head_for_other_layers_is_refused(prepared, tmp_path):
     head = make_task(recipe, run, target).head
     head.config = replace(head.config, aux_layer_ids=(1, 3))
     save_head(head, tmp_path / "other", Provenance("x"))
-    with pytest.raises(DraftheadError, match=r"aux layers is \(1, 3\).*\(1, 2\).*head.aux_layers"):
+    with refused("head.aux_layers", (1, 3), (1, 2)):
         make_task(from_head(recipe, tmp_path / "other"), run, target)
 
 
 @pytest.mark.parametrize(
-    ("section", "settings", "words"),
+    ("section", "settings", "names"),
     [
-        ("train", {"rows_per_step": 1}, "2 processes for steps of 1 rows"),
-        ("train", {"track": ["wandb"]}, "pip install wandb"),
-        ("train", {"start_from": "nowhere"}, "nowhere: no such head"),
-        ("head", {"hidden_size": 48}, "head.hidden_size is 48"),
-        ("train", {"row_tokens": 9999}, "fewer processes"),
-        ("head", {"aux_layers": [1, 3]}, r"\[3\]: .* holds the layers \[1, 2\]"),
+        ("train", {"rows_per_step": 1}, "2 processes; 1 rows; train.rows_per_step"),
+        ("train", {"track": ["wandb"]}, "train.track; pip install wandb"),
+        ("train", {"start_from": "nowhere"}, "nowhere"),
+        ("head", {"hidden_size": 48}, "head.hidden_size; 48"),
+        ("train", {"row_tokens": 9999}, "9999 tokens; takes 2"),
+        ("head", {"aux_layers": [1, 3]}, "head.aux_layers; [3]; [1, 2]"),
     ],
 )
 def test_mistakes_are_found_before_what_was_trained_is_thrown_away(
-    prepared, monkeypatch, section, settings, words
+    prepared, monkeypatch, section, settings, names
 ):
     recipe, run = prepared
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -161,7 +162,7 @@ def test_mistakes_are_found_before_what_was_trained_is_thrown_away(
         update={"capture": recipe.capture.model_copy(update={"aux_layers": list(AUX)})}
     )
     check_start(captured, run)
-    with pytest.raises(DraftheadError, match=words):
+    with refused(*names.split("; ")):
         check_start(with_options(captured, section, settings), run)
 
 
@@ -184,7 +185,7 @@ def test_steps_are_as_many_as_help_the_head_that_is_gone_on_from(prepared, tmp_p
 
 def test_a_run_does_not_go_on_from_what_it_will_replace(prepared):
     recipe, run = prepared
-    with pytest.raises(DraftheadError, match=r"train/best: is what this run makes.*copy"):
+    with refused("train/best"):
         check_start(from_head(recipe, run.train / "best"), run)
 
 
@@ -193,7 +194,7 @@ def test_states_of_another_width_are_refused(prepared, tmp_path):
     target = load_target(recipe.target.path)
     run = RunDir(tmp_path)
     write_states(run.states, target, width=48)
-    with pytest.raises(DraftheadError, match=r"states of width 48.*capture again"):
+    with refused("states", 48):
         make_task(recipe, run, target)
 
 
@@ -204,17 +205,17 @@ def test_what_was_deleted_is_made_again_by_the_command_that_is_named(prepared, t
     for stage in ("capture", "vocab"):
         run.finish(stage, {}, {})
     (run.vocab / "vocab.safetensors").write_bytes(b"half a file")
-    with pytest.raises(DraftheadError, match=r"vocab\.safetensors: .*`drafthead vocab RECIPE`"):
+    with refused("vocab.safetensors", "drafthead vocab RECIPE"):
         check_start(recipe, run)
     assert run.finished("vocab", {}) is None
     assert run.finished("capture", {}) == {}
     shutil.copytree(made.vocab, run.vocab, dirs_exist_ok=True)
     shutil.rmtree(run.states)
-    with pytest.raises(DraftheadError, match=r"no such state store; `drafthead capture RECIPE`"):
+    with refused("states", "drafthead capture RECIPE"):
         check_start(recipe, run)
     assert run.finished("capture", {}) is None
     run.finish("capture", {}, {})
-    with pytest.raises(DraftheadError, match=r"no such state store; `drafthead capture RECIPE`"):
+    with refused("states", "drafthead capture RECIPE"):
         train(recipe, run, console=CONSOLE)
     assert run.finished("capture", {}) is None
 
@@ -224,7 +225,7 @@ def test_no_vocabulary_yet(prepared, tmp_path):
     target = load_target(recipe.target.path)
     run = RunDir(tmp_path)
     write_states(run.states, target)
-    with pytest.raises(DraftheadError, match="drafthead vocab"):
+    with refused("vocab.safetensors", "drafthead vocab RECIPE"):
         make_task(recipe, run, target)
 
 

@@ -245,7 +245,10 @@ class Template:
         for i in answers:
             before, found, rest = rest.partition(stand_ins[i])
             if not found:
-                raise DraftheadError(f"{self.where}: the chat template drops an earlier answer")
+                raise DraftheadError(
+                    f"{self.where}: the chat template drops an earlier answer",
+                    field="target.chat_template",
+                )
             glue.append(before)
         glue.append(rest)
         spans = _match(text, glue, [messages[i]["content"] for i in answers])

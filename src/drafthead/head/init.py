@@ -135,4 +135,7 @@ def _copy_layer(head: Eagle3Head, tensors: dict[str, Tensor]) -> None:
             parameter.copy_(tensor)
             taken += 1
     if not taken:
-        raise DraftheadError("no tensor of the target's layer has a shape that fits the head")
+        raise DraftheadError(
+            "no tensor of the target's layer has a shape that fits the head",
+            field="head.layer_from_target",
+        )

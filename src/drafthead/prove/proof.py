@@ -112,13 +112,16 @@ def read_proof(run: RunDir) -> dict:
         raise DraftheadError(f"{path}: not there: nothing was proved; `drafthead verify RECIPE`")
     record = read_json(path, "the proof that verify signs off", Proof, VERIFY_AGAIN)
     if record["seal"] != seal(record):
-        raise DraftheadError(f"{path}: altered after it was signed off; run verify again")
+        raise DraftheadError(
+            f"{path}: altered after it was signed off; run verify again", field="seal"
+        )
     found = hash_folder(run.head)
     if record["head"]["sha256"] != found:
         proved = record["head"]["sha256"]
         names = sorted(n for n in {*found, *proved} if found.get(n) != proved.get(n))
         raise DraftheadError(
-            f"{path}: signed off for another head ({', '.join(names)} differ); run verify again"
+            f"{path}: signed off for another head ({', '.join(names)} differ); run verify again",
+            field="head",
         )
     return record
 

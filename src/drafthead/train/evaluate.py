@@ -108,5 +108,7 @@ def evaluate(
         ]
         totals = [Acceptance.total(both) for both in zip(totals, walks, strict=True)]
     if not totals[0].drafts:
-        raise DraftheadError("held-out evaluation: no answer has two tokens or more")
+        raise DraftheadError(
+            "held-out evaluation: no answer has two tokens or more", field="heldout"
+        )
     return totals
