@@ -192,8 +192,8 @@ def train(
 
     rank = torchrun_rank()
     console.quiet = rank > 0
-    found = from_head(read_recipe(recipe), start)
-    one_stage("train", found, runs, overwrite, as_json and rank == 0, kind=kind)
+    loaded = from_head(read_recipe(recipe), start)
+    one_stage("train", loaded, runs, overwrite, as_json and rank == 0, kind=kind)
     if start is not None:
         console.print(
             "The stages after train go by the recipe. Write into it: "
@@ -305,14 +305,14 @@ def inspect(
     with waiting_for_library(console, f"reading {target}"):
         loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None
     with waiting(console, f"reading {head}"):
-        found = inspect_head(head_folder(head), loaded)
+        about = inspect_head(head_folder(head), loaded)
     if as_json:
-        emit(found, as_json)
+        emit(about, as_json)
     else:
-        console.print(describe(found))
-    if found["problems"]:
+        console.print(describe(about))
+    if about["problems"]:
         raise typer.Exit(DraftheadError.exit_code)
-    if found["unsupported"]:
+    if about["unsupported"]:
         raise typer.Exit(UnsupportedHead.exit_code)
 
 
@@ -342,17 +342,17 @@ def convert(
     with waiting_for_library(console, f"reading {target}"):
         loaded = load_target(target, trust_remote_code=trust_remote_code) if target else None
     with waiting(console, f"converting {head}"):
-        found = convert_head(
+        about = convert_head(
             head_folder(head),
             out,
             target=loaded,
             engine=engine,
             layer_ids=layer_ids,
         )
-    for name, can in found["engines"].items():
+    for name, can in about["engines"].items():
         console.print(told(name, can, out), soft_wrap=True)
     if as_json:
-        emit(found, as_json)
+        emit(about, as_json)
 
 
 @app.command(
@@ -439,17 +439,19 @@ def states_check(
     """Verify every byte of a store; name what is broken."""
     from drafthead.states.check import check_command
 
-    found = check_command(store, fix=repair, console=console)
-    for fault in found["faults"]:
+    result = check_command(store, fix=repair, console=console)
+    for fault in result["faults"]:
         console.print(f"[red]unit {fault['unit']}[/red]: {escape(fault['what'])}", soft_wrap=True)
     if as_json:
-        emit(found, as_json)
-    if found["whole"]:
-        console.print(f"{escape(str(store))}: all {found['units']} units are whole", soft_wrap=True)
+        emit(result, as_json)
+    if result["whole"]:
+        console.print(
+            f"{escape(str(store))}: all {result['units']} units are whole", soft_wrap=True
+        )
         return
     console.print(
-        f"{len(found['faults'])} of {found['units']} units are broken; "
-        f"next: `{escape(found['mend'])}`",
+        f"{len(result['faults'])} of {result['units']} units are broken; "
+        f"next: `{escape(result['mend'])}`",
         soft_wrap=True,
     )
     raise typer.Exit(0 if repair else ClaimFailed.exit_code)

@@ -119,7 +119,7 @@ def run_stage(
     """Run one stage; returns its summary."""
     from drafthead.run import execute
 
-    found = execute(
+    summaries = execute(
         recipe,
         runs,
         first=name,
@@ -129,7 +129,7 @@ def run_stage(
         again=again,
         console=console,
     )
-    return found[name]
+    return summaries[name]
 
 
 def one_stage(

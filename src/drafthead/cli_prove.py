@@ -36,7 +36,7 @@ def _with_options(recipe: Path, section: str, options: dict[str, Any]) -> "Recip
     from drafthead.recipe import with_options
 
     changed = {name: value for name, value in options.items() if value is not None}
-    found = with_options(read_recipe(recipe), section, changed)
+    changed_recipe = with_options(read_recipe(recipe), section, changed)
     if changed:
         given = json.dumps(changed)[1:-1].replace('"', "")
         console.print(
@@ -44,7 +44,7 @@ def _with_options(recipe: Path, section: str, options: dict[str, Any]) -> "Recip
             f"{escape(str(recipe))}: write the same into it to keep it",
             soft_wrap=True,
         )
-    return found
+    return changed_recipe
 
 
 def _sets(named: list[str] | None) -> list[dict[str, str]] | None:
@@ -92,8 +92,8 @@ def verify(
         "max_num_batched_tokens": max_num_batched_tokens,
         "samples": samples,
     }
-    found = _with_options(recipe, "verify", options)
-    one_stage("verify", found, runs, overwrite, as_json, again, kind)
+    loaded = _with_options(recipe, "verify", options)
+    one_stage("verify", loaded, runs, overwrite, as_json, again, kind)
 
 
 def bench(
@@ -141,7 +141,7 @@ def bench(
         "repeats": repeats,
         "over": over,
     }
-    found = _with_options(recipe, "bench", options)
+    loaded = _with_options(recipe, "bench", options)
     unsupported = False
     if heads:
         from drafthead.head.checkpoint import head_folder
@@ -150,14 +150,14 @@ def bench(
 
         # Fetched and looked at now, not after hours of measuring.
         for folder in [head_folder(existing_head(head)) for head in heads]:
-            unsupported |= bool(look_at(found, folder, recipe_target(found))[0])
-    summary = run_stage("bench", found, runs, overwrite, again, kind)
+            unsupported |= bool(look_at(loaded, folder, recipe_target(loaded))[0])
+    summary = run_stage("bench", loaded, runs, overwrite, again, kind)
     if heads or baseline:
         from drafthead.prove.bench import contest
         from drafthead.prove.choice import to_serve
 
-        (own, run), ngram = to_serve(found, runs, kind), baseline is not None
-        beside = contest(own, run, heads=heads or [], ngram=ngram, console=console)
+        (served, run), ngram = to_serve(loaded, runs, kind), baseline is not None
+        beside = contest(served, run, heads=heads or [], ngram=ngram, console=console)
         summary = {**summary, "beside": beside}
     emit(summary, as_json)
     if unsupported:

@@ -178,7 +178,7 @@ def read_json(path: Path | str, what: str, shape: Any = None, fix: str = "make i
     try:
         # Unlike `json` it refuses halves of characters, which no file could be written with, and
         # brackets without end.
-        found = from_json(path.read_bytes())
+        value = from_json(path.read_bytes())
     except FileNotFoundError:
         raise DraftheadError(f"{path}: not found; it should hold {what}") from None
     except OSError as error:
@@ -186,8 +186,8 @@ def read_json(path: Path | str, what: str, shape: Any = None, fix: str = "make i
     except ValueError as error:
         raise DraftheadError(f"{path}: broken JSON in {what}: {error}") from error
     if shape is not None:
-        shaped(found, path, what, shape, fix)
-    return found
+        shaped(value, path, what, shape, fix)
+    return value
 
 
 _adapter = functools.cache(TypeAdapter)  # making one takes milliseconds
@@ -276,13 +276,13 @@ class _Hashes:
         self._entries = self._read() | self._entries
 
     def get(self, path: str) -> str:
-        begun, state = time.time_ns(), _state(path)
+        started, state = time.time_ns(), _state(path)
         entry = self._entries.get(path)
         if entry and entry[:-1] == state:
             return entry[-1]
         digest = sha256_file(path)
         # A file written a moment ago may be written again within the same time stamp.
-        if state == _state(path) and begun - max(state[1:]) > _TIME_STAMP_NS:
+        if state == _state(path) and started - max(state[1:]) > _TIME_STAMP_NS:
             with self._lock:
                 self._entries[path] = [*state, digest]
                 if self.file is not None and state[0] >= _WORTH_KEEPING:
@@ -330,10 +330,10 @@ def sha256_file(path: Path | str) -> str:
 def visible_files(folder: Path) -> dict[str, Path]:
     """The files of a folder and of those below by their relative names, in order; hidden ones, and
     what lies in hidden folders, are left out."""
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
     return {
         str(name): path
-        for name, path in found.items()
+        for name, path in files.items()
         if path.is_file() and not any(part.startswith(".") for part in name.parts)
     }
 

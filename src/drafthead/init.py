@@ -257,17 +257,17 @@ def write_recipe(
     }
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(about: dict[str, Any]) -> str:
     """What :func:`write_recipe` found out, for people."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in found["layer_kinds"].items())
-    quantized = f", {found['quantization']}" if found["quantization"] else ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in about["layer_kinds"].items())
+    quantized = f", {about['quantization']}" if about["quantization"] else ""
     lines = [
-        f"target: {', '.join(found['architectures'])}{quantized}, {found['layers']} layers "
-        f"({kinds}), {found['vocab_size']:,} tokens in its vocabulary"
+        f"target: {', '.join(about['architectures'])}{quantized}, {about['layers']} layers "
+        f"({kinds}), {about['vocab_size']:,} tokens in its vocabulary"
     ]
-    if found["conversations"] is not None:
+    if about["conversations"] is not None:
         lines.append(
-            f"prompts: {found['conversations']:,} conversations, about "
-            f"{found['expected_tokens']:,} tokens with answers"
+            f"prompts: {about['conversations']:,} conversations, about "
+            f"{about['expected_tokens']:,} tokens with answers"
         )
     return "\n".join(lines)

@@ -137,7 +137,7 @@ def _let_through(visible: str, handles: list) -> list:
     letters of an UUID or by a MIG device's, up to the first name of nothing."""
     import pynvml
 
-    uuids, found = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles], []
+    uuids, visible_handles = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles], []
     for name in (part.strip() for part in visible.split(",")):
         if name.startswith("MIG-"):
             try:
@@ -152,8 +152,8 @@ def _let_through(visible: str, handles: list) -> list:
             ]
         if len(alike) != 1:
             break
-        found += alike
-    return found
+        visible_handles += alike
+    return visible_handles
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], bool | None, str | None]:
@@ -246,10 +246,10 @@ def torchrun_rank() -> int:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank >= size:
-        known = os.environ.get("WORLD_SIZE", "not set")
+        world_size = os.environ.get("WORLD_SIZE", "not set")
         raise DraftheadError(
             f"RANK is {rank}, which says that another process, the first of those that train "
-            f"together, writes what is made here, but WORLD_SIZE is {known}; start them with "
+            f"together, writes what is made here, but WORLD_SIZE is {world_size}; start them with "
             "torchrun, or unset RANK to work in this one"
         )
     return rank

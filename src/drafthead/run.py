@@ -143,12 +143,12 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     # … nor do the GPU that computes states online and the memory that they pass through.
     dumped["capture"] |= CaptureSection().model_dump(include={"online_bytes", "online_devices"})
     del dumped["capture"]["max_unusable"]  # … nor how many conversations may be left out
-    found = {stage.name: {name: dumped[name] for name in stage.sections} for stage in STAGES}
+    settings = {stage.name: {name: dumped[name] for name in stage.sections} for stage in STAGES}
     # How much memory the engine may take does not change what the target writes: who ran out of it
     # goes on with less.
-    engine = found["generate"]["engine"]
-    found["generate"]["engine"] = {k: v for k, v in engine.items() if k not in _MEMORY}
-    return found
+    engine = settings["generate"]["engine"]
+    settings["generate"]["engine"] = {k: v for k, v in engine.items() if k not in _MEMORY}
+    return settings
 
 
 def check_made(recipe: Recipe, run: RunDir) -> None:
@@ -206,36 +206,36 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         files = [source.path for source in sources if source.path]
         for path in files:
             check_file(path)
-        found = {path: file_hash(path) for path in files}
+        hashed = {path: file_hash(path) for path in files}
         folders = [source.dataset for source in sources if source.dataset]
-        return found | {name: _folder_hash(Path(name)) for name in folders if Path(name).is_dir()}
+        return hashed | {name: _folder_hash(Path(name)) for name in folders if Path(name).is_dir()}
 
     settings = _settings(recipe)
     inputs: dict[str, dict] = {}
     for stage in STAGES:
-        own = settings[stage.name]
+        needs = settings[stage.name]
         if stage.name == "bench":
-            own["prompt_files"] = hashes(recipe.bench.sources or [])
+            needs["prompt_files"] = hashes(recipe.bench.sources or [])
         if stage.name == "export" and recipe.export.speculators:
-            own["k"] = recipe.serve.k  # which that format names
+            needs["k"] = recipe.serve.k  # which that format names
         if stage.name == "verify":
-            own["temperature"] = recipe.bench.temperature  # of the sampled answers
+            needs["temperature"] = recipe.bench.temperature  # of the sampled answers
         if stage.name == "train" and (start := recipe.train.start_from):
             folder = head_folder(start)
             if "train" in wanted and not (folder / "config.json").is_file():
                 raise DraftheadError(f"train.start_from: {start}: no head there (no config.json)")
             files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-            own["start_files"] = {f.name: file_hash(f) for f in files if f.is_file()}
+            needs["start_files"] = {f.name: file_hash(f) for f in files if f.is_file()}
             if (steps := trained_steps(recipe)) != recipe.ttt_steps:
-                own["ttt_steps"] = steps  # follows that head and how many tokens may be drafted
+                needs["ttt_steps"] = steps  # follows that head and how many tokens may be drafted
         if stage.after is None:
-            own["target_files"] = target.fingerprint
-            own["prompt_files"] = hashes(recipe.prompts.sources)
+            needs["target_files"] = target.fingerprint
+            needs["prompt_files"] = hashes(recipe.prompts.sources)
             if recipe.target.chat_template is not None:
-                own["chat_template"] = fingerprint(given_template(recipe))
+                needs["chat_template"] = fingerprint(given_template(recipe))
         else:
-            own["after"] = fingerprint(inputs[stage.after])
-        inputs[stage.name] = own
+            needs["after"] = fingerprint(inputs[stage.after])
+        inputs[stage.name] = needs
     return inputs
 
 
@@ -332,12 +332,12 @@ def execute(
     jobs = each_kind(recipe, runs_dir, kind)
     beside = jobs if kind is None else each_kind(recipe, runs_dir)
     with waiting(console, "hashing target and prompts"):
-        inputs = {name: stage_inputs(own, wanted) for name, (own, _) in jobs.items()}
+        inputs = {name: stage_inputs(of_kind, wanted) for name, (of_kind, _) in jobs.items()}
     if {"generate", "train"} <= set(wanted):
         from drafthead.train.stage import check_shape
 
-        for own, place in jobs.values():
-            check_shape(own, place)  # now, not after hours of answers
+        for of_kind, place in jobs.values():
+            check_shape(of_kind, place)  # now, not after hours of answers
     if recipe.bench.sources and {"generate", "bench"} <= set(wanted):
         from drafthead.prove.prompts import own_prompts
 
@@ -360,7 +360,7 @@ def execute(
         for stage, name in steps:
             if stopped is not None and not stage.reads_all:
                 continue
-            (own, place), needs = jobs[name], inputs[name]
+            (of_kind, place), needs = jobs[name], inputs[name]
             if stage.name in SHARED:
                 place = run
             done = place.finished(stage.name, needs[stage.name])
@@ -382,7 +382,9 @@ def execute(
                         f"with this recipe; run `drafthead run RECIPE --from {unfinished}`"
                     )
             try:
-                done = _run_stage(stage, own, place, needs[stage.name], overwrite, beside, console)
+                done = _run_stage(
+                    stage, of_kind, place, needs[stage.name], overwrite, beside, console
+                )
                 _tell(summaries, stage, name, done, beside)
             except ClaimFailed as error:
                 console.print(f"[red]{stage.name}: {escape(str(error))}[/red]")

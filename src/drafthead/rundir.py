@@ -177,13 +177,13 @@ class RunDir:
 
 def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
     """The fields that differ, as `section.field: old -> new`."""
-    found = []
+    changes = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if old == new or (prefix == "prompt_files." and None in (old, new)):
             continue  # of a file that is new or gone the sources tell
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            changes += _differences(old, new, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}: {shortened(old, 60)} -> {shortened(new, 60)}")
-    return found
+            changes.append(f"{prefix}{key}: {shortened(old, 60)} -> {shortened(new, 60)}")
+    return changes

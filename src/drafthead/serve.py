@@ -357,8 +357,8 @@ def engine_plan(
     add("default_chat_template_kwargs", arguments or None, why, server_only=True)
     if speculative_config and (refused := refused_sampling(target, engine.extra)):
         off = {name: _REFUSED_SAMPLING[name] for name in refused}
-        found = ", ".join(f"{name} {value}" for name, value in refused.items())
-        why = f"the target's default {found} is off: vLLM refuses it with a head, each request"
+        defaults = ", ".join(f"{name} {value}" for name, value in refused.items())
+        why = f"the target's default {defaults} is off: vLLM refuses it with a head, each request"
         given = engine.extra.get("override_generation_config") or {}
         add("override_generation_config", given | off, why, notable=True)
 
@@ -444,8 +444,8 @@ def largest_graph(sequences: int, drafts: int) -> int | None:
         sequences: at once (``max_num_seqs``).
         drafts: tokens drafted a step, 0 for the target alone.
     """
-    wanted = min(_MOST_GRAPH_TOKENS, _GRAPH_TOKENS + drafts * sequences)
-    return wanted if wanted > min(_GRAPH_TOKENS, 2 * (drafts + 1) * sequences) else None
+    tokens = min(_MOST_GRAPH_TOKENS, _GRAPH_TOKENS + drafts * sequences)
+    return tokens if tokens > min(_GRAPH_TOKENS, 2 * (drafts + 1) * sequences) else None
 
 
 def existing_head(head: Path | str) -> Path | str:

@@ -51,44 +51,44 @@ class SequenceAssembler:
             For each sequence of T tokens int64 [T - 1]: the last token is never an input. -1 where
             no sequence computed the position.
         """
-        found = self._own_rows({key: len(ids) - 1 for key, ids in sequences.items()})
-        lacking = {key: int((rows < 0).sum()) for key, rows in found.items()}
+        rows_of = self._own_rows({key: len(ids) - 1 for key, ids in sequences.items()})
+        lacking = {key: int((rows < 0).sum()) for key, rows in rows_of.items()}
         depth = max(lacking.values(), default=0)
         if depth == 0:
-            return found
+            return rows_of
         # A trie of first tokens, as deep as the longest cached prefix; node -> row.
         children: dict[tuple[int, int], int] = {}
         paths: dict[int, list[int]] = {}
         row_of: dict[int, int] = {}
         for key, ids in sequences.items():
             node, path = 0, []
-            for position in range(min(depth, len(found[key]))):
+            for position in range(min(depth, len(rows_of[key]))):
                 node = children.setdefault((node, int(ids[position])), len(children) + 1)
                 path.append(node)
-                if found[key][position] >= 0:
-                    row_of.setdefault(node, int(found[key][position]))
+                if rows_of[key][position] >= 0:
+                    row_of.setdefault(node, int(rows_of[key][position]))
             paths[key] = path
         for key, count in lacking.items():
-            rows = found[key]
+            rows = rows_of[key]
             for position in range(count):
                 if rows[position] < 0:
                     rows[position] = row_of.get(paths[key][position], -1)
-        return found
+        return rows_of
 
     def _own_rows(self, lengths: Mapping[int, int]) -> dict[int, np.ndarray]:
         """The row of each position as noted, -1 where there is none."""
         notes = np.concatenate([np.zeros((0, 4), np.int64), *self._notes])
         notes = notes[np.argsort(notes[:, 0], kind="stable")]
-        found = {}
+        rows_of = {}
         for key, length in lengths.items():
             _, row, start, count = notes[slice(*np.searchsorted(notes[:, 0], (key, key + 1)))].T
             step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
             position = np.repeat(start, count) + step
-            known = position < length
+            within = position < length
             rows = np.full(length, -1, np.int64)
-            rows[position[known]] = (np.repeat(row, count) + step)[known]  # the last one stays
-            found[key] = rows
-        return found
+            rows[position[within]] = (np.repeat(row, count) + step)[within]  # the last one stays
+            rows_of[key] = rows
+        return rows_of
 
     def take(self, rows: np.ndarray) -> list[torch.Tensor]:
         """The given rows of each tensor that ``append`` was given, copied. Up to ``SEGMENT_ROWS``

@@ -203,9 +203,9 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     if stage == "capture" or recipe.capture.mode == "generate":
         open_store(run.states, plan.meta)
     if stage == "capture" and location:
-        there = location.names("answers")
+        published = location.names("answers")
         for part in (part_path(run.answers, number) for number in todo):
-            if part.name not in there:  # the answers were written without a cluster
+            if part.name not in published:  # the answers were written without a cluster
                 location.put(part, f"answers/{part.name}")
     chats = {n: [(asdict(chat), split) for chat, split in plan.units[n]] for n in todo}
     with _connected(recipe) as ray:
@@ -214,7 +214,7 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
         need = {"num_gpus": recipe.engine.tensor_parallel_size} if gpus else {"num_cpus": 1}
         actor_class = ray.remote(max_restarts=0, **need)(Worker)
         room = _room(ray, need)
-        wanted = min(len(todo), cluster.workers or room)
+        most_workers = min(len(todo), cluster.workers or room)
         shared, order, hired = ray.put(chats), _order(stage, plan, run), 0
         workers: dict[Any, tuple[str, Any]] = {}
         total, tokens = answers_in(stage, plan, range(len(plan.units))), 0
@@ -225,7 +225,7 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
                 left, held, answers, more = ray.get(work_queue.poll.remote())
                 tokens += more
                 shown.advance(answers, note=f"{len(workers)} workers, {tokens:,} tokens")
-                while len(workers) < min(wanted, len(workers) + left):
+                while len(workers) < min(most_workers, len(workers) + left):
                     name = f"{hired:03d}"
                     actor = actor_class.remote(name, order, shared, work_queue, cluster.location)
                     workers[actor.work.remote()] = (name, actor)
@@ -284,8 +284,8 @@ def _missing(stage: str, plan: WorkPlan, run: RunDir, location: Location | None)
     folder = "answers" if stage == "generate" else "states"
     path_of = part_path if stage == "generate" else unit_path
     local = run.answers if stage == "generate" else run.states
-    there = location.names(folder) if location else {p.name for p in local.glob("*")}
-    return [n for n in range(len(plan.units)) if path_of(local, n).name not in there]
+    finished = location.names(folder) if location else {p.name for p in local.glob("*")}
+    return [n for n in range(len(plan.units)) if path_of(local, n).name not in finished]
 
 
 def _describe(plan: WorkPlan, location: Location) -> None:
@@ -294,8 +294,8 @@ def _describe(plan: WorkPlan, location: Location) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if location.exists(name):
             location.get(name, Path(folder) / "meta.json")
-            found = StoreMeta.load(Path(folder))
-            check_same(found, plan.meta, location.url, "give this run another location")
+            earlier = StoreMeta.load(Path(folder))
+            check_same(earlier, plan.meta, location.url, "give this run another location")
         else:
             plan.meta.save(Path(folder))
             location.put(Path(folder) / "meta.json", name)

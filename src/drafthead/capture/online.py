@@ -237,13 +237,13 @@ def _devices(recipe: Recipe, rank: int) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         shared = visible.split(",")[rank] if visible else str(rank)
         return {"CUDA_VISIBLE_DEVICES": shared} if "LOCAL_RANK" in os.environ else {}
-    own = devices[rank * each : (rank + 1) * each]
-    if len(own) < each:
+    assigned = devices[rank * each : (rank + 1) * each]
+    if len(assigned) < each:
         raise DraftheadError(
             f"capture.online_devices: {devices} has too few for training process {rank}: each "
             f"takes engine.tensor_parallel_size = {each}"
         )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own))}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, assigned))}
 
 
 _incoming: queue.SimpleQueue = queue.SimpleQueue()
@@ -276,10 +276,10 @@ def _serve(order: dict, report: Callable[[dict], None]) -> None:
 
 def _batch(most: int, wait: bool) -> list[tuple[int, int, list[int]]]:
     """The requests that have come in, at most so many; none only if there is no time to wait."""
-    found = [_incoming.get()] if wait else []
-    while len(found) < most and not _incoming.empty():
-        found.append(_incoming.get())
-    return found
+    requests = [_incoming.get()] if wait else []
+    while len(requests) < most and not _incoming.empty():
+        requests.append(_incoming.get())
+    return requests
 
 
 if __name__ == "__main__":

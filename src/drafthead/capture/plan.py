@@ -135,15 +135,15 @@ def plan_elsewhere(recipe: Recipe, meta: StoreMeta, now: datetime) -> WorkPlan:
     """
     target = recipe_target(recipe)
     template = recipe_template(recipe, target, now)
-    own = _inputs(recipe, target, template, meta.inputs["prompts"])
-    differing = [key for key in own if own[key] != meta.inputs.get(key)]
+    inputs = _inputs(recipe, target, template, meta.inputs["prompts"])
+    differing = [key for key in inputs if inputs[key] != meta.inputs.get(key)]
     if differing:
         raise DraftheadError(
             f"{platform.node()}: {', '.join(differing)} differ(s) from the machine that started "
             "the work; states from both would not belong together"
         )
     units: list[list[tuple[Chat, str]]] = [[] for _ in range(meta.units)]
-    return WorkPlan(recipe, target, template, units, [], meta, own["max_model_len"])
+    return WorkPlan(recipe, target, template, units, [], meta, inputs["max_model_len"])
 
 
 def _inputs(recipe: Recipe, target: Target, template: Template, prompts: str) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class Capture:
         return output
 
     def _record(self, step: "SchedulerOutput") -> None:
-        known = step.scheduled_cached_reqs
-        starts = dict(zip(known.req_ids, known.num_computed_tokens))
+        cached = step.scheduled_cached_reqs
+        starts = dict(zip(cached.req_ids, cached.num_computed_tokens))
         for request in step.scheduled_new_reqs:
             starts[request.req_id] = request.num_computed_tokens
             extra = request.sampling_params and request.sampling_params.extra_args

@@ -158,10 +158,14 @@ def _environment() -> dict[str, str]:
     to 32 MB, because torch's temporaries have the same sizes in every unit.
     """
     cores = max(1, min(4, usable_cores() // 4))
-    own = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-    own |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    settings = {
+        "OMP_NUM_THREADS": str(cores),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    settings |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
     bound = ("OMP_", "GOMP_", "KMP_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(bound)} | own
+    return {k: v for k, v in os.environ.items() if not k.startswith(bound)} | settings
 
 
 def serve(

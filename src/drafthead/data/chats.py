@@ -275,8 +275,8 @@ def _message_list(value: Any, key: str, where: str) -> list[Any]:
         if columns and len(columns) == len(value) and len({len(c) for c in columns}) == 1:
             value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(value, list):
-        wanted = "neither text nor a list of messages" if key == "prompt" else "not a list"
-        raise DraftheadError(f"{where}: `{key}` is of type {type(value).__name__}, {wanted}")
+        expected = "neither text nor a list of messages" if key == "prompt" else "not a list"
+        raise DraftheadError(f"{where}: `{key}` is of type {type(value).__name__}, {expected}")
     if not value:
         raise _NotAsked("empty message")
     return value

@@ -83,9 +83,9 @@ class Template:
 
     def _check_arguments(self, read: set[str]) -> None:
         """vLLM passes a template only what it reads, and the rest of a request by itself."""
-        own = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        reserved = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
         for name in self.arguments:
-            if name in own:
+            if name in reserved:
                 raise DraftheadError(
                     f"target.chat_template_kwargs: {name} is not for a recipe: vLLM sets it for "
                     "each request"
@@ -93,7 +93,7 @@ class Template:
             if name not in read:
                 raise DraftheadError(
                     f"target.chat_template_kwargs: {name}: the chat template of {self.where} does "
-                    f"not read it (it reads {', '.join(sorted(read - own)) or 'no others'})"
+                    f"not read it (it reads {', '.join(sorted(read - reserved)) or 'no others'})"
                 )
 
     def at(self, now: datetime) -> "Template":
@@ -122,8 +122,8 @@ class Template:
         for i in reversed(range(len(messages))):
             if messages[i]["role"] == "assistant":
                 break
-            said = messages[i]["content"].strip()
-            if messages[i]["role"] != "user" or (said in text and len(said) >= _SHORT):
+            content = messages[i]["content"].strip()
+            if messages[i]["role"] != "user" or (content in text and len(content) >= _SHORT):
                 continue
             # A template may trim or rewrite what the user said; then other words change the text.
             others = [*messages[:i], {**messages[i], "content": _STAND_IN}, *messages[i + 1 :]]
@@ -243,8 +243,8 @@ class Template:
         shown = [{**m, "content": stand_ins.get(i, m["content"])} for i, m in enumerate(messages)]
         rest, glue = self.render(shown, prompt=True), []
         for i in answers:
-            before, found, rest = rest.partition(stand_ins[i])
-            if not found:
+            before, stand_in, rest = rest.partition(stand_ins[i])
+            if not stand_in:
                 raise DraftheadError(
                     f"{self.where}: the chat template drops an earlier answer",
                     field="target.chat_template",

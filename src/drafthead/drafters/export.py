@@ -44,23 +44,23 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     k = recipe.serve.k
     paths = {"head": str(run.head)}
     with waiting(console, "writing the head"):
-        found = convert(best, run.head, "vllm", target, k)
+        about = convert(best, run.head, "vllm", target, k)
         if (template := given_template(recipe)) is not None:
             write_bytes(run.head / CHAT_TEMPLATE, template.encode())
         if recipe.export.speculators:
             convert(best, run.head_speculators, "speculators", target, k)
             paths["speculators"] = str(run.head_speculators)
     console.print(
-        f"{escape(str(run.head))}: {found['parameters'] / 1e6:.1f} M parameters, "
-        f"{found['cost']['bytes_per_draft_step'] / 1e6:.1f} MB read for each drafted token"
+        f"{escape(str(run.head))}: {about['parameters'] / 1e6:.1f} M parameters, "
+        f"{about['cost']['bytes_per_draft_step'] / 1e6:.1f} MB read for each drafted token"
     )
     return {
         "paths": paths,
-        "config": found["config"],
-        "parameters": found["parameters"],
-        "bytes": found["bytes"],
-        "cost": found["cost"],
-        "notes": found["notes"],
+        "config": about["config"],
+        "parameters": about["parameters"],
+        "bytes": about["bytes"],
+        "cost": about["cost"],
+        "notes": about["notes"],
     }
 
 
@@ -115,8 +115,8 @@ def _share(head: DSparkHead, target: Target) -> None:
     changes: dict[str, Any] = {"num_target_layers": target.num_layers}
     whole = head.config.draft_vocab_size == target.vocab_size and target.logits.scale == 1
     if head.lm_head is not None and whole:
-        own = head.lm_head.weight
-        if torch.equal(own, target.lm_head().to(own.dtype)):
+        weight = head.lm_head.weight
+        if torch.equal(weight, target.lm_head().to(weight.dtype)):
             head.lm_head, changes["own_lm_head"] = None, False
     head.config = head.config.model_copy(update=changes)
 
@@ -199,13 +199,15 @@ def convert_head(
         if about["unsupported"]:
             raise UnsupportedHead("\n".join(about["unsupported"]))
         k = about.get("config", {}).get("block_size", 3)
-        wanted = layout(engine, about)
-        found = _write(source, out, wanted, target, k, with_embedding=wanted != "vllm")
-    if not (can := found["engines"][engine])["serves"]:
+        file_layout = layout(engine, about)
+        converted = _write(
+            source, out, file_layout, target, k, with_embedding=file_layout != "vllm"
+        )
+    if not (can := converted["engines"][engine])["serves"]:
         clear(out)
         why = "\n".join(f"{ENGINES[engine].title}: {reason}" for reason in can["why"])
         raise DraftheadError(why, field="for")
-    return found
+    return converted
 
 
 def _with_layer_ids(source: Path, folder: Path, meaning: str) -> Path:

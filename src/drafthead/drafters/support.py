@@ -28,8 +28,8 @@ def support(about: dict[str, Any], folder: Path, target: Target | None) -> dict[
         `drafthead convert` mends all of that), `foreign` (what of it that mends), `notes`.
     """
     kind, config = about.get("kind", "eagle3"), about.get("config")
-    known = config is not None and not about["unsupported"]
-    raw: Any = read_json(folder / "config.json", "a head's configuration") if known else {}
+    readable = config is not None and not about["unsupported"]
+    raw: Any = read_json(folder / "config.json", "a head's configuration") if readable else {}
     try:
         names = frozenset(SafetensorsFolder(folder).where)
     except DraftheadError:  # told among the problems
@@ -37,12 +37,12 @@ def support(about: dict[str, Any], folder: Path, target: Target | None) -> dict[
     head = Head(kind, config or {}, raw, names, bool(about.get("own_embedding")), target)
     found = {}
     for name, engine in ENGINES.items():
-        limits = [x for x in LIMITS if x.engine == name and kind in x.kinds and known]
+        limits = [x for x in LIMITS if x.engine == name and kind in x.kinds and readable]
         limits = [limit for limit in limits if limit.applies(head)]
         # What is broken is broken for all; what drafthead cannot compute, vLLM may serve.
         why = about["problems"] + about["unsupported"]
         found[name] = {
-            "serves": not (why or limits) if known or about["problems"] else None,
+            "serves": not (why or limits) if readable or about["problems"] else None,
             "why": why + [limit.words for limit in limits],
             "convert": not why and bool(limits) and all(limit.layout for limit in limits),
             "foreign": [limit.words for limit in limits if limit.layout],

@@ -179,30 +179,30 @@ class HeadFiles:
         if LM_HEAD in missing and self.shares_lm_head(config):
             missing.remove(LM_HEAD)
         unknown = [f"{n} {list(shape)}" for n, shape in self.shapes.items() if n not in allowed]
-        found = []
+        problems = []
         if layers := self._layers(config):
-            found.append(layers)
+            problems.append(layers)
         if missing:
-            found.append(f"missing: {some(missing)}")
+            problems.append(f"missing: {some(missing)}")
         if unknown:
-            found.append(f"not part of such a head: {some(unknown)}")
+            problems.append(f"not part of such a head: {some(unknown)}")
         wrong = [
             f"{name} is {list(shape)}, must be {list(allowed[name])}{_hint(name, config)}"
             for name, shape in self.shapes.items()
             if name in allowed and shape != allowed[name]
         ]
-        found += wrong[:MOST]
+        problems += wrong[:MOST]
         if len(wrong) > MOST:
-            found.append(f"{len(wrong) - MOST} more tensors have other shapes")
+            problems.append(f"{len(wrong) - MOST} more tensors have other shapes")
         types = [
             f"{name} {dtype}"
             for name, dtype in self.dtypes.items()
             if name in allowed and name not in ("d2t", "t2d") and dtype not in FLOATS
         ]
         if types:
-            found.append(f"must be one of {', '.join(FLOATS)}: {some(types)}")
+            problems.append(f"must be one of {', '.join(FLOATS)}: {some(types)}")
         if "d2t" not in self.shapes and config.draft_vocab_size < config.vocab_size:
-            found.append(
+            problems.append(
                 f"d2t is missing: vLLM would take zeros without a word and draft only the first "
                 f"{config.draft_vocab_size} ids"
                 + (
@@ -212,11 +212,11 @@ class HeadFiles:
                 )
             )
         if config.hidden_size != config.target_hidden_size and EMBEDDING not in self.shapes:
-            found.append(
+            problems.append(
                 f"hidden_size {config.hidden_size} is not the target's "
                 f"{config.target_hidden_size}, so {EMBEDDING} must come with the head"
             )
-        return found
+        return problems
 
     def _layers(self, config: HeadConfig) -> str | None:
         """Whether the file has another number of layers than the configuration."""
@@ -377,5 +377,5 @@ def load_head(folder: Path | str, target: Target | None = None) -> LoadedHead:
     head.load_state_dict(weights, strict=False, assign=True)
     head.to(weights["fc.weight"].dtype)
     head.set_vocab(d2t)
-    own = files.tensor(EMBEDDING) if EMBEDDING in files.shapes else None
-    return LoadedHead(head, own, read)
+    embedding = files.tensor(EMBEDDING) if EMBEDDING in files.shapes else None
+    return LoadedHead(head, embedding, read)

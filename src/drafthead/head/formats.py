@@ -356,8 +356,8 @@ def _windows(
     sliding = [kind == "sliding_attention" for kind in kinds]
     if any(sliding) and "sliding_window" not in given:
         raise DraftheadError(f"{where}: sliding_window is missing, layer_types is {kinds!r:.80}")
-    own = given.get("sliding_window")
-    windows = [own if slides and own is not None else shared for slides in sliding]
+    window_size = given.get("sliding_window")
+    windows = [window_size if slides and window_size is not None else shared for slides in sliding]
     sizes = {window for window in windows if window is not None}
     if len(sizes) > 1 or any(type(w) is int and 0 < w < SMALLEST_WINDOW for w in sizes):
         raise UnsupportedHead(

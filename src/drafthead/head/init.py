@@ -119,11 +119,11 @@ def target_layer(target: Target) -> dict[str, Tensor]:
 
 def _copy_layer(head: Eagle3Head, tensors: dict[str, Tensor]) -> None:
     """Copy what fits of a target layer into the head's first one; raise if nothing does."""
-    own = dict(head.layers[0].named_parameters())
+    parameters = dict(head.layers[0].named_parameters())
     renamed = {"input_layernorm.weight": "hidden_norm.weight"}  # it normed the hidden state there
     taken = 0
     for name, tensor in tensors.items():
-        parameter = own.get(renamed.get(name, name))
+        parameter = parameters.get(renamed.get(name, name))
         if parameter is None:
             continue
         if name.split(".")[1] in ("q_proj", "k_proj", "v_proj") and tensor.dim() == 2:

@@ -106,19 +106,19 @@ def _weight_bytes(files: HeadFiles | None) -> int:
 
 def _provenance(read: ReadConfig) -> dict[str, Any]:
     """What the head says about itself: plain strings cut short and safe to print, and figures."""
-    known = ("drafthead_version", "target", "target_fingerprint")
+    keys = ("drafthead_version", "target", "target_fingerprint")
     about = read.provenance or {}
-    said: dict[str, Any] = {
+    provenance: dict[str, Any] = {
         key: about[key][:200].encode("ascii", "backslashreplace").decode()
-        for key in known
+        for key in keys
         if isinstance(about.get(key), str)
     }
     trained = about.get("trained")
     for key in ("step", "k", "accepted_length"):
         value = trained.get(key) if isinstance(trained, dict) else None
         if isinstance(value, int | float) and abs(value) < 1e15:
-            said[key] = value
-    return said
+            provenance[key] = value
+    return provenance
 
 
 def _values(files: HeadFiles, config: HeadConfig) -> list[str]:

@@ -43,12 +43,12 @@ class Graphs:
                 called = True
                 return function()
             if graph is None:
-                begun, graph = time.monotonic(), torch.cuda.CUDAGraph()
+                started, graph = time.monotonic(), torch.cuda.CUDAGraph()
                 # The threads that read rows allocate meanwhile: no business of this capture.
                 with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                     result = function()
                 self.captured += 1
-                self.seconds += time.monotonic() - begun
+                self.seconds += time.monotonic() - started
             graph.replay()
             return result
 

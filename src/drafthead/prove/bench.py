@@ -252,11 +252,11 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         best = again
     for other in others:
         console.print(f"bench: the same with {other} drafts")
-        so = with_options(own, "serve", {"draft_sample_method": other})
+        with_method = with_options(own, "serve", {"draft_sample_method": other})
         at = [p for p in points if p.num_speculative_tokens == k and p.temperature]
         share = REST if choosing else ALL
-        own_plans = _plans(so, target, [k], head)
-        rivals = _measure(so, run, target, own_plans, asked, at, console, share)
+        own_plans = _plans(with_method, target, [k], head)
+        rivals = _measure(with_method, run, target, own_plans, asked, at, console, share)
         rivals = [_told(cell, other) for cell in rivals]
         # Compared with the best on the same pairs.
         scale = best["compared_speedup"] / best["speedup"]

@@ -50,19 +50,19 @@ def by_load(runs: dict[str, RunDir]) -> list[dict[str, dict]]:
     """
     grids = {kind: measured(run) for kind, run in runs.items()}
     loads = dict.fromkeys(load(cell) for cells in grids.values() for cell in cells)
-    found = []
-    for wanted in loads:
+    ranked = []
+    for at in loads:
         best = {}
         for kind, cells in grids.items():
-            here = [cell for cell in cells if load(cell) == wanted]
+            here = [cell for cell in cells if load(cell) == at]
             if here and here[0] is cells[0]:
                 best[kind] = here[0]
             elif cell := fastest(here, {cell["num_speculative_tokens"] for cell in here}):
                 best[kind] = cell
         if best:
             order = sorted(best, key=lambda kind: -best[kind]["speedup"])
-            found.append({kind: best[kind] for kind in order})
-    return found
+            ranked.append({kind: best[kind] for kind in order})
+    return ranked
 
 
 def lead(first: dict, second: dict) -> tuple[float, float, float]:

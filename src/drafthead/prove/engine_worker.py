@@ -24,15 +24,15 @@ def counters(llm: Any) -> dict:
         "vllm:spec_decode_num_draft_tokens": "draft_tokens",
         "vllm:spec_decode_num_accepted_tokens_per_pos": "accepted",
     }
-    found: dict[str, Any] = {}
+    totals: dict[str, Any] = {}
     for metric in llm.get_metrics():
         name = names.get(metric.name)
         if name == "accepted":
-            old = found.get(name, [0] * len(metric.values))
-            found[name] = [a + b for a, b in zip(old, metric.values, strict=True)]
+            old = totals.get(name, [0] * len(metric.values))
+            totals[name] = [a + b for a, b in zip(old, metric.values, strict=True)]
         elif name:
-            found[name] = found.get(name, 0) + metric.value
-    return found
+            totals[name] = totals.get(name, 0) + metric.value
+    return totals
 
 
 def generate(llm: Any, request: dict, ended: Callable[[], None]) -> dict:
@@ -113,11 +113,11 @@ def score(llm: Any, sequences: list[list[int]], top: int) -> dict:
 
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=top, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in sequences]
-    found = []
+    scored = []
     for output in llm.generate(prompts, params, use_tqdm=False):
         rows = (row or {} for row in output.prompt_logprobs)
-        found.append([{str(t): entry.logprob for t, entry in row.items()} for row in rows])
-    return {"rows": found}
+        scored.append([{str(t): entry.logprob for t, entry in row.items()} for row in rows])
+    return {"rows": scored}
 
 
 _requests: queue.SimpleQueue[dict] = queue.SimpleQueue()

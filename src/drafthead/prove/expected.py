@@ -144,14 +144,14 @@ def expected_acceptance(
         rates = {way: np.zeros((len(rows), k)) for way in ways}
         p_of = {sampling: sampling.probabilities(logits) for sampling in samplings}
         for j, drafts in enumerate(drafter.told(head, target, sample.aux, sample.ids, k, rows)):
-            known = len(rows) - j  # beyond the end of the answer nothing is known
-            if known < 1:
+            positions = len(rows) - j  # beyond the end of the answer nothing is known
+            if positions < 1:
                 break
             for sampling, p in p_of.items():
                 truth = answer[j:] if sampling == drawn_with else None
-                each = kept(p[j:], drafts[:known].float(), ids, sampling.temperature, truth)
+                each = kept(p[j:], drafts[:positions].float(), ids, sampling.temperature, truth)
                 for method, chances in each.items():
-                    rates[sampling, method][:known, j] = chances.numpy(force=True)
+                    rates[sampling, method][:positions, j] = chances.numpy(force=True)
         for way in ways:
             steps, accepted = expected_walk(rates[way])
             stretch = np.searchsorted(_STRETCHES, np.arange(len(rows)), side="right") - 1

@@ -98,9 +98,9 @@ def conclude(facts: LiveFacts) -> list[Finding]:
         facts = replace(facts, probe=None, probe_tokens_per_s=None)
     if not facts.traffic.drafts and not (facts.probe and facts.probe.drafts):
         return [_nothing_drafted(facts)]
-    found = []
+    findings = []
     if facts.template_agrees is False:
-        found.append(
+        findings.append(
             Finding(
                 "chat template",
                 "fault",
@@ -111,7 +111,7 @@ def conclude(facts: LiveFacts) -> list[Finding]:
             )
         )
     elif facts.needs_arguments:
-        found.append(
+        findings.append(
             Finding(
                 "chat template",
                 "warning",
@@ -123,11 +123,11 @@ def conclude(facts: LiveFacts) -> list[Finding]:
             )
         )
     counters = facts.probe or facts.traffic
-    found.append(_acceptance(facts, counters))
-    found += _traffic(facts)
+    findings.append(_acceptance(facts, counters))
+    findings += _traffic(facts)
     if facts.probe_tokens_per_s and facts.base_tokens_per_s:
-        found.append(_speed(facts.probe_tokens_per_s, facts.base_tokens_per_s, facts.best_k))
-    return found
+        findings.append(_speed(facts.probe_tokens_per_s, facts.base_tokens_per_s, facts.best_k))
+    return findings
 
 
 def _nothing_drafted(facts: LiveFacts) -> Finding:

@@ -108,16 +108,16 @@ def once_more(
         For each of the first ``times`` of :func:`other_concurrencies` the answers, with
         log-probabilities, by the index of their prompt.
     """
-    few = np.random.default_rng(0).permutation(len(prompts))[:NOISE_ANSWERS].tolist()
+    chosen = np.random.default_rng(0).permutation(len(prompts))[:NOISE_ANSWERS].tolist()
     rounds = []
     for at_once in other_concurrencies(concurrency)[:times]:
         completions = engine.generate(
-            [prompts[i] for i in few],
-            max_tokens=[max_tokens[i] for i in few],
+            [prompts[i] for i in chosen],
+            max_tokens=[max_tokens[i] for i in chosen],
             concurrency=at_once,
             logprobs=TOP,
         ).completions
-        rounds.append(dict(zip(few, completions, strict=True)))
+        rounds.append(dict(zip(chosen, completions, strict=True)))
     return rounds
 
 
@@ -165,10 +165,10 @@ class Examiner:
             answers changed by a fault within the noise, or by one with wider gaps, that would be
             found nine times in ten; None: not even half), and ``examined``: each difference.
         """
-        found = self._examine(base_answers, drafted_answers)
-        ties = sum(differences[-1].is_tie for differences in found.values())
-        wide = sum(any(d.verdict == WIDE for d in differences) for differences in found.values())
-        answers, parted = len(self.prompts), len(found)
+        examined = self._examine(base_answers, drafted_answers)
+        ties = sum(differences[-1].is_tie for differences in examined.values())
+        wide = sum(any(d.verdict == WIDE for d in differences) for differences in examined.values())
+        answers, parted = len(self.prompts), len(examined)
         noise, bounds = self.noise, self.control.bounds() if self.noise else None
         again = max(*noise.parted, noise.parted_at_once) if noise else 0
         asked = noise.answers if noise else 0
@@ -192,7 +192,7 @@ class Examiner:
                 answers, 0, pooled, alpha=ALPHA, power=POWER
             ),
             "examined": [
-                asdict(d) for _, differences in sorted(found.items()) for d in differences
+                asdict(d) for _, differences in sorted(examined.items()) for d in differences
             ],
         }
 
@@ -201,7 +201,7 @@ class Examiner:
     ) -> dict[int, list[Difference]]:
         """For each prompt whose answers are not the same every difference, each followed past if
         it is a tie: the last one is the only one that may be no tie."""
-        found: dict[int, list[Difference]] = {}
+        differences: dict[int, list[Difference]] = {}
         references = dict(enumerate(answer.ids for answer in base_answers))
         while places := self._partings(references, drafted_answers):
             self.measure(base_answers)
@@ -217,11 +217,11 @@ class Examiner:
                 if gap is not None and gap > bounds.limit:
                     gap = self._closest(i, at, references, drafted_answers)
                 difference = Difference(i, at, a, b, gap, bounds.verdict(gap))
-                found.setdefault(i, []).append(difference)
+                differences.setdefault(i, []).append(difference)
                 if difference.is_tie:
                     ties.append((i, at))
             references = self._resumed(ties, drafted_answers)
-        return found
+        return differences
 
     @staticmethod
     def _partings(
@@ -265,16 +265,16 @@ class Examiner:
 
     def _rows(self, sequences: Sequence[list[int]], concurrency: int) -> list[dict[int, float]]:
         """Log-probabilities of the likeliest tokens that follow each sequence."""
-        found = self.base.generate(
+        generation = self.base.generate(
             sequences, max_tokens=1, concurrency=concurrency, logprobs=TOP, prefix_cache=False
         )
-        return [completion.logprobs[0] for completion in found.completions]
+        return [completion.logprobs[0] for completion in generation.completions]
 
     @staticmethod
     def _gap(row: dict[int, float], pair: Sequence[int]) -> float | None:
         """Of an answer that has ended there is no token: nothing is found for it."""
-        known = [row[token] for token in pair if token in row]
-        return max(row.values()) - min(known) if len(known) == 2 else None
+        logprobs = [row[token] for token in pair if token in row]
+        return max(row.values()) - min(logprobs) if len(logprobs) == 2 else None
 
     def _resumed(
         self, ties: Sequence[tuple[int, int]], answers: Sequence[Completion]

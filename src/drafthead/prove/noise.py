@@ -80,11 +80,11 @@ class Control:
         narrower, moved = np.array(self.moves or [(0.0, 0.0)]).T
         order = narrower.argsort()
         most = np.maximum.accumulate(moved[order])
-        few = min(NARROWEST, len(order))
+        narrowest = min(NARROWEST, len(order))
         # Only gaps as narrow as what is to be closed count: where the target is sure of a token its
         # gap may move by a lot and nothing comes of it.
         while True:
-            seen = max(few, int(np.searchsorted(narrower[order], limit, side="right")))
+            seen = max(narrowest, int(np.searchsorted(narrower[order], limit, side="right")))
             closed = NOISE_MARGIN * float(most[seen - 1])
             if closed <= limit:
                 break
@@ -141,7 +141,7 @@ def _span(counts: list[int]) -> str:
 
 def _would_be_found(fault: str, shares: list[float | None]) -> str:
     """The share of changed answers from which on a fault would have been found."""
-    known = [share for share in shares if share is not None]
-    if len(known) < len(shares):
+    detectable = [share for share in shares if share is not None]
+    if len(detectable) < len(shares):
         return f"too few answers to find even {fault} that changes half of them"
-    return f"{fault} that changes {max(known):.1%} of the answers is found nine times in ten"
+    return f"{fault} that changes {max(detectable):.1%} of the answers is found nine times in ten"

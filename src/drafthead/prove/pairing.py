@@ -275,7 +275,9 @@ def summarize(point: Point, blocks: Sequence[Block]) -> dict:
         "same_tokens": sum(a.ids == b.ids for a, b in answers),
         # A single pair has no interval.
         "by_source": {
-            source: figures(own) for source, own in sorted(by_source.items()) if len(own) > 1
+            source: figures(its_blocks)
+            for source, its_blocks in sorted(by_source.items())
+            if len(its_blocks) > 1
         },
         "pairs": [pair(block) for block in blocks],
     }

@@ -115,10 +115,10 @@ def read_proof(run: RunDir) -> dict:
         raise DraftheadError(
             f"{path}: altered after it was signed off; run verify again", field="seal"
         )
-    found = hash_folder(run.head)
-    if record["head"]["sha256"] != found:
+    hashes = hash_folder(run.head)
+    if record["head"]["sha256"] != hashes:
         proved = record["head"]["sha256"]
-        names = sorted(n for n in {*found, *proved} if found.get(n) != proved.get(n))
+        names = sorted(n for n in {*hashes, *proved} if hashes.get(n) != proved.get(n))
         raise DraftheadError(
             f"{path}: signed off for another head ({', '.join(names)} differ); run verify again",
             field="head",

@@ -80,12 +80,12 @@ class _Context:
         self.codes = np.stack([codes + at for (_, codes), at in zip(columns, offsets)], axis=1)
         self.total = np.bincount(self.codes.ravel(), minlength=sum(self.sizes)).astype(float)
 
-    def statistic(self, own: np.ndarray) -> np.ndarray:
+    def statistic(self, base_counts: np.ndarray) -> np.ndarray:
         """Chi-square summed over positions for each column of base counts [..., categories].
 
         With two samples of equal size, sum (a - b)^2 / (a + b), a and b the two counts.
         """
-        return (((2 * own - self.total) ** 2) / self.total).sum(axis=-1)
+        return (((2 * base_counts - self.total) ** 2) / self.total).sum(axis=-1)
 
     def counts(self, codes: np.ndarray) -> np.ndarray:
         return np.bincount(codes.ravel(), minlength=len(self.total)).astype(float)
@@ -95,11 +95,11 @@ class _Context:
 
     def permuted(self, rng: np.random.Generator, times: int) -> np.ndarray:
         """The statistic under ``times`` random assignments of answers to engines."""
-        found = np.empty(times)
+        statistics = np.empty(times)
         for i in range(times):
             chosen = rng.permutation(2 * self.n)[: self.n]
-            found[i] = self.statistic(self.counts(self.codes[chosen]))
-        return found
+            statistics[i] = self.statistic(self.counts(self.codes[chosen]))
+        return statistics
 
     def shifted(self, rng: np.random.Generator, shift: float) -> float:
         """The statistic if the second engine put ``shift`` of its tokens on the likeliest one."""
@@ -139,8 +139,8 @@ def two_sample(
     threshold = np.quantile(null, 1 - ALPHA)
     detectable = None
     for shift in _SHIFTS:
-        found = [sum(c.shifted(rng, shift) for c in contexts) > threshold for _ in range(100)]
-        if np.mean(found) >= POWER:
+        detected = [sum(c.shifted(rng, shift) for c in contexts) > threshold for _ in range(100)]
+        if np.mean(detected) >= POWER:
             detectable = shift
             break
     n, length = base[0].shape

@@ -145,11 +145,11 @@ class Client:
     def counters(self) -> Acceptance:
         """Speculation counters since the server's start, with those of every answer that
         :meth:`generate` got: a step is counted a moment after its tokens are sent."""
-        samples, begun = self.metrics(), time.monotonic()
+        samples, started = self.metrics(), time.monotonic()
         # A server that was started again counts from 0, and would keep this waiting for ever.
         while (
             total(samples, "generation_tokens") < self._tokens_due
-            and time.monotonic() - begun < _COUNTING_S
+            and time.monotonic() - started < _COUNTING_S
         ):
             time.sleep(0.01)
             samples = self.metrics()
@@ -242,13 +242,13 @@ class Client:
             body: of the request; it asks for a stream with token ids.
             leave_after: hang up after so many outputs.
         """
-        found = Stream(time.perf_counter())
+        answer = Stream(time.perf_counter())
         async with http.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")[:500]
                 raise DraftheadError(f"{self.name} ({self.url}): {response.status_code}: {text}")
             async for line in response.aiter_lines():
-                if leave_after is not None and len(found.outputs) >= leave_after:
+                if leave_after is not None and len(answer.outputs) >= leave_after:
                     break
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
@@ -257,10 +257,10 @@ class Client:
                     raise DraftheadError(f"{self.name} ({self.url}): {event['error']}")
                 for choice in event["choices"]:
                     if choice["token_ids"]:
-                        found.outputs.append((time.perf_counter(), len(choice["token_ids"])))
-                        found.ids += choice["token_ids"]
-                    found.finish_reason = choice["finish_reason"] or found.finish_reason
-        return found
+                        answer.outputs.append((time.perf_counter(), len(choice["token_ids"])))
+                        answer.ids += choice["token_ids"]
+                    answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+        return answer
 
 
 KEPT_S = 2.0

@@ -35,9 +35,9 @@ def requests(
     if concurrency == 1:
         return list(prompts), [max_new_tokens] * len(prompts)
     first, others = prompts[:concurrency], prompts[concurrency:]
-    begun = [-(-max_new_tokens * i // concurrency) for i in range(1, concurrency + 1)]
-    rest = [max_new_tokens - limit for limit in begun if limit < max_new_tokens]
-    limits = [*begun, *[max_new_tokens] * len(others), *rest]
+    rising = [-(-max_new_tokens * i // concurrency) for i in range(1, concurrency + 1)]
+    rest = [max_new_tokens - limit for limit in rising if limit < max_new_tokens]
+    limits = [*rising, *[max_new_tokens] * len(others), *rest]
     return [*first, *others, *first[: len(rest)]], limits
 
 

@@ -96,15 +96,15 @@ def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> 
             f"within {max_model_len} tokens, the shortest has {shortest}; raise it"
         )
     limits = [min(section.max_new_tokens, max_model_len - len(p)) for p in ids]
-    found = [Workload("prompts", ids, limits, concurrency)]
+    work = [Workload("prompts", ids, limits, concurrency)]
     if section.prefix_cache:
         longest = max(1, max_model_len - section.max_new_tokens)
         cached = begun_alike(ids, longest)
         room = [min(section.max_new_tokens, max_model_len - len(p)) for p in cached]
-        found.append(Workload("cached prefixes", cached, room, concurrency))
+        work.append(Workload("cached prefixes", cached, room, concurrency))
     if section.mixed_lengths:
-        found.append(Workload("mixed lengths", *mixed_lengths(ids, max_model_len), concurrency))
-    return found
+        work.append(Workload("mixed lengths", *mixed_lengths(ids, max_model_len), concurrency))
+    return work
 
 
 def _answers_in_all(work: Sequence[Workload], ways: Sequence[Way], recipe: Recipe) -> int:
@@ -139,20 +139,22 @@ def _draws(
     -1."""
     section = recipe.verify
     concurrency = section.concurrency or recipe.engine.max_num_seqs
-    found = []
-    for number, (heat, prompt) in enumerate(itertools.product(temperatures(recipe), prompts)):
+    draws = []
+    for number, (temperature, prompt) in enumerate(
+        itertools.product(temperatures(recipe), prompts)
+    ):
         answers = engine.generate(
             [prompt] * section.samples,
             max_tokens=_SAMPLED_TOKENS,
             concurrency=concurrency,
-            temperature=heat,
+            temperature=temperature,
             seed=seed + number * section.samples,
         )
         tokens = np.full((section.samples, _SAMPLED_TOKENS), -1)
         for row, completion in zip(tokens, answers.completions, strict=True):
             row[: len(completion.ids)] = completion.ids
-        found.append(tokens)
-    return found
+        draws.append(tokens)
+    return draws
 
 
 def temperatures(recipe: Recipe) -> list[float]:
@@ -185,8 +187,8 @@ def verify_plans(recipe: Recipe, head: str | Path, target: Target) -> Plans:
     ways = [*((k, first) for k in ks), *((ks[0], method) for method in others)]
 
     def plan(k: int, method: str) -> Plan:
-        so = with_options(chunked, "serve", {"draft_sample_method": method})
-        return engine_plan(so, head=head, target=target, num_speculative_tokens=k)
+        with_method = with_options(chunked, "serve", {"draft_sample_method": method})
+        return engine_plan(with_method, head=head, target=target, num_speculative_tokens=k)
 
     return Plans(
         {way: plan(*way) for way in ways},
@@ -303,7 +305,7 @@ def prove_lossless(
             if not at_once:
                 start([alone], stack, console)
             bar.advance(0, note=alone.name)
-            wanted = _answers(alone, work, prefix_cache=False)
+            base_answers = _answers(alone, work, prefix_cache=False)
             if draws:
                 alone_draws = _draws(alone, contexts, recipe, seed=0)
         control = Control()
@@ -313,13 +315,13 @@ def prove_lossless(
             )
             for i, w in enumerate(work)
         ]
-        if any(part(*pair) for answers in written.values() for pair in zip(wanted, answers)):
+        if any(part(*pair) for answers in written.values() for pair in zip(base_answers, answers)):
             # All sets, before any is judged: it is one noise.
             rounds = 1 if again else 2
             asked = rounds * sum(min(NOISE_ANSWERS, len(w.prompts)) for w in work)
             with progress(console, "measuring numeric noise", asked, unit="answers") as bar:
                 alone.on_answer = bar.advance
-                for examiner, answers in zip(examiners, wanted):
+                for examiner, answers in zip(examiners, base_answers):
                     examiner.measure(answers)
         with waiting(console, "examining answers that differ", unit="answers") as bar:
             alone.on_answer = bar.advance
@@ -329,7 +331,7 @@ def prove_lossless(
                     "draft_sample_method": method,
                     "workload": w.name,
                     "concurrency": w.concurrency,
-                    **examiners[i].compare(wanted[i], answers[i]),
+                    **examiners[i].compare(base_answers[i], answers[i]),
                 }
                 for (k, method), answers in written.items()
                 for i, w in enumerate(work)
@@ -403,8 +405,8 @@ def verify(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         raise ClaimFailed(_failure(runs, run))
     if not result["lossless"]:
         raise ClaimFailed(f"not lossless: {result['sampled']['words']} See {run.verify_json}")
-    told = ("lossless", "prompts", "identical", "ties", "differences", "unprotected")
-    return {key: result[key] for key in told}
+    summary = ("lossless", "prompts", "identical", "ties", "differences", "unprotected")
+    return {key: result[key] for key in summary}
 
 
 def sampled_record(sampled: dict[str, TwoSample], heats: Sequence[float]) -> dict | None:

@@ -24,7 +24,7 @@ def _nearest(location: tuple, found: str) -> str:
         if part == "sources":
             annotation = Source
         model = annotation
-    known = list(getattr(model, "model_fields", {}))
+    names = list(getattr(model, "model_fields", {}))
     elsewhere = [
         name
         for name, field in Recipe.model_fields.items()
@@ -32,8 +32,8 @@ def _nearest(location: tuple, found: str) -> str:
     ]
     if len(elsewhere) == 1:
         return f"did you mean `{elsewhere[0]}.{found}`?"
-    close = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+    close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(names)}"
 
 
 _PLAIN = {
@@ -85,9 +85,9 @@ def parse_recipe(data: Any, where: str) -> Recipe:
         DraftheadError: one line for each wrong field.
     """
     if not isinstance(data, dict):
-        found = "nothing" if data is None else type(data).__name__
+        kind = "nothing" if data is None else type(data).__name__
         raise DraftheadError(
-            f"{where}: a recipe is a mapping of sections (name, target, prompts, …), found {found}"
+            f"{where}: a recipe is a mapping of sections (name, target, prompts, …), found {kind}"
         )
     # A section whose keys are all commented out is null in YAML; its defaults are meant.
     given = {key: value for key, value in data.items() if value is not None}

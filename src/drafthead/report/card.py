@@ -102,7 +102,7 @@ def find_licence(target: Target, stated: str | None) -> Licence:
     name = stated or header.get("license_name") or header.get("license")
     if name in (None, "other") and file is not None:
         text = file.read_text(encoding="utf-8", errors="replace")[:4000]
-        name = next((known for known, words in _LICENCES if re.search(words, text)), None)
+        name = next((licence for licence, words in _LICENCES if re.search(words, text)), None)
     return Licence(name, file)
 
 
@@ -163,35 +163,37 @@ def usage(r: Results, repo: str, base: str, target: Target) -> tuple[Plan, Plan 
 
 def limitations(r: Results) -> list[str]:
     """What the measurements show against the head, or do not show at all."""
-    found = _of_speed(r.bench) if r.bench else []
+    sentences = _of_speed(r.bench) if r.bench else []
     unseen = (r.coverage or {}).get("heldout_coverage")
     if unseen is not None:
-        found.append(f"{1 - unseen:.2%} of held-out tokens are outside the draft vocabulary.")
+        sentences.append(f"{1 - unseen:.2%} of held-out tokens are outside the draft vocabulary.")
     if not r.proof["lossless"]:
-        found.append("Not lossless: with this head the target writes other text than alone.")
+        sentences.append("Not lossless: with this head the target writes other text than alone.")
     elif not (sampled := r.verify.get("sampled")):
-        found.append("Losslessness was proved for greedy decoding; sampling was not tested here.")
+        sentences.append(
+            "Losslessness was proved for greedy decoding; sampling was not tested here."
+        )
     elif not sampled.get("detectable_shift"):
-        found.append(
+        sentences.append(
             "Losslessness was proved for greedy decoding; for sampling too few answers were drawn."
         )
     if r.verify["ties"] and r.proof["lossless"]:
-        found.append(
+        sentences.append(
             f"{r.verify['ties']} of {r.verify['prompts']} answers part from the target's at a tie "
             "within its numeric noise, as they do between any two batch shapes."
         )
-    found += [note for note in notes(r) if note != NOT_MEASURED]  # said at the top
+    sentences += [note for note in notes(r) if note != NOT_MEASURED]  # said at the top
     machine = (r.bench or r.verify)["machine"]["summary"]
     what = "Measured" if r.bench else "Proved"
-    return [*found, f"{what} on one machine only: {machine}."]
+    return [*sentences, f"{what} on one machine only: {machine}."]
 
 
 def _of_speed(bench: dict) -> list[str]:
     """What the measured speed shows against the head."""
-    found = []
+    sentences = []
     rates = bench["acceptance_by_position"]
     if len(rates) > 1:
-        found.append(
+        sentences.append(
             f"Acceptance falls from {rates[0]:.1%} at the first draft position to {rates[-1]:.1%} "
             f"at position {len(rates)}."
         )
@@ -200,22 +202,22 @@ def _of_speed(bench: dict) -> list[str]:
         low, high = cell["speedup_ci95"]
         where = f"k = {cell['num_speculative_tokens']}, {load_words(cell, cells)}"
         if high < 1:
-            found.append(f"Slower than the target alone at {where}: {cell['speedup']:.2f}×.")
+            sentences.append(f"Slower than the target alone at {where}: {cell['speedup']:.2f}×.")
         elif low <= 1:
-            found.append(f"No difference shown at {where}: {low:.2f} to {high:.2f}×.")
+            sentences.append(f"No difference shown at {where}: {low:.2f} to {high:.2f}×.")
     sources = {s: c for s, c in cells[0]["by_source"].items() if c["accepted_length"]}
     if len(sources) > 1:
         worst = min(sources, key=lambda s: sources[s]["accepted_length"])
         length, overall = sources[worst]["accepted_length"], cells[0]["accepted_length"] or 0.0
         if length < 0.95 * overall:
-            found.append(
+            sentences.append(
                 f"Least help on {worst}: {length:.2f} tokens a step against {overall:.2f} over all."
             )
     if max(cell["concurrency"] for cell in cells) == 1:
-        found.append("Measured one request at a time; under load the gain is not known.")
+        sentences.append("Measured one request at a time; under load the gain is not known.")
     if not any(cell["temperature"] for cell in cells):
-        found.append("Speed was measured at temperature 0; sampling accepts fewer drafts.")
-    return found
+        sentences.append("Speed was measured at temperature 0; sampling accepts fewer drafts.")
+    return sentences
 
 
 def hub_id(r: Results) -> str | None:
@@ -254,20 +256,20 @@ def render_card(r: Results, target: Target, repo: str) -> str:
         target: its target.
         repo: hub id that the head is to have.
     """
-    known = hub_id(r)
-    base = known or r.target_name
+    base_model = hub_id(r)
+    base = base_model or r.target_name
     licence = find_licence(target, r.recipe.publish.license)
     one, several = usage(r, repo, base, target)
     stock = set(target.layer_types) <= {"full_attention", "sliding_attention"}
     quantization = target.quantization or {}
     values: dict[str, Any] = {
-        "header": header(r, known, target, licence),
+        "header": header(r, base_model, target, licence),
         "title": repo.split("/")[-1],
         "r": r,
         "bench": r.bench,
         "machine": (r.bench or r.verify)["machine"],
         "base": base,
-        "linked": f"[{base}](https://huggingface.co/{base})" if known else base,
+        "linked": f"[{base}](https://huggingface.co/{base})" if base_model else base,
         "quantized": quantization.get("quant_algo") or quantization.get("quant_method"),
         "not_measured": NOT_MEASURED,
         "lossless": lossless_words(r.verify),

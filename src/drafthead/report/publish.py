@@ -18,13 +18,13 @@ from drafthead.rundir import RunDir
 
 def files_to_publish(run: RunDir) -> dict[str, Path]:
     """Every file that goes to the hub, by its path there: the head, its card, the evidence."""
-    found = {
+    files = {
         str(path.relative_to(run.head)): path
         for path in sorted(run.head.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
     evidence = (proof_path(run), run.verify_json, run.bench_json, run.report_html)
-    return found | {path.name: path for path in evidence}
+    return files | {path.name: path for path in evidence}
 
 
 def publish(

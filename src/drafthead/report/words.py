@@ -42,16 +42,16 @@ def environment() -> jinja2.Environment:
 def load_words(cell: dict, cells: Sequence[dict]) -> str:
     """The load of one of a grid's points: requests at once, length of the answers if it is not
     that of all, temperature if sampled, GPUs if several."""
-    found = [f"{cell['concurrency']} at once"]
+    parts = [f"{cell['concurrency']} at once"]
     if len({other["max_new_tokens"] for other in cells}) > 1:
-        found.append(f"answers of {cell['max_new_tokens']}")
+        parts.append(f"answers of {cell['max_new_tokens']}")
     if cell["temperature"]:
-        found.append(f"T={cell['temperature']:g}")
+        parts.append(f"T={cell['temperature']:g}")
     if cell["tensor_parallel_size"] > 1:
-        found.append(f"{cell['tensor_parallel_size']} GPUs")
+        parts.append(f"{cell['tensor_parallel_size']} GPUs")
     if len({method_of(other) for other in cells}) > 1:
-        found.append(f"{method_of(cell)} drafts")
-    return ", ".join(found)
+        parts.append(f"{method_of(cell)} drafts")
+    return ", ".join(parts)
 
 
 def speed_row(name: str, cell: dict) -> dict:
@@ -59,8 +59,12 @@ def speed_row(name: str, cell: dict) -> dict:
     latency = cell["latency"]["drafted"]
 
     def milliseconds(what: str) -> str:
-        found = latency[what]
-        return f"{1000 * found['p50']:.1f} / {1000 * found['p99']:.1f} ms" if found else "–"
+        percentiles = latency[what]
+        return (
+            f"{1000 * percentiles['p50']:.1f} / {1000 * percentiles['p99']:.1f} ms"
+            if percentiles
+            else "–"
+        )
 
     user = latency["tokens_per_s_of_a_user"]
     return {
@@ -184,7 +188,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
     """How target and head look and what the head was made from."""
     config = r.head_config
     layers = config.get("eagle_aux_hidden_state_layer_ids")
-    found = [
+    rows = [
         ("target", without_paths(r.recipe.target.path)),
         (
             "head",
@@ -195,7 +199,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
     ]
     made = r.stages.get("generate", {})
     if made:
-        found.append(
+        rows.append(
             (
                 "answers by the target",
                 f"{made['conversations']:,} conversations ({made['heldout']:,} held out), "
@@ -205,7 +209,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
     states = r.stages.get("capture", {})
     if states:
         agree = states.get("greedy_agreement")
-        found.append(
+        rows.append(
             (
                 "hidden states",
                 f"{states['tokens']:,} tokens, "
@@ -216,7 +220,7 @@ def facts(r: Results) -> list[tuple[str, str]]:
         )
     if r.training:
         train, waiting = r.recipe.train, r.training.get("waiting")
-        found.append(
+        rows.append(
             (
                 "training",
                 f"{train.loss} loss, {DRAFTERS[r.kind].training_words(r.recipe)}, "
@@ -227,8 +231,8 @@ def facts(r: Results) -> list[tuple[str, str]]:
         )
     seconds = {name: s["seconds"] for name, s in r.stages.items() if "seconds" in s}
     if seconds:
-        found.append(("time", ", ".join(f"{name} {s:,.0f} s" for name, s in seconds.items())))
-    return found
+        rows.append(("time", ", ".join(f"{name} {s:,.0f} s" for name, s in seconds.items())))
+    return rows
 
 
 def sampling_words(bench: dict) -> list[str]:
@@ -255,14 +259,14 @@ def sampling_words(bench: dict) -> list[str]:
     chosen = f" Served with {served} drafts"
     if lost:
         chosen += ": " + ", ".join(f"{x:.0%} fewer at {heat:g}" for heat, x in lost.items())
-    found = [words + chosen + "."]
+    sentences = [words + chosen + "."]
     stretches = bench["predicted_sampling"][0]["by_answer_position"]
     if len(stretches) > 1:
         told = ", ".join(f"{s['accepted_length']:.2f} from {s['begin']}" for s in stretches)
-        found.append(
+        sentences.append(
             f"By the position in an answer, at temperature {min(by_heat):g}: {told} tokens on."
         )
-    return found
+    return sentences
 
 
 def setting(bench: dict) -> str:
@@ -273,10 +277,10 @@ def setting(bench: dict) -> str:
         if at_once == 1
         else f"{at_once} requests at once, each that ends replaced by the next"
     )
-    heat = f"temperature {bench['temperature']:g}" if bench["temperature"] else "greedy"
+    sampling = f"temperature {bench['temperature']:g}" if bench["temperature"] else "greedy"
     tokens = bench["max_new_tokens"]
     k = bench["num_speculative_tokens"]
-    return f"{requests}, {heat}, k = {k}, answers of {tokens} tokens at most"
+    return f"{requests}, {sampling}, k = {k}, answers of {tokens} tokens at most"
 
 
 NOT_MEASURED = "Speed was not measured."
@@ -291,40 +295,40 @@ def beyond_reason(bench: dict) -> bool:
 
 def notes(r: Results) -> list[str]:
     """What the choice of k rests on, and how the figures were taken where that matters."""
-    found = sampling_words(r.bench) if r.bench else [NOT_MEASURED]
+    sentences = sampling_words(r.bench) if r.bench else [NOT_MEASURED]
     if r.recommended:
         ks = sorted({cell["num_speculative_tokens"] for cell in r.bench["grid"]})
         first = r.bench["grid"][0]
         chosen = first["speedup"] != first["compared_speedup"]
-        found.append(
+        sentences.append(
             f"k = {r.served_k} is the fastest of k = {', '.join(map(str, ks))}, over the pairs "
             "that all of them were timed on"
             + ("; its own figures are of other pairs." if chosen else ".")
         )
     if r.bench and beyond_reason(r.bench):
-        found.append(
+        sentences.append(
             f"{r.bench['speedup']:.2f}× is more than {r.bench['accepted_length']:.2f} tokens a "
             "step can give: something else ran on this machine. Measure again when it is idle."
         )
     if beyond := r.bench.get("accepted_past_end"):
-        found.append(
+        sentences.append(
             f"Acceptance is counted as vLLM does: {beyond:,} drafts with it that stood beyond the "
             "end of an answer, which nobody got. Without them it is "
             f"{r.bench['accepted_length'] - beyond / r.bench['drafts']:.2f} tokens a step; tokens "
             "a second are of what was got."
         )
     if r.bench and r.bench["grid"][0]["engines_at_once"] == 1:
-        found.append(
+        sentences.append(
             "Memory held one engine at a time: the target alone and with the head were timed in "
             "turn, each started twice (A B A B). What drifts in the minutes between two engines is "
             "in the ratio, and not in its interval."
         )
     if r.served_k != r.k:
-        found.append(f"k = {r.served_k}, the one to serve, was not measured at this load.")
+        sentences.append(f"k = {r.served_k}, the one to serve, was not measured at this load.")
     if r.proof["lossless"] and str(r.served_k) not in r.proof["served"]:
         proved = ", ".join(sorted(r.proof["served"], key=int))
-        found.append(f"k = {r.served_k}, the one to serve, was not proved; k = {proved} was.")
-    return found
+        sentences.append(f"k = {r.served_k}, the one to serve, was not proved; k = {proved} was.")
+    return sentences
 
 
 def sampled_summary(verify: dict) -> list[str]:
@@ -353,12 +357,12 @@ def machine_facts(machine: dict) -> list[tuple[str, str]]:
     quota = f", {given:g} of them given" if (given := machine.get("cpu_quota")) else ""
     limited = machine.get("memory_limit_bytes")
     limit = f", {limited / 2**30:.3g} of them given" if limited else ""
-    found = [
+    rows = [
         ("processor", f"{machine['cpu']}, {machine['cores']} cores" + quota),
         ("memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB" + limit),
         ("GPUs", gpus or "none"),
         ("system", machine["system"]),
     ]
     if machine["driver"]:
-        found.append(("driver", machine["driver"]))
-    return found + [(name, version) for name, version in machine["versions"].items()]
+        rows.append(("driver", machine["driver"]))
+    return rows + [(name, version) for name, version in machine["versions"].items()]

@@ -37,14 +37,14 @@ def check_store(path: Path | str, console: Console) -> list[Fault]:
     """
     path = Path(path)
     meta = StoreMeta.load(path)
-    found = unit_numbers(path)
-    missing, first = missing_units(meta, found)
+    numbers = unit_numbers(path)
+    missing, first = missing_units(meta, numbers)
     faults = []
     if missing > 0:
         what = f"{unit_path(path, first)}: missing: {missing} of {meta.units} are not captured yet"
         faults.append(Fault(first, what, []))
-    with progress(console, f"checking {path}", len(found), unit="units") as bar:
-        faults += [fault for unit in bar.each(found) for fault in _unit_faults(path, meta, unit)]
+    with progress(console, f"checking {path}", len(numbers), unit="units") as bar:
+        faults += [fault for unit in bar.each(numbers) for fault in _unit_faults(path, meta, unit)]
     return sorted(faults, key=lambda fault: fault.unit)
 
 

@@ -87,13 +87,13 @@ class Samples:
         larger than memory is read nearly in sequence, ``pool`` shards at a time.
         """
         rng = np.random.default_rng(seed)
-        wanted = np.ones(len(self), bool) if split is None else self.split == split
+        in_split = np.ones(len(self), bool) if split is None else self.split == split
         shards = rng.permutation(self._shards)
         rank = np.empty(self._shards, np.int64)
         rank[shards] = np.arange(self._shards) // pool
         keys = (rng.permutation(len(self)), rank[self._shard])
         mixed = np.lexsort(keys)
-        return mixed[wanted[mixed]]
+        return mixed[in_split[mixed]]
 
     def stream(self, order: Iterable[int], ahead: int = 16, threads: int = 2) -> Iterator[Sample]:
         """The samples of ``order``, read by threads up to ``ahead`` of the consumer."""
@@ -112,16 +112,16 @@ class Samples:
 
 
 def chosen_layers(
-    path: Path, captured: tuple[int, ...], wanted: Iterable[int] | None
+    path: Path, captured: tuple[int, ...], layers: Iterable[int] | None
 ) -> tuple[int, ...]:
     """The auxiliary layers to hand out of those captured, ascending; None wants all.
 
     Raises:
         DraftheadError: none, or one that was not captured.
     """
-    if wanted is None:
+    if layers is None:
         return tuple(captured)
-    chosen = tuple(sorted(set(wanted)))
+    chosen = tuple(sorted(set(layers)))
     unknown = [layer for layer in chosen if layer not in captured]
     if unknown or not chosen:
         raise DraftheadError(
@@ -132,11 +132,11 @@ def chosen_layers(
 
 
 def _selected(
-    path: Path, meta: StoreMeta, wanted: Iterable[int] | None
+    path: Path, meta: StoreMeta, layers: Iterable[int] | None
 ) -> tuple[tuple[int, ...], list[int] | None]:
     """The auxiliary layers to hand out, ascending, and their places in a shard with that of the
     last layer; None for the places if all are wanted."""
-    chosen = chosen_layers(path, meta.aux_layers, wanted)
-    if wanted is None:
+    chosen = chosen_layers(path, meta.aux_layers, layers)
+    if layers is None:
         return chosen, None
     return chosen, [*(meta.layers.index(layer) for layer in chosen), len(meta.layers) - 1]

@@ -115,7 +115,7 @@ def unit_numbers(store: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def missing_units(meta: StoreMeta, found: list[int]) -> tuple[int, int]:
+def missing_units(meta: StoreMeta, numbers: list[int]) -> tuple[int, int]:
     """How many units a store lacks, and the first of them, given those it has, ascending."""
-    first = next((i for i, number in enumerate(found) if i != number), len(found))
-    return meta.units - len(found), first
+    first = next((i for i, number in enumerate(numbers) if i != number), len(numbers))
+    return meta.units - len(numbers), first

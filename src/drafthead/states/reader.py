@@ -107,8 +107,8 @@ class StateReader(Samples):
 
     def expect(self, order: Iterable[int]) -> None:
         with self._lock:
-            wanted = self._shard[np.fromiter(order, np.int64)].tolist()
-            self._ahead = deque(dict.fromkeys([*wanted, *self._ahead]))
+            shards = self._shard[np.fromiter(order, np.int64)].tolist()
+            self._ahead = deque(dict.fromkeys([*shards, *self._ahead]))
             self._go_ahead()
 
     def close(self) -> None:
@@ -151,11 +151,11 @@ def _starts(lengths: np.ndarray, counts: list[int]) -> np.ndarray:
 def check_size(store: Path, shard: Shard) -> None:
     path = store / shard.file
     try:
-        found = path.stat().st_size
+        size = path.stat().st_size
     except OSError:
         raise _broken(path, "the shard is missing") from None
-    if found != shard.bytes:
-        raise _broken(path, f"{found:,} bytes where the index says {shard.bytes:,} (truncated?)")
+    if size != shard.bytes:
+        raise _broken(path, f"{size:,} bytes where the index says {shard.bytes:,} (truncated?)")
 
 
 def open_shard(
@@ -173,8 +173,8 @@ def open_shard(
         if checksum is not None and checksum(path) != shard.sha256:
             raise _broken(path, "altered: its checksum is not the index's")
         handle = safe_open(path, framework="pt")
-        found = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
-        shapes = {key: (part.get_dtype(), part.get_shape()) for key, part in found.items()}
+        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+        shapes = {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
         name = (handle.metadata() or {}).get("drafthead")
     except (SafetensorError, OSError, ValueError) as error:
         raise _broken(path, f"not a readable safetensors file: {error}") from None

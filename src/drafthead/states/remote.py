@@ -55,10 +55,10 @@ class Location:
         self._fs.invalidate_cache()
         with self._said(folder):
             try:
-                found = self._fs.ls(self._at(folder), detail=False)
+                paths = self._fs.ls(self._at(folder), detail=False)
             except FileNotFoundError:
                 return set()
-        return {PurePosixPath(path).name for path in found}
+        return {PurePosixPath(path).name for path in paths}
 
     def sweep(self, folder: str) -> None:
         """Delete what killed workers left half copied in a folder. Only while none writes there."""
@@ -129,8 +129,8 @@ def fetch_store(location: Location, folder: str, store: Path, console: Console) 
     """
     location.get(f"{folder}/meta.json", store / "meta.json")
     meta = StoreMeta.load(store)
-    there = location.names(folder)
-    units = {n for n in range(meta.units) if unit_path(store, n).name in there}
+    published = location.names(folder)
+    units = {n for n in range(meta.units) if unit_path(store, n).name in published}
     missing, size = sorted(units - set(unit_numbers(store))), 0
     aside = store / ".incoming"
     try:

@@ -92,14 +92,14 @@ def open_store(path: Path, meta: StoreMeta) -> None:
     check_same(StoreMeta.load(path), meta, path, "give this run another name")
 
 
-def check_same(found: StoreMeta, meta: StoreMeta, where: Path | str, fix: str) -> None:
+def check_same(earlier: StoreMeta, meta: StoreMeta, where: Path | str, fix: str) -> None:
     """What lies at ``where`` is of the same inputs.
 
     Raises:
         DraftheadError: it is not.
     """
-    if found != meta:
-        old, new = (vars(m) | m.inputs for m in (found, meta))
+    if earlier != meta:
+        old, new = (vars(m) | m.inputs for m in (earlier, meta))
         keys = [k for k in sorted(old | new) if k != "inputs" and old.get(k) != new.get(k)]
         raise DraftheadError(
             f"{where}: holds states of another run: {', '.join(keys)} differ(s) from the recipe; "
@@ -139,12 +139,12 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterato
     group: list[T] = []
     total = 0
     for item in items:
-        own = size(item)
-        if group and total + own > limit:
+        bytes_ = size(item)
+        if group and total + bytes_ > limit:
             yield group
             group, total = [], 0
         group.append(item)
-        total += own
+        total += bytes_
     if group:
         yield group
 

@@ -69,7 +69,7 @@ def logit_rule(config: Any, where: str) -> LogitRule:
         DraftheadError: it is of an architecture that does something else, or holds no such numbers.
     """
     kind = config.model_type
-    known: tuple[str, ...] = ()
+    handled: tuple[str, ...] = ()
 
     def number(name: str) -> float:
         value = getattr(config, name, None)
@@ -79,17 +79,17 @@ def logit_rule(config: Any, where: str) -> LogitRule:
 
     rule = PLAIN
     if kind in _GRANITE:
-        known, rule = ("logits_scaling",), LogitRule(scale=1 / number("logits_scaling"))
+        handled, rule = ("logits_scaling",), LogitRule(scale=1 / number("logits_scaling"))
     elif kind in _COHERE:
         centered = getattr(config, "rms_norm_eps", None) is None
-        known, rule = ("logit_scale",), LogitRule(centered, scale=number("logit_scale"))
+        handled, rule = ("logit_scale",), LogitRule(centered, scale=number("logit_scale"))
     elif kind in _MINICPM:
         scale = number("dim_model_base") / config.hidden_size
         # transformers' own MiniCPM3 derives `logits_scaling` from the other.
-        known, rule = ("dim_model_base", "logits_scaling"), LogitRule(scale=scale)
+        handled, rule = ("dim_model_base", "logits_scaling"), LogitRule(scale=scale)
     elif kind in _GEMMA:
         capped = getattr(config, "final_logit_softcapping", None) is not None
-        known = ("final_logit_softcapping",)
+        handled = ("final_logit_softcapping",)
         rule = LogitRule(
             stored_less_one=kind != "gemma4_text",
             soft_cap=number("final_logit_softcapping") if capped else None,
@@ -99,7 +99,7 @@ def logit_rule(config: Any, where: str) -> LogitRule:
     elif "gemma" in kind or kind in _UNTRIED:
         raise DraftheadError(f"{where}: {kind}'s final norm is not handled yet")
     for field, neutral in _FIELDS.items():
-        if field not in known and getattr(config, field, None) not in neutral:
+        if field not in handled and getattr(config, field, None) not in neutral:
             raise DraftheadError(
                 f"{where}: `{field}` is set: {kind} changes its logits after the LM head, in a way "
                 "that drafthead's teacher does not do yet"

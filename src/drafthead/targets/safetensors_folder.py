@@ -40,17 +40,17 @@ class SafetensorsFolder:
         files = [f for f in files if not f.name.startswith("consolidated")]
         if index.exists():
             try:
-                wanted = set(json.loads(index.read_text())["weight_map"].values())
+                named = set(json.loads(index.read_text())["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise DraftheadError(
                     f"{index}: broken index ({error}); fetch or save it again"
                 ) from error
-            missing = sorted(wanted - {file.name for file in files})
+            missing = sorted(named - {file.name for file in files})
             if missing:
                 raise DraftheadError(
                     f"{folder}: shards are missing: {', '.join(missing)}; fetch them again"
                 )
-            files = [folder / name for name in sorted(wanted)]
+            files = [folder / name for name in sorted(named)]
         if not files:
             raise DraftheadError(
                 f"{folder}: no *.safetensors there; save the model with safe serialization"

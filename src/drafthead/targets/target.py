@@ -265,20 +265,20 @@ class Target:
             DraftheadError: nowhere, or at several unusual places.
         """
         starts = [n.removesuffix(_EMBEDDING) for n in self.tensors.where if n.endswith(_EMBEDDING)]
-        found = [s for s in starts if any(s + norm in self.tensors for norm in _FINAL_NORM)]
-        found = [s for s in _USUAL_DECODERS if s in found] or found
-        if not found:
+        decoders = [s for s in starts if any(s + norm in self.tensors for norm in _FINAL_NORM)]
+        decoders = [s for s in _USUAL_DECODERS if s in decoders] or decoders
+        if not decoders:
             raise DraftheadError(
                 f"{self.path}: no final norm found beside an embedding (looked for "
                 f"{' or '.join(_FINAL_NORM)} beside {_EMBEDDING}); drafthead does not know this "
                 "architecture"
             )
-        if len(found) > 1 and found[0] not in _USUAL_DECODERS:
+        if len(decoders) > 1 and decoders[0] not in _USUAL_DECODERS:
             raise DraftheadError(
-                f"{self.path}: {', '.join(sorted(found))}: which of these is the model that "
+                f"{self.path}: {', '.join(sorted(decoders))}: which of these is the model that "
                 "answers? drafthead does not know this architecture"
             )
-        return found[0]
+        return decoders[0]
 
     @property
     def _final_norm(self) -> str:

@@ -48,10 +48,10 @@ def save(folder: Path, progress: Progress, state: dict[str, Tensor]) -> None:
 
 def read_progress(folder: Path) -> Progress | None:
     """The counters of the latest checkpoint in `folder`, None if there is none."""
-    found = _all(folder)
-    if not found:
+    checkpoints = _all(folder)
+    if not checkpoints:
         return None
-    path, what = found[-1] / "progress.json", "the progress of training"
+    path, what = checkpoints[-1] / "progress.json", "the progress of training"
     return shaped(read_json(path, what), path, what, Progress, f"delete {folder} to train anew")
 
 

@@ -63,13 +63,13 @@ def heldout(reader: Samples) -> list[int]:
     Raises:
         DraftheadError: there are none, and so no telling which head is the best.
     """
-    found = [i for i in reader.indices("heldout") if reader.tokens[i] - reader.prompt[i] > 1]
-    if not found:
+    usable = [i for i in reader.indices("heldout") if reader.tokens[i] - reader.prompt[i] > 1]
+    if not usable:
         raise DraftheadError(
             f"{reader.path}: no held-out answer of two tokens or more; raise prompts.heldout and "
             "capture again"
         )
-    return found
+    return usable
 
 
 def evaluate(

@@ -134,12 +134,12 @@ def read_metrics(path: Path) -> list[dict]:
         DraftheadError: a line is no record of training.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
-    found = []
+    records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line, parse_constant=lambda _: None)
         except (ValueError, RecursionError):  # no JSON, or not even text
             break
         shaped(record, f"{path}, line {number}", "a record of training", Metrics)
-        found.append(record)
-    return found
+        records.append(record)
+    return records

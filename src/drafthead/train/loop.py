@@ -281,13 +281,13 @@ class _Fit:
     def acceptance(self, head: nn.Module, ks: list[int]) -> list[Acceptance]:
         """Counts over all held-out answers at each k, summed over processes."""
         reader, world = self.task.reader, self.world
-        own = self.heldout[world.rank :: world.size]
-        reader.expect(own)
+        shard = self.heldout[world.rank :: world.size]
+        reader.expect(shard)
         totals = [Acceptance.zeros(k) for k in ks]
-        if own:
+        if shard:
             what = "evaluating held-out answers"
-            with waiting(self.console, what, len(own), unit="answers") as work:
-                samples = (reader[int(i)] for i in work.each(own))
+            with waiting(self.console, what, len(shard), unit="answers") as work:
+                samples = (reader[int(i)] for i in work.each(shard))
                 target = replace(self.target, embedding=self.embedding.to(world.device))
                 totals = evaluate(self.task.drafter, head, target, samples, ks)
         summed = []

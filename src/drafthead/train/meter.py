@@ -43,9 +43,9 @@ class Meter:
         queued: waiting that the device's work hides does not count. Nothing waits for the events.
         """
         if self.world.device.type != "cuda":
-            begun = time.monotonic()
+            started = time.monotonic()
             yield
-            self._waits.append(time.monotonic() - begun)
+            self._waits.append(time.monotonic() - started)
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

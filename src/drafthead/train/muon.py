@@ -43,9 +43,9 @@ STEPS = 5
 
 def _polynomial(gram: Tensor) -> Tensor:
     """A + B gram + C gram²: what an iteration multiplies its matrix by."""
-    found = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-    found.diagonal(dim1=1, dim2=2).add_(A)
-    return found
+    polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+    polynomial.diagonal(dim1=1, dim2=2).add_(A)
+    return polynomial
 
 
 def newton_schulz(wide: Tensor) -> Tensor:

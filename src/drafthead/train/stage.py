@@ -125,10 +125,10 @@ def _drafter(recipe: Recipe) -> Drafter:
     """
     kind = recipe.head.only_kind
     start = recipe.train.start_from
-    if start and (found := drafter_of(head_folder(start)).kind) != kind:
+    if start and (other_kind := drafter_of(head_folder(start)).kind) != kind:
         raise DraftheadError(
-            f"train.start_from: {start} is a head of kind {found}, and head.kind is {kind}; set "
-            f"head.kind: {found}",
+            f"train.start_from: {start} is a head of kind {other_kind}, and head.kind is {kind}; "
+            f"set head.kind: {other_kind}",
             field="head.kind",
         )
     return DRAFTERS[kind]
@@ -212,15 +212,15 @@ def _extend(head: Any, target: Target) -> None:
 
 def _check_given(folder: Path, config: Any, aux_layers: tuple[int, ...], target: Target) -> None:
     """Refuse a head for another target's states, or for those of other layers."""
-    for name, found, wanted in (
+    for name, value, expected in (
         ("vocab_size", config.vocab_size, target.vocab_size),
         ("target_hidden_size", config.target_hidden_size, target.hidden_size),
         ("aux layers", tuple(config.aux_layer_ids), aux_layers),
     ):
-        if found != wanted:
+        if value != expected:
             raise DraftheadError(
-                f"{folder}: its {name} is {found}, the states and target of this run have "
-                f"{wanted}" + ("; set head.aux_layers" if name == "aux layers" else "")
+                f"{folder}: its {name} is {value}, the states and target of this run have "
+                f"{expected}" + ("; set head.aux_layers" if name == "aux layers" else "")
             )
 
 

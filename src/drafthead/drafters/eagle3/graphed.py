@@ -201,7 +201,7 @@ class GraphedStep:
         assert self._batch is not None
         loss, correct, counted = self.step.loss(self._batch)
         # Not `loss.backward()`, which adds to `grad` on a stream that a capture need not see.
-        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        used = [(mine, new) for mine, new in zip(self.gradients, found) if new is not None]
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        used = [(mine, new) for mine, new in zip(self.gradients, gradients) if new is not None]
         torch._foreach_add_(*map(list, zip(*used)))
         return loss.detach(), correct, counted

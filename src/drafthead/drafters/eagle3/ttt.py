@@ -31,12 +31,12 @@ def project(
     With `live` and `live_of` (its inverse) q and residual of those rows only.
     """
     x, residual = layer.inputs(embeds, hidden)
-    own = layer.self_attn
+    attention = layer.self_attn
     if live is None or live_of is None:
-        return *own.qkv(x, cos, sin), residual
-    heads = lambda x, p: p(x).unflatten(-1, (-1, own.head_dim))
-    k, v = rotate(heads(x, own.k_proj), cos, sin), heads(x, own.v_proj)
-    q = rotate(heads(take_rows(x, live, live_of), own.q_proj), cos[live], sin[live])
+        return *attention.qkv(x, cos, sin), residual
+    heads = lambda x, p: p(x).unflatten(-1, (-1, attention.head_dim))
+    k, v = rotate(heads(x, attention.k_proj), cos, sin), heads(x, attention.v_proj)
+    q = rotate(heads(take_rows(x, live, live_of), attention.q_proj), cos[live], sin[live])
     return q, k, v, take_rows(residual, live, live_of)
 
 
