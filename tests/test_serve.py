@@ -62,6 +62,31 @@ def test_method_is_explicit_and_k_from_the_recipe(recipe):
     assert "speculative_config" not in engine_plan(recipe(), head=None, machine=CPU).args
 
 
+def test_drafts_by_load_are_ranges_of_the_head_s_largest_k(recipe):
+    serve = {"drafts_by_load": [[1, 5], [3, 2], [9, 0]]}
+    drafting = recipe(serve=serve, engine={"max_num_seqs": 16})
+    args = engine_plan(drafting, head="h", machine=CPU).args["speculative_config"]
+    assert args["num_speculative_tokens"] == 5
+    ranges = [[1, 2, 5], [3, 8, 2], [9, 16, 0]]
+    assert args["num_speculative_tokens_per_batch_size"] == ranges
+    other = engine_plan(drafting, head="h", machine=CPU, num_speculative_tokens=2).args
+    assert "num_speculative_tokens_per_batch_size" not in other["speculative_config"]
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        {"drafts_by_load": [[2, 5]]},
+        {"drafts_by_load": [[1, 5], [1, 3]]},
+        {"drafts_by_load": [[1, 0]]},
+        {"drafts_by_load": [[1, 5]], "num_speculative_tokens": 3},
+    ],
+)
+def test_drafts_by_load_that_make_no_sense(recipe, serve):
+    with pytest.raises(DraftheadError, match="drafts_by_load"):
+        recipe(serve=serve)
+
+
 def test_cpu_is_eager_and_in_process_gpu_never_eager(recipe):
     on_cpu = engine_plan(recipe(), head="h", machine=CPU)
     assert on_cpu.args["enforce_eager"] is True

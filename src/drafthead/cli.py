@@ -392,7 +392,8 @@ def serve(
     keep_hashes(run.top)
     target = recipe_target(loaded)
     with waiting(console, "hashing target and head"):
-        not_proved = doubt(run, k, served.serve.named_method, target)
+        drafted = plan.args["speculative_config"].get("num_speculative_tokens_per_batch_size")
+        not_proved = doubt(run, k, served.serve.named_method, target, drafted)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
     for notice in plan.notices:

@@ -339,6 +339,10 @@ def engine_plan(
         method = recipe.serve.named_method
         speculative_config = drafter.speculative_config(head, k, method)
         why += f"; draft_sample_method: {_DRAWN[method]}"
+        if recipe.serve.drafts_by_load and k == recipe.serve.k:
+            ranges = by_load(recipe.serve.drafts_by_load, engine.max_num_seqs)
+            speculative_config["num_speculative_tokens_per_batch_size"] = ranges
+            why += "; num_speculative_tokens_per_batch_size: fewer the more requests run at once"
         if "use_local_argmax_reduction" in speculative_config:
             why += (
                 "; use_local_argmax_reduction chooses the same drafts for less: among the ids that "
@@ -403,6 +407,12 @@ def engine_plan(
         unsupported=tuple(unsupported),
         warnings=tuple(warnings),
     )
+
+
+def by_load(starts: Sequence[tuple[int, int]], sequences: int) -> list[list[int]]:
+    """`serve.drafts_by_load` as vLLM takes it: first and last number of requests, and drafts."""
+    ends = [*(start - 1 for start, _ in starts[1:]), max(starts[-1][0], sequences)]
+    return [[start, end, drafts] for (start, drafts), end in zip(starts, ends)]
 
 
 def look_at(recipe: Recipe, head: Path | str, target: Target) -> tuple[list[str], list[str]]:

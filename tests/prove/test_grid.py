@@ -14,7 +14,13 @@ from drafthead.prove.bench import _on_each_number_of_gpus, bench, contest
 from drafthead.prove.grid import ALL, FIRST, REST, How, measure, shared
 from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
 from drafthead.prove.proof import hash_folder, seal
-from drafthead.prove.served import as_served, recommended_k, served_k, with_headline
+from drafthead.prove.served import (
+    as_served,
+    drafts_by_load,
+    recommended_k,
+    served_k,
+    with_headline,
+)
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
@@ -431,3 +437,18 @@ def test_each_number_of_gpus_has_plans_of_its_own(llama):
     )
     sizes = [engine_plan(r, head=None).args.get("tensor_parallel_size", 1) for r in spread]
     assert sizes == [1, 2]
+
+
+def test_drafts_by_load_are_the_fastest_at_each():
+    def cell(k, requests, speedup, **more):
+        alike = {"temperature": 0.0, "max_new_tokens": 64, "tensor_parallel_size": 1}
+        own = {"num_speculative_tokens": k, "concurrency": requests, "compared_speedup": speedup}
+        return alike | own | more
+
+    cells = [cell(7, 1, 2.0), cell(3, 1, 1.8), cell(7, 16, 1.1), cell(3, 16, 1.4)]
+    assert drafts_by_load(cells, {3, 7}) == [[1, 7], [2, 3]]
+    cells += [cell(7, 64, 0.6), cell(3, 64, 0.9), cell(7, 64, 3.0, temperature=1.0)]
+    assert drafts_by_load(cells, {3, 7}) == [[1, 7], [2, 3], [17, 0]]
+    assert drafts_by_load(cells, {7}) == [[1, 7], [17, 0]]  # 3 was not proved
+    assert drafts_by_load(cells[:2], {3, 7}) == []  # one load
+    assert drafts_by_load(cells[:4], {7}) == []  # 7 at any load

@@ -60,6 +60,11 @@ def test_a_k_that_was_not_proved_is_doubted(tmp_path):
     both = {"command": "c", "draft_sample_methods": ["greedy", "probabilistic"]}
     altered(run, served={"10": {"command": "c"}, "2": both})
     assert doubt(run, 10, "probabilistic") is None
+    assert doubt(run, 10, by_load=[[1, 8, 10]])
+    given = {"speculative_config": {"num_speculative_tokens_per_batch_size": [[1, 8, 10]]}}
+    altered(run, served={"10": {"command": "c", "engine_args": given}})
+    assert doubt(run, 10)  # proved with other drafts by load
+    assert doubt(run, 10, by_load=[[1, 8, 10]]) is None
     altered(run, lossless=False)
     assert "not lossless" in doubt(run, 10)
     (run.head / "more.json").write_text("{}")

@@ -126,9 +126,16 @@ def read_proof(run: RunDir) -> dict:
     return record
 
 
-def doubt(run: RunDir, k: int, method: str = "greedy", target: Target | None = None) -> str | None:
+def doubt(
+    run: RunDir,
+    k: int,
+    method: str = "greedy",
+    target: Target | None = None,
+    by_load: list[list[int]] | None = None,
+) -> str | None:
     """Why it is not proved that a run's head is lossless at ``k`` drafts a step, drawn by vLLM's
-    ``draft_sample_method``; None if it is. target: if given, it has to be the one of the proof."""
+    ``draft_sample_method``; None if it is. target: if given, it has to be the one of the proof.
+    by_load: vLLM's ``num_speculative_tokens_per_batch_size``."""
     if not proof_path(run).exists():
         return f"k = {k} was not proved, nor was any other: `drafthead verify RECIPE` would do it."
     try:
@@ -147,6 +154,12 @@ def doubt(run: RunDir, k: int, method: str = "greedy", target: Target | None = N
         return (
             f"k = {k} was not proved (k = {proved} was): `drafthead verify RECIPE --k {k}` would "
             "do it."
+        )
+    given = proof["served"][str(k)].get("engine_args", {}).get("speculative_config", {})
+    if given.get("num_speculative_tokens_per_batch_size") != by_load:
+        return (
+            f"k = {k} was proved with other drafts by load than `serve.drafts_by_load` asks for: "
+            "`drafthead verify RECIPE` would prove these."
         )
     methods = {m for how in proof["served"].values() for m in how.get("draft_sample_methods", [])}
     if method not in (methods or {"greedy"}):

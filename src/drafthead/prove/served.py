@@ -56,6 +56,33 @@ def fastest(cells: Sequence[dict], ks: Collection[int]) -> dict | None:
     return max(rivals, key=lambda cell: cell["compared_speedup"], default=None)
 
 
+def drafts_by_load(cells: Sequence[dict], ks: Collection[int]) -> list[list[int]]:
+    """`serve.drafts_by_load` as it was measured: from so many requests at once the k in ``ks`` that
+    was fastest, 0 where none was faster than the target alone. Loads between two that were measured
+    get what the busier one gets. Empty if the load changes nothing, or only one was measured.
+
+    cells: the points of ``bench.json``; those unlike the first in anything but load and k are left
+    out.
+    """
+    alike = ("temperature", "max_new_tokens", "tensor_parallel_size")
+    best: dict[int, dict] = {}
+    for cell in cells:
+        if cell["num_speculative_tokens"] not in ks or method_of(cell) != method_of(cells[0]):
+            continue
+        if all(cell[name] == cells[0][name] for name in alike):
+            rival = best.setdefault(cell["concurrency"], cell)
+            if cell["compared_speedup"] > rival["compared_speedup"]:
+                best[cell["concurrency"]] = cell
+    found: list[list[int]] = []
+    start = 1
+    for requests, cell in sorted(best.items()):
+        drafts = cell["num_speculative_tokens"] if cell["compared_speedup"] > 1 else 0
+        if not found or found[-1][1] != drafts:
+            found.append([start, drafts])
+        start = requests + 1
+    return found if len(found) > 1 else []
+
+
 def top_level(cell: dict) -> dict:
     """A measured point as the headline of ``bench.json``."""
     return {name: value for name, value in cell.items() if name not in ("pairs", "by_source")}

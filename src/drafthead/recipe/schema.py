@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -402,7 +403,17 @@ class ExportSection(Section):
 class ServeSection(Section):
     """How the head is served."""
 
-    num_speculative_tokens: Drafts | None = None
+    drafts_by_load: (
+        Annotated[
+            list[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, le=128)]]],
+            Field(min_length=1),
+        ]
+        | None
+    ) = None
+    """Fewer drafts the more requests run at once, 0 for none: `[[1, 7], [17, 3], [65, 0]]` drafts 7
+    for up to 16, 3 for 17 to 64, none for more. Proved, measured and served so. null drafts as many
+    at any load. With several loads in `bench.concurrency`, bench says what was fastest at each."""
+    num_speculative_tokens: Annotated[Drafts | None, Field(validate_default=True)] = None
     """Tokens drafted a step (k). null: 1 to 5 are proved and measured, and the fastest of those is
     served. More than five hardly ever pay, and each k is an engine to start twice. Name one to
     prove, measure and serve that one alone."""
@@ -415,6 +426,27 @@ class ServeSection(Section):
     tensor_parallel_size: Annotated[int, Field(ge=1)] | None = None
     """GPUs to serve on; null is the engine's if it is above 1, else the fewest that hold the
     weights."""
+
+    @field_validator("drafts_by_load")
+    @classmethod
+    def _every_load(cls, ranges: list[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+        starts = [start for start, _ in ranges or [(1, 1)]]
+        if starts[0] != 1 or starts != sorted(set(starts)):
+            found = ", ".join(map(str, starts))
+            raise ValueError(f"begins at {found} requests; it must begin at 1 and ascend")
+        if ranges and not any(drafts for _, drafts in ranges):
+            raise ValueError("drafts nothing at any load; serve the target alone instead")
+        return ranges
+
+    @field_validator("num_speculative_tokens", mode="before")
+    @classmethod
+    def _k_by_load(cls, value: Any, info: ValidationInfo) -> Any:
+        """The most drafts of `drafts_by_load`, where that is given."""
+        ranges = info.data.get("drafts_by_load")
+        most = max((drafts for _, drafts in ranges), default=0) if ranges else value
+        if value not in (None, most):
+            raise ValueError(f"drafts_by_load drafts {most} at most, not {value}; leave this out")
+        return most
 
     @property
     def k(self) -> int:

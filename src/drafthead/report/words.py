@@ -9,7 +9,7 @@ import jinja2
 from drafthead.drafters import DRAFTERS
 from drafthead.prove.choice import by_load, lead, made_beside
 from drafthead.prove.pairing import LOAD
-from drafthead.prove.served import method_of
+from drafthead.prove.served import drafts_by_load, method_of, proved_ks
 from drafthead.recipe import without_paths
 from drafthead.report.results import Results
 from drafthead.rundir import RunDir
@@ -325,6 +325,14 @@ def notes(r: Results) -> list[str]:
         )
     if r.served_k != r.k:
         sentences.append(f"k = {r.served_k}, the one to serve, was not measured at this load.")
+    if ranges := r.recipe.serve.drafts_by_load:
+        drafts = ", ".join(f"{k} from {start}" for start, k in ranges)
+        sentences.append(f"Drafts a step by the number of requests at once: {drafts}.")
+    elif r.bench and (faster := drafts_by_load(r.bench["grid"], proved_ks(r.proof))):
+        sentences.append(
+            "Fewer drafts were faster under load, but are neither proved nor served so: "
+            f"`serve.drafts_by_load: {faster}` would do it."
+        )
     if r.proof["lossless"] and str(r.served_k) not in r.proof["served"]:
         proved = ", ".join(sorted(r.proof["served"], key=int))
         sentences.append(f"k = {r.served_k}, the one to serve, was not proved; k = {proved} was.")
