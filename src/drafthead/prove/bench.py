@@ -21,7 +21,14 @@ from drafthead.prove.prediction import predicted_acceptance, predicted_sampling
 from drafthead.prove.prompts import timed_prompts
 from drafthead.prove.proof import command_line, hash_folder, now
 from drafthead.prove.records import BENCH_AGAIN, Contest
-from drafthead.prove.served import candidates, fastest, lossless_proof, proved_ks, top_level
+from drafthead.prove.served import (
+    candidates,
+    drafts_by_load,
+    fastest,
+    lossless_proof,
+    proved_ks,
+    top_level,
+)
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan, engines_that_fit, existing_head, look_at
@@ -283,4 +290,9 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     }
     write_json(run.bench_json, result)
     forget(run.root / ".stages")
+    if found := drafts_by_load(result["grid"], _servable(recipe, run)):
+        console.print(
+            f"bench: fewer drafts are faster under load: `serve.drafts_by_load: {found}`, then "
+            "verify and bench"
+        )
     return {name: result[name] for name in ("num_speculative_tokens", *_MEASURED)}
