@@ -105,7 +105,12 @@ def run_interpreted(tmp_path: Path, tests: str) -> None:
 def main(given: str, results: str) -> None:
     let_vllm_interpret()
 
-    from drafthead.vllm_plugin import eagle3, lfm2, register  # noqa: F401  (apply their patches)
+    from drafthead.vllm_plugin import (  # noqa: F401  (apply their patches)
+        dspark,
+        eagle3,
+        lfm2,
+        register,
+    )
     from tests.vllm.engines import answers, counter, engine
     from tests.vllm.oracle import proposing
 

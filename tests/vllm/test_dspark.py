@@ -19,8 +19,8 @@ from drafthead.ops.losses import Teacher
 from drafthead.ops.vocabulary import draft_ids
 from drafthead.targets import load_target
 from drafthead.train.evaluate import evaluate
-from tests.vllm.engines import answers, counter, engine, prompt, staggered, stress
-from tests.vllm.models import write_target
+from tests.vllm.engines import answers, counter, eagle3, engine, prompt, staggered, stress
+from tests.vllm.models import write_head, write_target
 from tests.vllm.test_served_acceptance import answers as own_answers
 from tests.vllm.test_served_acceptance import counters
 
@@ -165,6 +165,23 @@ def test_answers_of_a_hybrid_stay_its_own(hybrid, alone, tmp_path, k):
         accepted = counter(llm, "spec_decode_num_accepted_tokens")
         drafted = counter(llm, "spec_decode_num_draft_tokens")
     assert 100 < accepted < drafted
+
+
+@pytest.mark.parametrize("kind", ["dspark", "eagle3"])
+def test_fewer_drafts_the_more_requests_leave_the_answers(hybrid, alone, tmp_path, kind):
+    """The number of drafts changes from step to step, down to none and up again."""
+    if kind == "dspark":
+        speculative = dspark(saved(repeating(load_target(hybrid)), tmp_path / "head"), 3)
+    else:
+        speculative = eagle3(write_head(tmp_path, hybrid, aux_layers=(2, 3, 6), repeats=True), 3)
+    by_load = {
+        "num_speculative_tokens_per_batch_size": [(1, 1, 3), (2, 2, 1), (3, 3, 0), (4, 4, 2)]
+    }
+    with engine(hybrid, speculative | by_load) as llm:
+        assert [answers(llm, [request])[0] for request in ALONE] == alone["alone"]
+        assert staggered(llm, STAGGERED) == alone["staggered"]
+        assert answers(llm, STRESS) == alone["stress"]
+        assert counter(llm, "spec_decode_num_accepted_tokens") > 100
 
 
 def test_the_engine_counts_what_was_predicted(llama, tmp_path):

@@ -4,10 +4,12 @@ import random
 
 import pytest
 
+from drafthead.targets import load_target
 from tests.prove import crafted
 from tests.vllm import newer_runner
 from tests.vllm.engines import answers, eagle3, engine, ngram, prompt
 from tests.vllm.models import write_head, write_target
+from tests.vllm.test_dspark import dspark, repeating, saved
 
 K = 3
 _RNG = random.Random(5)
@@ -33,6 +35,13 @@ ARGMAX = (
     "vllm.v1.worker.gpu.spec_decode.speculator:"
     "DraftModelSpeculator._validate_local_argmax_reduction"
 )
+AS_DFLASH = "vllm.config.speculative:SpeculativeConfig.__post_init__"
+_SPECULATORS = "vllm.v1.worker.gpu.spec_decode."
+DRAFTING = [
+    f"{_SPECULATORS}dspark.speculator:DSparkSpeculator._sample_sequential",
+    f"{_SPECULATORS}dspark.speculator:DSparkSpeculator._generate_draft",
+    f"{_SPECULATORS}dflash.speculator:DFlashSpeculator.propose",
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +86,17 @@ def found(tmp_path_factory, targets, plain):
         "speculative": eagle3(crafted.head(folder / "llama-head", llama), K),
         "requests": [([4 + i, 20 + i, crafted.ALTERNATES[2 * i]], 12) for i in range(6)],
     }
+    # As on a GPU: on a CPU it would be served by the older runner's DFlash.
+    by_load = {
+        "num_speculative_tokens_per_batch_size": [(1, 1, K), (2, 2, 1), (3, 3, 0), (4, 4, 2)]
+    }
+    block = {
+        "target": str(targets[1]),
+        "speculative": dspark(saved(repeating(load_target(targets[1])), folder / "block"), K),
+        "requests": MIXED,
+        "without": [AS_DFLASH],
+    }
+    fewer = block | {"speculative": block["speculative"] | by_load}
     accepting = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.2}
     synthetic = {
         "target": str(targets[1]),
@@ -93,6 +113,10 @@ def found(tmp_path_factory, targets, plain):
         "llama": llama_head,
         "llama, stock": llama_head | {"without": [ARGMAX]},
         "synthetic": synthetic,
+        "block": block,
+        "block, stock": block | {"without": [AS_DFLASH, *DRAFTING]},
+        "by load": fewer,
+        "by load, stock": fewer | {"without": [AS_DFLASH, *DRAFTING]},
     }
     return newer_runner.run(folder, jobs)
 
@@ -127,3 +151,11 @@ def test_acceptance_is_as_synthetic_as_asked_for(found):
     """And, like every batch of these engines, judged alike by vLLM's sampler and by the patch."""
     steps = found["synthetic"]["drafted"] / K
     assert 0.5 < found["synthetic"]["accepted"] / steps < 2
+
+
+@pytest.mark.parametrize("name", ["block", "by load"])
+def test_blocks_are_drafted_as_vllm_does_whatever_the_load(found, plain, name):
+    assert found[name]["answers"] == plain["mixed"]
+    assert found[name] == found[f"{name}, stock"]
+    assert 10 < found[name]["accepted"] < found[name]["drafted"]
+    assert found["by load"]["drafted"] < found["block"]["drafted"]

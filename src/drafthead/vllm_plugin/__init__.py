@@ -20,17 +20,24 @@ def register() -> None:
         for patch in registry.rows("lfm2"):
             registry.record(registry.Status(patch, registry.State.off, hook.why))
     try:
-        _register_head()
+        _register_heads()
     except Exception as error:  # must not keep a vLLM that it does not know from starting
-        registry.log.warning("drafthead's patches of EAGLE-3 heads, for speed, are off: %s", error)
+        registry.log.warning("drafthead's patches of heads, for speed, are off: %s", error)
 
 
-def _register_head() -> None:
-    """Let the import of a head's class apply the patches of EAGLE-3 heads."""
+# Architectures of heads: vLLM's module and its class, in the module here that stands in for it.
+_HEADS = {
+    "Eagle3LlamaForCausalLM": ("llama_eagle3", "eagle3:Eagle3LlamaForCausalLM"),
+    "LlamaForCausalLMEagle3": ("llama_eagle3", "eagle3:Eagle3LlamaForCausalLM"),
+    "Qwen3DSparkModel": ("qwen3_dspark", "dspark:Qwen3DSparkForCausalLM"),
+}
+
+
+def _register_heads() -> None:
+    """Let the import of a head's class apply the patches of such heads."""
     from vllm import ModelRegistry
 
-    head = "Eagle3LlamaForCausalLM"
-    for architecture in (head, "LlamaForCausalLMEagle3"):
+    for architecture, (module, ours) in _HEADS.items():
         stock = ModelRegistry.models.get(architecture)
-        if getattr(stock, "module_name", "").endswith(".llama_eagle3"):
-            ModelRegistry.register_model(architecture, f"{__name__}.eagle3:{head}")
+        if getattr(stock, "module_name", "").endswith(f".{module}"):
+            ModelRegistry.register_model(architecture, f"{__name__}.{ours}")

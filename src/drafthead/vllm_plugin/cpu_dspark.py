@@ -38,7 +38,8 @@ def _one_query_less(stock):
         if not is_dspark(self.speculative_config):
             return stock(self, *args, **named)
         drafts = self.num_speculative_tokens
-        self.num_speculative_tokens = drafts - 1
+        # Where the load leaves none to draft, the pass still keeps the draft's cache.
+        self.num_speculative_tokens = max(drafts - 1, 0)
         try:
             queries, _, metadata = stock(self, *args, **named)
         finally:

@@ -65,9 +65,9 @@ class Patch:
     """What is wrong without it."""
     purpose: Literal["correctness", "cost"] = "correctness"
     device: Literal["any", "cpu", "gpu"] = "any"
-    loaded_with: tuple[Literal["lfm2", "eagle3"], ...] = ()
-    """Applied when an LFM2 class or an EAGLE-3 head's is imported, so that no other model sees it;
-    empty: in every process at start. The scheduler and the cache planner run in processes that may
+    loaded_with: tuple[Literal["lfm2", "eagle3", "dspark"], ...] = ()
+    """Applied when an LFM2 class or a head's is imported, so that no other model sees it; empty: in
+    every process at start. The scheduler and the cache planner run in processes that may
     never import the model."""
     versions: tuple[tuple[int, int], ...] = VERSIONS
     """Releases of vLLM that have the fault."""
@@ -200,6 +200,13 @@ TABLE = (
         loaded_with=("lfm2",),
     ),
     Patch(
+        "narrow_graphs",
+        "LFM2, drafts by load, newer model runner with CUDA graphs",
+        "the engine does not start",
+        device="gpu",
+        loaded_with=("lfm2",),
+    ),
+    Patch(
         "cpu_rope",
         "LFM2",
         "wrong answers",
@@ -229,10 +236,10 @@ TABLE = (
     ),
     Patch(
         "greedy_verify",
-        "LFM2 with any drafter, EAGLE-3 heads on any target, newer model runner",
+        "LFM2 with any drafter, heads on any target, newer model runner",
         "checking greedy drafts takes six kernels instead of two",
         purpose="cost",
-        loaded_with=("lfm2", "eagle3"),
+        loaded_with=("lfm2", "eagle3", "dspark"),
     ),
     Patch(
         "draft_argmax",
@@ -247,6 +254,20 @@ TABLE = (
         "a head's norms cost eight launches each",
         purpose="cost",
         loaded_with=("eagle3",),
+    ),
+    Patch(
+        "resting_drafter",
+        "DSpark heads, drafts by load, newer model runner",
+        "steps with no drafts pay for a whole block of them",
+        purpose="cost",
+        loaded_with=("dspark",),
+    ),
+    Patch(
+        "markov_chain",
+        "DSpark heads, greedy drafts, newer model runner",
+        "each draft takes nine kernels instead of one",
+        purpose="cost",
+        loaded_with=("dspark",),
     ),
 )
 
