@@ -1,5 +1,6 @@
 """An engine's process and what it started, however its parent or it itself ends."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from drafthead import process
+from drafthead.errors import DraftheadError
 from drafthead.process import Child, memory_fault
 from tests.processes import ended, wait_for
 from tests.refused import refused
@@ -59,6 +62,36 @@ def test_what_a_child_started_ends_with_it(child, then):
     child.close()
     wait_for(lambda: ended([started]))
     wait_for(lambda: not Path("/dev/shm", made["memory"]).exists())
+
+
+def test_a_child_that_stands_still_is_named_while_something_is_due(child, monkeypatch):
+    child = child("wait")
+    child.receive()
+    monkeypatch.setattr(process, "TICK_S", 0.01)
+    child._standstill.limit = 0.05
+    asked = itertools.count()
+    due = lambda: next(asked) >= 20
+    with pytest.raises(DraftheadError, match=f"process {child.process.pid} is stuck.*logs/log"):
+        child.receive(due=due)
+    assert next(asked) > 20
+    child.close()
+
+
+def test_what_works_or_writes_to_its_log_is_not_stuck(tmp_path, monkeypatch):
+    log, used = tmp_path / "log", 0.0
+    log.touch()
+    monkeypatch.setattr(process, "_used_s", lambda pid: used)
+    standstill = process.Standstill("a test", 1, log, 10 * process.TICK_S)
+    for step in range(40):
+        standstill.tick()
+        if step % 9 == 0:
+            log.write_text(log.read_text() + "loading\n")
+    for _ in range(40):
+        standstill.tick()
+        used += 0.02 * process.TICK_S
+    with pytest.raises(DraftheadError):
+        for _ in range(12):
+            standstill.tick()
 
 
 def test_a_parent_that_is_killed_amid_a_message_takes_its_child_along(tmp_path):

@@ -9,7 +9,9 @@ JSON lines: an order, then messages either way.
 
 import contextlib
 import json
+import math
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -23,6 +25,11 @@ import psutil
 
 from drafthead.errors import DraftheadError
 from drafthead.fsio import log_tail
+
+TICK_S = 10.0
+"""How long is waited between two looks at a process that is waited for."""
+_STUCK_S = 1800.0
+_BUSY = 0.01  # of one core: starting and compiling an engine takes far more
 
 # What vLLM and PyTorch print when memory runs out, what it means, and the keys to change. The first
 # that matches counts: an engine that has no memory left prints more errors after the cause.
@@ -56,6 +63,62 @@ _NO_MEMORY = (
         "lower engine.kv_cache_memory_bytes, or end what else runs here",
     ),
 )
+
+
+class Standstill:
+    """Notices that a process which is waited for lives but does nothing: for ``limit`` seconds it
+    has sent nothing, its log has not grown, and it and what it started took less than 1% of a core.
+
+    Only ticks of waiting count, so that neither a parent that was stopped nor a machine that slept
+    makes a process look stuck.
+
+    Args:
+        name: what the error calls it.
+        pid: of the process.
+        log: what it prints to; None if that is another process's.
+        limit: seconds.
+    """
+
+    def __init__(self, name: str, pid: int, log: Path | None, limit: float):
+        self.name, self.pid, self.log, self.limit = name, pid, log, limit
+        self.alive()
+
+    def alive(self) -> None:
+        """It has sent something, or nothing is expected of it."""
+        self._waited = 0.0
+        self._before: tuple[float, int] | None = None
+
+    def tick(self) -> None:
+        """``TICK_S`` of waiting have passed.
+
+        Raises:
+            DraftheadError: it stands still.
+        """
+        used, size = _used_s(self.pid), self.log.stat().st_size if self.log else 0
+        before, before_size = self._before or (-math.inf, 0)
+        if size != before_size or abs(used - before) > _BUSY * self.limit:
+            self._waited, self._before = 0.0, (used, size)
+            return
+        self._waited += TICK_S
+        if self._waited >= self.limit:
+            log = f" nor written to {self.log}" if self.log else ""
+            raise DraftheadError(
+                f"{self.name}: process {self.pid} is stuck: for {self.limit / 60:.0f} minutes it "
+                f"has not answered{log}, and took no processor time. See whether disk and GPU "
+                f"answer, and where it stands (py-spy dump --pid {self.pid}); then run again: what "
+                "is finished stays"
+            )
+
+
+def _used_s(pid: int) -> float:
+    """Processor time that a process and all that it started have taken, in seconds."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += sum(process.cpu_times()[:4])  # those of its ended children too
+    return total
 
 
 class Process:
@@ -146,7 +209,20 @@ class Child(Process):
     ):
         command, pipe = [sys.executable, "-m", module], subprocess.PIPE
         super().__init__(name, command, log, environment, stdin=pipe, stdout=pipe)
+        self._standstill = Standstill(name, self.process.pid, log, _STUCK_S)
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name=name, daemon=True).start()
         self.send(order)
+
+    def _read(self) -> None:
+        """The reading thread, so that ``receive`` can look at the child while it waits."""
+        assert self.process.stdout is not None
+        try:
+            with self.process.stdout as lines:
+                for line in lines:
+                    self._lines.put(line)
+        finally:  # an empty line is the end
+            self._lines.put("")
 
     def send(self, message: Any) -> None:
         """Send one message. Nothing happens if the child is dead: ``receive`` raises that."""
@@ -155,36 +231,46 @@ class Child(Process):
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
 
-    def receive(self, failure: str = "died") -> dict | None:
+    def receive(self, failure: str = "died", due: Callable[[], bool] = lambda: True) -> dict | None:
         """Wait for the child's next message; None once it has ended well.
 
+        Args:
+            failure: what the error says of a child that ended otherwise.
+            due: whether the child has something to do; else it may stand still.
+
         Raises:
-            DraftheadError: the child's own error, or it ended otherwise; then the error says
-                ``failure``.
+            DraftheadError: the child's own error, it ended otherwise, or it is stuck.
         """
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        self._standstill.alive()
+        while True:
+            try:
+                line = self._lines.get(timeout=TICK_S)
+                break
+            except queue.Empty:
+                if due():
+                    self._standstill.tick()
+                else:
+                    self._standstill.alive()
         if line:
             message: dict = json.loads(line)
             if "error" in message:
                 raise DraftheadError(message["error"])
             return message
+        self._lines.put("")  # for whoever asks again
         if self.reap() != 0:
             raise self.death(f"the vLLM process {failure}")
         return None
 
-    def messages(self) -> Iterator[dict]:
-        """All messages until the child ends. Errors as for ``receive``."""
-        while (message := self.receive()) is not None:
+    def messages(self, due: Callable[[], bool] = lambda: True) -> Iterator[dict]:
+        """All messages until the child ends. Errors and ``due`` as for ``receive``."""
+        while (message := self.receive(due=due)) is not None:
             yield message
 
     def close(self) -> None:
         super().close()
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        self.process.stdout.close()
 
 
 def child_main(

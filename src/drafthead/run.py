@@ -137,17 +137,20 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     # The target's files count, by their hashes, and not where they lie.
     dumped["target"] = {k: v for k, v in dumped["target"].items() if k not in ("path", "revision")}
     dumped["train"]["ttt_steps"] = recipe.ttt_steps
-    if recipe.head.only_kind == "dspark" and recipe.capture.aux_layers is None:
-        dumped["capture"]["aux_layers"] = "spread"  # others than without
+    dumped["train"]["learning_rate"] = recipe.train.peak_learning_rate
     dumped["train"]["track"] = []  # who looks on does not change what is trained
     # … nor do the GPU that computes states online and the memory that they pass through.
     dumped["capture"] |= CaptureSection().model_dump(include={"online_bytes", "online_devices"})
     del dumped["capture"]["max_unusable"]  # … nor how many conversations may be left out
+    # By default they follow from the target: `stage_inputs` names those that are captured.
+    layers = dumped["capture"].pop("aux_layers")
     settings = {stage.name: {name: dumped[name] for name in stage.sections} for stage in STAGES}
     # How much memory the engine may take does not change what the target writes: who ran out of it
     # goes on with less.
     engine = settings["generate"]["engine"]
     settings["generate"]["engine"] = {k: v for k, v in engine.items() if k not in _MEMORY}
+    if layers is not None:
+        settings["generate"]["aux_layers"] = sorted(layers)
     return settings
 
 
@@ -199,7 +202,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
         recipe_template(recipe, target)
     if "vocab" in wanted:
         check_size(recipe.vocab.size, target.vocab_size)
-    captured_layers(recipe, target)
+    layers = captured_layers(recipe, target)
     _check_load(recipe, wanted)
 
     def hashes(sources: list[Source]) -> dict[str, str]:
@@ -229,6 +232,7 @@ def stage_inputs(recipe: Recipe, wanted: Sequence[str] = ()) -> dict[str, dict]:
             if (steps := trained_steps(recipe)) != recipe.ttt_steps:
                 needs["ttt_steps"] = steps  # follows that head and how many tokens may be drafted
         if stage.after is None:
+            needs["aux_layers"] = list(layers)
             needs["target_files"] = target.fingerprint
             needs["prompt_files"] = hashes(recipe.prompts.sources)
             if recipe.target.chat_template is not None:

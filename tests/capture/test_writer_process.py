@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from drafthead import process as process_module
 from drafthead.capture import assemble, writer_process
 from drafthead.capture.checks import ALL_ZERO, MISSING, NOT_FINITE
 from drafthead.capture.recorder import StateRecorder
@@ -221,6 +222,19 @@ def test_a_process_that_stands_still_holds_the_engine_up_and_loses_nothing(engin
     engine.save(1, 1)
     assert engine.process.flush() is None
     assert torch.equal(StateReader(tmp_path, partial=True)[0].states, states_of(1, 40))
+
+
+def test_a_process_that_stands_still_for_long_is_named(llama, tmp_path, monkeypatch):
+    engine = Engine(WriterProcess(*SHAPE), {"store": str(tmp_path)}, llama)
+    pid = engine.process._process.pid
+    psutil.Process(pid).suspend()
+    for module in (process_module, writer_process):
+        monkeypatch.setattr(module, "TICK_S", 0.01)
+    engine.process._standstill.limit = 0.05
+    engine.run(1, 2 * CAPACITY)
+    for said in (engine.save(1, 1), engine.process.flush()):
+        assert f"process {pid} is stuck" in said
+    engine.process.close()
 
 
 def block_shards(engine, store):

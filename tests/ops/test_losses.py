@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+from drafthead.errors import DraftheadError
 from drafthead.ops import losses
 from drafthead.ops.losses import (
     Teacher,
@@ -41,6 +42,12 @@ def test_fused_loss_is_the_plain_loss(kind, dtype, tolerance, chunk_rows):
     for ours, theirs in zip(gradients, expected):
         assert theirs.abs().max() > 0.1
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_a_loss_that_there_is_not_is_refused():
+    with pytest.raises(DraftheadError) as refused:
+        fused_loss(*problem(torch.float32), "ce+smoothl1")
+    assert refused.value.field == "loss"
 
 
 def test_hidden_regression_is_the_weighted_sum_of_smooth_l1():

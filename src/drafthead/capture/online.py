@@ -86,7 +86,7 @@ class OnlineReader(Samples):
         self._ahead: deque[int] = deque()
         self._requests: dict[int, _Request] = {}  # by number, in the order they were sent
         self._unclaimed: dict[int, deque[int]] = {}  # index -> numbers of requests, oldest first
-        self._sent = 0
+        self._sent = self._arrived = 0
         self._failed: DraftheadError | None = None
         self._labels, self._max_unusable = plan.labels, recipe.capture.max_unusable
         self._unusable: set[str] = set()  # conversations
@@ -215,8 +215,9 @@ class OnlineReader(Samples):
     def _listen(self) -> None:
         failed = DraftheadError("online states: the engine has ended")
         try:
-            for message in self._child.messages():
+            for message in self._child.messages(due=lambda: self._arrived < self._sent):
                 with self._change:
+                    self._arrived += len(message["ready"])
                     for number in message["ready"]:
                         request = self._requests[number]
                         request.arrived = True

@@ -28,10 +28,14 @@ from drafthead.capture.checks import CHECKED, Checker, unusable
 from drafthead.capture.shared_memory import PagePool, RingBuffer, SharedRows
 from drafthead.errors import DraftheadError
 from drafthead.machine import usable_cores
+from drafthead.process import TICK_S, Standstill
 from drafthead.states import Sample, StateWriter, StoreMeta
 from drafthead.states.format import Encoding
 from drafthead.states.writer import grouped
 from drafthead.targets import load_target
+
+# Less than who waits for the engine waits, so that this, which is nearer to the cause, is told.
+_STUCK_S = 1200.0
 
 
 class WriterProcess:
@@ -65,6 +69,8 @@ class WriterProcess:
         self._trouble: str | None = None
         self._died: str | None = None
         self._done = False
+        name = "the process that writes the states"
+        self._standstill = Standstill(name, self._process.pid, None, _STUCK_S)
         threading.Thread(target=self._send, name="states", daemon=True).start()
 
     def open(self, sink: dict, meta: dict, target: str, options: dict) -> str | None:
@@ -120,7 +126,10 @@ class WriterProcess:
     def _receive(self, wait: bool) -> None:
         """Read the messages of the process; with ``wait`` at least one."""
         try:
+            self._standstill.alive()
             while wait or self._pipe.poll():
+                while not self._pipe.poll(TICK_S):
+                    self._standstill.tick()
                 what, text = self._pipe.recv()
                 wait = False
                 if what == "free":
@@ -129,6 +138,9 @@ class WriterProcess:
                     self._trouble = self._trouble or text
                 else:
                     self._done = True
+        except DraftheadError as error:
+            self._died = str(error)
+            self._process.kill()
         except (EOFError, OSError):
             code = self._process.wait()
             killed = ", killed: out of memory?" if code == -signal.SIGKILL else ""

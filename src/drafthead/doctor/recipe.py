@@ -43,7 +43,8 @@ _FEW_STEPS = 200
 # Of generation_config.json what vLLM's server adds to each request besides a temperature, and what
 # the value that changes nothing is.
 _ADDED = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-# By what of a head's path vLLM guesses the method, in its order.
+# By what of a head's path vLLM guesses the method, in its order, before it looks at the head's
+# architecture (`SpeculativeConfig.__post_init__` in `vllm/config/speculative.py` of 0.32 and 0.33).
 _GUESSED = (
     ("eagle-", "eagle"),
     ("eagle3", "eagle3"),

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from drafthead.ops.block_attention import Blocks
-from drafthead.ops.losses import CE_SHARE, SMALLEST_OVERLAP
+from drafthead.ops.losses import CE_SHARE, SMALLEST_OVERLAP, check_kind
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def row_gradients(
     shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`losses.row_gradients` in one kernel; `logits` [T, R, Vd] is overwritten by the gradient."""
+    check_kind(kind)
     steps, rows, width = logits.shape
     assert logits.is_contiguous()
     assert teacher is None or teacher.is_contiguous()

@@ -20,18 +20,30 @@ With z a row's logits over the draft vocabulary and s the teacher's:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drafthead.errors import DraftheadError
 from drafthead.targets.logits import PLAIN, LogitRule
 
 LossKind = Literal["kl", "ce", "acceptance", "ce+tv"]
 
 CE_SHARE = 0.1  # of cross-entropy in `ce+tv`
 SMALLEST_OVERLAP = 1e-30  # keeps log and quotient finite where fp32 has no more digits
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a loss that there is not.
+
+    Raises:
+        DraftheadError: no loss is of that kind.
+    """
+    if kind not in get_args(LossKind):
+        known = ", ".join(get_args(LossKind))
+        raise DraftheadError(f"loss: there is no {kind!r}; there are {known}", field="loss")
 
 
 def row_gradients(
@@ -52,7 +64,11 @@ def row_gradients(
 
     d/dz KL(softmax(s) || softmax(z)) = q - p; cross-entropy the same with p one-hot. With b = 1
     where q < p: d/dz sum min(p, q) = q (b - sum(q b)).
+
+    Raises:
+        DraftheadError: no loss is of that kind.
     """
+    check_kind(kind)
     predicted = logits.argmax(-1)
     if shared is not None:
         labels = labels[shared]

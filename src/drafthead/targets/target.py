@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -497,6 +498,24 @@ def _override(config: Any, overrides: Mapping[str, Any]) -> None:
             setattr(config, name, value)
 
 
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """A checkpoint's transformers configuration, read without importing the code of all models.
+    transformers imports it (2 s of CPU) to name a class in a configuration's docstring, and names
+    none where that import fails."""
+    from transformers import AutoConfig
+
+    models = "transformers.models.auto.modeling_auto"
+    if not trust_remote_code and models not in sys.modules:
+        sys.modules[models] = None  # type: ignore[assignment]  # importing it raises ImportError
+        try:
+            return AutoConfig.from_pretrained(folder)
+        except ImportError:  # a few configurations do need it, such as BLIP-2's
+            pass
+        finally:
+            del sys.modules[models]
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def load_target(
     path_or_id: str | Path,
     revision: str | None = None,
@@ -515,8 +534,6 @@ def load_target(
         DraftheadError: missing, unreadable, truncated, or an architecture whose logits drafthead
             cannot compute from the last hidden state.
     """
-    from transformers import AutoConfig
-
     path = _local_folder(str(path_or_id), revision, trust_remote_code)
     _refuse_other_formats(path)
     if not (path / "config.json").is_file():
@@ -528,7 +545,7 @@ def load_target(
     _refuse_head(path)
     try:
         raw = json.loads((path / "config.json").read_text())
-        outer = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        outer = _read_config(path, trust_remote_code)
         _override(outer, overrides or {})
         config = outer.get_text_config()
     except Exception as error:
