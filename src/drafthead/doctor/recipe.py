@@ -43,8 +43,10 @@ _FEW_STEPS = 200
 # Of generation_config.json what vLLM's server adds to each request besides a temperature, and what
 # the value that changes nothing is.
 _ADDED = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-# By what of a head's path vLLM guesses the method, in its order, before it looks at the head's
-# architecture (`SpeculativeConfig.__post_init__` in `vllm/config/speculative.py` of 0.32 and 0.33).
+# By what of a head's path vLLM guesses the method, in its order, before it looks at anything else
+# (`SpeculativeConfig.__post_init__` in `vllm/config/speculative.py` of 0.32). Where none of them is
+# in it, DSpark heads are known by their architecture, and EAGLE-3 heads end the engine at the first
+# request, which nobody overlooks.
 _GUESSED = (
     ("eagle-", "eagle"),
     ("eagle3", "eagle3"),
@@ -369,7 +371,7 @@ def check_head(run: RunDir, recipe: Recipe) -> list[Finding]:
         return []
     about = inspect_head(run.head, target, length=recipe.engine.max_model_len)
     name, kind = str(run.head.absolute()).lower(), drafter_of(run.head).kind
-    guess = next((method for part, method in _GUESSED if part in name), "draft_model")
+    guess = next((method for part, method in _GUESSED if part in name), kind)
     about["notes"] += [
         f"without its `method` vLLM would take it for {guess} from the path: who serves it by "
         f'another command than drafthead serve names "method": "{kind}"'

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -186,13 +187,15 @@ class Target:
         Raises:
             DraftheadError: none in the folder, or it cannot be read.
         """
-        from transformers import AutoTokenizer
+        return self._tokenizer
 
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
         try:
             # Not the copy in Mistral's own format (tekken.json), which transformers would prefer:
             # it has no chat template and no offsets.
-            return AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code, mistral_format=False
+            return _without_models(
+                "AutoTokenizer", self.path, self.trust_remote_code, mistral_format=False
             )
         except Exception as error:
             _refuse_code(self.path, error, self.trust_remote_code)
@@ -386,6 +389,27 @@ class Target:
         )
 
 
+def _without_models(loader: str, folder: Path, trust_remote_code: bool, **options: Any) -> Any:
+    """``from_pretrained`` of one of transformers' loaders, without the code of all models.
+    transformers imports that (2 s of CPU) to name a class in a configuration's docstring, and names
+    none where the import fails."""
+
+    def load() -> Any:
+        found = getattr(importlib.import_module("transformers"), loader)
+        return found.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+
+    models = "transformers.models.auto.modeling_auto"
+    if not trust_remote_code and models not in sys.modules:
+        sys.modules[models] = None  # type: ignore[assignment]  # importing it raises ImportError
+        try:
+            return load()
+        except ImportError:  # a few configurations do need it, such as BLIP-2's
+            pass
+        finally:
+            del sys.modules[models]
+    return load()
+
+
 def _refuse_code(path: Path, error: Exception, trusted: bool) -> None:
     """Say how code that comes with a checkpoint is allowed, if transformers asks for that.
 
@@ -498,24 +522,6 @@ def _override(config: Any, overrides: Mapping[str, Any]) -> None:
             setattr(config, name, value)
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    """A checkpoint's transformers configuration, read without importing the code of all models.
-    transformers imports it (2 s of CPU) to name a class in a configuration's docstring, and names
-    none where that import fails."""
-    from transformers import AutoConfig
-
-    models = "transformers.models.auto.modeling_auto"
-    if not trust_remote_code and models not in sys.modules:
-        sys.modules[models] = None  # type: ignore[assignment]  # importing it raises ImportError
-        try:
-            return AutoConfig.from_pretrained(folder)
-        except ImportError:  # a few configurations do need it, such as BLIP-2's
-            pass
-        finally:
-            del sys.modules[models]
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
 def load_target(
     path_or_id: str | Path,
     revision: str | None = None,
@@ -545,7 +551,7 @@ def load_target(
     _refuse_head(path)
     try:
         raw = json.loads((path / "config.json").read_text())
-        outer = _read_config(path, trust_remote_code)
+        outer = _without_models("AutoConfig", path, trust_remote_code)
         _override(outer, overrides or {})
         config = outer.get_text_config()
     except Exception as error:
