@@ -462,6 +462,17 @@ def test_head_of_another_target_is_a_fault(recipe, tmp_path, quick_doctor):
     assert "vocab_size is 1024" in console.export_text()
 
 
+@pytest.mark.parametrize(
+    ("runs", "guess"),
+    [("runs", None), ("EAGLE3", None), ("old-dflash", "dflash"), ("eagle-eagle3", "eagle")],
+)
+def test_a_path_is_warned_of_where_it_names_another_method(recipe, tmp_path, runs, guess):
+    run = RunDir(tmp_path / runs / "r")
+    crafted.head(run.head, tmp_path / "target")
+    found = [f.found for f in checks.check_head(run, recipe) if "`method`" in f.found]
+    assert [f"take it for {guess} " in words for words in found] == ([True] if guess else [])
+
+
 @pytest.mark.parametrize("broken", ["torch", "vllm"])
 def test_works_where_libraries_do_not(recipe, tmp_path, broken):
     """A real process in an environment whose PyTorch or vLLM is broken."""
