@@ -16,12 +16,15 @@ from rich.console import Console
 
 from benchmarks.lib.turns import turn
 from benchmarks.peers import speculators_side
+from drafthead.drafters import drafter_of
 from drafthead.drafters.base import TargetSide
 from drafthead.drafters.eagle3.drafter import Eagle3
 from drafthead.fsio import read_json, write_json
 from drafthead.head.checkpoint import save_head
 from drafthead.head.config import HeadConfig
 from drafthead.head.model import Eagle3Head
+from drafthead.ops.losses import Teacher
+from drafthead.prove.expected import Sampling, expected_acceptance
 from drafthead.recipe import Recipe, parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.states import StateReader
@@ -256,6 +259,31 @@ def as_head(model: Any, config: HeadConfig, task: Task) -> Eagle3Head:
     head.load_state_dict(state, strict=False)
     head.set_vocab(task.head.d2t.cpu())
     return head.to(next(model.parameters()).device)
+
+
+def expected(options: argparse.Namespace, job: Job, record: dict) -> dict[str, float]:
+    """Tokens a step to be expected of a trained head with 5 drafts a step, over the held-out
+    states, by temperature and the way that drafts are drawn."""
+    task = task_of(options, job)
+    target, folder = load_target(options.target), Path(record["head_folder"])
+    drafter = drafter_of(folder)
+    head, _ = drafter.load(folder, target)
+    weight, eps = target.final_norm()
+    lm_head = target.lm_head().float()
+    side = TargetSide(
+        target.embedding().float(),
+        lm_head=lm_head if head.lm_head is None else None,
+        teacher=Teacher(weight.float(), eps, lm_head, target.logits),
+    )
+    heldout = [task.reader[int(i)] for i in task.reader.indices("heldout")]
+    heats = [Sampling(heat) for heat in (0.0, 0.7, 1.0)]
+    rows = expected_acceptance(drafter, head.float(), side, heldout, max(KS), heats)
+    return {
+        f"t{round(10 * row['temperature']):02d}_{row['draft_sample_method']}": row[
+            "accepted_length"
+        ]
+        for row in rows
+    }
 
 
 def length(record: dict) -> float:

@@ -48,7 +48,7 @@ from drafthead.prove.pairing import (
     run_pairs,
     summarize,
 )
-from drafthead.recipe import parse_recipe
+from drafthead.recipe import Recipe, parse_recipe
 from drafthead.serve import engine_plan, largest_graph
 from drafthead.targets import load_target
 
@@ -82,12 +82,10 @@ def read_prompts(target: Path, sets: Sequence[str], count: int) -> list[tuple[li
     return found
 
 
-def served_case(
-    name: str, target: str, drafters: Sequence[str], options: argparse.Namespace
-) -> Case:
-    """A target and heads as `drafthead serve` would run them, but for the memory."""
+def served_recipe(name: str, target: str, options: argparse.Namespace) -> Recipe:
+    """A target as `drafthead serve` would run it, but for the memory."""
     cuda = this_machine().vllm_device == "cuda"
-    recipe = parse_recipe(
+    return parse_recipe(
         {
             "name": name,
             "target": {"path": target},
@@ -101,8 +99,15 @@ def served_case(
                 "extra": {GRAPHS: options.graphs} if options.graphs else {},
             },
         },
-        "grid.py",
+        "a benchmark",
     )
+
+
+def served_case(
+    name: str, target: str, drafters: Sequence[str], options: argparse.Namespace
+) -> Case:
+    """A target and heads as `drafthead serve` would run them, but for the memory."""
+    recipe = served_recipe(name, target, options)
     drafted = {}
     for drafter in drafters:
         head, _, named = drafter.partition("@")

@@ -1,21 +1,23 @@
 r"""Quality at equal data on two CPU cores: heads on the states of a finished run (the demo's).
 
     python -m benchmarks.train.quality_small --run runs/demo --out OUT --peers DIR \
-        [--recipe recipes/demo.yaml] [--only a,b] [--seeds 0,1,2]
+        [--recipe recipes/demo.yaml] [--only a,b] [--seeds 0,1,2] [--sampled]
 
 Rows of 256 tokens, 3 steps of training-time test, one epoch, and drafthead's defaults for every
 head but what its name says (as in quality_variants.py); speculators 0.9.0 with its own schedule and
 loss on the same packed rows in the same order, at its default rate and half of it. Held-out
 accepted length at k = 1 to 5 by drafthead's walk. Far less data than quality.py's, so read it as a
 comparison at a demo's size.
-Finished heads are read back; OUT/quality_small.json is written after each.
+With --sampled also the tokens a step to be expected of sampled requests, by either way to draw
+drafts, over held-out greedy answers; --sampled --only drafthead,acceptance,dspark-kl,... is what
+losses do for them. Finished heads are read back; OUT/quality_small.json is written after each.
 """
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.lib.quality_heads import BARE, Job, length, train
+from benchmarks.lib.quality_heads import BARE, Job, expected, length, train
 from benchmarks.lib.quality_variants import LEVELS, RATES, rated
 from benchmarks.lib.record import begin, save
 from benchmarks.peers import speculators_side
@@ -39,7 +41,16 @@ def jobs(hidden: int, vocab: int) -> list[Job]:
     ]
     usual = [replace(job, vocab=vocab) for job in (*ours, *theirs)]
     sizes = [Job("vocab-half", vocab=vocab // 2), Job("vocab-double", vocab=2 * vocab)]
-    return [replace(job, train=DEMO | job.train) for job in (*usual, *sizes)]
+    blocks = [
+        Job(
+            f"dspark-{loss}",
+            train={"row_tokens": 256, "loss": loss, "learning_rate": 5e-3},
+            head={"kind": "dspark", "num_hidden_layers": 1},
+            vocab=vocab,
+        )
+        for loss in ("kl", "acceptance", "ce+tv")
+    ]
+    return [*(replace(job, train=DEMO | job.train) for job in (*usual, *sizes)), *blocks]
 
 
 def main() -> None:
@@ -58,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--only", help="names of heads, comma-separated; default all")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--sampled", action="store_true", help="also what sampled requests get")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe)
     options.tiny, options.answer = False, recipe.generate.max_new_tokens
@@ -72,6 +84,7 @@ def main() -> None:
         **begin("quality_small"),
         "heads": [],
     }
+    figures: dict = {}
     known = {
         job.name: job for job in jobs(load_target(options.target).hidden_size, recipe.vocab.size)
     }
@@ -83,9 +96,12 @@ def main() -> None:
     for seed in (int(part) for part in options.seeds.split(",")):
         for job in (known[name] for name in wanted):
             named = replace(job, name=f"{job.name}/{seed}", train=job.train | {"seed": seed})
-            record["heads"].append(train(options, named))
-            print(f"{named.name}: {length(record['heads'][-1]):.4f}", flush=True)
-            figures = {head["name"]: length(head) for head in record["heads"]}
+            record["heads"].append(head := train(options, named))
+            figures[named.name] = length(head)
+            if options.sampled:
+                head["expected"] = expected(options, named, head)
+                figures[named.name] = head["expected"]
+            print(f"{named.name}: {figures[named.name]}", flush=True)
             save(options.out / "quality_small.json", record, figures)
 
 
