@@ -93,11 +93,11 @@ def let_vllm_interpret() -> None:
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
 
 
-def run_interpreted(tmp_path: Path, tests: str) -> None:
-    """Run the tests of a file but its last, which calls this, with vLLM's kernels interpreted."""
+def run_interpreted(tmp_path: Path, *tests: str) -> None:
+    """Run the tests of files but those that call this, with vLLM's kernels interpreted."""
     run_tests(
         f"--basetemp={tmp_path / 'inner'}",
-        *("-k", "not interpreter", tests),
+        *("-k", "not interpreter", *tests),
         first=f"from {__name__} import let_vllm_interpret; let_vllm_interpret();",
     )
 

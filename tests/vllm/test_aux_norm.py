@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from drafthead.vllm_plugin import aux_norm, patch
-from tests.vllm.newer_runner import run_interpreted
 
 ROWS, PARTS, EPS = 5, 3, 1e-5
 
@@ -14,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter cuts float32 off where it is made a bfloat16; float16 it rounds.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
-with_triton = pytest.mark.skipif(not aux_norm.HAS_TRITON, reason="see the last test")
+with_triton = pytest.mark.skipif(not aux_norm.HAS_TRITON, reason="see test_greedy_verify.py")
 
 
 def _norm(width: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -88,8 +87,3 @@ def test_weights_loaded_anew_are_used():
     after = aux_norm.norm_parts(x, norms)
     assert torch.equal(after[:, 64:128], 2 * before[:, 64:128])
     assert torch.equal(after[:, 128:], before[:, 128:])
-
-
-@pytest.mark.skipif(aux_norm.HAS_TRITON, reason="they ran above")
-def test_under_the_interpreter(tmp_path):
-    run_interpreted(tmp_path, "tests/vllm/test_aux_norm.py")

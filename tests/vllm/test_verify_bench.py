@@ -1,8 +1,11 @@
 """verify and bench with the real engine, on a target and head whose every token is known."""
 
+import copy
 import io
+import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from drafthead.data.answers import Answer, write_part
 from drafthead.errors import ClaimFailed, DraftheadError
 from drafthead.fsio import read_json, write_json
+from drafthead.head.acceptance import Acceptance
 from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.prove.bench import bench, contest
 from drafthead.prove.engine import EngineProcess
 from drafthead.prove.noise import TIE
-from drafthead.prove.proof import read_proof
+from drafthead.prove.proof import hash_folder, read_proof
 from drafthead.prove.verify import verify
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
@@ -48,6 +52,50 @@ def recipe(target):
         "bench": {"max_new_tokens": [25, 13], "warmup": 1, "concurrency": [1, 2]},
     }
     return parse_recipe(data, "test")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept():
+    """The first two engines, the target alone and with its head, stay for the tests that follow:
+    starting engines is most of this file's time. By what they were started with."""
+    start, wait_ready, close, counters = (
+        getattr(EngineProcess, name) for name in ("start", "wait_ready", "close", "counters")
+    )
+    idle: dict[str, EngineProcess | None] = {}
+
+    def begun(self):
+        drafting = dict(self.args.get("speculative_config") or {})
+        if "model" in drafting:
+            drafting["model"] = hash_folder(Path(drafting["model"]))
+        patches = os.environ.get("DRAFTHEAD_SKIP_PATCHES")
+        self.key = json.dumps([self.args | {"speculative_config": drafting}, self.env, patches])
+        self.before = Acceptance()
+        if not (other := idle.get(self.key)):
+            return start(self)
+        idle[self.key] = None
+        self._child, self.info = other._child, other.info
+        self.before = counters(self)
+        return self
+
+    def ready(self):
+        if self._child is None:
+            self.start()
+        return self if self.info else wait_ready(self)
+
+    def ended(self):
+        if self._child and self.info and (self.key in idle or len(idle) < 2):
+            idle[self.key] = copy.copy(self)
+            self._child = None
+        close(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineProcess, "start", begun)
+        patch.setattr(EngineProcess, "wait_ready", ready)
+        patch.setattr(EngineProcess, "close", ended)
+        patch.setattr(EngineProcess, "counters", lambda self: counters(self).since(self.before))
+        yield
+    for engine in filter(None, idle.values()):
+        engine.close()
 
 
 @pytest.fixture
