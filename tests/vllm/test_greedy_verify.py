@@ -92,7 +92,7 @@ def test_is_what_vllm_finds(rates, dtype):
     stock = patch.original(RejectionSampler, "__call__")
     patched = greedy_verify._greedy_at_once(lambda *_: pytest.fail("left to vLLM"))
     accepted = []
-    for seed in range(8):
+    for seed in range(12):
         rng = np.random.default_rng(seed)
         prompt = rng.integers(5, 30, STATES)
         sampler = _sampler(rng, prompt, rates)
@@ -112,6 +112,6 @@ def test_is_what_vllm_finds(rates, dtype):
 
 @pytest.mark.skipif(HAS_TRITON, reason="they ran above")
 def test_under_the_interpreter(tmp_path):
-    """Those of test_aux_norm.py too, in the same process: importing vLLM takes most of the time."""
-    tests = (f"tests/vllm/test_{name}.py" for name in ("greedy_verify", "aux_norm"))
-    run_interpreted(tmp_path, *tests)
+    """Those of other kernels too, in the same process: importing vLLM takes most of the time."""
+    names = ("greedy_verify", "aux_norm", "markov_chain")
+    run_interpreted(tmp_path, *(f"tests/vllm/test_{name}.py" for name in names))

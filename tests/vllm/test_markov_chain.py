@@ -8,10 +8,9 @@ from vllm.triton_utils import HAS_TRITON
 
 from drafthead.vllm_plugin import markov_chain
 from drafthead.vllm_plugin.patch import original
-from tests.vllm.newer_runner import run_interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with_triton = pytest.mark.skipif(not HAS_TRITON, reason="see the last test")
+with_triton = pytest.mark.skipif(not HAS_TRITON, reason="see test_greedy_verify.py")
 VOCAB, HIDDEN, RANK, K = 700, 24, 48, 3
 
 
@@ -93,8 +92,3 @@ def test_what_it_does_not_draft_is_left_to_vllm():
     patched = markov_chain._in_one_kernel_each(lambda *call: left.append(call))
     patched(SimpleNamespace(_drafthead_chain=None), 1, None)
     assert len(left) == 1
-
-
-@pytest.mark.skipif(HAS_TRITON, reason="they ran above")
-def test_under_the_interpreter(tmp_path):
-    run_interpreted(tmp_path, "tests/vllm/test_markov_chain.py")
