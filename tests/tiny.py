@@ -83,24 +83,19 @@ def _save(model, folder: Path, seed: int) -> Path:
     return folder
 
 
+def _tiny(layers: int) -> dict:
+    """Fields that all tiny targets share."""
+    return SIZES | {
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 512,
+        "eos_token_id": 4,
+        "dtype": "float32",
+    }
+
+
 def tiny_llama(folder: Path, seed: int = 0, tied: bool = False, layers: int = 6) -> Path:
     """A Llama of hidden size 64 in fp32."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,  # vLLM's CPU attention takes 32 and up
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=4,
-        pad_token_id=0,
-        dtype="float32",
-    )
+    config = LlamaConfig(**_tiny(layers), rms_norm_eps=1e-5, tie_word_embeddings=tied)
     torch.manual_seed(seed)
     return _save(LlamaForCausalLM(config), folder, seed)
 
@@ -112,22 +107,12 @@ def _hybrid_layers(layers: int) -> list[str]:
 def tiny_lfm2_moe(folder: Path, seed: int = 0, layers: int = 6) -> Path:
     """An LFM2-MoE (short convolution, attention, experts with a bias) of hidden size 64, fp32."""
     config = Lfm2MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
+        **_tiny(layers),
         moe_intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
         num_dense_layers=2,
         num_experts=4,
         num_experts_per_tok=2,
         layer_types=_hybrid_layers(layers),
-        bos_token_id=1,
-        eos_token_id=4,
-        pad_token_id=0,
-        dtype="float32",
     )
     torch.manual_seed(seed)
     model = Lfm2MoeForCausalLM(config)
@@ -140,19 +125,7 @@ def tiny_lfm2_moe(folder: Path, seed: int = 0, layers: int = 6) -> Path:
 def tiny_lfm2(folder: Path, seed: int = 0, layers: int = 6) -> Path:
     """A dense LFM2 of hidden size 64, fp32."""
     config = Lfm2Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        block_auto_adjust_ff_dim=False,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        layer_types=_hybrid_layers(layers),
-        bos_token_id=1,
-        eos_token_id=4,
-        pad_token_id=0,
-        dtype="float32",
+        **_tiny(layers), block_auto_adjust_ff_dim=False, layer_types=_hybrid_layers(layers)
     )
     torch.manual_seed(seed)
     return _save(Lfm2ForCausalLM(config), folder, seed)
@@ -187,22 +160,7 @@ OTHER_LOGITS = {
 
 def tiny_other(folder: Path, kind: str, seed: int = 0) -> Path:
     """One of ``OTHER_LOGITS`` of hidden size 64, fp32, its norms' weights at random too."""
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=4,
-        pad_token_id=0,
-        dtype="float32",
-        **OTHER_LOGITS[kind],
-    )
+    config = AutoConfig.for_model(kind, **_tiny(6), **OTHER_LOGITS[kind])
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():

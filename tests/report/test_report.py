@@ -23,7 +23,7 @@ def written(recipe, run):
     console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
     report(recipe, run, console=console)
     html = run.report_html.read_text()
-    return html, (run.root / "report.md").read_text(), console.export_text()
+    return html, console.export_text()
 
 
 def test_every_form_quotes_the_measured_figures(tmp_path):
@@ -38,12 +38,12 @@ def test_every_form_quotes_the_measured_figures(tmp_path):
         assert f"{bench['base_tokens_per_s']:.1f}" in text
         assert "63 of 64 answers identical" in text
         assert "faster with the head" in text
-    assert all("1.3% of the time waiting for data" in text for text in written(recipe, run)[:2])
+    assert "1.3% of the time waiting for data" in written(recipe, run)[0]
 
 
 def test_page_is_self_contained_and_its_charts_are_well_formed(tmp_path):
     recipe, run = made_run.make(tmp_path)
-    html, _, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     assert not re.search(r"<script|<link|<img|<iframe|@import|url\(|src=|href=|https?://", html)
     drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     assert len(drawings) == 7
@@ -68,15 +68,14 @@ def test_an_interval_over_one_is_said(tmp_path):
     bench |= {"speedup": 1.01, "speedup_ci95": [0.97, 1.05], "verdict": "not distinguishable"}
     bench["grid"][0] |= {name: bench[name] for name in ("speedup", "speedup_ci95", "verdict")}
     write_json(run.bench_json, bench)
-    html, markdown, terminal = written(recipe, run)
-    for text in (html, markdown, terminal):
+    html, terminal = written(recipe, run)
+    for text in (html, terminal):
         assert "spans 1" in text
         assert "faster" not in text
     # The figure that tells nothing is not what the page says first, nor in its largest type.
     (headline,) = re.findall(r'<p class="(headline[^"]*)">([^<]*)</p>', html)
     assert "ratio" not in headline[0]
     assert "1.01" not in headline[1]
-    assert "1.01" not in re.search(r"\*\*(.*?)\*\*", markdown)[1]
     assert "**1.01×**" not in (run.head / "README.md").read_text()
 
 
@@ -85,20 +84,18 @@ def test_more_than_the_tokens_a_step_can_give_is_doubted(tmp_path):
     for length, doubted in ((2.0, False), (1.2, True)):
         bench = read_json(run.bench_json, "")
         write_json(run.bench_json, bench | {"speedup": 1.68, "accepted_length": length})
-        html, markdown, terminal = written(recipe, run)
+        html, terminal = written(recipe, run)
         card = (run.head / "README.md").read_text()
-        for text in (html, markdown, terminal, card):
+        for text in (html, terminal, card):
             assert ("step can give" in re.sub(r"[\s│]+", " ", text)) is doubted
         assert ("1.68" in re.search(r'<p class="headline[^>]*>([^<]*)', html)[1]) is not doubted
-        assert ("1.68" in re.search(r"\*\*(.*?)\*\*", markdown)[1]) is not doubted
 
 
 def test_what_can_be_told_is_the_headline(tmp_path):
     recipe, run = made_run.make(tmp_path)
     ratio = f"{read_json(run.bench_json, '')['speedup']:.2f}×"
-    html, markdown, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     assert re.search(rf'<p class="headline ratio good">{ratio}</p>', html)
-    assert re.search(r"\*\*(.*?)\*\*", markdown)[1] == ratio
 
 
 def test_a_head_without_training_here_has_a_report_too(tmp_path):
@@ -109,7 +106,7 @@ def test_a_head_without_training_here_has_a_report_too(tmp_path):
     bench = read_json(run.bench_json, "")
     bench |= {"predicted_acceptance_by_position": None, "predicted_accepted_length": None}
     write_json(run.bench_json, bench)
-    html, _, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     assert html.count("<svg") == 4
     assert "Served as predicted" not in html
 
@@ -118,7 +115,7 @@ def test_a_head_without_training_here_has_a_report_too(tmp_path):
 def test_a_head_that_brought_its_vocabulary_is_not_told_this_runs(tmp_path, start):
     recipe, run = made_run.make(tmp_path, ks=(3,))
     given = recipe.train.model_copy(update={"start_from": start})
-    html, _, _ = written(recipe.model_copy(update={"train": given}), run)
+    html, _ = written(recipe.model_copy(update={"train": given}), run)
     card = (run.head / "README.md").read_text()
     told = "Share of the tokens that the target wrote" in html
     assert told == ("outside the draft vocabulary" in card) == (start is None)
@@ -130,7 +127,7 @@ def test_answers_of_one_token_have_a_report_too(tmp_path):
     recipe, run = made_run.make(tmp_path, ks=(3,))
     bench = read_json(run.bench_json, "")
     write_json(run.bench_json, bench | {"acceptance_by_position": [], "accepted_length": None})
-    html, _, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     assert "Acceptance by position" not in html
 
 
@@ -139,7 +136,7 @@ def test_names_are_escaped_and_another_head_is_refused(tmp_path):
     bench = read_json(run.bench_json, "")
     bench["commands"]["3"] = "vllm serve '<b>&/target'"
     write_json(run.bench_json, bench)
-    html, _, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     assert "<b>&" not in html
     assert "&lt;b&gt;&amp;" in html
     write_json(run.head / "config.json", read_json(run.head / "config.json", "") | {"a": 1})
@@ -164,27 +161,26 @@ def test_the_grid_and_what_stands_beside(tmp_path):
     unsure = bench["grid"][4]
     unsure |= {"speedup_ci95": [0.9, 1.1], "verdict": "not distinguishable: the interval spans 1"}
     write_json(run.bench_json, bench)
-    html, markdown, _ = written(recipe, run)
-    for text in (html, markdown):
-        assert "chat: k=3, 1 at once" in text
-        for cell in bench["grid"]:
-            assert f"{cell['speedup']:.2f}×" in text
-        assert text.count("spans 1") >= 2  # in the grid and in the table of speeds
-        assert "other" in text
-        assert "ngram" in text
-        assert "k = 3 is the fastest of k = 1, 3, 5" in text
-        assert "not proved" not in text
+    html, _ = written(recipe, run)
+    assert "chat: k=3, 1 at once" in html
+    for cell in bench["grid"]:
+        assert f"{cell['speedup']:.2f}×" in html
+    assert html.count("spans 1") >= 2  # in the grid and in the table of speeds
+    assert "other" in html
+    assert "ngram" in html
+    assert "k = 3 is the fastest of k = 1, 3, 5" in html
+    assert "not proved" not in html
     assert "p = 0.43" in html
 
 
-def test_every_table_of_the_markdown_is_one(tmp_path):
+def test_every_table_of_the_card_is_one(tmp_path):
     """A blank line under its head, and it is lines of bars."""
     recipe, run = made_run.make(tmp_path)
-    _, text, _ = written(recipe, run)
-    for page in (text, (run.head / "README.md").read_text()):
-        html = markdown.markdown(page, extensions=["tables", "fenced_code"])
-        assert html.count("<table>") >= 3
-        assert not re.search(r"^(<p>)?\|", html, re.MULTILINE)
+    written(recipe, run)
+    card = (run.head / "README.md").read_text()
+    html = markdown.markdown(card, extensions=["tables", "fenced_code"])
+    assert html.count("<table>") >= 3
+    assert not re.search(r"^(<p>)?\|", html, re.MULTILINE)
 
 
 def test_names_and_figures_have_room_in_the_charts():
@@ -207,7 +203,7 @@ def test_names_and_figures_have_room_in_the_charts():
 
 def test_words_in_bars_can_be_read(tmp_path):
     """Contrast of 4.5 at least (WCAG 2.2, AA), light and dark."""
-    html, _, _ = written(*made_run.make(tmp_path))
+    html, _ = written(*made_run.make(tmp_path))
     assert {*re.findall(r'class="(inside[^"]*)"', html)} <= {
         *(f"inside {part}" for part in ("base", "predicted", "head"))
     }
@@ -239,30 +235,29 @@ def test_the_report_is_of_the_k_to_serve(tmp_path, ks, proved, named, served, wo
     recipe, run = made_run.make(tmp_path, ks=ks, proved=proved)
     serve = recipe.serve.model_copy(update={"num_speculative_tokens": named})
     bench = recipe.bench.model_copy(update={"num_speculative_tokens": list(ks)})
-    html, markdown, table = written(recipe.model_copy(update={"serve": serve, "bench": bench}), run)
+    html, table = written(recipe.model_copy(update={"serve": serve, "bench": bench}), run)
     cells = read_json(run.bench_json, "")["grid"]
     (cell,) = (c for c in cells if (c["num_speculative_tokens"], c["concurrency"]) == (served, 1))
     assert f"<b>{served}</b><span>drafts a step, {word}" in html
-    for text in (html, markdown, table):
+    for text in (html, table):
         assert f"{cell['speedup']:.2f}×" in text
         assert f"{cell['accepted_length']:.2f}" in text
     card = (run.head / "README.md").read_text()
     # In other engines, those that serve this head: SGLang does, mlx-vlm has no hook for Llama.
     assert f"--speculative-num-steps {served} " in card
     assert "mlx_vlm" not in card
-    for text in (html, markdown):
-        assert "was not proved" not in text
-        assert f"vllm serve measured --k {served}" in text
+    assert "was not proved" not in html
+    assert f"vllm serve measured --k {served}" in html
     assert f'"num_speculative_tokens":{served}' in card
-    assert ("is the fastest of" in markdown) == (word == "recommended")
+    assert ("is the fastest of" in html) == (word == "recommended")
 
 
 def test_the_serve_command_is_that_of_the_measured_machine(tmp_path):
     """Not of the one that the report is made on; without a bench it is the proved one."""
     recipe, run = made_run.make(tmp_path)
-    assert "vllm serve measured --k 3" in written(recipe, run)[1]
+    assert "vllm serve measured --k 3" in written(recipe, run)[0]
     run.bench_json.unlink()
-    assert "vllm serve proved --k 3" in written(recipe, run)[1]
+    assert "vllm serve proved --k 3" in written(recipe, run)[0]
 
 
 def test_a_proved_head_whose_speed_was_not_measured(tmp_path):
@@ -271,9 +266,9 @@ def test_a_proved_head_whose_speed_was_not_measured(tmp_path):
     run.bench_json.unlink()
     (run.head / "README.md").unlink(missing_ok=True)
     for _ in range(2):
-        html, text, table = written(recipe, run)
+        html, table = written(recipe, run)
         card = (run.head / "README.md").read_text()
-        for form in (html, text, card):
+        for form in (html, card):
             assert "Speed was not measured" in form
             assert "63 of 64 answers identical" in form
             assert MACHINE.as_dict()["summary"] in form
@@ -287,12 +282,12 @@ def test_a_proved_head_whose_speed_was_not_measured(tmp_path):
 
 def test_engines_that_took_turns_are_told_of(tmp_path):
     recipe, run = made_run.make(tmp_path)
-    assert "A B A B" not in written(recipe, run)[1]
+    assert "A B A B" not in written(recipe, run)[0]
     bench = read_json(run.bench_json, "")
     bench["grid"] = [cell | {"engines_at_once": 1} for cell in bench["grid"]]
     write_json(run.bench_json, bench)
-    for text in written(recipe, run)[:2]:
-        assert "A B A B" in text
+    html, _ = written(recipe, run)
+    assert "A B A B" in html
 
 
 def test_drafts_that_nobody_got_are_taken_off(tmp_path):
@@ -301,8 +296,8 @@ def test_drafts_that_nobody_got_are_taken_off(tmp_path):
     corrected = f"{bench['accepted_length'] - 0.25:.2f} tokens a step"
     for beyond in (0, bench["drafts"] // 4):
         write_json(run.bench_json, bench | {"accepted_past_end": beyond})
-        for text in written(recipe, run)[:2]:
-            assert (corrected in text) == (beyond > 0)
+        html, _ = written(recipe, run)
+        assert (corrected in html) == (beyond > 0)
 
 
 def table_row(text, name):
@@ -316,15 +311,15 @@ def test_a_prediction_of_fewer_drafts_than_were_served_keeps_its_columns(tmp_pat
     bench = read_json(run.bench_json, "")
     bench |= {"predicted_acceptance_by_position": [0.7, 0.5, 0.3], "predicted_accepted_length": 2.5}
     write_json(run.bench_json, bench)
-    _, markdown, table = written(recipe, run)
+    _, table = written(recipe, run)
     card = (run.head / "README.md").read_text()
-    for text in (markdown, card):
-        cells = ["70.0 %", "50.0 %", "30.0 %", "–", "–", "–"]
-        assert table_row(text, "predicted on held-out states") == cells
-        assert len(table_row(text, "served")) == 6
+    cells = ["70.0 %", "50.0 %", "30.0 %", "–", "–", "–"]
+    assert table_row(card, "predicted on held-out states") == cells
+    assert len(table_row(card, "served")) == 6
     assert "2.50" not in table
     write_json(run.bench_json, bench | {"acceptance_by_position": [], "accepted_length": None})
-    assert table_row(written(recipe, run)[1], "served") == ["–"] * 6
+    written(recipe, run)
+    assert table_row((run.head / "README.md").read_text(), "served") == ["–"] * 6
 
 
 def test_steps_of_other_numbers_of_gpus_are_not_mixed(tmp_path):
@@ -342,13 +337,12 @@ def test_steps_of_other_numbers_of_gpus_are_not_mixed(tmp_path):
 def test_each_length_of_answers_has_its_rows(tmp_path):
     recipe, run = made_run.make(tmp_path, tokens=(128, 32))
     bench = read_json(run.bench_json, "")
-    html, markdown, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     card = (run.head / "README.md").read_text()
     for cell in bench["grid"]:
         load = f"{cell['concurrency']} at once, answers of {cell['max_new_tokens']}"
         name = f"k={cell['num_speculative_tokens']}, {load}"
-        for text in (markdown, card):
-            assert f"{cell['base_tokens_per_s']:.1f}" in table_row(text, name)[0]
+        assert f"{cell['base_tokens_per_s']:.1f}" in table_row(card, name)[0]
         (row,) = re.findall(rf"<tr><td>{load}</td>.*?</tr>", html, re.DOTALL)
         assert f"<b>{cell['speedup']:.2f}×</b>" in row
     assert "| answers of 32, 128 tokens at most |" in card
@@ -367,7 +361,7 @@ def test_what_a_container_gives_of_the_machine_is_said(tmp_path):
     bench = read_json(run.bench_json, "")
     bench["machine"] |= {"cpu_quota": 1.5, "memory_limit_bytes": 8 << 30}
     write_json(run.bench_json, bench)
-    html, _, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     assert "16 cores, 1.5 of them given" in html
     assert "128 GiB, 8 of them given" in html
 
@@ -378,9 +372,9 @@ def test_heads_of_one_name_are_told_apart(tmp_path):
     (other, *_) = bench["beside"].values()
     bench["beside"] = {"runs/a/head": other, "runs/b/head": other}
     write_json(run.bench_json, bench)
-    for text in written(recipe, run)[:2]:
-        assert "runs/a/head" in text
-        assert "runs/b/head" in text
+    html, _ = written(recipe, run)
+    assert "runs/a/head" in html
+    assert "runs/b/head" in html
 
 
 def test_the_card_of_a_head_that_is_not_lossless_claims_nothing(tmp_path):
@@ -402,7 +396,7 @@ def test_samples_too_few_to_find_a_difference_found_none(tmp_path):
     verify = read_json(run.verify_json, "")
     verify["sampled"]["detectable_shift"] = None
     write_json(run.verify_json, verify)
-    html, _, _ = written(recipe, run)
+    html, _ = written(recipe, run)
     assert "No difference in sampling" not in html
     assert "too few answers to find a difference" in html
     assert "p = 0.43; too few to find a difference by." in html
@@ -418,5 +412,5 @@ def test_a_target_in_the_folder_at_hand_has_its_name(tmp_path, monkeypatch):
     recipe, run = made_run.make(tmp_path)
     monkeypatch.chdir(recipe.target.path)
     here = recipe.model_copy(update={"target": recipe.target.model_copy(update={"path": "."})})
-    html, _, _ = written(here, run)
+    html, _ = written(here, run)
     assert "<h1>SmolLM2-135M-Instruct</h1>" in html

@@ -18,6 +18,18 @@ from drafthead.train.loop import Task
 
 VOCAB, DRAFT, WIDTH, LAYERS = 61, 53, 32, 4
 UNITS, PER_UNIT = 4, 12
+SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "draft_vocab_size": DRAFT,
+    "target_hidden_size": WIDTH,
+    "aux_layer_ids": (1, 2),
+    "max_position_embeddings": 256,
+}
 
 
 def sequence(start: int, length: int) -> torch.Tensor:
@@ -66,37 +78,12 @@ def write_store(path: Path, poison: int | None = None, encoding: Encoding = "fp3
 
 
 def eagle3_head(lm_head: torch.Tensor, d2t: torch.Tensor) -> Eagle3Head:
-    config = HeadConfig(
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=VOCAB,
-        draft_vocab_size=DRAFT,
-        target_hidden_size=WIDTH,
-        aux_layer_ids=(1, 2),
-        max_position_embeddings=256,
-    )
-    return init_from_target(config, d2t, lm_head, torch.ones(WIDTH))
+    return init_from_target(HeadConfig(**SHAPE), d2t, lm_head, torch.ones(WIDTH))
 
 
 def dspark_head(lm_head: torch.Tensor, d2t: torch.Tensor) -> DSparkHead:
     config = DSparkConfig(
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=VOCAB,
-        draft_vocab_size=DRAFT,
-        target_hidden_size=WIDTH,
-        aux_layer_ids=(1, 2),
-        max_position_embeddings=256,
-        block_size=5,
-        mask_token_id=VOCAB - 1,
-        markov_rank=16,
+        **SHAPE, num_hidden_layers=2, block_size=5, mask_token_id=VOCAB - 1, markov_rank=16
     )
     torch.manual_seed(0)
     head = DSparkHead(config)

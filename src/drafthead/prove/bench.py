@@ -1,7 +1,7 @@
 """Stage bench: the speed with the head against the speed without it."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from drafthead.errors import UnsupportedHead
-from drafthead.fsio import RunLock, read_json, write_json
+from drafthead.fsio import RunLock, fingerprint, read_json, write_json
 from drafthead.head.checkpoint import head_folder
 from drafthead.machine import this_machine
 from drafthead.plan import Plan
 from drafthead.progress import waiting
-from drafthead.prove.cells import Cells, forget
 from drafthead.prove.grid import ALL, FIRST, REST, How, Share, measure
 from drafthead.prove.pairing import METHOD, Point, Prompts
 from drafthead.prove.prediction import predicted_acceptance, predicted_sampling
 from drafthead.prove.prompts import timed_prompts
 from drafthead.prove.proof import command_line, hash_folder, now
-from drafthead.prove.records import BENCH_AGAIN, Contest
+from drafthead.prove.records import BENCH_AGAIN, Cell, Contest
 from drafthead.prove.served import (
     candidates,
     drafts_by_load,
@@ -45,6 +44,45 @@ _MEASURED = (
     "accepted_length",
     "acceptance_by_position",
 )
+
+
+class _Cells:
+    """The points measured so far with the same inputs, each on disk as soon as it is known: a bench
+    that was stopped goes on with the missing ones.
+
+    Args:
+        folder: where they are kept.
+        inputs: JSON-able; everything that they depend on.
+    """
+
+    def __init__(self, folder: Path, inputs: Any):
+        self.path = folder / f"cells-{fingerprint(inputs)}.json"
+        self._cells: dict[str, dict] = {}
+        if self.path.exists():
+            self._cells = read_json(
+                self.path, "the points of an unfinished bench", dict[str, Cell], "delete it"
+            )
+
+    @staticmethod
+    def _key(point: Point) -> str:
+        return fingerprint(asdict(point))
+
+    def __contains__(self, point: Point) -> bool:
+        return self._key(point) in self._cells
+
+    def __getitem__(self, point: Point) -> dict:
+        return self._cells[self._key(point)]
+
+    def add(self, point: Point, cell: dict) -> None:
+        """Keep a point."""
+        self._cells[self._key(point)] = cell
+        write_json(self.path, self._cells)
+
+
+def _forget(folder: Path) -> None:
+    """Drop what was kept, once the result that it went into is written."""
+    for path in folder.glob("cells-*.json"):
+        path.unlink(missing_ok=True)
 
 
 def grid(recipe: Recipe, ks: Collection[int]) -> list[Point]:
@@ -115,7 +153,7 @@ def _measure(
         "how": [str(how), METHOD],
         "machine": machine.as_dict(),
     }
-    cells = Cells(run.root / ".stages", inputs)
+    cells = _Cells(run.root / ".stages", inputs)
     missing = [point for point in points if point not in cells]
     if 0 < len(missing) < len(points):
         console.print(f"bench: {len(points) - len(missing)} of {len(points)} points are there")
@@ -190,7 +228,7 @@ def _contest(
             cells += _measure(spread, run, target, plans, prompts, grid(spread, ks), console)
         beside[name] = {"grid": cells, "command": command_line(), "date": now()}
         write_json(run.bench_json, {**result, "beside": beside})
-    forget(run.root / ".stages")  # not before: stopped in the next one, it would do all again
+    _forget(run.root / ".stages")  # not before: stopped in the next one, it would do all again
     run.forget("report")  # a report made before lacks them
     first = {name: beside[name]["grid"][0] for name in drafters}
     return {name: {key: cell[key] for key in _MEASURED} for name, cell in first.items()}
@@ -289,7 +327,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         "date": now(),
     }
     write_json(run.bench_json, result)
-    forget(run.root / ".stages")
+    _forget(run.root / ".stages")
     if found := drafts_by_load(result["grid"], _servable(recipe, run)):
         console.print(
             f"bench: fewer drafts are faster under load: `serve.drafts_by_load: {found}`, then "

@@ -1,1 +1,1 @@
-"""What was measured, for people: the page, its Markdown twin, the model card, the hub."""
+"""What was measured, for people: the page, the model card, the hub."""

@@ -1,6 +1,5 @@
-"""Stage report: one HTML page and one Markdown page from what a run measured, and the card."""
+"""Stage report: one HTML page from what a run measured, and the card."""
 
-import itertools
 from typing import Any
 
 from rich.console import Console
@@ -35,8 +34,8 @@ from drafthead.rundir import RunDir
 from drafthead.serve import engine_plan
 
 
-def render(r: Results, template: str) -> str:
-    """Render ``report.html.j2`` or ``report.md.j2``."""
+def render(r: Results) -> str:
+    """The page as HTML."""
     machine = (r.bench or r.verify)["machine"]
     values: dict[str, Any] = {
         "r": r,
@@ -56,11 +55,11 @@ def render(r: Results, template: str) -> str:
     }
     if r.bench:
         values |= _speed(r)
-    return environment().get_template(template).render(values)
+    return environment().get_template("report.html.j2").render(values)
 
 
 def _speed(r: Results) -> dict[str, Any]:
-    """What the templates show of the measured speed."""
+    """What the template shows of the measured speed."""
     expected = r.bench["predicted_acceptance_by_position"]
     served = r.bench["acceptance_by_position"]
     return {
@@ -90,8 +89,8 @@ def serve_command(r: Results) -> str:
 
 
 def report(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
-    """Write ``report.html``, ``report.md`` and the head's card, and print the run's table. Of
-    several kinds of head the better one's pages also lie in the whole run's folder.
+    """Write ``report.html`` and the head's card, and print the run's table. Of several kinds of
+    head the better one's page also lies in the whole run's folder.
 
     Args:
         recipe: the run's recipe.
@@ -106,15 +105,14 @@ def report(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     """
     with waiting(console, "reading records and hashing the head"):
         results = read_results(recipe, run)
-    markdown = run.root / "report.md"
-    pages = {name: render(results, f"{name}.j2").encode() for name in ("report.html", "report.md")}
+    page = render(results).encode()
     places = {run.root}
     if better_kind(made_beside(run)) in (None, results.kind):
         places.add(run.top)
-    for place, (name, page) in itertools.product(places, pages.items()):
-        write_bytes(place / name, page)
+    for place in places:
+        write_bytes(place / "report.html", page)
     card = write_card(results)
     console.print(results_table(results))
     if run.top in places and (kinds := kinds_table(run)):
         console.print(kinds_beside(kinds))
-    return {"report": str(run.report_html), "markdown": str(markdown), "card": str(card)}
+    return {"report": str(run.report_html), "card": str(card)}

@@ -72,7 +72,7 @@ def _publish(recipe: Recipe, run: RunDir, repo: str, dry_run: bool, console: Con
         )
     if not results.proof["lossless"]:
         raise ClaimFailed(f"{proof_path(run)}: not lossless; such a head is not published")
-    write_bytes(run.report_html, render(results, "report.html.j2").encode())
+    write_bytes(run.report_html, render(results).encode())
     write_card(results)
     if hub_id(results) is None:
         console.print(

@@ -24,12 +24,11 @@ from drafthead.states import Samples
 from drafthead.states.format import decode
 from drafthead.train import checkpoint
 from drafthead.train.batches import prefetch
-from drafthead.train.checks import check
 from drafthead.train.evaluate import evaluate, heldout
 from drafthead.train.log import Log
 from drafthead.train.meter import Meter
 from drafthead.train.optimizer import AdamW, AdamWSettings
-from drafthead.train.parallel import World
+from drafthead.train.parallel import World, check
 from drafthead.train.plan import Plan, beyond
 
 LOG_EVERY = 10  # steps between two questions to the device; in between it is never waited for

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from drafthead.errors import DraftheadError
 from drafthead.machine import torchrun_rank
+from drafthead.recipe import TrainSection
+from drafthead.train.log import import_trackers
 
 _GROUPS = itertools.count()
 """Numbers the groups that this process has joined, as the others do."""
@@ -98,3 +100,19 @@ class World:
         """Leave the processes that `join` joined."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check(settings: TrainSection, rows: int, world: World) -> None:
+    """Whether `world` can train in steps of `rows` rows.
+
+    Raises:
+        DraftheadError: more processes than rows, or a tracker that is not installed.
+    """
+    size = world.size
+    if rows < size:
+        raise DraftheadError(
+            f"{size} processes for steps of {rows} rows: set train.rows_per_step to {size} or "
+            "more, or start fewer processes"
+        )
+    if world.first:
+        import_trackers(settings.track)

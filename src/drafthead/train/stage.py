@@ -24,9 +24,8 @@ from drafthead.rundir import RunDir
 from drafthead.states import StateReader
 from drafthead.states.dataset import chosen_layers
 from drafthead.targets import Target, captured_layers, recipe_target
-from drafthead.train.checks import check
 from drafthead.train.loop import Task, fit
-from drafthead.train.parallel import World
+from drafthead.train.parallel import World, check
 from drafthead.train.plan import Plan
 
 
