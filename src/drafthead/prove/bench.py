@@ -328,9 +328,9 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     }
     write_json(run.bench_json, result)
     _forget(run.root / ".stages")
-    if found := drafts_by_load(result["grid"], _servable(recipe, run)):
+    if by_load := drafts_by_load(result["grid"], _servable(recipe, run)):
         console.print(
-            f"bench: fewer drafts are faster under load: `serve.drafts_by_load: {found}`, then "
+            f"bench: the best k changes with the load: `serve.drafts_by_load: {by_load}`, then "
             "verify and bench"
         )
     return {name: result[name] for name in ("num_speculative_tokens", *_MEASURED)}

@@ -311,11 +311,15 @@ def notes(r: Results) -> list[str]:
             "step can give: something else ran on this machine. Measure again when it is idle."
         )
     if beyond := r.bench.get("accepted_past_end"):
+        length = r.bench["accepted_length"]
+        without = (
+            f" Without them it is {length - beyond / r.bench['drafts']:.2f} tokens a step."
+            if length
+            else ""
+        )
         sentences.append(
             f"Acceptance is counted as vLLM does: {beyond:,} drafts with it that stood beyond the "
-            "end of an answer, which nobody got. Without them it is "
-            f"{r.bench['accepted_length'] - beyond / r.bench['drafts']:.2f} tokens a step; tokens "
-            "a second are of what was got."
+            f"end of an answer, which nobody got.{without} Tokens a second are of what was got."
         )
     if r.bench and r.bench["grid"][0]["engines_at_once"] == 1:
         sentences.append(
@@ -328,10 +332,10 @@ def notes(r: Results) -> list[str]:
     if ranges := r.recipe.serve.drafts_by_load:
         drafts = ", ".join(f"{k} from {start}" for start, k in ranges)
         sentences.append(f"Drafts a step by the number of requests at once: {drafts}.")
-    elif r.bench and (faster := drafts_by_load(r.bench["grid"], proved_ks(r.proof))):
+    elif r.bench and (best := drafts_by_load(r.bench["grid"], proved_ks(r.proof))):
         sentences.append(
-            "Fewer drafts were faster under load, but are neither proved nor served so: "
-            f"`serve.drafts_by_load: {faster}` would do it."
+            "The best number of drafts changed with the load, which is neither proved nor served "
+            f"so: `serve.drafts_by_load: {best}` would do it."
         )
     if r.proof["lossless"] and str(r.served_k) not in r.proof["served"]:
         proved = ", ".join(sorted(r.proof["served"], key=int))
