@@ -130,6 +130,7 @@ def main(given: str, results: str) -> None:
             speculator = runner.model_runner.speculator
             found[name] = {
                 "draft_vocab": getattr(speculator, "use_local_argmax_reduction", None),
+                "chain": getattr(speculator, "_drafthead_chain", None) is not None,
                 "answers": answers(llm, job["requests"]),
                 "drafted": counter(llm, "spec_decode_num_draft_tokens"),
                 "accepted": counter(llm, "spec_decode_num_accepted_tokens"),

@@ -38,6 +38,7 @@ ARGMAX = (
 AS_DFLASH = "vllm.config.speculative:SpeculativeConfig.__post_init__"
 _SPECULATORS = "vllm.v1.worker.gpu.spec_decode."
 DRAFTING = [
+    f"{_SPECULATORS}dspark.speculator:DSparkSpeculator.load_draft_model",
     f"{_SPECULATORS}dspark.speculator:DSparkSpeculator._sample_sequential",
     f"{_SPECULATORS}dspark.speculator:DSparkSpeculator._generate_draft",
     f"{_SPECULATORS}dflash.speculator:DFlashSpeculator.propose",
@@ -156,6 +157,8 @@ def test_acceptance_is_as_synthetic_as_asked_for(found):
 @pytest.mark.parametrize("name", ["block", "by load"])
 def test_blocks_are_drafted_as_vllm_does_whatever_the_load(found, plain, name):
     assert found[name]["answers"] == plain["mixed"]
-    assert found[name] == found[f"{name}, stock"]
-    assert 10 < found[name]["accepted"] < found[name]["drafted"]
+    patched, stock = found[name], found[f"{name}, stock"]
+    assert (patched.pop("chain"), stock.pop("chain")) == (True, False)
+    assert patched == stock
+    assert 5 < patched["accepted"] < patched["drafted"]
     assert found["by load"]["drafted"] < found["block"]["drafted"]

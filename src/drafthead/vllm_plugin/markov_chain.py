@@ -24,6 +24,10 @@ TILE, WIDE_TILE, NARROW = 128, 256, 1 << 16
 """Draft ids of a tile, and of one where the draft vocabulary is larger than the last."""
 
 
+def _tile(ids: int) -> int:
+    return TILE if ids <= NARROW else WIDE_TILE
+
+
 @dataclass(frozen=True)
 class Chain:
     """The Markov head of a draft model, and room for the best of each tile."""
@@ -37,7 +41,8 @@ class Chain:
     ids: int
     """Vd"""
     values: Tensor
-    """Logits [2, requests, tiles], of the draft before and of this one."""
+    """Logits [2, requests, tiles], of the draft before and of this one; the tiles filled up with
+    −∞ to a power of two."""
     places: Tensor
     """Their draft ids [2, requests, tiles]"""
 
@@ -45,15 +50,15 @@ class Chain:
     def of(model: Any, requests: int) -> "Chain":
         """Of a Qwen3DSparkForCausalLM that drafts for so many requests at most."""
         head, ids = model.model.markov_head, model.config.draft_vocab_size
-        tiles = -(-ids // (TILE if ids <= NARROW else WIDE_TILE))
-        room = torch.zeros(2, requests, tiles, device=head.markov_w1.weight.device)
+        tiles = triton.next_power_of_2(-(-ids // _tile(ids)))
+        shape, device = (2, requests, tiles), head.markov_w1.weight.device
         return Chain(
             head.markov_w1.weight,
             head.markov_w2.weight,
             model.draft_id_to_target_id,
             ids,
-            room,
-            torch.zeros_like(room, dtype=torch.int32),
+            torch.full(shape, float("-inf"), device=device),
+            torch.zeros(shape, dtype=torch.int32, device=device),
         )
 
     def draft(self, base: Tensor, anchors: Tensor, drafts: Tensor) -> None:
@@ -65,9 +70,9 @@ class Chain:
             drafts: target ids [requests or more, steps], written.
         """
         requests, steps, _ = base.shape
-        rank, tiles = self.embedding.shape[1], self.values.shape[2]
+        rank = self.embedding.shape[1]
         rows = 16 if requests <= 16 else 32
-        grid = (tiles, triton.cdiv(requests, rows))
+        grid = (-(-self.ids // _tile(self.ids)), -(-requests // rows))
         for step in range(steps + 1):
             _step_kernel[grid if step < steps else (1, grid[1])](
                 base,
@@ -85,7 +90,6 @@ class Chain:
                 drafts.stride(0),
                 requests,
                 self.ids,
-                tiles,
                 step,
                 FIRST=step == 0,
                 LAST=step == steps,
@@ -93,8 +97,8 @@ class Chain:
                 RANK=rank,
                 PART=min(64, max(16, triton.next_power_of_2(rank))),
                 ROWS=rows,
-                TILE=TILE if self.ids <= NARROW else WIDE_TILE,
-                TILES=triton.next_power_of_2(tiles),
+                TILE=_tile(self.ids),
+                TILES=self.values.shape[2],
                 EXACT=base.dtype == torch.float32,
             )
 
@@ -110,14 +114,13 @@ def _step_kernel(
     embedding_ptr,  # [V, RANK]
     projection_ptr,  # [Vd, RANK]
     offsets_ptr,  # [Vd]
-    values_ptr,  # [2, requests, tiles]
-    places_ptr,  # [2, requests, tiles]
+    values_ptr,  # [2, requests, TILES]
+    places_ptr,  # [2, requests, TILES]
     room_stride,
     drafts_ptr,  # [requests, steps]
     drafts_stride,
     requests,
     ids,
-    tiles,
     step,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
@@ -136,11 +139,13 @@ def _step_kernel(
         previous = tl.load(anchors_ptr + row * anchors_stride, mask=live, other=0).to(tl.int64)
     else:
         # The best tile of the step before; of equal ones the first, as argmax has it.
-        at = tl.arange(0, TILES)
-        before = ((step - 1) % 2) * room_stride + row * tiles
-        there = live[:, None] & (at < tiles)[None, :]
-        found = tl.load(values_ptr + before[:, None] + at[None, :], mask=there, other=float("-inf"))
-        best = tl.minimum(tl.argmax(found, axis=1), tiles - 1)
+        before = ((step - 1) % 2) * room_stride + row * TILES
+        found = tl.load(
+            values_ptr + before[:, None] + tl.arange(0, TILES)[None, :],
+            mask=live[:, None],
+            other=float("-inf"),
+        )
+        best = tl.argmax(found, axis=1)
         previous = tl.load(places_ptr + before + best, mask=live, other=0).to(tl.int64)
         if MAPPED:
             previous += tl.load(offsets_ptr + previous, mask=live, other=0)
@@ -179,7 +184,7 @@ def _step_kernel(
         total = (base.to(tl.float32) + bias.to(kind).to(tl.float32)).to(kind).to(tl.float32)
         total = tl.where(real[None, :], total, float("-inf"))
         first = tl.minimum(tile * TILE + tl.argmax(total, axis=1), ids - 1)
-        here = (step % 2) * room_stride + row * tiles + tile
+        here = (step % 2) * room_stride + row * TILES + tile
         tl.store(values_ptr + here, tl.max(total, axis=1), mask=live)
         tl.store(places_ptr + here, first, mask=live)
 
