@@ -328,7 +328,8 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     }
     write_json(run.bench_json, result)
     _forget(run.root / ".stages")
-    if by_load := drafts_by_load(result["grid"], _servable(recipe, run)):
+    by_load = drafts_by_load(result["grid"], _servable(recipe, run))
+    if by_load and not recipe.serve.drafts_by_load:
         console.print(
             f"bench: the best k changes with the load: `serve.drafts_by_load: {by_load}`, then "
             "verify and bench"
