@@ -80,6 +80,9 @@ def test_misspelt_section_and_source_key(tmp_path):
         (GOOD | {"train": {"seed": -1}}, "train.seed, 0, -1"),
         (GOOD | {"generate": {"seed": 1 << 32}}, "generate.seed, 4294967296"),
         (GOOD | {"train": {"betas": [0.9, 1.0]}}, "train.betas.1, 1"),
+        (GOOD | {"generate": {"max_new_tokens": True}}, "generate.max_new_tokens, True"),
+        (GOOD | {"train": {"eval_every": False}}, "train.eval_every, False"),
+        (GOOD | {"bench": {"concurrency": True}}, "bench.concurrency, True"),
     ],
 )
 def test_wrong_recipes_are_refused_in_words(tmp_path, data, names):

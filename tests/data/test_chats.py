@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 
@@ -392,6 +393,10 @@ def test_other_bad_sources(tmp_path):
     (tmp_path / "a.parquet").write_text("not parquet")
     with refused("a.parquet"):
         load_chats(section(tmp_path / "a.parquet"))
+    for kind, begin in {"Parquet": b"PAR1", "gzip": gzip.compress(b"{}"), "zip": b"PK\3\4"}.items():
+        (tmp_path / "a.jsonl").write_bytes(begin)
+        with refused("a.jsonl", kind):
+            load_chats(section(tmp_path / "a.jsonl"))
     (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
     with refused("b.jsonl", "line 1"):
         load_chats(section(tmp_path / "b.jsonl"))

@@ -122,6 +122,16 @@ def test_mask_covers_each_answer_and_its_end_token_and_nothing_else(text, first,
     assert not mask[-1]
 
 
+def test_a_first_token_that_begins_with_the_templates_space_is_the_answers():
+    text = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    user = {"role": "user", "content": "Who?"}
+    runs, _, _ = written(template(text), [user, {"role": "assistant", "content": "who"}, user])
+    assert runs == [" who"]
+
+
 def test_markers_are_found_however_they_trim():
     for mark in ("{%generation%}", "{% generation -%}", MARKS[0], "{%- generation %}"):
         assert template(LFM25.replace(MARKS[0], mark)).marks_generation

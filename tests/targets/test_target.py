@@ -165,9 +165,13 @@ def test_unknown_architecture_is_refused(copy):
         load_target(copy).final_norm()
 
 
-def test_tokenizer_missing(copy):
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_tokenizer_missing(copy, model_type):
+    """Of Qwen2 transformers makes one without tokens then."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     with refused("tokenizer"):
         load_target(copy).tokenizer()
 

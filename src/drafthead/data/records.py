@@ -16,6 +16,8 @@ _BATCH = 1024
 """Rows of Parquet read at a time."""
 _CHUNK = 1 << 20
 """Characters of a JSON array read at a time."""
+_BINARY = {b"PA": "Parquet", b"\x1f\x8b": "gzip", b"PK": "zip", b"\x28\xb5": "Zstandard"}
+"""Other kinds of files by the two bytes that they begin with, as no JSON does."""
 _GAP = re.compile(r"\s*,?\s*")
 """What stands between two elements of a JSON array."""
 
@@ -59,8 +61,10 @@ def read_records(source: Source) -> Iterator[tuple[str, Any]]:
     elif path.suffix not in (".jsonl", ".ndjson", ".json"):
         raise DraftheadError(
             f"{path}: prompts come from .jsonl, .json or .parquet, "
-            f"found {path.suffix or 'no suffix'}"
+            f"found {path.suffix or 'no suffix'}; unpack or convert it"
         )
+    elif kind := _BINARY.get(_begins(path)):
+        raise DraftheadError(f"{path}: is {kind}, not JSON; rename or unpack it")
     elif _holds_array(path):
         yield from _array_records(path)
     else:
@@ -88,6 +92,11 @@ def _parse(line: bytes, where: str) -> Any:
             f"{where}: broken JSON: {error}; write one record on each line, or the whole file as "
             "one JSON array"
         ) from None
+
+
+def _begins(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(2)
 
 
 def _holds_array(path: Path) -> bool:

@@ -179,14 +179,15 @@ class Template:
                     "which characters a token stands for, so which of earlier turns' tokens the "
                     "target wrote cannot be told. Fix: prompts of a single turn"
                 )
-            begins = np.array(encoded["offset_mapping"])[:, 0]
+            begins, ends = np.array(encoded["offset_mapping"]).T
             if self.marks_generation:
                 mask = self._marked(messages, ids)
                 for i in np.flatnonzero(np.diff(begins) == 0):
                     mask[i + 1] |= mask[i]  # of several tokens of a character only the first is
             else:
                 for start, stop in self._found(messages, text):
-                    mask |= (begins >= start) & (begins < stop)
+                    # The first token may begin with a space that the template writes.
+                    mask |= (ends > start) & (begins < stop)
             self._with_end_tokens(ids, mask)
         return ids, mask
 

@@ -7,7 +7,7 @@ at target, prompts, memory, disk and head of a run; ``prove.live`` diagnoses a s
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from drafthead.recipe import Recipe
 
 _MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]??[/yellow]", "fault": "[red]no[/red]"}
+
+
+def __getattr__(name: str) -> Any:
+    """`check_recipe` and `check_head`, imported when asked for."""
+    if name in ("check_recipe", "check_head"):
+        from drafthead.doctor import recipe as checks
+
+        return getattr(checks, name)
+    raise AttributeError(name)
 
 
 def check_kinds(recipe: "Recipe", runs: Path, machine: Machine) -> list[Finding]:

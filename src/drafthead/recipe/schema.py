@@ -4,7 +4,7 @@ A recipe is a YAML file, and what is said of its keys is in YAML's words: `null`
 Unknown or misspelt keys are refused, with the nearest right one.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -28,12 +28,25 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
+def _numeric(annotation: Any) -> bool:
+    """Whether a field's type is a number, or holds some."""
+    return annotation in (int, float) or any(map(_numeric, get_args(annotation)))
+
+
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values do not change once read."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take `true` (in YAML also `yes` and `on`) for the number 1."""
+        if isinstance(value, bool) and _numeric(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("should be a number")
+        return value
 
 
 class TargetSection(Section):

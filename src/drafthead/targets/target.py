@@ -194,9 +194,14 @@ class Target:
         try:
             # Not the copy in Mistral's own format (tekken.json), which transformers would prefer:
             # it has no chat template and no offsets.
-            return _without_models(
+            tokenizer = _without_models(
                 "AutoTokenizer", self.path, self.trust_remote_code, mistral_format=False
             )
+            # Where all its files are missing transformers makes an empty one, and every prompt with
+            # it is empty.
+            if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+                raise ValueError("it knows no token for a word")
+            return tokenizer
         except Exception as error:
             _refuse_code(self.path, error, self.trust_remote_code)
             raise DraftheadError(
