@@ -161,10 +161,10 @@ class _Side:
 
     def _save(self, unit: int, prompts: list, keys: list[int]) -> None:
         """Hand over the states of ``keys``; none: they are dropped."""
-        from drafthead.capture.engine import Wanted
+        from drafthead.capture.engine import SequenceToKeep
 
         wanted = [
-            Wanted(key, len(p), [False] * len(p), str(i), "train")
+            SequenceToKeep(key, len(p), [False] * len(p), str(i), "train")
             for i, (p, key) in enumerate(zip(prompts, keys))
         ]
         self.engine.save(unit, wanted)

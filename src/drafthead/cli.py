@@ -334,7 +334,7 @@ def convert(
 ) -> None:
     """Write a published head (vLLM's, speculators', SpecForge's, ModelOpt's, Liquid's) as an engine
     reads it: its configuration and names; no weight is changed."""
-    from drafthead.drafters.export import convert_head, told
+    from drafthead.drafters.export import convert_head, support_words
     from drafthead.head.checkpoint import head_folder
     from drafthead.progress import waiting, waiting_for_library
     from drafthead.targets import load_target
@@ -350,7 +350,7 @@ def convert(
             layer_ids=layer_ids,
         )
     for name, can in about["engines"].items():
-        console.print(told(name, can, out), soft_wrap=True)
+        console.print(support_words(name, can, out), soft_wrap=True)
     if as_json:
         emit(about, as_json)
 
@@ -378,7 +378,7 @@ def serve(
     from drafthead.fsio import keep_hashes
     from drafthead.progress import waiting
     from drafthead.prove.choice import to_serve
-    from drafthead.prove.proof import doubt
+    from drafthead.prove.proof import why_unproved
     from drafthead.prove.served import as_served, served_k
     from drafthead.serve import example_request, serve_plan
     from drafthead.targets import recipe_target
@@ -393,7 +393,7 @@ def serve(
     target = recipe_target(loaded)
     with waiting(console, "hashing target and head"):
         drafted = plan.args["speculative_config"].get("num_speculative_tokens_per_batch_size")
-        not_proved = doubt(run, k, served.serve.named_method, target, drafted)
+        not_proved = why_unproved(run, k, served.serve.named_method, target, drafted)
     if not_proved:
         console.print(f"[yellow]{escape(not_proved)}[/yellow]", soft_wrap=True)
     for notice in plan.notices:
@@ -494,7 +494,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check Python, PyTorch, vLLM, plugin, GPU and disk; say how to mend each fault."""
+    """Check Python, PyTorch, vLLM, plugin, GPU and disk; say how to fix each fault."""
     from drafthead.doctor import diagnose
 
     found = diagnose(read_recipe(recipe) if recipe else None, runs, url=url, console=console)

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from drafthead.errors import DraftheadError
 from drafthead.fsio import clear, read_json, shortened, write_json
 
-RECORD_MEND = "delete it, and the stage is looked at again"
+RECORD_FIX = "delete it, and the stage is looked at again"
 SHARED = ("generate", "capture", "vocab")
 """The stages whose output heads of all kinds are made of."""
 _BEGAN = "began"
@@ -104,7 +104,7 @@ class RunDir:
         path, made = self.record(stage, "done"), MADE.get(stage)
         if not path.exists() or (made is not None and not (self.root / made).exists()):
             return None
-        record = read_json(path, f"the record of stage {stage}", Done, RECORD_MEND)
+        record = read_json(path, f"the record of stage {stage}", Done, RECORD_FIX)
         return record["summary"] if record["inputs"] == inputs else None
 
     def changed(self, stage: str, settings: dict) -> list[str]:
@@ -113,7 +113,7 @@ class RunDir:
         path = self.record(stage, "done")
         if not path.exists():
             return []
-        before = read_json(path, f"the record of stage {stage}", Done, RECORD_MEND)["inputs"]
+        before = read_json(path, f"the record of stage {stage}", Done, RECORD_FIX)["inputs"]
         return _differences(before, {**before, **{k: settings[k] for k in settings if k in before}})
 
     def begin(self, stage: str, inputs: dict, overwrite: bool) -> None:
@@ -126,7 +126,7 @@ class RunDir:
         """
         path, before, now = self.record(stage, "begun"), inputs, datetime.now()
         if path.exists():
-            before = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
+            before = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_FIX)
             before.pop(_BEGAN, None)
             if before == inputs:
                 now = self.began(stage) or now
@@ -151,7 +151,7 @@ class RunDir:
         path = self.record(stage, "begun")
         if not path.exists():
             return None
-        record = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_MEND)
+        record = read_json(path, f"the record of stage {stage}", dict[str, Any], RECORD_FIX)
         try:
             return datetime.fromisoformat(record[_BEGAN])
         except (KeyError, TypeError, ValueError):  # a record from before this was kept

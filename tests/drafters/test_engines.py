@@ -372,7 +372,7 @@ def test_every_limit_is_known_with_its_source():
     for limit in engines.LIMITS:
         assert limit.engine in engines.ENGINES
         assert limit.source
-        assert not (limit.layout and limit.mend)
+        assert not (limit.layout and limit.fix)
 
 
 @pytest.mark.parametrize("engine", [name for name in engines.ENGINES if name != "vllm"])

@@ -114,5 +114,5 @@ def test_told_true_tokens_a_head_has_the_logits_of_its_own_drafts(kind):
     rows = torch.tensor([5])
     chain = drafter.draft(head, side, aux, ids, 4, rows)[0]
     ids[7:11] = chain
-    told = [logits[0] for logits in drafter.told(head, side, aux, ids, 4, rows)]
+    told = [logits[0] for logits in drafter.true_path_logits(head, side, aux, ids, 4, rows)]
     assert [head.target_ids()[x.argmax()].item() for x in told] == chain.tolist()

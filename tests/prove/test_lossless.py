@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from drafthead.prove.engine import Completion, Generation
-from drafthead.prove.lossless import BATCHES, Examiner, once_more, other_concurrencies
-from drafthead.prove.noise import NOT_LOSSLESS, TIE, WIDE, Control, noise_words
+from drafthead.prove.lossless import BATCHES, Examiner, ask_again, other_concurrencies
+from drafthead.prove.noise import NOT_LOSSLESS, TIE, WIDE, NoiseSample, noise_words
 
 VOCAB, TOKENS, JUMP = 12, 40, 0.5
 
@@ -165,7 +165,7 @@ def test_what_differs_only_by_how_the_engine_is_set_is_not_the_heads_doing():
     """Answers from an engine that is set as with the head, but has none, are the measure."""
     target, other = Target(jumps=0.0), Target(jumps=0.05)
     alone, drafted = answers(target), answers(other)
-    again = once_more(other, PROMPTS, LIMITS, 8)
+    again = ask_again(other, PROMPTS, LIMITS, 8)
     assert len(again) == len(other_concurrencies(8))
     assert sorted(again[0]) == list(range(len(PROMPTS)))
     assert list(again[0]) != sorted(again[0])
@@ -243,18 +243,18 @@ def test_the_noise_is_that_of_all_sets_of_prompts():
     """A set whose own answers part nowhere is judged by what the others showed."""
     target = Target(jumps=0.05)
     halves = [PROMPTS[:30], PROMPTS[30:]]
-    control = Control()
-    examiners = [Examiner(target, half, LIMITS[:30], 8, None, control) for half in halves]
+    noise_sample = NoiseSample()
+    examiners = [Examiner(target, half, LIMITS[:30], 8, None, noise_sample) for half in halves]
     alone = answers(target)
     for examiner, part in zip(examiners, (alone[:30], alone[30:])):
         examiner.measure(part)
     own = Examiner(target, PROMPTS, LIMITS, 8)
     own.measure(alone)
-    assert control.bounds() == own.control.bounds()
-    assert control.bounds().answers == len(PROMPTS)
+    assert noise_sample.bounds() == own.noise_sample.bounds()
+    assert noise_sample.bounds().answers == len(PROMPTS)
     # What was seen twice counts once.
-    Examiner(target, halves[0], LIMITS[:30], 8, None, control).measure(alone[:30])
-    assert control.bounds() == own.control.bounds()
+    Examiner(target, halves[0], LIMITS[:30], 8, None, noise_sample).measure(alone[:30])
+    assert noise_sample.bounds() == own.noise_sample.bounds()
 
 
 def test_what_the_target_itself_writes_in_another_batch_is_no_fault():
@@ -281,7 +281,7 @@ def test_what_the_target_itself_writes_in_another_batch_is_no_fault():
 
 
 def bounds(gaps: list[float], moves: list[tuple[float, float]]):
-    return Control({(1,)}, dict(enumerate(gaps)), moves).bounds()
+    return NoiseSample({(1,)}, dict(enumerate(gaps)), moves).bounds()
 
 
 def test_bounds():

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from drafthead.fsio import read_json, write_json
 from drafthead.plan import Plan, Setting
-from drafthead.prove.proof import command_line, doubt, proof_path, seal
+from drafthead.prove.proof import command_line, proof_path, seal, why_unproved
 from drafthead.prove.verify import Outcome, Plans, verify
 from drafthead.targets import load_target
 from tests.prove import made_run
@@ -45,40 +45,41 @@ def test_a_verify_ended_before_it_signs_off_leaves_no_proof_of_another_outcome(
     monkeypatch.setattr(f"{name}.write_proof", ended)
     with pytest.raises(KeyboardInterrupt):
         verify(recipe, run, console=Console(quiet=True))
-    assert "was not proved" in doubt(run, 1)
+    assert "was not proved" in why_unproved(run, 1)
 
 
 def test_a_k_that_was_not_proved_is_doubted(tmp_path):
     _, run = made_run.make(tmp_path)
-    assert doubt(run, 1) is None
-    assert "k = 2 was not proved (k = 1, 3, 5 was): `drafthead verify RECIPE --k 2`" in doubt(
-        run, 2
+    assert why_unproved(run, 1) is None
+    assert (
+        "k = 2 was not proved (k = 1, 3, 5 was): `drafthead verify RECIPE --k 2`"
+        in why_unproved(run, 2)
     )
     altered(run, served={"10": {"command": "c"}, "2": {"command": "c"}})
-    assert "(k = 2, 10 was)" in doubt(run, 3)
-    assert "drafts were not proved" in doubt(run, 2, "probabilistic")
+    assert "(k = 2, 10 was)" in why_unproved(run, 3)
+    assert "drafts were not proved" in why_unproved(run, 2, "probabilistic")
     both = {"command": "c", "draft_sample_methods": ["greedy", "probabilistic"]}
     altered(run, served={"10": {"command": "c"}, "2": both})
-    assert doubt(run, 10, "probabilistic") is None
-    assert doubt(run, 10, by_load=[[1, 8, 10]])
+    assert why_unproved(run, 10, "probabilistic") is None
+    assert why_unproved(run, 10, by_load=[[1, 8, 10]])
     given = {"speculative_config": {"num_speculative_tokens_per_batch_size": [[1, 8, 10]]}}
     altered(run, served={"10": {"command": "c", "engine_args": given}})
-    assert doubt(run, 10)  # proved with other drafts by load
-    assert doubt(run, 10, by_load=[[1, 8, 10]]) is None
+    assert why_unproved(run, 10)  # proved with other drafts by load
+    assert why_unproved(run, 10, by_load=[[1, 8, 10]]) is None
     altered(run, lossless=False)
-    assert "not lossless" in doubt(run, 10)
+    assert "not lossless" in why_unproved(run, 10)
     (run.head / "more.json").write_text("{}")
-    assert "signed off for another head" in doubt(run, 10)
+    assert "signed off for another head" in why_unproved(run, 10)
     proof_path(run).unlink()
-    assert "k = 3 was not proved" in doubt(run, 3)
+    assert "k = 3 was not proved" in why_unproved(run, 3)
 
 
 def test_a_target_that_changed_since_is_doubted(tmp_path):
     recipe, run = made_run.make(tmp_path)
     target = load_target(recipe.target.path)
-    assert doubt(run, 1, target=target) is None
+    assert why_unproved(run, 1, target=target) is None
     (target.path / "generation_config.json").write_text("{}")
-    assert str(target.path) in doubt(run, 1, target=target)
+    assert str(target.path) in why_unproved(run, 1, target=target)
 
 
 @pytest.mark.parametrize(("named", "proved"), [(None, True), (2, False), (1, True)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drafthead.capture.checks import teacher_argmax
-from drafthead.capture.engine import CaptureEngine, Wanted
+from drafthead.capture.engine import CaptureEngine, SequenceToKeep
 from drafthead.recipe import parse_recipe
 from drafthead.states import StateReader, StoreMeta
 from drafthead.states.writer import open_store
@@ -48,7 +48,7 @@ def random_prompts(lengths, seed=0, prefix=()):
 
 def wanted(prompts, written):
     return [
-        Wanted(answer.key, len(prompt), [False] * len(prompt), f"c{i}", "train")
+        SequenceToKeep(answer.key, len(prompt), [False] * len(prompt), f"c{i}", "train")
         for i, (prompt, answer) in enumerate(zip(prompts, written))
     ]
 

@@ -31,7 +31,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SequenceToKeep:
     """One sequence whose states go to the store."""
 
     key: int
@@ -196,7 +196,7 @@ class CaptureEngine:
             )
         return [written[key] for key in sorted(written)]
 
-    def save(self, place: int | Sequence[Sequence[int]], wanted: Sequence[Wanted]) -> None:
+    def save(self, place: int | Sequence[Sequence[int]], wanted: Sequence[SequenceToKeep]) -> None:
         """Hand the states of ``wanted`` to the store as a unit, or to the pages of each; all else
         captured since the last call is dropped. Written in the background.
 

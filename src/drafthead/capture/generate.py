@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from drafthead.capture.checks import check_share
-from drafthead.capture.engine import CaptureEngine, Wanted, Written
+from drafthead.capture.engine import CaptureEngine, SequenceToKeep, Written
 from drafthead.capture.plan import WorkPlan
 from drafthead.data.answers import (
     Answer,
@@ -61,7 +61,7 @@ class Unit:
     """A unit's answers and what was left out of it, by reason."""
 
     answers: list[Answer]
-    wanted: list[Wanted]
+    wanted: list[SequenceToKeep]
     left_out: dict[str, list[str]]
 
 
@@ -134,7 +134,7 @@ def answer_unit(
     for chat, _ in chats:
         if chat.id in done:
             answers.append(_as_answer(plan, *done[chat.id]))
-            wanted.append(as_wanted(done[chat.id][1].key, answers[-1]))
+            wanted.append(to_keep(done[chat.id][1].key, answers[-1]))
     return Unit(answers, wanted, left_out)
 
 
@@ -168,9 +168,9 @@ def _as_answer(plan: WorkPlan, conversation: Conversation, written: Written) -> 
     )
 
 
-def as_wanted(key: int, answer: Answer) -> Wanted:
+def to_keep(key: int, answer: Answer) -> SequenceToKeep:
     """The line of a unit's manifest that asks for an answer's states."""
-    return Wanted(
+    return SequenceToKeep(
         key=key,
         prompt_len=len(answer.prompt_ids),
         prompt_mask=answer.prompt_mask.tolist(),
@@ -416,7 +416,7 @@ def prefill_units(
             counter = _AnswerCounter(report)
             keys = engine.prefill([answer.ids.tolist() for answer in written], counter.add)
             counter.skip_to(len(plan.units[number]))
-            engine.save(number, [as_wanted(key, a) for key, a in zip(keys, written, strict=True)])
+            engine.save(number, [to_keep(key, a) for key, a in zip(keys, written, strict=True)])
             waiting.append(number)
             settle()
         if engine:

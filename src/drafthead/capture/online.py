@@ -19,7 +19,7 @@ import torch
 
 from drafthead.capture.checks import NOT_FINITE, check_share
 from drafthead.capture.engine import CaptureEngine
-from drafthead.capture.generate import as_wanted
+from drafthead.capture.generate import to_keep
 from drafthead.capture.plan import make_plan
 from drafthead.capture.shared_memory import PAGE, PagePool, pages_needed
 from drafthead.data.answers import Answer, part_path, read_part
@@ -270,7 +270,7 @@ def _serve(order: dict, report: Callable[[dict], None]) -> None:
             engine.flush()
             report({"ready": copying})
         if batch:
-            wanted = [as_wanted(key, answer) for key, answer in zip(keys, chosen, strict=True)]
+            wanted = [to_keep(key, answer) for key, answer in zip(keys, chosen, strict=True)]
             engine.save([places for _, _, places in batch], wanted)
         copying = [number for number, _, _ in batch]
 

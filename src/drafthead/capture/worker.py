@@ -104,7 +104,7 @@ class Capture:
     def drafthead_unit(
         self, place: Any, sequences: list[tuple[int, list[int]]], wanted: list[dict]
     ) -> str | None:
-        """Hand the states of ``wanted`` (see ``engine.Wanted``) to the sink, to ``place`` (see
+        """Hand the states of ``wanted`` (``SequenceToKeep``) to the sink, to ``place`` (see
         ``CaptureEngine.save``). ``sequences``: key and token ids of all that the engine ran since
         the last call.
 

@@ -141,7 +141,7 @@ class Drafter(Protocol):
         ids[i + 1] is known and ids[i + 2] comes next. Returns target ids int64 [M, k].
         """
 
-    def told(
+    def true_path_logits(
         self, head: Any, target: TargetSide, aux: Tensor, ids: Tensor, k: int, rows: Tensor
     ) -> Iterator[Tensor]:
         """Draft logits [M, Vd] of positions 1..k, as `draft` has them where every draft before was

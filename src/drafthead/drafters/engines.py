@@ -103,16 +103,16 @@ class Limit:
     applies: Callable[[Head], Any]
     silent: bool = False
     """The engine takes the head and drafts other tokens than it should."""
-    mend: str = ""
+    fix: str = ""
     """What makes another head that the engine serves."""
     layout: bool = False
-    """It is about how the head is written, not about what it computes: `convert` mends it."""
+    """It is about how the head is written, not about what it computes: `convert` fixes it."""
 
     @property
     def words(self) -> str:
-        """For people, with what becomes of the head and what mends it."""
+        """For people, with what becomes of the head and what to do."""
         words = self.says + ("; it would draft wrong tokens, without a word" if self.silent else "")
-        return words + (f"; train with {self.mend}" if self.mend else "")
+        return words + (f"; train with {self.fix}" if self.fix else "")
 
 
 def _window(head: Head) -> bool:
@@ -275,7 +275,7 @@ LIMITS = (
         "srt/models/llama_eagle3.py; run: findings/sglang-norm-before-residual.sh",
         lambda h: h.config["norm_before_residual"],
         silent=True,
-        mend="head.norm_before_residual: false",
+        fix="head.norm_before_residual: false",
     ),
     Limit(
         "sglang",
@@ -284,7 +284,7 @@ LIMITS = (
         "srt/models/llama_eagle3.py",
         lambda h: h.config["num_hidden_layers"] > 1,
         silent=True,
-        mend="head.num_hidden_layers: 1",
+        fix="head.num_hidden_layers: 1",
     ),
     Limit(
         "sglang",
@@ -300,7 +300,7 @@ LIMITS = (
         "the target's class has no EAGLE-3 hook (LFM2 and LFM2-MoE have none)",
         "set_eagle3_layers_to_capture in srt/models/",
         lambda h: h.target and not {*h.target.architectures} & {*_SGLANG_EAGLE3.split()},
-        mend="head.kind: dspark",
+        fix="head.kind: dspark",
     ),
     Limit(
         "sglang",
@@ -312,7 +312,7 @@ LIMITS = (
             and max(h.config["aux_layer_ids"]) == h.target.num_layers
             and not {*h.target.architectures} & {*_SGLANG_LAST.split()}
         ),
-        mend="head.aux_layers",
+        fix="head.aux_layers",
     ),
     Limit(
         "sglang",
@@ -330,7 +330,7 @@ LIMITS = (
         "a reduced draft vocabulary: its Markov head has a row for each token of the target",
         "srt/models/dspark.py",
         _reduced,
-        mend="vocab.size: the target's vocab_size",
+        fix="vocab.size: the target's vocab_size",
     ),
     Limit(
         "sglang",
@@ -339,7 +339,7 @@ LIMITS = (
         "srt/models/dspark.py",
         lambda h: h.config["own_lm_head"] and not _reduced(h),
         silent=True,
-        mend="train.lm_head_rate: 0",
+        fix="train.lm_head_rate: 0",
     ),
     Limit(
         "sglang",
@@ -388,7 +388,7 @@ LIMITS = (
         "fc_norm, attention_bias: tensors that its converter does not know",
         "conversion/llama.py",
         lambda h: h.config["fc_norm"] or h.config["attention_bias"],
-        mend="head.fc_norm: false",
+        fix="head.fc_norm: false",
     ),
     Limit(
         "llama.cpp",
@@ -397,7 +397,7 @@ LIMITS = (
         "models/eagle3.cpp",
         lambda h: h.config["norm_output"] or _window(h),
         silent=True,
-        mend="head.norm_output: false",
+        fix="head.norm_output: false",
     ),
     Limit(
         "llama.cpp",
@@ -423,7 +423,7 @@ LIMITS = (
         "conversion/qwen.py; run: findings/llama-cpp-dspark-lm-head.sh",
         lambda h: h.config["own_lm_head"] and not _reduced(h),
         silent=True,
-        mend="train.lm_head_rate: 0",
+        fix="train.lm_head_rate: 0",
     ),
     Limit("llama.cpp", _DSPARK, "another width than the target's", "models/dflash.cpp", _narrow),
     Limit(
@@ -456,7 +456,7 @@ LIMITS = (
         "speculative/drafters/eagle3/config.py",
         lambda h: 0 in h.config["aux_layer_ids"],
         silent=True,
-        mend="head.aux_layers",
+        fix="head.aux_layers",
     ),
     Limit(
         "mlx",
@@ -464,7 +464,7 @@ LIMITS = (
         "fc_norm: tensors that it does not know",
         "speculative/drafters/eagle3/eagle3.py",
         lambda h: h.config["fc_norm"],
-        mend="head.fc_norm: false",
+        fix="head.fc_norm: false",
     ),
     Limit(
         "mlx",
@@ -473,7 +473,7 @@ LIMITS = (
         "speculative/drafters/eagle3/",
         lambda h: h.config["norm_output"] or h.config["rope_scaling"] or _window(h),
         silent=True,
-        mend="head.norm_output: false",
+        fix="head.norm_output: false",
     ),
     Limit(
         "mlx",
@@ -502,7 +502,7 @@ LIMITS = (
         "a reduced draft vocabulary: its Markov head has a row for each token of the target",
         "speculative/drafters/dspark/dspark.py",
         _reduced,
-        mend="vocab.size: the target's vocab_size",
+        fix="vocab.size: the target's vocab_size",
     ),
     Limit(
         "mlx",
@@ -510,7 +510,7 @@ LIMITS = (
         "an LM head of its own: a tensor that it does not know",
         "speculative/drafters/qwen3_dflash/dflash.py",
         lambda h: h.config["own_lm_head"] and not _reduced(h),
-        mend="train.lm_head_rate: 0",
+        fix="train.lm_head_rate: 0",
     ),
     Limit(
         "mlx",
@@ -544,7 +544,7 @@ LIMITS = (
         "_torch/models/modeling_speculative.py",
         lambda h: h.config["norm_before_residual"],
         silent=True,
-        mend="head.norm_before_residual: false",
+        fix="head.norm_before_residual: false",
     ),
     Limit(
         "tensorrt-llm",
@@ -552,7 +552,7 @@ LIMITS = (
         "more than one layer: the further ones have other norms",
         "_torch/models/modeling_speculative.py",
         lambda h: h.config["num_hidden_layers"] > 1,
-        mend="head.num_hidden_layers: 1",
+        fix="head.num_hidden_layers: 1",
     ),
     Limit(
         "tensorrt-llm",

@@ -147,7 +147,7 @@ def export_for(
             _write(run.head, folder, layout(engine, about), target, recipe.serve.k, True)
         can = inspect_head(folder, target, deep=False)["engines"][engine]
         found[engine] = {"folder": str(folder), **can}
-        console.print(told(engine, can, folder), soft_wrap=True)
+        console.print(support_words(engine, can, folder), soft_wrap=True)
     if not any(can["serves"] for can in found.values()):
         raise DraftheadError(
             "\n".join(f"{ENGINES[e].title}: {'; '.join(c['why'])}" for e, c in found.items()),
@@ -156,7 +156,7 @@ def export_for(
     return found
 
 
-def told(engine: str, can: dict[str, Any], folder: Path | str) -> str:
+def support_words(engine: str, can: dict[str, Any], folder: Path | str) -> str:
     """For people: whether an engine serves a head."""
     title = ENGINES[engine].title
     if can["serves"]:

@@ -37,7 +37,7 @@ def inspect_head(
     if foreign := about["engines"]["vllm"]["foreign"]:
         about["ok"] = False
         about["problems"] += [
-            f"{words}; `drafthead convert HEAD OUT` mends it" for words in foreign
+            f"{words}; `drafthead convert HEAD OUT` fixes it" for words in foreign
         ]
     if target is not None:
         about["notes"] += beyond_reach(about, length or target.max_position_embeddings)
@@ -138,8 +138,8 @@ def describe(found: dict[str, Any]) -> Group:
         if "config" in found:
             can = "; ".join(["yes", *engine["notes"]])
             if not engine["serves"]:
-                mend = f" (`drafthead convert --for {name}` mends it)" if engine["convert"] else ""
-                can = f"no{mend}: {'; '.join(engine['why'])}"
+                fix = f" (`drafthead convert --for {name}` fixes it)" if engine["convert"] else ""
+                can = f"no{fix}: {'; '.join(engine['why'])}"
             title = f"{ENGINES[name].title} {ENGINES[name].versions}"
             table.add_row(title, escape(can))
     if "bytes" in found:

@@ -25,7 +25,7 @@ def support(about: dict[str, Any], folder: Path, target: Target | None) -> dict[
 
     Returns:
         By engine: `serves` (None: not known), `why` (what keeps it from it), `convert` (whether
-        `drafthead convert` mends all of that), `foreign` (what of it that mends), `notes`.
+        `drafthead convert` corrects all of that), `foreign` (what of it that corrects), `notes`.
     """
     kind, config = about.get("kind", "eagle3"), about.get("config")
     readable = config is not None and not about["unsupported"]
@@ -130,14 +130,14 @@ def tables() -> str:
             "",
             f"### {title}",
             "",
-            "| engine | does not serve | what happens | mend | source |",
+            "| engine | does not serve | what happens | fix | source |",
         ]
         lines.append("|---|---|---|---|---|")
         for limit in LIMITS:
             if kind in limit.kinds:
                 happens = "drafts wrong tokens" if limit.silent else "refuses it"
-                mend = f"`drafthead convert --for {limit.engine}`" if limit.layout else ""
-                mend = mend or (f"`{limit.mend}`" if limit.mend else "none")
+                fix = f"`drafthead convert --for {limit.engine}`" if limit.layout else ""
+                fix = fix or (f"`{limit.fix}`" if limit.fix else "none")
                 title = ENGINES[limit.engine].title
-                lines.append(f"| {title} | {limit.says} | {happens} | {mend} | {limit.source} |")
+                lines.append(f"| {title} | {limit.says} | {happens} | {fix} | {limit.source} |")
     return "\n".join(lines) + "\n"

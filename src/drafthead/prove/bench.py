@@ -242,7 +242,7 @@ def _servable(recipe: Recipe, run: RunDir) -> set[int]:
     return proved_ks(lossless_proof(run)) or set(candidates(recipe))
 
 
-def _told(cell: dict, method: str) -> dict:
+def _with_method(cell: dict, method: str) -> dict:
     """A measured point of the run's own head, with how its drafts were drawn."""
     return cell | {"compared_speedup": cell["speedup"], "draft_sample_method": method}
 
@@ -284,7 +284,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     for own, plans in spreads:
         cells += _measure(own, run, target, plans, asked, points, console, share)
     method, *others = recipe.draft_methods
-    cells = [_told(cell, method) for cell in cells]
+    cells = [_with_method(cell, method) for cell in cells]
     best = fastest(cells, _servable(recipe, run)) or fastest(cells, ks) or cells[0]
     k = best["num_speculative_tokens"]
     own, plans = spreads[0]
@@ -292,7 +292,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         console.print(f"bench: k = {k} is the fastest; timing it on other pairs")
         point = replace(points[0], num_speculative_tokens=k)
         (again,) = _measure(own, run, target, {k: plans[k]}, asked, [point], console, REST)
-        again = _told(again, method) | {"compared_speedup": best["compared_speedup"]}
+        again = _with_method(again, method) | {"compared_speedup": best["compared_speedup"]}
         cells = [again if cell is best else cell for cell in cells]
         best = again
     for other in others:
@@ -302,7 +302,7 @@ def bench(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
         share = REST if choosing else ALL
         own_plans = _plans(with_method, target, [k], head)
         rivals = _measure(with_method, run, target, own_plans, asked, at, console, share)
-        rivals = [_told(cell, other) for cell in rivals]
+        rivals = [_with_method(cell, other) for cell in rivals]
         # Compared with the best on the same pairs.
         scale = best["compared_speedup"] / best["speedup"]
         rivals[0]["compared_speedup"] *= scale

@@ -55,7 +55,7 @@ def generate(llm: Any, request: dict, ended: Callable[[], None]) -> dict:
     waiting = iter(range(len(prompts)))
     start = time.perf_counter()
 
-    def give_in() -> bool:
+    def submit_next() -> bool:
         i = next(waiting, None)
         if i is None:
             return False
@@ -77,7 +77,7 @@ def generate(llm: Any, request: dict, ended: Callable[[], None]) -> dict:
         return True
 
     try:
-        while len(live) < request["concurrency"] and give_in():
+        while len(live) < request["concurrency"] and submit_next():
             pass
         while live:
             outputs = engine.step()
@@ -97,7 +97,7 @@ def generate(llm: Any, request: dict, ended: Callable[[], None]) -> dict:
                     del live[output.request_id]
                     record["finish_reason"] = part.finish_reason
                     results[int(output.request_id)] = record
-                    give_in()
+                    submit_next()
                     if request["report"]:
                         ended()
     except BaseException:

@@ -143,7 +143,9 @@ def expected_acceptance(
         answer = sample.ids[sample.prompt_len + 1 :].long()
         rates = {way: np.zeros((len(rows), k)) for way in ways}
         p_of = {sampling: sampling.probabilities(logits) for sampling in samplings}
-        for j, drafts in enumerate(drafter.told(head, target, sample.aux, sample.ids, k, rows)):
+        for j, drafts in enumerate(
+            drafter.true_path_logits(head, target, sample.aux, sample.ids, k, rows)
+        ):
             positions = len(rows) - j  # beyond the end of the answer nothing is known
             if positions < 1:
                 break

@@ -198,7 +198,7 @@ def _cause(facts: LiveFacts, as_predicted: bool) -> str:
         return "likely: " + "; ".join(facts.head_notes)
     return (
         "no cause is to be seen in the files. Check that the server runs the target of the recipe "
-        "(same quantization), that its log names no failed mend of drafthead's plugin, and that "
+        "(same quantization), that its log names no failed patch of drafthead's plugin, and that "
         "`drafthead verify` and `drafthead bench` agree on this machine"
     )
 
@@ -212,11 +212,11 @@ def _traffic(facts: LiveFacts) -> list[Finding]:
             f"{facts.longer:.0%} of the answers are longer than {facts.trained_tokens:,} tokens, "
             "and the head was trained on none so long"
         )
-        mend = (
+        fix = (
             "see in bench how acceptance goes on with the position in an answer (bench.json, "
             "predicted_sampling); raise generate.max_new_tokens and train on"
         )
-        found.append(Finding("traffic", "warning", words, mend))
+        found.append(Finding("traffic", "warning", words, fix))
     if traffic.drafts >= ENOUGH_DRAFTS and facts.tokens and facts.undrafted < 0:
         beyond = -facts.undrafted
         length = (facts.tokens - facts.answers) / traffic.drafts
@@ -240,13 +240,13 @@ def _traffic(facts: LiveFacts) -> list[Finding]:
     if users >= heldout - 2 * POINTS:
         return [*found, Finding("traffic", "ok", words)]
     if facts.template_agrees is False:
-        mend = "the chat template is the likely cause, see above"
+        fix = "the chat template is the likely cause, see above"
     else:
-        mend = (
+        fix = (
             "users ask other things than the head was trained on (or sample at a temperature): "
             "put their prompts into prompts.sources and train on"
         )
-    return [*found, Finding("traffic", "warning", words, mend)]
+    return [*found, Finding("traffic", "warning", words, fix)]
 
 
 def _speed(probe: float, base: float, best_k: int | None) -> Finding:

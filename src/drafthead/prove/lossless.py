@@ -33,7 +33,7 @@ from itertools import combinations
 import numpy as np
 
 from drafthead.prove.engine import Completion, EngineProcess
-from drafthead.prove.noise import NOT_LOSSLESS, WIDE, Control, Noise, movement
+from drafthead.prove.noise import NOT_LOSSLESS, WIDE, Noise, NoiseSample, gap_changes
 from drafthead.prove.stats import detectable_excess, more_often
 
 TOP = 20
@@ -79,7 +79,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def part(base_answers: Sequence[Completion], drafted_answers: Sequence[Completion]) -> bool:
+def any_differ(base_answers: Sequence[Completion], drafted_answers: Sequence[Completion]) -> bool:
     """Whether any answer is not the same on both sides."""
     return any(
         first_difference(a.ids, b.ids) is not None
@@ -94,7 +94,7 @@ def other_concurrencies(concurrency: int) -> list[int]:
     return sorted({max(1, concurrency // 3), max(1, 2 * concurrency // 3)})
 
 
-def once_more(
+def ask_again(
     engine: EngineProcess,
     prompts: Sequence[Sequence[int]],
     max_tokens: Sequence[int],
@@ -129,10 +129,9 @@ class Examiner:
         prompts: token ids of each prompt.
         max_tokens: the limit of each answer.
         concurrency: answers that were asked for at once.
-        again: what :func:`once_more` gave on an engine that differs from the drafted one only in
+        again: what :func:`ask_again` gave on an engine that differs from the drafted one only in
             having no head; None: ``base`` is such an engine, and is asked when it is needed.
-        control: where what is seen of the noise is gathered, of all sets of prompts if they share
-            it.
+        noise_sample: where differences are gathered, of all sets of prompts if they share it.
     """
 
     def __init__(
@@ -142,11 +141,11 @@ class Examiner:
         max_tokens: Sequence[int],
         concurrency: int,
         again: list[dict[int, Completion]] | None = None,
-        control: Control | None = None,
+        noise_sample: NoiseSample | None = None,
     ):
         self.base, self.prompts, self.max_tokens = base, prompts, max_tokens
         self.concurrency, self.again = concurrency, again
-        self.control = control or Control()
+        self.noise_sample = noise_sample or NoiseSample()
         self.noise: Noise | None = None
         """Measured once it is needed."""
 
@@ -169,7 +168,7 @@ class Examiner:
         ties = sum(differences[-1].is_tie for differences in examined.values())
         wide = sum(any(d.verdict == WIDE for d in differences) for differences in examined.values())
         answers, parted = len(self.prompts), len(examined)
-        noise, bounds = self.noise, self.control.bounds() if self.noise else None
+        noise, bounds = self.noise, self.noise_sample.bounds() if self.noise else None
         again = max(*noise.parted, noise.parted_at_once) if noise else 0
         asked = noise.answers if noise else 0
         pooled = bounds.answers if bounds else 0
@@ -203,9 +202,9 @@ class Examiner:
         it is a tie: the last one is the only one that may be no tie."""
         differences: dict[int, list[Difference]] = {}
         references = dict(enumerate(answer.ids for answer in base_answers))
-        while places := self._partings(references, drafted_answers):
+        while places := self._first_differences(references, drafted_answers):
             self.measure(base_answers)
-            bounds = self.control.bounds()
+            bounds = self.noise_sample.bounds()
             ties = []
             for (i, at), gap in zip(
                 places.items(), self._gaps(places, references, drafted_answers)
@@ -224,7 +223,7 @@ class Examiner:
         return differences
 
     @staticmethod
-    def _partings(
+    def _first_differences(
         references: dict[int, list[int]], answers: Sequence[Completion] | dict[int, Completion]
     ) -> dict[int, int]:
         """Where each answer first departs from its reference, of those that do."""
@@ -302,14 +301,14 @@ class Examiner:
         """Hold the target alone against itself, unless that was done."""
         if self.noise is not None:
             return
-        rounds = self.again or once_more(self.base, self.prompts, self.max_tokens, self.concurrency)
+        rounds = self.again or ask_again(self.base, self.prompts, self.max_tokens, self.concurrency)
         decoded = rounds[0]
         if self.again is not None:  # one pass is held against decoding by the same engine
-            (decoded,) = once_more(
+            (decoded,) = ask_again(
                 self.base, self.prompts, self.max_tokens, self.concurrency, times=1
             )
-        self.control.asked |= {(tuple(self.prompts[i]), self.max_tokens[i]) for i in decoded}
-        parted = [self._own_partings(base_answers, answers) for answers in rounds]
+        self.noise_sample.asked |= {(tuple(self.prompts[i]), self.max_tokens[i]) for i in decoded}
+        parted = [self._differences_from_itself(base_answers, answers) for answers in rounds]
         # Also across the two engines: each may well repeat itself to the bit.
         computed = rounds if self.again is None else [*rounds, decoded]
         for one, other in combinations(computed, 2):
@@ -318,7 +317,7 @@ class Examiner:
                 end = first_difference(completion.ids, other[i].ids)
                 both = zip(completion.logprobs, other[i].logprobs)
                 for top, row in list(both)[: None if end is None else end + 1]:
-                    self.control.moves += movement(top, row)
+                    self.noise_sample.moves += gap_changes(top, row)
         room = self.base.info["max_model_len"] - 1  # given a sequence it writes a token more
         scored = self.base.score(
             [[*self.prompts[i], *c.ids][:room] for i, c in decoded.items()], TOP
@@ -335,10 +334,10 @@ class Examiner:
                 if token != first:
                     flips += 1
                     place = (*prompt, *completion.ids[:at])
-                    self.control.parted(place, first, best - row[token])
-                moves += movement(top, row)
+                    self.noise_sample.add_difference(place, first, best - row[token])
+                moves += gap_changes(top, row)
             parted_at_once += flips > before
-        self.control.moves += moves
+        self.noise_sample.moves += moves
         self.noise = Noise(
             answers=len(decoded),
             concurrency=other_concurrencies(self.concurrency),
@@ -349,14 +348,14 @@ class Examiner:
             largest=max((moved for _, moved in moves), default=0.0),
         )
 
-    def _own_partings(
+    def _differences_from_itself(
         self, base_answers: Sequence[Completion], again: dict[int, Completion]
     ) -> int:
         """Take down the gaps at which the target's answers part; how many do."""
         first = {i: base_answers[i].ids for i in again}
-        places = self._partings(first, again)
+        places = self._first_differences(first, again)
         for (i, at), gap in zip(places.items(), self._gaps(places, first, again)):
             if gap is not None:
                 ids = again[i].ids
-                self.control.parted((*self.prompts[i], *ids[:at]), ids[at], gap)
+                self.noise_sample.add_difference((*self.prompts[i], *ids[:at]), ids[at], gap)
         return len(places)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 NOISE_MARGIN = 2.0
-"""Times the largest movement seen: of several times as many positions one will move further.
+"""Times the largest gap_changes seen: of several times as many positions one will move further.
 Simulated (Student's t with 3 and 5 degrees of freedom, 200,000 drafted positions, thrice 27,000 of
 the target's own), a margin of 1 called noise a fault in one case of three and of six, a margin of 2
 in 1 of 400."""
@@ -60,7 +60,7 @@ class Bounds:
 
 
 @dataclass
-class Control:
+class NoiseSample:
     """Differences between runs of the target alone, pooled over all sets of prompts."""
 
     asked: set[tuple] = field(default_factory=set)
@@ -71,7 +71,7 @@ class Control:
     """Of each position computed twice: the narrower of the gaps between the two tokens that were
     likeliest at first, and how far apart the two gaps are."""
 
-    def parted(self, before: tuple[int, ...], token: int, gap: float) -> None:
+    def add_difference(self, before: tuple[int, ...], token: int, gap: float) -> None:
         """Take down a parting; of one that was seen before the wider gap counts."""
         self.gaps[before, token] = max(gap, self.gaps.get((before, token), 0.0))
 
@@ -92,8 +92,8 @@ class Control:
         return Bounds(len(self.asked), len(self.gaps), widest, limit)
 
 
-def movement(top: dict[int, float], row: dict[int, float]) -> Iterator[tuple[float, float]]:
-    """An entry of :attr:`Control.moves` from two computations of a position's log-probabilities;
+def gap_changes(top: dict[int, float], row: dict[int, float]) -> Iterator[tuple[float, float]]:
+    """An entry of :attr:`NoiseSample.moves` from a position's log-probabilities computed twice;
     none if the two likeliest of ``top`` are not both in ``row``."""
     (one, p), (two, q) = sorted(top.items(), key=lambda item: -item[1])[:2]
     if one in row and two in row:

@@ -126,7 +126,7 @@ def read_proof(run: RunDir) -> dict:
     return record
 
 
-def doubt(
+def why_unproved(
     run: RunDir,
     k: int,
     method: str = "greedy",

@@ -17,8 +17,8 @@ from drafthead.plan import Plan
 from drafthead.progress import progress, waiting
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
-from drafthead.prove.lossless import ALPHA, NOISE_ANSWERS, Examiner, once_more, part
-from drafthead.prove.noise import NOT_LOSSLESS, Control, noise_words
+from drafthead.prove.lossless import ALPHA, NOISE_ANSWERS, Examiner, any_differ, ask_again
+from drafthead.prove.noise import NOT_LOSSLESS, NoiseSample, noise_words
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, proof_path, write_proof
 from drafthead.prove.sampled import TwoSample, two_sample
@@ -287,7 +287,7 @@ def prove_lossless(
                     bar.advance(0, note=engine.name)
                     if way == _TWIN:
                         again = [
-                            once_more(engine, w.prompts, w.max_tokens, w.concurrency) for w in work
+                            ask_again(engine, w.prompts, w.max_tokens, w.concurrency) for w in work
                         ]
                         continue
                     k, method = way
@@ -308,14 +308,21 @@ def prove_lossless(
             base_answers = _answers(alone, work, prefix_cache=False)
             if draws:
                 alone_draws = _draws(alone, contexts, recipe, seed=0)
-        control = Control()
+        noise_sample = NoiseSample()
         examiners = [
             Examiner(
-                alone, w.prompts, w.max_tokens, w.concurrency, again[i] if again else None, control
+                alone,
+                w.prompts,
+                w.max_tokens,
+                w.concurrency,
+                again[i] if again else None,
+                noise_sample,
             )
             for i, w in enumerate(work)
         ]
-        if any(part(*pair) for answers in written.values() for pair in zip(base_answers, answers)):
+        if any(
+            any_differ(*pair) for answers in written.values() for pair in zip(base_answers, answers)
+        ):
             # All sets, before any is judged: it is one noise.
             rounds = 1 if again else 2
             asked = rounds * sum(min(NOISE_ANSWERS, len(w.prompts)) for w in work)

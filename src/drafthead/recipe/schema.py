@@ -203,7 +203,7 @@ class HeadSection(Section):
     """RMS-norm the joined auxiliary states before `fc`."""
     fc_norm: bool = True
     """RMS-norm each auxiliary state by itself before `fc`: 2.47 tokens a step at five drafts where
-    `norm_before_fc` gave 2.40 (three seeds each), and a step no longer with the plugin's mend
+    `norm_before_fc` gave 2.40 (three seeds each), and a step no longer with the plugin's patch
     `aux_norm`."""
     norm_output: bool = True
     """Feed the state after the final norm, not before it, to the next draft step: positions beyond

@@ -26,7 +26,7 @@ from drafthead.prove.records import (
 )
 from drafthead.prove.served import as_served, recommended_k, served_k, with_headline
 from drafthead.recipe import Recipe, without_paths, without_secrets
-from drafthead.rundir import RECORD_MEND, RunDir
+from drafthead.rundir import RECORD_FIX, RunDir
 from drafthead.train.log import read_metrics
 
 
@@ -107,13 +107,13 @@ def read_results(recipe: Recipe, run: RunDir) -> Results:
             version writes.
     """
 
-    def optional(path: Path, what: str, shape: Any, mend: str = "make it anew") -> Any:
-        return read_json(path, what, shape, mend) if path.exists() else None
+    def optional(path: Path, what: str, shape: Any, fix: str = "make it anew") -> Any:
+        return read_json(path, what, shape, fix) if path.exists() else None
 
     summaries = {}
     for path in sorted((run.root / ".stages").glob("*.done.json")):
         stage = path.name.split(".")[0]
-        done = read_json(path, f"the record of stage {stage}", ENDED.get(stage, Ended), RECORD_MEND)
+        done = read_json(path, f"the record of stage {stage}", ENDED.get(stage, Ended), RECORD_FIX)
         summaries[stage] = done["summary"]
     coverage = run.vocab / "coverage.json"
     proof = read_proof(run)

@@ -88,7 +88,7 @@ def _run(store: Path) -> RunDir:
     return RunDir(Path(os.path.abspath(store)).parent)
 
 
-def _mend(path: Path, faults: list[Fault]) -> str | None:
+def _fix(path: Path, faults: list[Fault]) -> str | None:
     """The command to type next; None for a whole store."""
     there = any(unit_path(path, fault.unit).exists() for fault in faults)
     if there or (faults and _run(path).record("capture", "done").exists()):
@@ -113,5 +113,5 @@ def check_command(path: Path | str, *, fix: bool, console: Console) -> dict[str,
         "whole": not faults,
         "repaired": fix and bool(faults),
         "faults": [vars(fault) for fault in faults],
-        "mend": _mend(Path(path), faults),
+        "mend": _fix(Path(path), faults),
     }

@@ -116,7 +116,7 @@ class DSpark:
         lm_head = target.lm_head if head.lm_head is None else None
         return draft_blocks(head, target.embedding, aux, ids, k, rows, lm_head)
 
-    def told(
+    def true_path_logits(
         self, head: DSparkHead, target: TargetSide, aux: Tensor, ids: Tensor, k: int, rows: Tensor
     ) -> Iterator[Tensor]:
         lm_head = target.lm_head if head.lm_head is None else None

@@ -107,7 +107,7 @@ class Eagle3:
     ) -> Tensor:
         return draft_chain(head, target.embedding, aux, ids, k, rows)
 
-    def told(
+    def true_path_logits(
         self, head: Eagle3Head, target: TargetSide, aux: Tensor, ids: Tensor, k: int, rows: Tensor
     ) -> Iterator[Tensor]:
         for decoded in decoded_chain(

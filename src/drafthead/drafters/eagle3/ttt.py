@@ -44,7 +44,7 @@ def project(
 # what the host needs to start its pieces.
 
 
-def begin(
+def first_qkv(
     head: Eagle3Head,
     aux: Tensor,
     embeds: Tensor,
@@ -57,7 +57,7 @@ def begin(
     return project(head.layers[0], embeds, head.fuse(aux), cos, sin, live, live_of)
 
 
-def climb(
+def next_layer_qkv(
     below: DecoderLayer,
     layer: DecoderLayer,
     attended: Tensor,
@@ -72,7 +72,7 @@ def climb(
     return project(layer, hidden, hidden, cos, sin, live, live_of)
 
 
-def finish(
+def last_states(
     head: Eagle3Head, attended: Tensor, residual: Tensor, rows: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """From the last layer's attention to what the LM head reads at the supervised rows [M, H], and
@@ -81,7 +81,7 @@ def finish(
     return head.output(take_rows(hidden, rows, inverse)), hidden
 
 
-def turn(
+def next_step_qkv(
     head: Eagle3Head,
     attended: Tensor,
     residual: Tensor,
@@ -92,11 +92,11 @@ def turn(
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`finish`, and on to the first attention of the next step.
+    """`last_states`, and on to the first attention of the next step.
 
     embeds [N, H] are taken at `later`, int [n]. Returns [M, H], then as `project`.
     """
-    state, hidden = finish(head, attended, residual, rows, inverse)
+    state, hidden = last_states(head, attended, residual, rows, inverse)
     return state, *project(head.layers[0], embeds[later], head.feedback(hidden), cos, sin)
 
 
@@ -111,7 +111,9 @@ class TrainingTimeTest:
         self.head, self.steps = head, steps
         wrap: Callable = functools.partial(torch.compile, dynamic=True, fullgraph=True)
         wrap = wrap if compiled else lambda f: f
-        self._begin, self._climb, self._turn, self._finish = map(wrap, (begin, climb, turn, finish))
+        self._first_qkv, self._next_layer_qkv, self._next_step_qkv, self._last_states = map(
+            wrap, (first_qkv, next_layer_qkv, next_step_qkv, last_states)
+        )
 
     def __call__(self, batch: Batch) -> Tensor:
         """The states that the LM head reads: [T, M, H], rows as in `batch.student`."""
@@ -140,14 +142,16 @@ class TrainingTimeTest:
 
         cos, sin = head.rotary(batch.positions, dtype)
         live = batch.live, batch.live_of
-        x = self._begin(head, batch.aux.to(dtype), embeds, cos, sin, *_only(live, final == 0))
+        x = self._first_qkv(head, batch.aux.to(dtype), embeds, cos, sin, *_only(live, final == 0))
         attended, residual = self._layers(x, cos, sin, first, live)
         states: list[Tensor] = []
         for step, (later, cos, sin) in enumerate(self._later_steps(batch, dtype)):
-            state, *x = self._turn(head, attended, residual, *where[step], embeds, later, cos, sin)
+            state, *x = self._next_step_qkv(
+                head, attended, residual, *where[step], embeds, later, cos, sin
+            )
             attended, residual = self._layers(x, cos, sin, again)
             states.append(state)
-        states.append(self._finish(head, attended, residual, *where[-1])[0])
+        states.append(self._last_states(head, attended, residual, *where[-1])[0])
         return torch.stack(states)
 
     def _layers(
@@ -164,7 +168,7 @@ class TrainingTimeTest:
         layers = self.head.layers
         for index in range(1, len(layers)):
             attended = attend(index - 1, q, k, v)
-            q, k, v, residual = self._climb(
+            q, k, v, residual = self._next_layer_qkv(
                 layers[index - 1], layers[index], attended, residual, cos, sin,
                 *_only(live, index == len(layers) - 1),
             )  # fmt: skip
