@@ -67,7 +67,7 @@ def kept():
         drafting = dict(self.args.get("speculative_config") or {})
         if "model" in drafting:
             drafting["model"] = hash_folder(Path(drafting["model"]))
-        patches = os.environ.get("DRAFTHEAD_SKIP_PATCHES")
+        patches = os.environ.get("DRAFTHEAD_SKIP_PATCHES") if drafting else None
         self.key = json.dumps([self.args | {"speculative_config": drafting}, self.env, patches])
         self.before = Acceptance()
         if not (other := idle.get(self.key)):
