@@ -382,7 +382,7 @@ class RunLock:
         except OSError as error:
             self._file.close()
             raise DraftheadError(
-                f"{self.path}: cannot be locked ({error}); put the run where files can be"
+                f"{self.path}: cannot be locked ({error}); put the run on a file system with locks"
             ) from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

@@ -207,8 +207,8 @@ def write_recipe(
     target = load_target(path_or_id, trust_remote_code=trust_remote_code)
     if chat_template is None and target.chat_template is None:
         raise DraftheadError(
-            f"{target.path}: no chat template (base models have none), so how its prompts look is "
-            "not known; pass --chat-template FILE, or put the model's chat_template.jinja there"
+            f"{target.path}: no chat template (base models have none), so prompts cannot be "
+            "rendered; pass --chat-template FILE, or put the model's chat_template.jinja there"
         )
     sources = [{"path": prompts}]
     data: dict[str, Any] = {

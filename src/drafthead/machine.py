@@ -248,8 +248,6 @@ def torchrun_rank() -> int:
     if rank >= size:
         world_size = os.environ.get("WORLD_SIZE", "not set")
         raise DraftheadError(
-            f"RANK is {rank}, which says that another process, the first of those that train "
-            f"together, writes what is made here, but WORLD_SIZE is {world_size}; start them with "
-            "torchrun, or unset RANK to work in this one"
+            f"RANK={rank}, but WORLD_SIZE is {world_size}; start with torchrun, or unset RANK"
         )
     return rank

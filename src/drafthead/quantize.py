@@ -137,7 +137,9 @@ def quantize(
         if record.get("made_of") == made_of:
             _show(record, console)
             return record
-        raise DraftheadError(f"{out}: holds a checkpoint made otherwise; remove it or name another")
+        raise DraftheadError(
+            f"{out}: holds a checkpoint made with other inputs; remove it or name another folder"
+        )
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise DraftheadError(f"{out}: exists already and would be replaced; name a new folder")
     record = _quantize(

@@ -167,8 +167,8 @@ def check_made(recipe: Recipe, run: RunDir) -> None:
         if changed := run.changed(name, settings):
             raise DraftheadError(
                 f"{run.root}: its {name} stage was made with other settings "
-                f"({', '.join(changed)}), and the card would tell of this recipe's; take the "
-                "recipe that made it, or `drafthead run RECIPE` again"
+                f"({', '.join(changed)}), and the card would describe this recipe; use "
+                "the recipe that made it, or `drafthead run RECIPE` again"
             )
 
 

@@ -243,7 +243,7 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
                         hopeless = ray.get(work_queue.worker_died.remote(name))
                         if hopeless:
                             raise DraftheadError(
-                                f"{stage}: {hopeless} has cost {ATTEMPTS} workers, at last: {error}"
+                                f"{stage}: {hopeless} killed {ATTEMPTS} workers, last: {error}"
                             ) from None
                     except ray.exceptions.RayTaskError as error:
                         if isinstance(error.cause, DraftheadError):
@@ -349,7 +349,7 @@ def check_address(address: str | None) -> None:
     except OSError as error:
         raise DraftheadError(
             f"cluster.address: {address}: nothing answers there ({error}); is the head running "
-            f"(`ray start --head --port {port}`), and may this machine reach it? {fix}"
+            f"(`ray start --head --port {port}`), and can this machine reach it? {fix}"
         ) from None
 
 
@@ -415,7 +415,7 @@ def on_cluster(
     """
     if address is None and recipe.cluster.address is None and (workers or location):
         raise DraftheadError(
-            "--workers and --location are for a cluster: add --ray, or set cluster.address"
+            "--workers and --location need a cluster: add --ray, or set cluster.address"
         )
     given = {"address": address, "workers": workers, "location": location}
     update = {key: value for key, value in given.items() if value is not None}

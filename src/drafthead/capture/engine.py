@@ -182,7 +182,7 @@ class CaptureEngine:
                 if output.prompt_token_ids != list(prompts[key - first]):
                     raise DraftheadError(
                         f"engine.extra: vLLM changed the token ids of a prompt of "
-                        f"{len(prompts[key - first])} tokens; take out what truncates prompts"
+                        f"{len(prompts[key - first])} tokens; remove what truncates prompts"
                     )
                 answer = output.outputs[0]
                 ids = list(answer.token_ids)

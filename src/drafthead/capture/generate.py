@@ -378,7 +378,7 @@ class AnswerLength:
             ends = sorted(self.plan.template.eos)
             raise DraftheadError(
                 f"{self.plan.target.path}: all {self.answers} answers so far are of a single "
-                "token: they teach a head nothing, and after them nothing can be drafted. Look at "
+                "token: a head learns nothing from them. Check "
                 f"the chat template, and at `eos_token_id` in generation_config.json: {len(ends)} "
                 f"tokens end an answer ({shortened(ends, 40)})"
             )

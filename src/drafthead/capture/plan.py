@@ -140,7 +140,7 @@ def plan_elsewhere(recipe: Recipe, meta: StoreMeta, now: datetime) -> WorkPlan:
     if differing:
         raise DraftheadError(
             f"{platform.node()}: {', '.join(differing)} differ(s) from the machine that started "
-            "the work; states from both would not belong together"
+            "the work; their states must not be mixed"
         )
     units: list[list[tuple[Chat, str]]] = [[] for _ in range(meta.units)]
     return WorkPlan(recipe, target, template, units, [], meta, inputs["max_model_len"])

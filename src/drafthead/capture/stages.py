@@ -58,8 +58,9 @@ def generate(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     split = {chat.id: side for unit in plan.units for chat, side in unit}
     if strange := [a.conversation for a in answers if split.get(a.conversation) != a.split]:
         raise DraftheadError(
-            f"{run.answers}: {len(strange)} answers ({strange[0]}, …) are to other prompts than "
-            "the recipe's, or held out otherwise; delete that folder, or give this run another name"
+            f"{run.answers}: {len(strange)} answers ({strange[0]}, …) belong to other prompts "
+            "than the recipe's, or to another split; delete that folder, or give this run another "
+            "name"
         )
     left_out = read_left_out(run.answers)
     _print_left_out(left_out, plan, console)
@@ -175,8 +176,8 @@ def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
     if cluster.address is None:
         if cluster.location or cluster.workers:
             raise DraftheadError(
-                "cluster.location and cluster.workers are for a cluster, and all of this would be "
-                "done here: set cluster.address, or give --ray ADDRESS"
+                "cluster.location and cluster.workers need a cluster, and "
+                "none is named: set cluster.address, or give --ray ADDRESS"
             )
         _in_child(stage, plan, run, console)
         return

@@ -144,7 +144,7 @@ def read_answers(folder: Path, split: str | None = None) -> Iterator[Answer]:
     parts = sorted(folder.glob("part-*.parquet")) if folder.is_dir() else []
     if not parts:
         raise DraftheadError(
-            f"{folder}: no answers there; `drafthead generate RECIPE` makes them", field="answers"
+            f"{folder}: no answers; run `drafthead generate RECIPE`", field="answers"
         )
     for path in parts:
         for answer in read_part(path):

@@ -254,8 +254,8 @@ def _with_additions(record: dict, key: str, where: str) -> str:
     texts = [record[key], *(record[name] for name in added if _holds(record.get(name)))]
     if unclear or not all(isinstance(text, str) for text in texts):
         raise DraftheadError(
-            f"{where}: `{key}` beside {', '.join(f'`{name}`' for name in unclear or added)}: how "
-            "they are asked together is not known; write what the user asks as one `prompt`"
+            f"{where}: `{key}` beside {', '.join(f'`{name}`' for name in unclear or added)}: it is "
+            "unclear how to combine them; write the user's message as one `prompt`"
         )
     return "\n\n".join(texts)
 
@@ -441,8 +441,8 @@ def read_chats(
     if total > len(chats):
         first = next(c.left_out[_REFUSED].examples[0] for c in counts if _REFUSED in c.left_out)
         raise DraftheadError(
-            f"{total} of {total + len(chats)} conversations are {_REFUSED}, so it is the "
-            f"template that is at fault, or the form of the prompts. The first: {first}"
+            f"{total} of {total + len(chats)} conversations are {_REFUSED}, so the template or "
+            f"the format of the prompts is wrong. The first: {first}"
         )
     return list(chats.values()), counts
 
@@ -470,7 +470,7 @@ def load_chats(prompts: PromptsSection, template: Template | None = None) -> Cha
         reasons = ", ".join(f"{n} {why}" for why, n in count_left_out(sources).items())
         raise DraftheadError(
             f"prompts: {len(chats)} conversations and prompts.heldout is {prompts.heldout}: "
-            "nothing would be left to train on; add prompts or hold out fewer"
+            "no conversation is left to train on; add prompts or hold out fewer"
             + (f" (records left out: {reasons})" if reasons else "")
         )
 

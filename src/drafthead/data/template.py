@@ -62,8 +62,8 @@ class Template:
         text = default_template(tokenizer) if text is None else text
         if text is None:
             raise DraftheadError(
-                f"{where}: the target has no chat template (a base model has none), so how its "
-                "prompts look is not known. Fix: name a Jinja file under target.chat_template, or "
+                f"{where}: the target has no chat template (a base model has none), so "
+                "prompts cannot be rendered. Fix: name a Jinja file under target.chat_template, or "
                 "put the model's chat_template.jinja into that folder"
             )
         self.text = text
@@ -87,8 +87,8 @@ class Template:
         for name in self.arguments:
             if name in reserved:
                 raise DraftheadError(
-                    f"target.chat_template_kwargs: {name} is not for a recipe: vLLM sets it for "
-                    "each request"
+                    f"target.chat_template_kwargs: {name} cannot be set in a recipe: vLLM sets it "
+                    "for each request"
                 )
             if name not in read:
                 raise DraftheadError(
@@ -129,7 +129,7 @@ class Template:
             others = [*messages[:i], {**messages[i], "content": _STAND_IN}, *messages[i + 1 :]]
             if text == self._apply(others, prompt, tokenize=False):
                 raise TemplateRefused(
-                    f"{self.where}: the chat template drops what the user said, and so it will in "
+                    f"{self.where}: the chat template drops the user's message, also in "
                     "vLLM's server. Fix: name another one under target.chat_template"
                 )
         return text
@@ -223,8 +223,8 @@ class Template:
         encoded = self._apply(messages, True, return_dict=True, return_assistant_tokens_mask=True)
         if encoded["input_ids"] != ids:
             raise DraftheadError(
-                f"{self.where}: the chat template gives another prompt each time, so its "
-                "generation markers do not tell what the target wrote. Fix: name another one under "
+                f"{self.where}: the chat template renders a different prompt each time, so "
+                "its generation markers cannot be used. Fix: name another one under "
                 "target.chat_template"
             )
         return np.array(encoded["assistant_masks"], bool)

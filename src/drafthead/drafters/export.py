@@ -40,7 +40,7 @@ def export(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
     best = run.train / "best"
     if not best.is_dir():
         run.forget("train")  # deleted since: or the command named here would find nothing to do
-        raise DraftheadError(f"{best}: no trained head there; `drafthead train RECIPE` makes one")
+        raise DraftheadError(f"{best}: no trained head; run `drafthead train RECIPE`")
     k = recipe.serve.k
     paths = {"head": str(run.head)}
     with waiting(console, "writing the head"):
@@ -101,7 +101,9 @@ def _write(
     dtype = head.fc.weight.dtype
     if with_embedding and embedding is None:
         if target is None:
-            raise DraftheadError(f"{source}: the embedding is the target's; name it with --target")
+            raise DraftheadError(
+                f"{source}: needs the target's embedding; name the target with --target"
+            )
         embedding = target.embedding()
     if isinstance(head, DSparkHead) and target is not None:
         _share(head, target)
@@ -191,7 +193,7 @@ def convert_head(
     """
     check_engines([engine])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DraftheadError(f"{out}: already there; name a folder that is not")
+        raise DraftheadError(f"{out}: exists already; name a new folder")
     with TemporaryDirectory() as temporary:
         if layer_ids is not None:
             source = _with_layer_ids(source, Path(temporary), layer_ids)

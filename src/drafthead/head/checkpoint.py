@@ -306,7 +306,7 @@ def head_folder(head: Path | str) -> Path:
         names = [] if any(folder.glob("*.safetensors")) else HfApi().list_repo_files(name)
     except Exception as error:  # what the hub's library raises, and the network below it
         raise DraftheadError(
-            f"{name}: neither a folder here nor to be had from the hub ({error})"
+            f"{name}: neither a local folder nor available on the hub ({error})"
         ) from error
     _refuse_pickles(name, names)
     return folder

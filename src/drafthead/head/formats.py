@@ -320,7 +320,9 @@ def _rope(given: dict[str, Any], where: str, notes: list[str]) -> tuple[Any, dic
         )
     part = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
     if part not in (None, 1) or rope.get("rope_dim"):
-        raise UnsupportedHead(f"{where}: RoPE over a part of each head; drafthead turns all of it")
+        raise UnsupportedHead(
+            f"{where}: RoPE over a part of each head; drafthead rotates the whole head"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None

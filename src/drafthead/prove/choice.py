@@ -105,7 +105,7 @@ def to_serve(recipe: Recipe, runs: Path, kind: str | None = None) -> tuple[Recip
     if (best := better_kind({name: run for name, (_, run) in jobs.items()})) is None:
         raise DraftheadError(
             f"{runs / recipe.name}: of {', '.join(jobs)} none was both proved and measured, so "
-            "which is better is not known; run `drafthead run RECIPE`, or name one with --kind"
+            "the better one is unknown; run `drafthead run RECIPE`, or name one with --kind"
         )
     return jobs[best]
 

@@ -87,8 +87,8 @@ def timed_prompts(recipe: Recipe, run: RunDir, target: Target, console: Console)
         if len(prompt.ids) >= longest:
             raise DraftheadError(
                 f"engine.max_model_len: {longest}, but the held-out prompt of "
-                f"{prompt.conversation} has {len(prompt.ids)} tokens; set it to as many as the "
-                "answers were written with"
+                f"{prompt.conversation} has {len(prompt.ids)} tokens; set it to the value that "
+                "the answers were generated with"
             )
     return heldout
 
@@ -121,8 +121,8 @@ def own_prompts(
                 given[0].leave_out(f"no room for {answer} tokens within {longest}", chat.where)
         if not fitting:
             raise DraftheadError(
-                f"bench.sources: {source.path or source.dataset}: no prompt of it leaves room for "
-                f"{answer} tokens within {longest}"
+                f"bench.sources: {source.path or source.dataset}: none of its prompts leaves room "
+                f"for {answer} tokens within {longest}"
             )
         prompts += spread(fitting, -(-section.prompts // len(sources)))
     return prompts, counts

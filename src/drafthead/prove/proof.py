@@ -109,18 +109,18 @@ def read_proof(run: RunDir) -> dict:
     """
     path = proof_path(run)
     if not path.exists():
-        raise DraftheadError(f"{path}: not there: nothing was proved; `drafthead verify RECIPE`")
+        raise DraftheadError(
+            f"{path}: not found: nothing was proved; run `drafthead verify RECIPE`"
+        )
     record = read_json(path, "the proof that verify signs off", Proof, VERIFY_AGAIN)
     if record["seal"] != seal(record):
-        raise DraftheadError(
-            f"{path}: altered after it was signed off; run verify again", field="seal"
-        )
+        raise DraftheadError(f"{path}: changed after it was signed; run verify again", field="seal")
     hashes = hash_folder(run.head)
     if record["head"]["sha256"] != hashes:
         proved = record["head"]["sha256"]
         names = sorted(n for n in {*hashes, *proved} if hashes.get(n) != proved.get(n))
         raise DraftheadError(
-            f"{path}: signed off for another head ({', '.join(names)} differ); run verify again",
+            f"{path}: signed for another head ({', '.join(names)} differ); run verify again",
             field="head",
         )
     return record

@@ -118,7 +118,7 @@ class Client:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
                 raise DraftheadError(
-                    f"{self.url}{path}: it asks for a key, and VLLM_API_KEY is not the right one"
+                    f"{self.url}{path}: needs an API key, and VLLM_API_KEY is wrong or not set"
                 ) from None
             raise DraftheadError(
                 f"{self.url}{path}: {error or type(error).__name__}; is a vLLM server there?"
@@ -137,7 +137,7 @@ class Client:
             samples = []
         if not any(sample.name.startswith("vllm:") for sample in samples):
             raise DraftheadError(
-                f"{self.url}/metrics: no figures of vLLM's there; is it a vLLM server, and without "
+                f"{self.url}/metrics: no vLLM metrics; is it a vLLM server, started without "
                 "--disable-log-stats?"
             )
         return samples

@@ -53,7 +53,7 @@ def publish(
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise DraftheadError(f"publish.repo: {repo!r} is no repository's name: {error}") from None
+        raise DraftheadError(f"publish.repo: {repo!r} is not a repository name: {error}") from None
     if "/" not in repo:
         raise DraftheadError(f"publish.repo: {repo!r} names no owner; write OWNER/{repo}")
     section = recipe.publish.model_copy(update={"repo": repo})
@@ -68,7 +68,7 @@ def _publish(recipe: Recipe, run: RunDir, repo: str, dry_run: bool, console: Con
         results = read_results(recipe, run)
     if not results.bench:
         raise DraftheadError(
-            f"{run.bench_json}: no speed of this head was measured; run `drafthead bench RECIPE`"
+            f"{run.bench_json}: this head's speed was not measured; run `drafthead bench RECIPE`"
         )
     if not results.proof["lossless"]:
         raise ClaimFailed(f"{proof_path(run)}: not lossless; such a head is not published")
@@ -109,5 +109,5 @@ def _upload(repo: str, files: dict[str, Path], private: bool) -> str:
     except LocalTokenNotFoundError:
         raise DraftheadError("no hub token here; run `hf auth login` or set HF_TOKEN") from None
     except Exception as error:  # a hub that is not reached: an error of the HTTP library's own
-        raise DraftheadError(f"{repo}: the hub refuses or is not reached: {error}") from error
+        raise DraftheadError(f"{repo}: the hub refused or was not reached: {error}") from error
     return commit.commit_url

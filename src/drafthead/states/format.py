@@ -216,7 +216,7 @@ class StoreMeta:
         except (KeyError, TypeError, ValueError, DraftheadError) as error:
             raise DraftheadError(f"{path}: not a description of a state store: {error}") from None
         if record.get("fingerprint") != meta.fingerprint:
-            raise DraftheadError(f"{path}: was altered: its fingerprint does not fit its content")
+            raise DraftheadError(f"{path}: was changed: its fingerprint does not match its content")
         return meta
 
 

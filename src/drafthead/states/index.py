@@ -78,7 +78,7 @@ def load_unit(store: Path, meta: StoreMeta, number: int) -> Unit:
     check_version(path, record)
     digest = record.pop("sha256", None)
     if digest != _digest(record):
-        raise DraftheadError(f"{path}: was altered: its checksum does not fit its content")
+        raise DraftheadError(f"{path}: was changed: its checksum does not match its content")
     if record.get("store") != meta.fingerprint:
         raise DraftheadError(f"{path}: belongs to another store (the fingerprints differ)")
     if record.get("unit") != number or number >= meta.units:

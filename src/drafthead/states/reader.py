@@ -55,9 +55,7 @@ class StateReader(Samples):
     ):
         path = Path(path)
         if not path.is_dir():
-            raise DraftheadError(
-                f"{path}: no such state store; `drafthead capture RECIPE` makes one"
-            )
+            raise DraftheadError(f"{path}: no such state store; run `drafthead capture RECIPE`")
         meta = StoreMeta.load(path)
         numbers = unit_numbers(path)
         missing, first = missing_units(meta, numbers)

@@ -88,7 +88,7 @@ class Location:
             try:
                 self._fs.get_file(self._at(name), str(temporary))
             except FileNotFoundError:
-                raise DraftheadError(f"{self.url}/{name}: not there") from None
+                raise DraftheadError(f"{self.url}/{name}: not found") from None
 
     @contextlib.contextmanager
     def _said(self, name: str) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Location:
             raise
         except Exception as error:
             raise DraftheadError(
-                f"{self.url}/{name}: {error}; may this machine read and write there?"
+                f"{self.url}/{name}: {error}; can this machine read and write there?"
             ) from error
 
     def _at(self, name: str) -> str:
@@ -159,6 +159,6 @@ def _broken_there(index: str) -> Iterator[None]:
         yield
     except DraftheadError as error:
         raise DraftheadError(
-            f"{index}: the unit is broken there ({error}); delete that file, and the same command "
+            f"{index}: the remote unit is broken ({error}); delete that file, and the same command "
             "makes the unit again"
         ) from None

@@ -53,7 +53,7 @@ class SafetensorsFolder:
             files = [folder / name for name in sorted(named)]
         if not files:
             raise DraftheadError(
-                f"{folder}: no *.safetensors there; save the model with safe serialization"
+                f"{folder}: no *.safetensors; save the model with safe serialization"
             )
         self.files = files
         self.where: dict[str, Path] = {}
@@ -62,7 +62,7 @@ class SafetensorsFolder:
                 if name in self.where and not index.exists():
                     raise DraftheadError(
                         f"{folder}: {self.where[name].name} and {file.name} both hold {name}; "
-                        "remove the file that is not of this target"
+                        "remove the file that belongs to another target"
                     )
                 self.where[name] = file
 

@@ -513,7 +513,7 @@ def _local_folder(path_or_id: str, revision: str | None, trust_remote_code: bool
         )
     except Exception as error:
         raise DraftheadError(
-            f"{path_or_id}: neither a folder here nor to be had from the hub ({error})"
+            f"{path_or_id}: neither a local folder nor available on the hub ({error})"
         ) from error
 
 
@@ -550,7 +550,7 @@ def load_target(
     if not (path / "config.json").is_file():
         hint = "; name the repository that the GGUF files were converted from"
         raise DraftheadError(
-            f"{path}: no config.json there; a target is a transformers checkpoint"
+            f"{path}: no config.json; a target is a transformers checkpoint"
             + (hint if "gguf" in str(path_or_id).lower() else "")
         )
     _refuse_head(path)

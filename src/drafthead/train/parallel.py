@@ -64,8 +64,7 @@ class World:
                 store, rank, size = next(dist.rendezvous("env://"))
             except ValueError as error:
                 raise DraftheadError(
-                    f"WORLD_SIZE is {size}, which says that so many processes train together, but "
-                    f"{error}; start them with torchrun, or unset WORLD_SIZE to train in this one"
+                    f"WORLD_SIZE={size}, but {error}; start with torchrun, or unset WORLD_SIZE"
                 ) from None
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(

@@ -174,8 +174,8 @@ def _first_head(
         start = head_folder(recipe.train.start_from)
         if start.resolve().is_relative_to(run.root.resolve()):
             raise DraftheadError(
-                f"{start}: is what this run makes and will replace; copy the head elsewhere and go "
-                "on from the copy"
+                f"{start}: is this run's own output, which it will replace; copy the head "
+                "elsewhere and start from the copy"
             )
         head, embedding = _drafter(recipe).load(start, target)
         _check_given(start, head.config, aux_layers, target)
