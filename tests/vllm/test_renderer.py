@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from drafthead.capture.generate import History
 from drafthead.data.content_format import takes_parts
 from drafthead.data.template import Template
+from tests.refused import refused
 from tests.templates import CONTENT_FORMATS, KEEPS_THINKING, STRIPS_THINKING, TEMPLATES
 
 SYSTEM = {"role": "system", "content": "Answer like a sailor."}
@@ -117,8 +118,7 @@ def test_an_answer_that_is_all_thinking_has_no_content(served):
 
 
 def test_a_parser_that_vllm_does_not_know(served):
-    from drafthead.errors import DraftheadError
 
     found = Template(served.tokenizer, [4], "there", text=KEEPS_THINKING)
-    with pytest.raises(DraftheadError, match="no_such_parser"):
+    with refused("no_such_parser"):
         History(found, "no_such_parser").content([5])
