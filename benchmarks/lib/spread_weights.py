@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.short_conv import ShortConv
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
@@ -58,7 +59,8 @@ def spread(model: nn.Module) -> None:
 def distinct_experts(model: nn.Module, config: VllmConfig, tokens: int) -> list[int]:
     """How many experts of each sparse layer some different tokens reach together.
 
-    Attention has no cache yet, so it adds zeros here; the tokens' own states part them.
+    Attention and short convolution have no cache yet, so they add zeros here; the tokens' own states
+    part them.
     """
     hf = config.model_config.hf_text_config
     per_layer: list[int] = []
@@ -69,12 +71,17 @@ def distinct_experts(model: nn.Module, config: VllmConfig, tokens: int) -> list[
         chosen = (scores if bias is None else scores + bias).topk(hf.num_experts_per_tok).indices
         per_layer.append(chosen.unique().numel())
 
+    def zero_output(_: nn.Module, arguments: tuple[Tensor, ...], __: object) -> None:
+        arguments[1].zero_()
+
     hooks = []
     for name, layer in model.named_modules():
         if name.endswith("feed_forward.gate"):
             hooks.append(layer.register_forward_hook(count))
         elif isinstance(layer, Attention):  # without metadata a CPU leaves its output unset
             hooks.append(layer.register_forward_hook(lambda *call: torch.zeros_like(call[-1])))
+        elif isinstance(layer, ShortConv):  # and so does a GPU that of a short convolution
+            hooks.append(layer.register_forward_hook(zero_output))
     device = next(model.parameters()).device
     ids = 1 + 31 * torch.arange(tokens, device=device) % (hf.vocab_size - 1)
     with set_forward_context(None, config, num_tokens=tokens, skip_compiled=True):
