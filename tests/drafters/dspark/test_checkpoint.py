@@ -127,19 +127,26 @@ class _Tokenizer:
 
     eos_token_id, bos_token_id, unk_token_id = 9, None, None
 
-    def __init__(self):
+    def __init__(self, **named: int):
+        self.texts = {token: text for text, token in named.items()}
         token = type("Token", (), {"special": True})
         self.added_tokens_decoder = {7: token, 8: token, 9: token}
 
     def __len__(self):
         return 10
 
+    def convert_ids_to_tokens(self, ids):
+        return [self.texts.get(token, f"word{token}") for token in ids]
+
 
 def test_the_mask_token_is_one_that_no_text_has():
     assert mask_token(_Tokenizer(), 16, lambda token: True) == 15
     assert mask_token(_Tokenizer(), 10, lambda token: token == 8) == 7
+    # A vocabulary that is filled up: GGUF's [PAD…], Gemma's <unused…>, Llama 3's reserved ones.
+    for filler in ("[PAD5]", "<unused5>", "<|reserved_special_token_5|>"):
+        assert mask_token(_Tokenizer(**{filler: 5, "[PAD]": 6}), 10, lambda token: True) == 5
     with pytest.raises(DraftheadError):
-        mask_token(_Tokenizer(), 10, lambda token: True)
+        mask_token(_Tokenizer(**{"[PAD]": 6}), 10, lambda token: True)
 
 
 def test_the_config_is_json_and_names_layers_in_both_ways():

@@ -1,5 +1,6 @@
 """A DSpark head on disk: `config.json` and bf16 `model.safetensors`, whole or not at all."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,15 +163,25 @@ def _offsets(d2t: Tensor, config: DSparkConfig, folder: Path) -> Tensor:
     return offsets
 
 
+_FILLER = re.compile(r"\[PAD\d+\]|<unused_?\d+>|<\|(reserved|unused|dummy|extra)\w*\|>")
+"""Tokens that stand in a vocabulary for none, as llama.cpp's converter, Gemma, Llama 3 and others
+name them; a tokenizer read from GGUF need not call them special."""
+
+
 def mask_token(tokenizer: Any, vocab_size: int, used: Callable[[int], bool]) -> int:
     """A row of the target's embedding that no text has: the highest behind the tokenizer's last
-    token, else a special token that `used` says is in no prompt, answer or template.
+    token, else the highest that only fills the vocabulary up, else a special token that `used` says
+    is in no prompt, answer or template.
 
     Raises:
         DraftheadError: there is none.
     """
     if len(tokenizer) < vocab_size:
         return vocab_size - 1
+    texts = tokenizer.convert_ids_to_tokens(range(vocab_size))
+    fillers = [token for token, text in enumerate(texts) if _FILLER.fullmatch(str(text))]
+    if fillers:
+        return fillers[-1]
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     kept = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
     for token in sorted(special, reverse=True):
