@@ -1,4 +1,4 @@
-"""What the commands share: the console, common options, how a result is told."""
+"""Shared by the commands: the console, common options, printing of results."""
 
 import json
 import re
@@ -33,7 +33,7 @@ class _Console(Console):
         self.recipe, self.runs = None, Path("runs")
 
     def named(self, text: str, markup: bool = False) -> str:
-        """``text`` with what a command takes in place of RECIPE: the file, and ``--runs``."""
+        """``text`` with RECIPE replaced by the recipe's file and ``--runs``."""
         if self.recipe is None:
             return text
         file = shlex.quote(str(self.recipe))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def _numbers(text: str | None) -> list[str] | None:
-    """The parts of ``1,2,3``; the recipe's own check says what is wrong with one."""
+    """Split ``1,2,3``; the recipe's own validation checks each part."""
     return None if text is None else [part.strip() for part in text.split(",")]
 
 

@@ -95,7 +95,7 @@ def atomic_file(final: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk, where the file system can be told to."""
+    """Flush a folder's entries to disk, where the file system supports it."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -351,7 +351,7 @@ def shortened(value: Any, width: int = 80) -> str:
 
 
 def log_tail(path: Path, begin: int) -> str:
-    """The last lines of what was written to a log since the offset ``begin``, to end an error."""
+    """The last lines written to a log since the offset ``begin``, to append to an error."""
     with path.open("rb") as file:
         file.seek(begin)
         tail = file.read()[-16384:].decode(errors="replace").splitlines()[-15:]

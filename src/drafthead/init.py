@@ -29,7 +29,7 @@ _USUAL_LEN = 8192
 
 
 def _run_name(path_or_id: str) -> str:
-    """The target's own name, without what a run's name may not have."""
+    """The target's name, without characters that a run's name may not have."""
     name = Path(path_or_id).name or Path(path_or_id).resolve().name  # "." has a name there
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"
 

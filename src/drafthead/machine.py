@@ -1,4 +1,5 @@
-"""What this machine is: the figures that decide flags, and the description beside every result.
+"""Describe this machine: the figures that decide flags, and the description stored with every
+result.
 
 Reads no CUDA context: GPUs are seen through NVML, so that looking costs no GPU memory.
 """
@@ -83,8 +84,8 @@ def _visible_cores() -> int:
 
 
 def usable_cores() -> int:
-    """Cores to count threads by: those this process may run on, or the fewer whose time its
-    container gives it."""
+    """The number of cores to size thread pools by: those this process may use, or its container's
+    CPU quota if that is less."""
     cores = _visible_cores()
     quota, _ = _container(cores, psutil.virtual_memory().total)
     return max(1, int(quota)) if quota else cores

@@ -1,4 +1,4 @@
-"""What vLLM is told and why, as arguments, as flags and for people to read."""
+"""The arguments and flags for vLLM, each with its reason."""
 
 import json
 import shlex
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def notices(self) -> list[str]:
-        """What a user must read before this is served."""
+        """Warnings to show before this is served."""
         return [*(f"unsupported: {why}" for why in self.unsupported), *self.warnings]
 
     @property

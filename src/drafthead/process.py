@@ -1,4 +1,4 @@
-"""Child processes: each has a log of its own and ends with its parent.
+"""Child processes: each has its own log and ends with its parent.
 
 An engine runs in a child process, so that its memory is given back for certain, and what vLLM does
 to its process and prints stays away from training and from other engines.
@@ -122,7 +122,7 @@ def _used_s(pid: int) -> float:
 
 
 class Process:
-    """A command in a process group of its own, whose output is appended to a log.
+    """A command in its own process group, whose output is appended to a log.
 
     Args:
         name: what errors call it.
@@ -161,8 +161,8 @@ class Process:
         return memory_fault(self.log, self._log_start)
 
     def death(self, what: str) -> DraftheadError:
-        """The error for a process that has ended: ``what`` happened, how it ended, the cause as
-        far as it is known, and the end of the log."""
+        """The error for a process that has ended: ``what`` happened, its exit code, the cause if
+        known, and the end of the log."""
         code = self.process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         cause = self.memory_fault()

@@ -132,7 +132,7 @@ def stage_named(name: str) -> Stage:
 
 
 def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What each stage reads of the recipe, as far as it changes what the stage makes."""
+    """The recipe's settings that each stage's output depends on."""
     dumped = without_secrets(recipe.model_dump(mode="json"))  # a new token makes nothing stale
     # The target's files count, by their hashes, and not where they lie.
     dumped["target"] = {k: v for k, v in dumped["target"].items() if k not in ("path", "revision")}
@@ -186,7 +186,8 @@ def _check_load(recipe: Recipe, wanted: Sequence[str]) -> None:
 
 
 def _folder_hash(folder: Path) -> str:
-    """Names what lies in a folder, but for hidden files, which `datasets` does not read either."""
+    """Fingerprint of a folder's files, hidden ones excluded: `datasets` does not read those
+    either."""
     return fingerprint({name: file_hash(path) for name, path in visible_files(folder).items()})
 
 
@@ -278,7 +279,7 @@ def _run_stage(
 
 
 def _tell(summaries: dict[str, dict], stage: Stage, kind: str, summary: dict, beside: Jobs) -> None:
-    """Add what a stage says: by kind, if each of several has its own."""
+    """Add a stage's summary: by kind, if each of several has its own."""
     if stage.name in SHARED or len(beside) == 1:
         summaries[stage.name] = summary
     else:

@@ -162,7 +162,7 @@ class RunDir:
         write_json(self.record(stage, "done"), {"inputs": inputs, "summary": summary})
 
     def forget(self, stage: str) -> None:
-        """Let ``stage`` run again: what it told of has changed."""
+        """Mark ``stage`` as not done: its inputs have changed."""
         self.record(stage, "done").unlink(missing_ok=True)
 
     def _outputs(self, stage: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Engine arguments and flags: what vLLM is told about this target, this head, this machine."""
+"""Engine arguments and flags for this target, this head and this machine."""
 
 import functools
 import importlib.util

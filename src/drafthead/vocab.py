@@ -73,7 +73,7 @@ def choose(counts: np.ndarray, size: int, always: Iterable[int]) -> np.ndarray:
 
 
 def coverage(counts: np.ndarray, chosen: np.ndarray) -> float:
-    """Share of what was counted that lies in the vocabulary `chosen`."""
+    """Share of the counted tokens that the vocabulary `chosen` holds."""
     return float(counts[chosen].sum() / max(1, counts.sum()))
 
 

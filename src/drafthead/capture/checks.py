@@ -189,7 +189,7 @@ class Checker:
 
 
 def _spread(sample: Sample, most: int) -> torch.Tensor:
-    """Positions whose next token the target wrote last, at most ``most``, ascending."""
+    """At most ``most`` positions, ascending, whose next token the target wrote; the last ones."""
     first, stop = sample.prompt_len - 1, min(len(sample.states), len(sample.ids) - 1)
     count = max(0, min(most, stop - first))
     return torch.linspace(first, max(first, stop - 1), count).round().long()

@@ -1,5 +1,5 @@
-"""Generation and capture spread over a Ray cluster: units of work handed to actors, each with an
-engine of its own.
+"""Spread generation and capture over a Ray cluster: units of work go to actors, each with its own
+engine.
 
 An actor is light: its engine lives in a child process that dies with it, so that nothing is left of
 a lost worker that could still write. Units are handed out one by one. When a worker is lost, those
@@ -49,7 +49,7 @@ _ANSWER_SECONDS = 5.0
 
 
 class WorkQueue:
-    """Which worker does which units. An actor of its own, so that workers ask it, not the driver.
+    """Assigns units to workers. It is an actor, so that workers ask it and not the driver.
 
     Ray's own retries (`max_task_retries`, as under `ray.util.ActorPool`) are not enough: they give
     a unit to the same actor again. With its machine lost it failed (ActorUnavailableError, Ray
@@ -186,7 +186,7 @@ def _scratch() -> Path:
 
 
 def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
-    """Do what is missing of a stage on the cluster of ``recipe.cluster``.
+    """Run the missing units of a stage on the cluster of ``recipe.cluster``.
 
     Raises:
         DraftheadError: no Ray, no such cluster, a worker's own error, or a unit that kills workers.
@@ -254,7 +254,8 @@ def spread(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
 
 
 def _order(stage: str, plan: WorkPlan, run: RunDir) -> dict[str, Any]:
-    """What workers are told. Folders whole: they work where their machine's Ray was started."""
+    """The order for workers. Folders are absolute paths: workers run where their machine's Ray was
+    started."""
     recipe = plan.recipe.model_dump(mode="json")
     if Path(target := os.path.expanduser(plan.recipe.target.path)).is_dir():
         recipe["target"]["path"] = os.path.abspath(target)

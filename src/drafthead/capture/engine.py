@@ -32,7 +32,7 @@ class Written:
 
 @dataclass(frozen=True)
 class SequenceToKeep:
-    """One sequence whose states go to the store."""
+    """One sequence whose states are written to the store."""
 
     key: int
     """From ``Written`` or ``prefill``."""

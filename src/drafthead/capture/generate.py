@@ -58,7 +58,7 @@ class Conversation:
 
 @dataclass
 class Unit:
-    """A unit's answers and what was left out of it, by reason."""
+    """The answers of a unit, and the conversations left out of it, by reason."""
 
     answers: list[Answer]
     wanted: list[SequenceToKeep]
@@ -361,7 +361,7 @@ class Unusable:
 
 
 class AnswerLength:
-    """Notices a target whose answers end with their first token."""
+    """Detects a target whose answers end with their first token."""
 
     def __init__(self, plan: WorkPlan):
         self.plan, self.answers, self.teaching = plan, 0, 0

@@ -1,4 +1,4 @@
-"""Training on states that never touch a disk: a running engine computes them as they are asked for.
+"""Training on states that never touch a disk: a running engine computes them on request.
 
 The answers are at hand, so every length is known beforehand, and with it the order and the batches
 of training: they are those of a store. An engine in a process of its own, on the same GPU or on
@@ -251,8 +251,8 @@ _incoming: queue.SimpleQueue = queue.SimpleQueue()
 
 
 def _serve(order: dict, report: Callable[[dict], None]) -> None:
-    """The child: prefills what is asked for, a batch after the other; while one is computed the
-    one before is copied out."""
+    """The child: prefill the requests batch by batch; while one batch is computed, the previous one
+    is copied out."""
     run = RunDir(Path(order["run"]))
     keep_hashes(run.root)
     plan = make_plan(parse_recipe(order["recipe"], "recipe"))
@@ -276,7 +276,7 @@ def _serve(order: dict, report: Callable[[dict], None]) -> None:
 
 
 def _batch(most: int, wait: bool) -> list[tuple[int, int, list[int]]]:
-    """The requests that have come in, at most so many; none only if there is no time to wait."""
+    """The requests that have arrived, at most ``most``; none only if there is no time to wait."""
     requests = [_incoming.get()] if wait else []
     while len(requests) < most and not _incoming.empty():
         requests.append(_incoming.get())

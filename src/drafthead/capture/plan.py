@@ -1,4 +1,4 @@
-"""What a run will generate and capture: the conversations cut into units of work."""
+"""Cut a run's conversations into units of work."""
 
 import importlib.metadata
 import platform

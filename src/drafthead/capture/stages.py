@@ -1,4 +1,4 @@
-"""The stages `generate` and `capture` of a run, each with its engine in a process of its own."""
+"""The stages `generate` and `capture` of a run, each with its engine in a child process."""
 
 import itertools
 from collections.abc import Callable
@@ -196,7 +196,7 @@ def _do(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
 
 
 def _in_child(stage: str, plan: WorkPlan, run: RunDir, console: Console) -> None:
-    """Run ``work`` in a process of its own and show its progress."""
+    """Run ``work`` in a child process and show its progress."""
     order = {
         "stage": stage,
         "recipe": plan.recipe.model_dump(mode="json"),

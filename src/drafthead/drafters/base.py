@@ -1,4 +1,4 @@
-"""What a kind of draft head must do for the rest: be made, trained, drafted with, stored, served.
+"""The interface of a kind of draft head: create, train, draft, save, load, serve.
 
 `drafters.DRAFTERS` names the kinds. Training, walks, proof and report know only this interface.
 
@@ -168,7 +168,7 @@ class Drafter(Protocol):
         embedding [V, H] if the head has its own."""
 
     def speculative_config(self, folder: str, k: int, method: str) -> dict[str, Any]:
-        """What vLLM is told to draft k tokens a step with a head, a folder or a hub id. method:
+        """vLLM's ``speculative_config`` for k drafts a step with a head (folder or hub id). method:
         its `draft_sample_method`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a head is, whatever its kind, and what is wrong with a broken one."""
+"""Inspect a head of any kind: its configuration, and the faults of a broken one."""
 
 from pathlib import Path
 from typing import Any

@@ -291,7 +291,7 @@ def _hint(name: str, config: HeadConfig) -> str:
 
 @functools.cache
 def head_folder(head: Path | str) -> Path:
-    """The folder of a head: the one named, or what is fetched of a hub id, OWNER/NAME.
+    """The folder of a head: a local one as named, or the download of a hub id, OWNER/NAME.
 
     Raises:
         DraftheadError: the hub does not have it, or only as a pickle.

@@ -1,4 +1,5 @@
-"""What an EAGLE-3 head looks like: widths, norms, vocabulary, and what drafting with it costs."""
+"""The configuration of an EAGLE-3 head: widths, norms, vocabulary, and the cost of drafting with
+it."""
 
 from dataclasses import field
 from typing import Annotated, Any, Literal, Self

@@ -269,7 +269,8 @@ def _flag(holder: dict[str, Any], where: str, name: str) -> bool:
 
 
 def _check_architecture(names: Any, where: str) -> None:
-    """Refuse what is no EAGLE-3 head, and apart from that vLLM's heads that are not Llama-like."""
+    """Refuse heads that are not EAGLE-3, and report vLLM's heads that are not Llama-like as
+    unsupported."""
     name = names[0] if isinstance(names, list) and names else None
     if name in NATIVE_ARCHITECTURES:
         return

@@ -1,4 +1,4 @@
-"""What a head is, and what is wrong with a broken one."""
+"""Inspect an EAGLE-3 head, and find the faults of a broken one."""
 
 from dataclasses import asdict
 from pathlib import Path

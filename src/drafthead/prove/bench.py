@@ -80,7 +80,7 @@ class _Cells:
 
 
 def _forget(folder: Path) -> None:
-    """Drop what was kept, once the result that it went into is written."""
+    """Delete the cached points, once the result is written."""
     for path in folder.glob("cells-*.json"):
         path.unlink(missing_ok=True)
 
@@ -183,8 +183,7 @@ def _label(head: str) -> str:
 def contest(
     recipe: Recipe, run: RunDir, *, heads: list[str], ngram: bool, console: Console
 ) -> dict[str, dict]:
-    """Measure other drafters on the same target and prompts, and write them into ``bench.json``
-    beside the run's own head.
+    """Measure other drafters on the same target and prompts, and add them to ``bench.json``.
 
     Args:
         recipe: the run's recipe; its grid is measured.

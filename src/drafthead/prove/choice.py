@@ -24,8 +24,8 @@ from drafthead.serve import engine_plan, existing_head
 
 
 def measured(run: RunDir) -> list[dict]:
-    """The points that were measured of a run's head as it lies there, each at a k that was proved,
-    drafted as the headline's; none if it is not lossless.
+    """The measured points of a run's current head at each proved k, drafted as the headline's; none
+    if the head is not lossless.
 
     Raises:
         DraftheadError: ``bench.json`` is not what this version writes.

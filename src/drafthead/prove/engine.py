@@ -1,4 +1,4 @@
-"""vLLM engines, each in a process of its own, driven from this one.
+"""vLLM engines in child processes, driven from this one.
 
 A process per engine gives its memory back for certain, keeps one engine's failure from the
 other, and lets two engines (with and without the head) live side by side for paired timing.
@@ -20,8 +20,8 @@ Answering = TypeVar("Answering")
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine wrote for one prompt. Times are seconds since the first request of its
-    generation was given in."""
+    """An engine's answer to one prompt. Times are seconds since the first request of its generation
+    was submitted."""
 
     ids: list[int]
     """Generated token ids."""
@@ -61,7 +61,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generation:
-    """What an engine wrote for a list of prompts, in their order."""
+    """An engine's answers to a list of prompts, in order."""
 
     completions: list[Completion]
     wall_s: float

@@ -52,7 +52,7 @@ def shared(plan: Plan, engines: int) -> Plan:
 
 
 def running(plan: Plan, over: str, log: Path, name: str) -> Running:
-    """An engine in a process of its own, or (``over`` = http) a server; ended with the block."""
+    """An engine in a child process, or (``over`` = http) a server."""
     if over == "http":
         return ServerProcess(plan, log=log, name=name)
     return EngineProcess(plan.args, env=plan.environment, log=log, name=name)
@@ -252,7 +252,7 @@ class _Timing:
     def _time(
         self, engines: Sequence[Engine], load: _Load, blocks: list[Numbered], *, pairs: int
     ) -> list[list[Timed]]:
-        """Time blocks of a load; so many pairs are complete with each block."""
+        """Time blocks of a load; each completes ``pairs`` pairs."""
         return time_blocks(
             engines,
             self.prompts,

@@ -1,4 +1,4 @@
-"""A live server diagnosed: what its counters say, held against what the run predicts.
+"""Diagnose a live server: compare its counters with the run's predictions.
 
 The run's own held-out prompts are put to the server as token ids, greedily, while its counters
 are read. That separates the causes: prompts given as ids bypass the server's chat template, and
@@ -40,7 +40,7 @@ _NO_DRAFTS = (
 
 @dataclass(frozen=True)
 class LiveFacts:
-    """What was seen of a server; None is not known."""
+    """Observations of a server; None is unknown."""
 
     traffic: Acceptance
     """Counters before the probes: what its users sent."""
@@ -83,7 +83,7 @@ class LiveFacts:
 
 
 def conclude(facts: LiveFacts) -> list[Finding]:
-    """Findings and their likely causes, from what was seen; the surest cause first."""
+    """Findings and their likely causes, the most certain cause first."""
     if not facts.configured:
         return [
             Finding(
@@ -338,7 +338,7 @@ def share_longer(samples: Sequence[Sample], tokens: int) -> float | None:
 def compare_templates(
     client: Client, template: Template, messages: Sequence[Message], ids: list[int]
 ) -> tuple[bool | None, bool]:
-    """Hold the server's chat template against the run's.
+    """Compare the server's chat template with the run's.
 
     Args:
         client: the server.

@@ -298,7 +298,7 @@ class Examiner:
         return done
 
     def measure(self, base_answers: Sequence[Completion]) -> None:
-        """Hold the target alone against itself, unless that was done."""
+        """Compare the target alone with itself, unless that was done."""
         if self.noise is not None:
             return
         rounds = self.again or ask_again(self.base, self.prompts, self.max_tokens, self.concurrency)
@@ -351,7 +351,7 @@ class Examiner:
     def _differences_from_itself(
         self, base_answers: Sequence[Completion], again: dict[int, Completion]
     ) -> int:
-        """Take down the gaps at which the target's answers part; how many do."""
+        """Record the gaps at which the target's own answers differ; return how many answers do."""
         first = {i: base_answers[i].ids for i in again}
         places = self._first_differences(first, again)
         for (i, at), gap in zip(places.items(), self._gaps(places, first, again)):

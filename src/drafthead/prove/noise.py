@@ -1,4 +1,4 @@
-"""How far a target parts from itself: what a gap between two tokens is held against.
+"""How far a target differs from itself: the noise that a gap between two tokens is compared with.
 
 Used by :mod:`drafthead.prove.lossless`, whose docstring says what it is for.
 """
@@ -22,7 +22,7 @@ WIDE = "tie wider than the target's own"
 
 @dataclass(frozen=True)
 class Noise:
-    """The target alone held against itself over a set of prompts."""
+    """The target alone compared with itself over a set of prompts."""
 
     answers: int
     """Answers that it was asked for once more."""
@@ -42,7 +42,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far the target parts from itself, over all sets of prompts."""
+    """How far the target differs from itself, over all sets of prompts."""
 
     answers: int
     """Different answers of its own that were held against others of its own."""
@@ -72,7 +72,7 @@ class NoiseSample:
     likeliest at first, and how far apart the two gaps are."""
 
     def add_difference(self, before: tuple[int, ...], token: int, gap: float) -> None:
-        """Take down a parting; of one that was seen before the wider gap counts."""
+        """Record a difference; of one seen before, keep the wider gap."""
         self.gaps[before, token] = max(gap, self.gaps.get((before, token), 0.0))
 
     def bounds(self) -> Bounds:

@@ -257,8 +257,8 @@ def past_end(blocks: Sequence[Block]) -> int:
 
 
 def summarize(point: Point, blocks: Sequence[Block]) -> dict:
-    """What a point of the grid gave, JSON-able: the figures of all pairs, of each source's own
-    where pairs are of one source, and every pair."""
+    """The result of a point of the grid, JSON-able: figures of all pairs, figures of each source
+    whose pairs are all its own, and every pair."""
     by_source: dict[str, list[Block]] = {}
     for block in blocks:
         if len(set(block.sources)) == 1:
@@ -298,8 +298,8 @@ def step_seconds(seen: Window, steps_a_token: float) -> float | None:
 
 
 def pair(block: Block) -> dict:
-    """What a block gave while all places were taken, JSON-able: all that the figures of a point
-    come from. Drafts and their acceptance are those of the whole block."""
+    """The steady-state figures of a block, JSON-able; all figures of a point follow from them.
+    Drafts and their acceptance are those of the whole block."""
     counters, seconds = block.counters, dict[str, Any]()
     later = block.drafted.tokens - len(block.drafted.completions)
     drafts_a_token = counters.drafts / later if later else 0.0

@@ -51,7 +51,7 @@ def predicted_acceptance(
     ks: Sequence[int],
     conversations: Collection[str],
 ) -> dict[int, list[float] | None]:
-    """Acceptance by position to put beside the served one, for each k.
+    """Predicted acceptance by position for each k, to compare with the served one.
 
     The head drafts over exactly what is served, on the states held out: over other text a
     prediction differs by more than noise. Where those states are not there, it is what training

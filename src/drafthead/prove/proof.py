@@ -1,4 +1,4 @@
-"""The signed-off file: what was proved, of which files, on what, with which outcome.
+"""The signed proof: which files were proved, on which machine, with which outcome.
 
 ``proof.json`` carries the SHA-256 of every file of target and head, and a seal over itself, so
 that card and report can quote it and anyone can see whether the head in hand is the head proved.
@@ -102,7 +102,7 @@ def proof_path(run: RunDir) -> Path:
 
 
 def read_proof(run: RunDir) -> dict:
-    """The proof of a run, after checking that it is whole and of the head that lies there.
+    """The proof of a run, after checking that it is intact and of the current head.
 
     Raises:
         DraftheadError: missing, altered after it was signed off, or of another head.

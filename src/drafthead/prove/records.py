@@ -1,4 +1,4 @@
-"""What the files of a run hold, as far as report, card, publish, bench and doctor read it.
+"""The JSON files of a run, as far as report, card, publish, bench and doctor read them.
 
 A file that lacks any of it, or has another type there, was altered or is another version's:
 :func:`drafthead.fsio.read_json` says so. More may be in it.
@@ -156,7 +156,7 @@ class Bench(Headline, Contest):
 
 
 class Noise(TypedDict):
-    """How often the target parts from itself."""
+    """How often the target differs from itself."""
 
     answers: Count
     concurrency: list[Natural]
@@ -283,7 +283,7 @@ class WrittenHead(TypedDict):
 
 
 class Summary(TypedDict):
-    """What a stage says when it ends."""
+    """The summary of a finished stage."""
 
     seconds: NotRequired[Amount]
 

@@ -103,7 +103,7 @@ def with_headline(bench: dict, k: int) -> dict:
 
 
 def lossless_proof(run: RunDir) -> dict | None:
-    """The proof that the run's head, as it lies there, is lossless; None without one."""
+    """The proof that the run's current head is lossless; None without one."""
     if not proof_path(run).exists():
         return None
     try:

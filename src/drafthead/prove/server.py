@@ -84,7 +84,7 @@ class Stream:
     finish_reason: str = "length"
 
     def completion(self, since: float) -> Completion:
-        """What was written and when, in seconds after ``since``, once it has ended."""
+        """The finished answer, with times in seconds after ``since``."""
         return Completion(
             ids=self.ids,
             finish_reason=self.finish_reason,
@@ -269,8 +269,8 @@ httpx: a request sent in that instant is lost."""
 
 
 def connections(count: int) -> httpx.AsyncClient:
-    """So many connections at most. No proxy of the environment's: it would be timed with the
-    server, or lead elsewhere."""
+    """An HTTP client with at most ``count`` connections. It ignores proxies of the environment,
+    which would be timed with the server."""
     limits = httpx.Limits(max_connections=count, keepalive_expiry=KEPT_S)
     return httpx.AsyncClient(limits=limits, timeout=_TIMEOUT, headers=_key(), trust_env=False)
 

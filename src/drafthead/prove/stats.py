@@ -1,4 +1,4 @@
-"""Throughputs and shares held against each other, with what chance does: small, in numpy."""
+"""Statistics of throughputs and shares, small, in numpy."""
 
 import bisect
 import math

@@ -54,7 +54,7 @@ class Workload:
 def mixed_lengths(
     prompts: Sequence[Sequence[int]], longest: int, seed: int = 0
 ) -> tuple[list, list[int]]:
-    """Cut prompts and answers to lengths drawn from short and odd ones, from one token up.
+    """Cut prompts and answers to lengths drawn from short and odd ones, down to one token.
 
     Args:
         prompts: token ids of each, fewer than ``longest``.
@@ -71,8 +71,8 @@ def mixed_lengths(
 
 
 def begun_alike(prompts: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
-    """Every prompt again, then its first half with the next prompt after it: what was met before
-    comes from cached blocks, whole or in part."""
+    """Every prompt again, then its first half followed by the next prompt: the repeated prefixes
+    come from cached blocks, whole or in part."""
     again = [list(prompt) for prompt in prompts]
     following = [*again[1:], *again[:1]]
     halves = [(a[: -(-len(a) // 2)] + b)[:longest] for a, b in zip(again, following, strict=True)]
@@ -80,8 +80,8 @@ def begun_alike(prompts: Sequence[Sequence[int]], longest: int) -> list[list[int
 
 
 def workloads(recipe: Recipe, prompts: Sequence[Prompt], max_model_len: int) -> list[Workload]:
-    """What verify runs: the prompts and, if asked for, the same from cached blocks and at mixed
-    lengths.
+    """The workloads of verify: the prompts and, if asked for, the same from cached blocks and at
+    mixed lengths.
 
     Raises:
         DraftheadError: no prompt leaves room for an answer.
@@ -437,7 +437,7 @@ def sampled_record(sampled: dict[str, TwoSample], heats: Sequence[float]) -> dic
 
 
 def _failure(runs: list[dict], run: RunDir) -> str:
-    """What is not lossless, for people: the surest fault of all runs."""
+    """Describe the most certain fault of all runs."""
     failed = min((r for r in runs if not r["lossless"]), key=lambda r: not r["differences"])
     where = f"k = {failed['num_speculative_tokens']}, {failed['workload']}"
     if not failed["differences"] and failed["p_wide"] < ALPHA:

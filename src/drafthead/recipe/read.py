@@ -14,7 +14,7 @@ from drafthead.recipe.schema import Recipe, Source
 
 
 def _nearest(location: tuple, found: str) -> str:
-    """The right key nearest to a misspelt one, looking at the section that it stands in."""
+    """Suggest the known key closest to a misspelt one, in the section where it stands."""
     model: Any = Recipe
     for part in location[:-1]:
         if isinstance(part, int) or not hasattr(model, "model_fields"):
@@ -55,7 +55,8 @@ _PATTERNS = {
 
 
 def _shape(item: Any) -> str:
-    """What a field should be, and how to write it. ``item`` is one of pydantic's errors."""
+    """Describe the expected type of a field and how to write it. ``item`` is one of pydantic's
+    errors."""
     kind, value, key = item["type"], item["input"], item["loc"][-1] if item["loc"] else ""
     if value == "None":
         return "should be `null`, YAML's word for Python's None"

@@ -231,7 +231,7 @@ class HeadSection(Section):
 
     @property
     def kinds(self) -> list[str]:
-        """Each kind of head that is asked for."""
+        """The kinds of head to make."""
         return [self.kind] if isinstance(self.kind, str) else self.kind
 
     @property

@@ -1,4 +1,4 @@
-"""What must not be read by others in what a run writes down."""
+"""Keep secrets and local paths out of a run's records."""
 
 import os
 import re

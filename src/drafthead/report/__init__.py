@@ -1,1 +1,1 @@
-"""What was measured, for people: the page, the model card, the hub."""
+"""Reports of the measurements: the page, the model card, the hub."""

@@ -298,7 +298,7 @@ def render_card(r: Results, target: Target, repo: str) -> str:
 
 
 def write_card(r: Results) -> Path:
-    """Write ``README.md`` into the head's folder, the target's licence file beside it."""
+    """Write ``README.md`` into the head's folder, and the target's licence file next to it."""
     target = recipe_target(r.recipe)
     repo = r.recipe.publish.repo or f"YOUR-NAME/{r.target_name}-{r.kind}"
     card = r.run.head / "README.md"

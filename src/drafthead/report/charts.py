@@ -167,7 +167,7 @@ def lines(
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """A ratio with its interval in each row (label, ratio, low, high), beside the line at 1."""
+    """A row for each ratio with its interval (label, ratio, low, high), and a line at 1."""
     # A letter is 6.2 wide: 16 of them, or 21 of longer names, whose middles make room.
     left = 112.0 if all(len(row[0]) <= 16 for row in rows) else 142.0
     pitch = 26.0

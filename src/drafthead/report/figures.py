@@ -29,7 +29,7 @@ def _acceptance(r: Results) -> dict | None:
 
 
 def interval(r: Results) -> str:
-    """The headline's ratio and its interval beside the line at 1."""
+    """The headline's ratio with its interval, and a line at 1."""
     row = ("with the head", r.bench["speedup"], *r.bench["speedup_ci95"])
     return charts.intervals("Speed with the head over without", [row])
 
@@ -55,7 +55,7 @@ def _speeds(r: Results) -> dict | None:
 
 
 def _step_time(r: Results) -> dict | None:
-    """Where a step's time goes: with each k, beside a plain step."""
+    """The parts of a step's time at each k, next to a plain step."""
     load = {name: r.bench[name] for name in LOAD} | {"temperature": 0}
     cells = [
         c

@@ -83,7 +83,8 @@ class Results:
 
     @property
     def commands(self) -> list[tuple[str, str]]:
-        """What was measured, and the command that did it; a command that did both is there once."""
+        """The commands that measured, each with what it measured; a command that did both is listed
+        once."""
         verify, bench = self.verify["command"], self.bench.get("command")
         if verify == bench:
             pairs = [("losslessness, speed and acceptance", verify)]

@@ -1,4 +1,4 @@
-"""Large tensors whose memory is used again.
+"""A pool of large tensors that reuses their memory.
 
 New memory costs: the operating system finds, clears and maps it page by page, and in a virtual
 machine its host does so too. With the pool the process that writes states takes 2.8 s of CPU a GB,

@@ -1,4 +1,4 @@
-"""Verifies a whole store and names what is broken; what is thrown out is captured again."""
+"""Verify a whole store and name the broken units; removed units are captured again."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ class Fault:
 
 
 def check_store(path: Path | str, console: Console) -> list[Fault]:
-    """Read every byte of a store and say what is not as it was written.
+    """Read every byte of a store and report each unit that differs from its index.
 
     Raises:
         DraftheadError: ``meta.json`` itself is missing or broken: then nothing can be told.

@@ -47,7 +47,7 @@ class Samples:
         raise NotImplementedError
 
     def expect(self, order: Iterable[int]) -> None:
-        """Says which samples will be asked for next, in order; who has to make them can begin."""
+        """Announce which samples will be read next, in order, so that they can be prepared."""
 
     def notes(self) -> list[str]:
         """What people should know once the samples were used."""

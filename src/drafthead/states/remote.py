@@ -70,7 +70,7 @@ class Location:
             self._fs.rm(self._at(name))
 
     def put(self, local: Path, name: str) -> None:
-        """Copy a file there, replacing what is."""
+        """Copy a file there, replacing an existing one."""
         final = self._at(name)
         with self._said(name), disk_errors(final):
             if self._whole:
@@ -119,7 +119,7 @@ def publish_unit(store: Path, meta: StoreMeta, number: int, to: Location, folder
 
 
 def fetch_store(location: Location, folder: str, store: Path, console: Console) -> dict[str, Any]:
-    """Bring what a local copy of a store lacks; what is there already is kept.
+    """Download the units that a local copy of a store lacks; existing ones are kept.
 
     Returns:
         Counts of units brought and of bytes.

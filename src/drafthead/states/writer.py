@@ -93,7 +93,7 @@ def open_store(path: Path, meta: StoreMeta) -> None:
 
 
 def check_same(earlier: StoreMeta, meta: StoreMeta, where: Path | str, fix: str) -> None:
-    """What lies at ``where`` is of the same inputs.
+    """Check that the store at ``where`` has the same inputs.
 
     Raises:
         DraftheadError: it is not.

@@ -1,4 +1,4 @@
-"""What an architecture does between its last hidden state and its logits, as vLLM 0.32 does it.
+"""What an architecture computes between its last hidden state and its logits, as vLLM 0.32 does.
 
 Most have an RMS norm and the LM head. A teacher that left out what others add would be wrong
 without a word: the likeliest token stays the same, its probability does not.

@@ -35,7 +35,7 @@ _HEAD_FIELDS = ("draft_vocab_size", "speculators_model_type", "eagle_config", "d
 
 @dataclass(frozen=True)
 class Target:
-    """The model being sped up, as it lies on disk."""
+    """The model to be sped up, as stored on disk."""
 
     path: Path
     """Folder of the checkpoint."""
@@ -131,7 +131,7 @@ class Target:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the LM head is the embedding: no LM head of its own in the checkpoint."""
+        """Whether the LM head is the embedding: the checkpoint has no separate LM head."""
         return self._lm_head is None
 
     @property
@@ -295,7 +295,8 @@ class Target:
 
     @property
     def _lm_head(self) -> str | None:
-        """Beside the decoder or further out, not in another part of the checkpoint."""
+        """The LM head's name: next to the decoder or further out, not in another part of the
+        checkpoint."""
         parts = self.decoder.split(".")[:-1]
         outward = (".".join([*parts[:i], _LM_HEAD]) for i in range(len(parts), -1, -1))
         return next((name for name in outward if name in self.tensors), None)

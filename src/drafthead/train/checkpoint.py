@@ -15,7 +15,7 @@ from drafthead.fsio import atomic_dir, read_json, shaped, write_json
 
 @dataclass
 class Progress:
-    """Everything beside tensors that the next step depends on."""
+    """All state besides tensors that the next step depends on."""
 
     inputs: str
     """Fingerprint of what the run was started with; another one cannot go on from here."""

@@ -79,7 +79,7 @@ def evaluate(
     samples: Iterable[Sample],
     k: int | Sequence[int],
 ) -> list[Acceptance]:
-    """Walk every sample, once for each k asked for.
+    """Walk every sample, once for each k.
 
     target: its embedding lies where drafts are to be embedded. Raises `DraftheadError` if states
     are missing or no answer is long enough for one step.

@@ -17,7 +17,7 @@ from drafthead.progress import progress
 
 
 class Metrics(TypedDict):
-    """What every line of `metrics.jsonl` has, and what is drawn of it."""
+    """The fields that every line of `metrics.jsonl` has, and those that are plotted."""
 
     step: Count
     loss: NotRequired[Number | None]

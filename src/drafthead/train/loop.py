@@ -38,7 +38,7 @@ CHECKPOINT_SECONDS = 20.0  # and at least so much lies between two
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what. Tensors on the CPU, in the type they are stored in."""
+    """A training job. Tensors are on the CPU, in the type they are stored in."""
 
     drafter: Drafter
     head: nn.Module
@@ -230,7 +230,7 @@ class _Fit:
         log.write(self.progress.step, {**metrics, "learning_rate": rate})
 
     def _name_bad(self, step: int) -> str:
-        """Which conversations were in a step whose gradient is not finite, and what to do."""
+        """Name the conversations in a step whose gradient is not finite, and the fix."""
         reader = self.task.reader
         indices = [i for number in self.plan.row_numbers(step) for i in self.plan.rows[number]]
         broken = [i for i in indices if not decode(reader[i].stored).isfinite().all()]

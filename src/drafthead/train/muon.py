@@ -42,7 +42,7 @@ STEPS = 5
 
 
 def _polynomial(gram: Tensor) -> Tensor:
-    """A + B gram + C gram²: what an iteration multiplies its matrix by."""
+    """A + B gram + C gram²: the matrix that an iteration multiplies by."""
     polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
     polynomial.diagonal(dim1=1, dim2=2).add_(A)
     return polynomial

@@ -55,7 +55,7 @@ def train(recipe: Recipe, run: RunDir, *, console: Console) -> dict:
 
 
 def make_task(recipe: Recipe, run: RunDir, target: Target) -> Task:
-    """What a recipe asks to be trained, on the states and the vocabulary of its run."""
+    """The training job of a recipe, on the states and the vocabulary of its run."""
     try:
         reader = open_states(recipe, run)
     except DraftheadError:
@@ -134,7 +134,7 @@ def _drafter(recipe: Recipe) -> Drafter:
 
 
 def check_start(recipe: Recipe, run: RunDir) -> None:
-    """What training would find only once what was trained before is thrown away.
+    """Check now for mistakes that training would find only after the previous training was deleted.
 
     Raises:
         DraftheadError: there are no states or no head to start from, this machine cannot train it

@@ -64,7 +64,7 @@ class Sizes:
         return up(len(batch.live)), up(len(batch.labels)), _room(len(batch.documents.k_lengths))
 
     def choose(self, batch: Batch) -> Size:
-        """What a row is padded to."""
+        """The size that a row is padded to."""
         own = self.own(batch)
         if not self._holding(own):
             self.chosen.append((self.full, self.full, own[2]))
@@ -153,7 +153,8 @@ def _room(documents: int) -> int:
 
 
 def _copy(place: Tensor, x: Tensor, filler: float) -> None:
-    """x into the beginning of `place`, `filler` into what is left of the dimension that differs."""
+    """Copy x into the beginning of `place`; fill the rest of the differing dimension with
+    `filler`."""
     dim = next((d for d in range(x.dim()) if place.shape[d] != x.shape[d]), 0)
     size = x.shape[dim]
     place.narrow(dim, 0, size).copy_(x)

@@ -14,7 +14,8 @@ from drafthead.recipe import Loss
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: sum over steps t of decay ** t times the mean loss of step t's rows."""
+    """The objective to minimise: sum over steps t of decay ** t times the mean loss of step t's
+    rows."""
 
     loss: Loss = "kl"
     steps: int = 3

@@ -26,7 +26,7 @@ def project(
     live: Tensor | None = None,
     live_of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a layer's attention takes and what is added to its output: q, k, v, residual.
+    """The inputs of a layer's attention, and the residual added to its output: q, k, v, residual.
 
     With `live` and `live_of` (its inverse) q and residual of those rows only.
     """
