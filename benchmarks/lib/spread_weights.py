@@ -59,8 +59,8 @@ def spread(model: nn.Module) -> None:
 def distinct_experts(model: nn.Module, config: VllmConfig, tokens: int) -> list[int]:
     """How many experts of each sparse layer some different tokens reach together.
 
-    Attention and short convolution have no cache yet, so they add zeros here; the tokens' own states
-    part them.
+    Attention and short convolution have no cache yet, so they add zeros here; only the tokens' own
+    states tell them apart.
     """
     hf = config.model_config.hf_text_config
     per_layer: list[int] = []
