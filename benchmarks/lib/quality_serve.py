@@ -16,7 +16,7 @@ from benchmarks.lib.turns import turn
 from drafthead.drafters import drafter_of
 from drafthead.errors import DraftheadError
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.pairing import Point, run_pairs, summarize
+from drafthead.prove.paired_timing import Point, run_pairs, summarize
 from drafthead.prove.prompts import heldout_prompts
 from drafthead.serve import engine_plan
 

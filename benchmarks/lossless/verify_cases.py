@@ -28,7 +28,7 @@ from benchmarks.lib.lossless_engines import IEEE
 from benchmarks.lib.record import begin, pick, save
 from benchmarks.serve.grid import LONGEST_PROMPT, read_prompts
 from drafthead.errors import DraftheadError
-from drafthead.prove.noise import noise_words
+from drafthead.prove.numeric_noise import noise_words
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.verify import prove_lossless, verify_plans
 from drafthead.recipe import parse_recipe

@@ -40,7 +40,7 @@ from drafthead.machine import this_machine
 from drafthead.plan import Plan, Setting
 from drafthead.prove.bench import NGRAM
 from drafthead.prove.grid import line, running, start
-from drafthead.prove.pairing import (
+from drafthead.prove.paired_timing import (
     METHOD,
     Block,
     Engine,

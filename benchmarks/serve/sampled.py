@@ -37,8 +37,8 @@ from drafthead.errors import DraftheadError
 from drafthead.head.acceptance import Acceptance
 from drafthead.prove.engine import Generation
 from drafthead.prove.grid import running, start
-from drafthead.prove.pairing import Engine, Point, blocks_of, time_blocks
-from drafthead.prove.steady import window
+from drafthead.prove.paired_timing import Engine, Point, blocks_of, time_blocks
+from drafthead.prove.steady_state import window
 from drafthead.recipe import with_options
 from drafthead.serve import engine_plan
 

@@ -13,7 +13,7 @@ if not (INTERPRETED or torch.cuda.is_available()):
 
 from drafthead.ops import attention, block_attention, kernels, losses  # noqa: E402
 from drafthead.train import kernels as optimizer_kernels  # noqa: E402
-from drafthead.train import masters, muon, optimizer  # noqa: E402
+from drafthead.train import muon, optimizer, split_fp32  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -57,14 +57,14 @@ def test_momentum(scale, dtype):
 def test_split_descend(scale):
     torch.manual_seed(0)
     master = torch.randn(50, 70, device=DEVICE)
-    high, low = masters.split(master)
+    high, low = split_fp32.split(master)
     step = torch.randn(70, 50, device=DEVICE).bfloat16().mT
     numbers = torch.tensor([scale, 0.02, 0.001], device=DEVICE)
-    expected = masters.join(high, low).clone()
+    expected = split_fp32.join(high, low).clone()
     start = expected.clone()
     muon.descend(expected, step, numbers, 1.7)
     optimizer_kernels.split_descend(high, low, step, numbers, 1.7)
-    torch.testing.assert_close(masters.join(high, low), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(split_fp32.join(high, low), expected, rtol=1e-6, atol=1e-7)
     assert torch.equal(expected, start) == (scale != scale)
 
 
@@ -72,7 +72,7 @@ def test_split_descend(scale):
 def test_split_adamw(scale):
     torch.manual_seed(0)
     master = torch.randn(5000, device=DEVICE)
-    high, low = masters.split(master)
+    high, low = split_fp32.split(master)
     grad = torch.randn(5000, device=DEVICE).bfloat16()
     mean, square = 0.1 * torch.randn_like(master), torch.rand_like(master)
     factor = torch.tensor(scale, device=DEVICE)
@@ -80,10 +80,10 @@ def test_split_adamw(scale):
     plain = master.clone(), grad, mean.clone(), square.clone(), factor
     optimizer.update(*plain, *numbers)
     optimizer_kernels.split_adamw(high, low, grad, mean, square, factor, *numbers)
-    torch.testing.assert_close(masters.join(high, low), plain[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(split_fp32.join(high, low), plain[0], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(mean, plain[2], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(square, plain[3], rtol=1e-6, atol=1e-7)
-    assert torch.equal(high, masters.split(masters.join(high, low))[0])
+    assert torch.equal(high, split_fp32.split(split_fp32.join(high, low))[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,12 +8,12 @@ import numpy as np
 from drafthead.fsio import write_json
 from drafthead.head.acceptance import Acceptance
 from drafthead.machine import Gpu, Machine
-from drafthead.prove.pairing import Block, Point, summarize
+from drafthead.prove.paired_timing import Block, Point, summarize
 from drafthead.prove.prompts import Prompt
 from drafthead.prove.proof import hash_folder, write_proof
-from drafthead.prove.sampled import TwoSample
+from drafthead.prove.sampling_test import TwoSample
 from drafthead.prove.served import fastest, top_level
-from drafthead.prove.steady import requests
+from drafthead.prove.steady_state import requests
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir
 from drafthead.targets import load_target

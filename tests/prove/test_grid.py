@@ -12,7 +12,7 @@ from drafthead.head.acceptance import Acceptance
 from drafthead.plan import Plan, Setting
 from drafthead.prove.bench import _on_each_number_of_gpus, bench, contest
 from drafthead.prove.grid import ALL, FIRST, REST, How, measure, shared
-from drafthead.prove.pairing import Point, run_pairs, summarize, typical_steps
+from drafthead.prove.paired_timing import Point, run_pairs, summarize, typical_steps
 from drafthead.prove.proof import hash_folder, seal
 from drafthead.prove.served import (
     as_served,

@@ -5,7 +5,7 @@ import pytest
 
 from drafthead.prove.engine import Completion, Generation
 from drafthead.prove.lossless import BATCHES, Examiner, ask_again, other_concurrencies
-from drafthead.prove.noise import NOT_LOSSLESS, TIE, WIDE, NoiseSample, noise_words
+from drafthead.prove.numeric_noise import NOT_LOSSLESS, TIE, WIDE, NoiseSample, noise_words
 
 VOCAB, TOKENS, JUMP = 12, 40, 0.5
 

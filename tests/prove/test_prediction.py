@@ -6,7 +6,7 @@ import torch
 
 from drafthead.data.answers import Answer, write_part
 from drafthead.fsio import write_json
-from drafthead.prove.pairing import Point
+from drafthead.prove.paired_timing import Point
 from drafthead.prove.prediction import predicted_acceptance, predicted_sampling
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafthead.head.acceptance import Acceptance
-from drafthead.prove.pairing import MIN_PAIRS, blocks_of
+from drafthead.prove.paired_timing import MIN_PAIRS, blocks_of
 from drafthead.prove.stats import detectable_excess, more_often, speedup, tail
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from drafthead.train import muon
-from drafthead.train.masters import join, split
 from drafthead.train.optimizer import AdamW, AdamWSettings
+from drafthead.train.split_fp32 import join, split
 
 
 def test_split_joins_back_to_the_same_bits_and_rounds_to_nearest():

@@ -5,7 +5,7 @@ and on hybrids, is benchmarks/lossless/matrix.py.)"""
 import numpy as np
 import pytest
 
-from drafthead.prove.sampled import two_sample
+from drafthead.prove.sampling_test import two_sample
 from tests.prove import crafted
 from tests.vllm.engines import counter, eagle3, engine
 from tests.vllm.options import ASKED, answers, hard, same, speculative

@@ -11,8 +11,8 @@ from drafthead.capture.plan import make_plan
 from drafthead.data.answers import Answer, write_part
 from drafthead.errors import DraftheadError
 from drafthead.fsio import write_json
-from drafthead.prove.live import conclude, observe
-from drafthead.prove.pairing import Point, run_pairs, summarize
+from drafthead.prove.live_server import conclude, observe
+from drafthead.prove.paired_timing import Point, run_pairs, summarize
 from drafthead.prove.server import Client, ServerProcess
 from drafthead.recipe import parse_recipe
 from drafthead.rundir import RunDir

@@ -21,7 +21,7 @@ from drafthead.head.checkpoint import load_head, save_head
 from drafthead.head.formats import Provenance
 from drafthead.prove.bench import bench, contest
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.noise import TIE
+from drafthead.prove.numeric_noise import TIE
 from drafthead.prove.proof import hash_folder, read_proof
 from drafthead.prove.verify import verify
 from drafthead.recipe import parse_recipe, with_options

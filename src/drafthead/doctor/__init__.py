@@ -1,7 +1,7 @@
 """What stands between this machine, or a live server, and a head that helps; and the fix.
 
 ``installation`` looks at what is installed, ``engine`` at whether PyTorch and vLLM work, ``recipe``
-at target, prompts, memory, disk and head of a run; ``prove.live`` diagnoses a server.
+at target, prompts, memory, disk and head of a run; ``prove.live_server`` diagnoses a server.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def diagnose(
         extra = recipe.engine.extra if recipe is not None else {}
         look("importing vLLM", lambda: engine.findings(_architecture(recipe), extra))
     if url is not None:
-        from drafthead.prove.live import diagnose_server
+        from drafthead.prove.live_server import diagnose_server
 
         look(f"asking {url}", lambda: diagnose_server(url, recipe, runs))
     return {

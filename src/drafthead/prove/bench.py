@@ -15,7 +15,7 @@ from drafthead.machine import this_machine
 from drafthead.plan import Plan
 from drafthead.progress import waiting
 from drafthead.prove.grid import ALL, FIRST, REST, How, Share, measure
-from drafthead.prove.pairing import METHOD, Point, Prompts
+from drafthead.prove.paired_timing import METHOD, Point, Prompts
 from drafthead.prove.prediction import predicted_acceptance, predicted_sampling
 from drafthead.prove.prompts import timed_prompts
 from drafthead.prove.proof import command_line, hash_folder, now

@@ -8,7 +8,7 @@ from drafthead.drafters import DRAFTERS
 from drafthead.errors import DraftheadError
 from drafthead.fsio import read_json
 from drafthead.kinds import each_kind
-from drafthead.prove.pairing import load
+from drafthead.prove.paired_timing import load
 from drafthead.prove.records import BENCH_AGAIN, Bench
 from drafthead.prove.served import (
     as_served,

@@ -18,7 +18,7 @@ from rich.console import Console
 from drafthead.plan import Plan
 from drafthead.progress import Work, progress, waiting
 from drafthead.prove.engine import EngineProcess
-from drafthead.prove.pairing import (
+from drafthead.prove.paired_timing import (
     MIN_PAIRS,
     Engine,
     Numbered,
@@ -146,7 +146,7 @@ def measure(
         console: where people read each point's figures.
 
     Yields:
-        Each point with what :func:`drafthead.prove.pairing.summarize` gives, once it is measured.
+        Each point with its :func:`~drafthead.prove.paired_timing.summarize`, once it is measured.
 
     Raises:
         DraftheadError: an engine does not run.

@@ -33,7 +33,7 @@ from itertools import combinations
 import numpy as np
 
 from drafthead.prove.engine import Completion, EngineProcess
-from drafthead.prove.noise import NOT_LOSSLESS, WIDE, Noise, NoiseSample, gap_changes
+from drafthead.prove.numeric_noise import NOT_LOSSLESS, WIDE, Noise, NoiseSample, gap_changes
 from drafthead.prove.stats import detectable_excess, more_often
 
 TOP = 20
@@ -64,7 +64,7 @@ class Difference:
     the batch of ``BATCHES`` where it lies closest, if it looked like a fault); None if it is not
     among the likeliest 20, or one side had ended."""
     verdict: str
-    """``TIE``, ``WIDE`` or ``NOT_LOSSLESS`` of :mod:`drafthead.prove.noise`."""
+    """``TIE``, ``WIDE`` or ``NOT_LOSSLESS`` of :mod:`drafthead.prove.numeric_noise`."""
 
     @property
     def is_tie(self) -> bool:

@@ -11,7 +11,7 @@ from drafthead.drafters.base import Drafter, TargetSide
 from drafthead.fsio import read_json
 from drafthead.ops.losses import Teacher
 from drafthead.prove.expected import Sampling, expected_acceptance
-from drafthead.prove.pairing import Point
+from drafthead.prove.paired_timing import Point
 from drafthead.prove.records import Heldout
 from drafthead.recipe import Recipe
 from drafthead.rundir import RunDir

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from drafthead.drafters import DRAFTERS
 from drafthead.errors import DraftheadError
 from drafthead.fsio import Amount, Natural, read_json
-from drafthead.prove.pairing import load
+from drafthead.prove.paired_timing import load
 from drafthead.prove.proof import proof_path, read_proof
 from drafthead.prove.records import BENCH_AGAIN, ProvedHead
 from drafthead.recipe import Recipe, with_options

@@ -18,10 +18,10 @@ from drafthead.progress import progress, waiting
 from drafthead.prove.engine import Completion, EngineProcess
 from drafthead.prove.grid import shared, start
 from drafthead.prove.lossless import ALPHA, NOISE_ANSWERS, Examiner, any_differ, ask_again
-from drafthead.prove.noise import NOT_LOSSLESS, NoiseSample, noise_words
+from drafthead.prove.numeric_noise import NOT_LOSSLESS, NoiseSample, noise_words
 from drafthead.prove.prompts import Prompt, many_prompts
 from drafthead.prove.proof import command_line, proof_path, write_proof
-from drafthead.prove.sampled import TwoSample, two_sample
+from drafthead.prove.sampling_test import TwoSample, two_sample
 from drafthead.prove.served import default_ks
 from drafthead.recipe import Recipe, with_options
 from drafthead.rundir import RunDir

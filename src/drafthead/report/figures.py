@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from drafthead.prove.pairing import LOAD
+from drafthead.prove.paired_timing import LOAD
 from drafthead.report import charts
 from drafthead.report.results import Results
 from drafthead.report.words import load_words

@@ -7,7 +7,7 @@ from rich.console import Console
 from drafthead.fsio import write_bytes
 from drafthead.progress import waiting
 from drafthead.prove.choice import better_kind, made_beside
-from drafthead.prove.noise import noise_words
+from drafthead.prove.numeric_noise import noise_words
 from drafthead.recipe import Recipe
 from drafthead.report.card import write_card
 from drafthead.report.figures import figures, interval

@@ -8,7 +8,7 @@ import jinja2
 
 from drafthead.drafters import DRAFTERS
 from drafthead.prove.choice import by_load, lead, made_beside
-from drafthead.prove.pairing import LOAD
+from drafthead.prove.paired_timing import LOAD
 from drafthead.prove.served import drafts_by_load, method_of, proved_ks
 from drafthead.recipe import without_paths
 from drafthead.report.results import Results

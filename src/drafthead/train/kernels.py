@@ -12,7 +12,7 @@ from torch import Tensor
 def _join(high, low, at, inside):
     """fp32 masters kept as a bf16 weight (`high`) and 16 lower bits (`low`): what lies `at` there.
 
-    The plain twins of this and `_split` are `masters.join` and `masters.split`.
+    The plain twins of this and `_split` are `split_fp32.join` and `split_fp32.split`.
     """
     bits = tl.load(high + at, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
     bits = (bits << 16) + tl.load(low + at, mask=inside, other=0).to(tl.int32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drafthead.ops.graphs import Graphs
-from drafthead.train.masters import join, keep
+from drafthead.train.split_fp32 import join, keep
 
 
 def momentum(grad: Tensor, mean: Tensor, direction: Tensor, scale: Tensor) -> None:

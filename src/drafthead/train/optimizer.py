@@ -1,4 +1,4 @@
-"""AdamW, and Muon for matrices, with the exact fp32 masters of `masters.py`.
+"""AdamW, and Muon for matrices, with the exact fp32 masters of `split_fp32.py`.
 
 A step of AdamW reads and writes each number once. fp32 weights (on a CPU) are their own masters.
 """
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from drafthead.ops.graphs import Graphs
-from drafthead.train.masters import join, keep
 from drafthead.train.muon import Muon
+from drafthead.train.split_fp32 import join, keep
 
 
 def update(

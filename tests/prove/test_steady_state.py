@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from drafthead.head.acceptance import Acceptance
 from drafthead.prove.engine import Completion, Generation
-from drafthead.prove.pairing import Block, blocks_of, figures, pair
-from drafthead.prove.steady import requests, whole, window
+from drafthead.prove.paired_timing import Block, blocks_of, figures, pair
+from drafthead.prove.steady_state import requests, whole, window
 from tests.prove.closed_loop import serve
 
 

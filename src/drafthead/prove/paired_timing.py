@@ -4,7 +4,7 @@ Machines drift (clocks, heat, neighbours). Timing one engine for a minute and th
 the drift into the ratio; a pair takes both within seconds, and which of the two goes first
 alternates from pair to pair. Where memory holds one engine only, the two engines of a pair are
 minutes apart; the pairs are the same, block by block. With several requests at once, what counts is
-what came while all places were taken (:mod:`drafthead.prove.steady`).
+what came while all places were taken (:mod:`drafthead.prove.steady_state`).
 """
 
 import itertools
@@ -18,7 +18,7 @@ from drafthead.head.acceptance import Acceptance
 from drafthead.prove.engine import Completion, EngineProcess, Generation
 from drafthead.prove.server import Client
 from drafthead.prove.stats import speedup
-from drafthead.prove.steady import Window, requests, whole, window
+from drafthead.prove.steady_state import Window, requests, whole, window
 
 MIN_PAIRS = 8
 """Fewer pairs give no interval worth printing: a small set is gone through again."""

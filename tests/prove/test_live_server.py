@@ -11,7 +11,7 @@ import pytest
 
 from drafthead.data.template import Template
 from drafthead.head.acceptance import Acceptance
-from drafthead.prove.live import LiveFacts, _alone, compare_templates, conclude, share_longer
+from drafthead.prove.live_server import LiveFacts, _alone, compare_templates, conclude, share_longer
 from drafthead.prove.server import Client, connections, parse_metrics, spec_counters
 from drafthead.targets import load_target
 from tests import templates

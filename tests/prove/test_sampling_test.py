@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from drafthead.prove import sampled
-from drafthead.prove.sampled import two_sample
+from drafthead.prove import sampling_test
+from drafthead.prove.sampling_test import two_sample
 
 CONTEXTS, N, LENGTH, VOCAB = 3, 150, 3, 30
 
@@ -23,15 +23,15 @@ def draw(rng, tilt=0.0):
 
 @pytest.fixture(autouse=True)
 def fewer_permutations(monkeypatch):
-    monkeypatch.setattr(sampled, "PERMUTATIONS", 200)
-    monkeypatch.setattr(sampled, "ALPHA", 0.01)
+    monkeypatch.setattr(sampling_test, "PERMUTATIONS", 200)
+    monkeypatch.setattr(sampling_test, "ALPHA", 0.01)
 
 
 def test_same_distribution_gives_uniform_p_values():
     rng = np.random.default_rng(1)
     p = [two_sample(draw(rng), draw(rng), seed=i).p_value for i in range(40)]
     assert 0.35 < np.mean(p) < 0.65
-    assert sum(value < sampled.ALPHA for value in p) <= 2
+    assert sum(value < sampling_test.ALPHA for value in p) <= 2
     assert np.mean(np.array(p) < 0.2) < 0.4
 
 
