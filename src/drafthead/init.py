@@ -52,7 +52,8 @@ def better_kind(tokens: int | None) -> tuple[str, str]:
     amount = "" if tokens is None else f" These prompts come to about {tokens:,}."
     return "eagle3", (
         "eagle3 was better with up to 550,000 tokens of data, level with dspark at 2 million "
-        f"(docs/dspark.md).{amount} [eagle3, dspark] makes both of one capture and serves the faster."
+        f"(docs/dspark.md).{amount} [eagle3, dspark] makes both of one capture and serves the "
+        "faster."
     )
 
 
