@@ -17,10 +17,9 @@ from drafthead import doctor
 from drafthead.capture.plan import make_plan
 from drafthead.data.chats import load_chats
 from drafthead.data.estimate import estimate
-from drafthead.doctor import engine, installation
+from drafthead.doctor import check_recipe, engine, installation
 from drafthead.doctor import recipe as checks
 from drafthead.doctor.engine import EngineCheck
-from drafthead.doctor.recipe import check_recipe
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import parse_recipe, with_options
 from drafthead.rundir import RunDir
