@@ -43,7 +43,7 @@ class FakeEngine:
         self.log.append(message)
         self.inbox.put(message)
 
-    def messages(self):
+    def messages(self, due):
         while True:
             batch = [self.inbox.get()]
             while not self.inbox.empty() and len(batch) < 3:

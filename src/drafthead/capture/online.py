@@ -226,9 +226,10 @@ class OnlineReader(Samples):
                     self._change.notify_all()
         except (DraftheadError, ValueError) as error:  # ValueError: closed while it listened
             failed = error if isinstance(error, DraftheadError) else failed
-        with self._change:
-            self._failed = failed
-            self._change.notify_all()
+        finally:  # whatever ended it: who waits must not wait for ever
+            with self._change:
+                self._failed = failed
+                self._change.notify_all()
 
 
 def _devices(recipe: Recipe, rank: int) -> dict[str, str]:
