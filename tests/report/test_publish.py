@@ -312,7 +312,11 @@ def command(made, server, *arguments):
 def test_another_recipe_than_made_the_head_is_refused(made):
     """The card would say that it was trained as this one asks."""
     recipe, run = made
-    train = recipe.model_dump(mode="json")["train"] | {"ttt_steps": recipe.ttt_steps}
+    resolved = {
+        "ttt_steps": recipe.ttt_steps,
+        "learning_rate": recipe.train.peak_learning_rate,
+    }
+    train = recipe.model_dump(mode="json")["train"] | resolved
     card = (run.head / "README.md").read_text()
     for epochs, code in ((1, 2), (3, 0)):
         run.finish("train", {"train": train | {"epochs": epochs}, "after": "…"}, {"seconds": 240})
@@ -342,12 +346,12 @@ def test_a_hub_that_refuses_is_a_clear_error(made):
         server.refuse = True
         done = command(made, server)
         assert done.returncode == 2
-        assert "the hub refuses" in done.stderr
+        assert server.url in done.stderr
         assert "Traceback" not in done.stderr
         assert server.files == {}
     done = command(made, server)  # which has ended: nobody answers there
     assert done.returncode == 2
-    assert "me/head: the hub refuses" in done.stderr
+    assert "me/head: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
