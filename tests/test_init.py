@@ -12,7 +12,7 @@ from drafthead.data.chats import load_chats
 from drafthead.data.estimate import Estimate
 from drafthead.data.template import recipe_template
 from drafthead.errors import DraftheadError
-from drafthead.init import fit_recipe, write_recipe
+from drafthead.init import describe, fit_recipe, write_recipe
 from drafthead.machine import Gpu, Machine
 from drafthead.recipe import Recipe, load_recipe
 from drafthead.targets import load_target
@@ -129,7 +129,9 @@ def test_fewer_are_held_out_of_few_prompts(tmp_path, llama, prompts, heldout):
     file, out = tmp_path / "p.jsonl", tmp_path / "recipe.yaml"
     lines = [json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(prompts)]
     file.write_text("".join(lines + lines[:1]))
-    assert write_recipe(str(llama), str(file), out)["conversations"] == prompts
+    about = write_recipe(str(llama), str(file), out)
+    assert about["conversations"] == prompts
+    assert "line" in describe(about).splitlines()[-1]  # what was seen before
     section = load_recipe(out).prompts
     assert section.heldout == heldout
     assert len(load_chats(section).train) == prompts - heldout

@@ -222,10 +222,11 @@ def write_recipe(
             data["target"][key] = value
             reasons[f"target.{key}"] = ""  # the reference's words will do
     machine = this_machine()
-    tokens = None
+    tokens, left_out = None, []
     template = recipe_template(parse_recipe(data, str(out)), target)
     if Path(prompts).exists():
         chats = load_chats(PromptsSection.model_validate(data["prompts"]), template)
+        left_out = [note for source in chats.sources for note in source.notes()]
         answer = _GPU_ANSWER if machine.gpus else _CPU_ANSWER
         tokens = estimate(chats, template, answer, target.max_position_embeddings)
     fitted = fit_recipe(target, sources, tokens, machine)
@@ -252,6 +253,7 @@ def write_recipe(
         "kind": recipe.head.kind,
         "conversations": tokens and tokens.conversations,
         "expected_tokens": tokens and tokens.expected,
+        "left_out": left_out,
         "heldout": recipe.prompts.heldout,
         "row_tokens": recipe.train.row_tokens,
     }
@@ -270,4 +272,4 @@ def describe(about: dict[str, Any]) -> str:
             f"prompts: {about['conversations']:,} conversations, about "
             f"{about['expected_tokens']:,} tokens with answers"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *about["left_out"]])
