@@ -66,6 +66,16 @@ def test_card_header_and_figures(made):
     assert "enforce_eager" not in body
 
 
+def test_no_command_stands_twice_at_the_end_of_the_card(made):
+    recipe, run = made
+    for path in (run.verify_json, run.bench_json):  # both proved and measured by one command
+        write_json(path, read_json(path, "") | {"command": "drafthead run recipe.yaml"})
+    report(recipe, run, console=QUIET)
+    commands = card_of(run)[1].split("```")[-2].strip().splitlines()
+    assert commands.count("drafthead run recipe.yaml") == 1
+    assert len(commands) == len({*commands})
+
+
 def test_the_card_gives_no_advice_that_is_of_one_machine(made):
     recipe, run = made
     bench = read_json(run.bench_json, "")
